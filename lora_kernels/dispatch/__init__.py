@@ -1,0 +1,27 @@
+"""Which implementation of an op runs, and why."""
+
+from lora_kernels.dispatch.registry import (
+    BACKENDS,
+    BackendError,
+    Explanation,
+    Implementation,
+    chosen,
+    define,
+    explain,
+    ops,
+    register,
+    use_backend,
+)
+
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "Explanation",
+    "Implementation",
+    "chosen",
+    "define",
+    "explain",
+    "ops",
+    "register",
+    "use_backend",
+]

@@ -1,0 +1,211 @@
+"""One op, one schema, many implementations.
+
+`define` gives torch an opaque op whose body is `run`: the first backend, in the order of
+`BACKENDS`, whose metadata-only `supports` refuses nothing. Selection happens inside the op, so it
+never breaks a graph and never guards on a shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+NAMESPACE = "lora_kernels"
+NATIVE_NAMESPACE = "lora_kernels_native"
+BACKENDS = ("native", "triton", "reference")
+BACKEND_VARIABLE = "LORA_KERNELS_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """No backend can run the op on these arguments, or the one that was asked for cannot."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A backend's function for one op.
+
+    `supports` takes the op's arguments, reads only metadata (shape, dtype, strides, device) and
+    returns None, or one line that says why this backend refuses them.
+    """
+
+    backend: str
+    fn: Callable[..., Any]
+    supports: Callable[..., str | None]
+
+    def __post_init__(self) -> None:
+        _check_backend(self.backend)
+
+
+@dataclass
+class Op:
+    """An op of this package: its schema and the implementations known so far."""
+
+    name: str
+    schema: str
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+
+    def in_order(self) -> list[Implementation]:
+        return [self.implementations[b] for b in BACKENDS if b in self.implementations]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every backend's answer for one call of one op: `refusals[backend]` is None when it accepts."""
+
+    op: str
+    refusals: dict[str, str | None]
+    forced: str | None = None
+
+    @property
+    def chosen(self) -> str | None:
+        """The backend that runs, or None when the call would raise."""
+        candidates = [self.forced] if self.forced else list(self.refusals)
+        return next((b for b in candidates if self.refusals.get(b, "") is None), None)
+
+    def __str__(self) -> str:
+        head = f"{self.op}: {self.chosen or 'no backend'}"
+        if self.forced:
+            head += f" ({self.forced} was asked for)"
+        lines = [f"  {b:<10}{reason or 'accepts'}" for b, reason in self.refusals.items()]
+        return "\n".join([head, *lines])
+
+
+_ops: dict[str, Op] = {}
+_forced: str | None = None
+_log: list[Explanation] | None = None
+# Library objects unregister their ops when they are collected.
+_library = torch.library.Library(NAMESPACE, "DEF")
+_native_library = torch.library.Library(NATIVE_NAMESPACE, "DEF")
+
+
+def _check_backend(name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+
+
+def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Define the op `lora_kernels::<name>` and its native twin from one schema string.
+
+    Args:
+        name: the op's name.
+        schema: arguments and returns, as `torch.library.define` takes them.
+        fake: returns empty outputs of the right shape, dtype and device.
+    """
+    if name in _ops:
+        raise ValueError(f"name: op {name!r} is already defined")
+    _ops[name] = Op(name, schema)
+    _library.define(name + schema)
+    _library.impl(name, functools.partial(run, name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    _native_library.define(name + schema)
+
+
+def register(name: str, implementation: Implementation) -> None:
+    """Add a backend's implementation to an op that is already defined."""
+    op = _get(name)
+    if implementation.backend in op.implementations:
+        raise ValueError(f"{name}: backend {implementation.backend!r} is already registered")
+    op.implementations[implementation.backend] = implementation
+
+
+def ops() -> dict[str, Op]:
+    """Every op of the package by name."""
+    return dict(_ops)
+
+
+def _get(name: str) -> Op:
+    if name not in _ops:
+        raise ValueError(f"op: got {name!r}, expected one of {', '.join(sorted(_ops))}")
+    return _ops[name]
+
+
+def run(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Run the op on the first backend that accepts the arguments (or on the one asked for)."""
+    if _log is not None:
+        _log.append(_explain_op(name, *args, **kwargs))
+    op = _ops[name]
+    if _forced is not None:
+        implementation = op.implementations.get(_forced)
+        if implementation is not None and implementation.supports(*args, **kwargs) is None:
+            return implementation.fn(*args, **kwargs)
+    else:
+        for implementation in op.in_order():
+            if implementation.supports(*args, **kwargs) is None:
+                return implementation.fn(*args, **kwargs)
+    raise BackendError(str(_explain_op(name, *args, **kwargs)))
+
+
+def _explain_op(name: str, *args: Any, **kwargs: Any) -> Explanation:
+    op = _get(name)
+    refusals: dict[str, str | None] = {}
+    for backend in BACKENDS:
+        implementation = op.implementations.get(backend)
+        if implementation is None:
+            refusals[backend] = "has no implementation of this op"
+        else:
+            refusals[backend] = implementation.supports(*args, **kwargs)
+    return Explanation(name, refusals, _forced)
+
+
+def chosen(name: str, *args: Any, **kwargs: Any) -> str | None:
+    """The backend that `lora_kernels::<name>` would run on these arguments."""
+    return _explain_op(name, *args, **kwargs).chosen
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
+    """Say which backend runs, and why each other one refuses.
+
+    Args:
+        op: the name of an op, with that op's own arguments; or any function or module, which is
+            then called once with the arguments and every op that it runs is explained.
+
+    Returns:
+        One `Explanation` per op that ran, in order; `print(*explain(...), sep="\\n")` reads well.
+    """
+    if isinstance(op, str):
+        return [_explain_op(op, *args, **kwargs)]
+    global _log
+    outer, _log = _log, []
+    try:
+        op(*args, **kwargs)
+        return _log
+    finally:
+        _log = outer
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every op on one backend, in the whole process, until the block ends.
+
+    There is no fallback: an op that the backend cannot take raises `BackendError`. None gives the
+    automatic choice back. The environment variable LORA_KERNELS_BACKEND does the same from outside.
+
+    Raises:
+        ValueError: `name` is no backend.
+    """
+    global _forced
+    if name is not None:
+        _check_backend(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _from_environment() -> str | None:
+    name = os.environ.get(BACKEND_VARIABLE) or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(
+            f"{BACKEND_VARIABLE}: got {name!r}, expected one of {', '.join(BACKENDS)} or nothing"
+        )
+    return name
+
+
+_forced = _from_environment()

@@ -1,0 +1,43 @@
+"""Argument checks that every family uses: each names the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def check_dtype(name: str, t: Tensor, expected: Sequence[torch.dtype] = FLOATS) -> None:
+    if t.dtype not in expected:
+        raise TypeError(f"{name}: got dtype {names([t.dtype])}, expected {names(expected)}")
+
+
+def check_shape(name: str, t: Tensor, expected: Sequence[int | str]) -> None:
+    """`expected` holds sizes; a string is a dimension of any size, and names it."""
+    ok = t.dim() == len(expected) and all(
+        isinstance(e, str) or n == e for n, e in zip(t.shape, expected, strict=True)
+    )
+    if not ok:
+        want = ", ".join(str(e) for e in expected)
+        raise ValueError(f"{name}: got shape {list(t.shape)}, expected [{want}]")
+
+
+def check_device(name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise ValueError(f"{name}: is on {t.device}, expected {device} as the input")
+
+
+def check_optional_vector(
+    name: str, t: Tensor | None, size: int, like: Tensor, expected: Sequence[torch.dtype] = FLOATS
+) -> None:
+    if t is not None:
+        check_shape(name, t, [size])
+        check_dtype(name, t, expected)
+        check_device(name, t, like.device)

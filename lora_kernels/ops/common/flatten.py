@@ -1,0 +1,30 @@
+"""Between the public functions, which take any leading dimensions, and the ops, which take rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """[..., K] -> [M, K], a view where the strides allow it."""
+    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def from_rows(y: Tensor, x: Tensor) -> Tensor:
+    """[M, N] -> [..., N] with the leading dimensions of x."""
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Cast to the autocast dtype where autocast is on for the first tensor's device."""
+    first = tensors[0]
+    assert first is not None
+    kind = first.device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )

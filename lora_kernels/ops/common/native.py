@@ -1,0 +1,51 @@
+"""Registration of the compiled extension's CPU (and CUDA) kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch import native
+from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.ops.common.checks import names
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+@functools.cache
+def _missing(op: str, device_type: str) -> str | None:
+    reason = native.why_unavailable()
+    if reason is not None:
+        return f"the extension is not available: {reason}"
+    key = _KEYS.get(device_type)
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    if key is None or not has(f"{NATIVE_NAMESPACE}::{op}", key):
+        return f"the extension has no kernel of this op for {device_type}"
+    return None
+
+
+def refuse_device(op: str, device: torch.device) -> str | None:
+    """Why the extension cannot run the op on a device, or None."""
+    return _missing(op, device.type)
+
+
+def refuse_dtypes(*tensors: Tensor | None, expected: Sequence[torch.dtype] = DTYPES) -> str | None:
+    """Why the kernels cannot take the tensors' dtypes, or None."""
+    for t in tensors:
+        if t is not None and t.dtype not in expected:
+            return f"takes {names(expected)}, not {names([t.dtype])}"
+    return None
+
+
+def register_native(op: str, supports: Callable[..., str | None]) -> None:
+    """Register `lora_kernels_native::<op>` as the native implementation of an op."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default(*args, **kwargs)
+
+    register(op, Implementation("native", call, supports))

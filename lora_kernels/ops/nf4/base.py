@@ -1,0 +1,99 @@
+"""How a base weight, dense or 4-bit, travels through an op's schema: `Tensor[] base, int[] meta`.
+
+dense   base = [w[N, K]]                                        meta = [N, K]
+4-bit   base = [packed, absmax]                                 meta = [N, K, block_size,
+        base = [packed, absmax, nested_absmax, nested_map,              quant_type,
+                nested_offset] when the scales are quantised            nested_block_size]
+
+`packed` is u8 [(N*K + 1) // 2], high nibble first over the row-major weight. `absmax` is fp32 with
+one scale per block of `block_size` elements, or u8 codes into `nested_map` (fp32 [256]) whose own
+scales `nested_absmax` (fp32) cover `nested_block_size` codes each; `nested_offset` is fp32 [1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+
+QUANT_TYPES = ("nf4", "fp4")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Meta(NamedTuple):
+    """`meta` of a base weight; the last three fields are 0 for a dense one."""
+
+    n: int
+    k: int
+    block_size: int = 0
+    quant_type: int = 0
+    nested_block_size: int = 0
+
+    @property
+    def is_dense(self) -> bool:
+        return self.block_size == 0
+
+    @property
+    def is_nested(self) -> bool:
+        return self.nested_block_size > 0
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.n * self.k // self.block_size)
+
+
+def check_block_size(name: str, block_size: int) -> None:
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(
+            f"{name}: got {block_size}, expected a power of two from {BLOCK_SIZES[0]} to "
+            f"{BLOCK_SIZES[-1]}"
+        )
+
+
+def check_base(x: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Meta:
+    """Check a base weight against its meta and the dtype and device of the input x."""
+    m = Meta(*meta)
+    if m.is_dense:
+        (w,) = base
+        check_shape("weight", w, [m.n, m.k])
+        check_device("weight", w, x.device)
+        if w.dtype != x.dtype:
+            check_dtype("weight", w, [x.dtype])
+        return m
+    check_quantised(base, m)
+    for t in base:
+        check_device("qweight", t, x.device)
+    return m
+
+
+def check_quantised(base: Sequence[Tensor], m: Meta) -> None:
+    """Check the component tensors of a 4-bit weight against its meta."""
+    check_block_size("block_size", m.block_size)
+    if m.quant_type not in (0, 1):
+        raise ValueError(f"quant_type: got {m.quant_type}, expected 0 (nf4) or 1 (fp4)")
+    if len(base) != (5 if m.is_nested else 2):
+        raise ValueError(f"qweight: got {len(base)} tensors, expected {5 if m.is_nested else 2}")
+    _check_component("packed", base[0], torch.uint8, (m.n * m.k + 1) // 2)
+    _check_component("absmax", base[1], torch.uint8 if m.is_nested else torch.float32, m.blocks)
+    if m.is_nested:
+        nested_blocks = -(-m.blocks // m.nested_block_size)
+        _check_component("nested_absmax", base[2], torch.float32, nested_blocks)
+        _check_component("nested_map", base[3], torch.float32, 256)
+        _check_component("nested_offset", base[4], torch.float32, 1)
+
+
+def _check_component(name: str, t: Tensor, dtype: torch.dtype, size: int) -> None:
+    check_dtype(f"qweight.{name}", t, [dtype])
+    check_shape(f"qweight.{name}", t, [size])
+    if not t.is_contiguous():
+        raise ValueError(f"qweight.{name}: has stride {list(t.stride())}, expected contiguous")
+
+
+def check_input(x: Tensor, k: int) -> None:
+    check_dtype("x", x, FLOATS)
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"x: got shape {list(x.shape)}, expected [..., {k}] as the weight has")

@@ -1,0 +1,37 @@
+"""What the compiled NF4 kernels take (csrc/bindings/nf4.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, register_native
+
+
+def _quantize(w: Tensor, block_size: int, quant_type: int) -> str | None:
+    return refuse_device("nf4_quantize", w.device) or refuse_dtypes(w)
+
+
+def _dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> str | None:
+    reason = refuse_device("nf4_dequantize", base[0].device)
+    if reason is None and dtype == torch.float64:
+        reason = "gives float32, float16, bfloat16, not float64"
+    return reason
+
+
+def _linear_fwd(
+    x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
+) -> str | None:
+    return refuse_device("nf4_linear_fwd", x.device) or refuse_dtypes(x)
+
+
+def _linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> str | None:
+    return refuse_device("nf4_linear_bwd", dy.device) or refuse_dtypes(dy)
+
+
+register_native("nf4_quantize", _quantize)
+register_native("nf4_dequantize", _dequantize)
+register_native("nf4_linear_fwd", _linear_fwd)
+register_native("nf4_linear_bwd", _linear_bwd)

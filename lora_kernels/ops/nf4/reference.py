@@ -1,0 +1,81 @@
+"""NF4 and FP4 in plain PyTorch: the format's definition, for reading and as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.ops.nf4.base import Meta
+from lora_kernels.ops.nf4.tables import code_bounds, code_values
+
+# bitsandbytes' floor for the scale that it divides by: a block of zeros encodes as zeros.
+_SMALLEST_SCALE = 1e-38
+
+
+def quantize(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tensor]:
+    """codes = nearest table entry of w * (1 / absmax), absmax = max |w| of each flat block."""
+    flat = w.reshape(-1).float()
+    pad = -flat.numel() % block_size
+    blocks = torch.nn.functional.pad(flat, (0, pad)).view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1) if blocks.shape[0] else flat.new_empty(0)
+    inverse = 1.0 / absmax.clamp(min=_SMALLEST_SCALE)
+    scaled = (blocks * inverse[:, None]).clamp(-1, 1).flatten()[: flat.numel()]
+    bounds, order = code_bounds(quant_type, w.device)
+    if scaled.numel() % 2:
+        scaled = torch.nn.functional.pad(scaled, (0, 1))
+    codes = order[torch.bucketize(scaled, bounds)]
+    return codes[::2] << 4 | codes[1::2], absmax
+
+
+def block_scales(base: Sequence[Tensor], m: Meta) -> Tensor:
+    """The fp32 scale of every block: nested scales are map[code] * nested_absmax + offset."""
+    if not m.is_nested:
+        return base[1]
+    _, absmax8, nested_absmax, nested_map, nested_offset = base
+    expanded = nested_absmax.repeat_interleave(m.nested_block_size)[: m.blocks]
+    return nested_map[absmax8.int()] * expanded + nested_offset
+
+
+def dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """w = code * scale in fp32, rounded once to dtype."""
+    m = Meta(*meta)
+    packed = base[0]
+    codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[: m.n * m.k]
+    values = code_values(m.quant_type, packed.device)[codes.int()]
+    scales = block_scales(base, m).repeat_interleave(m.block_size)[: m.n * m.k]
+    return (values * scales).to(dtype).view(m.n, m.k)
+
+
+def dense_weight(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """W [N, K] of a dense or 4-bit base in the compute type.
+
+    The rounding rule of every backend and every M: weight = round(code * scale) to the compute
+    type, then products accumulated in fp32.
+    """
+    return base[0] if Meta(*meta).is_dense else dequantize(base, meta, dtype)
+
+
+def linear_fwd(
+    x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    return torch.nn.functional.linear(x, dense_weight(base, meta, x.dtype), bias)
+
+
+def linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
+    return dy @ dense_weight(base, meta, dy.dtype)
+
+
+def _accepts(*args: object, **kwargs: object) -> str | None:
+    return None
+
+
+for _op, _fn in {
+    "nf4_quantize": quantize,
+    "nf4_dequantize": dequantize,
+    "nf4_linear_fwd": linear_fwd,
+    "nf4_linear_bwd": linear_bwd,
+}.items():
+    register(_op, Implementation("reference", _fn, _accepts))

@@ -1,0 +1,270 @@
+"""NF4Weight: a 4-bit weight in bitsandbytes' storage format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.common.checks import FLOATS, check_dtype, names
+from lora_kernels.ops.nf4.base import QUANT_TYPES, Meta, check_block_size, check_quantised
+from lora_kernels.ops.nf4.double_quant import NESTED_BLOCK_SIZE, quantize_scales
+from lora_kernels.ops.nf4.tables import code_values
+
+_COMPONENTS = ("packed", "absmax", "nested_absmax", "nested_map", "nested_offset")
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """A weight W [N, K] as 4-bit codes and one scale per block of `block_size` elements.
+
+    Source: Dettmers et al., 2023, "QLoRA". `ops/nf4/base.py` states the layout of the tensors.
+
+    Attributes:
+        packed: u8 [(N*K + 1) // 2], two codes a byte, high nibble first.
+        absmax: fp32 [ceil(N*K / block_size)]; u8 codes of it when the scales are quantised.
+        shape: (N, K).
+        block_size: elements per scale, a power of two from 32 to 4096.
+        quant_type: "nf4" or "fp4".
+        dtype: what the weight was before, and what `dequantize()` gives by default.
+        nested_absmax, nested_map, nested_offset, nested_block_size: the quantised scales'
+            own scales (fp32), code map (fp32 [256]), offset (fp32 [1]) and block size; None and 0
+            when the scales are plain.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: tuple[int, int]
+    block_size: int = 64
+    quant_type: str = "nf4"
+    dtype: torch.dtype = torch.float32
+    nested_absmax: Tensor | None = None
+    nested_map: Tensor | None = None
+    nested_offset: Tensor | None = None
+    nested_block_size: int = 0
+
+    @classmethod
+    def quantize(
+        cls, w: Tensor, block_size: int = 64, double_quant: bool = True, quant_type: str = "nf4"
+    ) -> NF4Weight:
+        """Quantise a weight [N, K] of any floating dtype, exactly as bitsandbytes does on a CPU.
+
+        Args:
+            w: the weight; it is only read.
+            block_size: elements per scale, a power of two from 32 to 4096.
+            double_quant: quantise the fp32 scales to 8 bits (0.516 instead of 0.5625 bytes per
+                weight at block size 64).
+            quant_type: "nf4" or "fp4".
+
+        Raises:
+            TypeError: w is not floating point.
+            ValueError: w is not 2-D or holds a non-finite value; a parameter is out of range.
+        """
+        check_dtype("w", w, FLOATS)
+        if w.dim() != 2:
+            raise ValueError(f"w: got shape {list(w.shape)}, expected [N, K]")
+        check_block_size("block_size", block_size)
+        check_quant_type(quant_type)
+        packed, absmax = torch.ops.lora_kernels.nf4_quantize(
+            w.detach().contiguous(), block_size, QUANT_TYPES.index(quant_type)
+        )
+        plain = cls(packed, absmax, (w.shape[0], w.shape[1]), block_size, quant_type, w.dtype)
+        if not double_quant or absmax.numel() == 0:
+            return plain
+        nested = quantize_scales(absmax)
+        return replace(
+            plain,
+            absmax=nested.codes,
+            nested_absmax=nested.absmax,
+            nested_map=nested.map,
+            nested_offset=nested.offset,
+            nested_block_size=NESTED_BLOCK_SIZE,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight [N, K]: code * scale in fp32, rounded once to `dtype`."""
+        return torch.ops.lora_kernels.nf4_dequantize(self.base, self.meta, dtype or self.dtype)
+
+    @property
+    def base(self) -> list[Tensor]:
+        """The component tensors as the ops take them."""
+        if self.nested_absmax is None:
+            return [self.packed, self.absmax]
+        assert self.nested_map is not None and self.nested_offset is not None
+        return [self.packed, self.absmax, self.nested_absmax, self.nested_map, self.nested_offset]
+
+    @property
+    def meta(self) -> list[int]:
+        """Sizes and format as the ops take them."""
+        quant_type = QUANT_TYPES.index(self.quant_type)
+        return [*self.shape, self.block_size, quant_type, self.nested_block_size]
+
+    def check(self) -> NF4Weight:
+        """Raise ValueError or TypeError unless the component tensors fit each other."""
+        check_quant_type(self.quant_type)
+        check_quantised(self.base, Meta(*self.meta))
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The component tensors by attribute name, absent ones left out."""
+        return {k: v for k in _COMPONENTS if (v := getattr(self, k)) is not None}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> NF4Weight:
+        """The same format over other component tensors (keys as in `tensors()`)."""
+        return replace(self, **dict(tensors))
+
+    def to(self, device: torch.device | str) -> NF4Weight:
+        """The weight on another device. Dtypes never change: they are the format."""
+        return self.with_tensors({k: v.to(device) for k, v in self.tensors().items()})
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def is_nested(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all component tensors."""
+        return sum(t.nbytes for t in self.tensors().values())
+
+    def __repr__(self) -> str:
+        nested = ", double_quant" if self.is_nested else ""
+        return (
+            f"NF4Weight({self.quant_type}, shape={list(self.shape)}, block_size={self.block_size}"
+            f"{nested}, dtype={names([self.dtype])}, device={self.device})"
+        )
+
+    def state_dict_entries(self, prefix: str = "") -> dict[str, Tensor]:
+        """The entries that bitsandbytes' Linear4bit saves for this weight.
+
+        Args:
+            prefix: what stands before `weight`, such as "model.layers.0.mlp.up_proj.".
+        """
+        key = f"{prefix}weight"
+        quant_map = code_values(QUANT_TYPES.index(self.quant_type), self.device).clone()
+        entries = {
+            key: self.packed.view(-1, 1),
+            f"{key}.absmax": self.absmax,
+            f"{key}.quant_map": quant_map,
+        }
+        state: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.block_size,
+            "dtype": names([self.dtype]),
+            "shape": list(self.shape),
+        }
+        if self.nested_absmax is not None:
+            assert self.nested_map is not None and self.nested_offset is not None
+            entries[f"{key}.nested_absmax"] = self.nested_absmax
+            entries[f"{key}.nested_quant_map"] = self.nested_map.clone()
+            state["nested_blocksize"] = self.nested_block_size
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = float(self.nested_offset)
+        text = json.dumps(state).encode()
+        entries[f"{key}.quant_state.bitsandbytes__{self.quant_type}"] = torch.tensor(
+            list(text), dtype=torch.uint8
+        )
+        return entries
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Tensor],
+        prefix: str = "",
+        device: torch.device | str | None = None,
+    ) -> NF4Weight:
+        """Read the entries that bitsandbytes' Linear4bit (or `state_dict_entries`) saved.
+
+        Args:
+            state: a state dict; other entries are ignored.
+            prefix: what stands before `weight`.
+            device: where the tensors go; None leaves them where they are.
+
+        Raises:
+            KeyError: an entry is missing.
+            ValueError, TypeError: an entry's shape, dtype or content does not fit.
+        """
+        key = f"{prefix}weight"
+        info = _quant_state(state, key)
+        packed = _entry(state, key).contiguous().view(torch.uint8).flatten()
+        shape = tuple(int(n) for n in info["shape"])
+        if len(shape) != 2:
+            raise ValueError(f"{key}: got shape {list(shape)}, expected [N, K]")
+        block_size = int(info["blocksize"])
+        # A storage type wider than a byte rounds the byte count up.
+        packed = packed[: (shape[0] * shape[1] + 1) // 2]
+        weight = cls(
+            packed,
+            _entry(state, f"{key}.absmax"),
+            shape,
+            block_size,
+            str(info["quant_type"]),
+            _dtype(key, info["dtype"]),
+        )
+        _check_map(state, key, weight.quant_type)
+        if "nested_blocksize" in info:
+            offset = torch.tensor([float(info["nested_offset"])], dtype=torch.float32)
+            weight = replace(
+                weight,
+                nested_absmax=_entry(state, f"{key}.nested_absmax"),
+                nested_map=_entry(state, f"{key}.nested_quant_map"),
+                nested_offset=offset.to(packed.device),
+                nested_block_size=int(info["nested_blocksize"]),
+            )
+        elif weight.absmax.dtype in FLOATS:
+            weight = replace(weight, absmax=weight.absmax.float())
+        return (weight if device is None else weight.to(device)).check()
+
+
+def check_quant_type(quant_type: str) -> None:
+    if quant_type not in QUANT_TYPES:
+        raise ValueError(f"quant_type: got {quant_type!r}, expected one of {QUANT_TYPES}")
+
+
+def _entry(state: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in state:
+        raise KeyError(f"{key}: is missing from the state dict")
+    return state[key]
+
+
+def _quant_state(state: Mapping[str, Tensor], key: str) -> dict[str, Any]:
+    found = [k for k in state if k.startswith(f"{key}.quant_state.bitsandbytes__")]
+    if len(found) != 1:
+        raise KeyError(
+            f"{key}.quant_state.bitsandbytes__nf4 (or __fp4): found {len(found)} such entries in "
+            "the state dict, expected 1"
+        )
+    try:
+        info = json.loads(bytes(state[found[0]].tolist()).decode())
+        missing = {"quant_type", "blocksize", "dtype", "shape"} - set(info)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{found[0]}: is not JSON in bytes ({error})") from error
+    if missing:
+        raise ValueError(f"{found[0]}: lacks {', '.join(sorted(missing))}")
+    check_quant_type(info["quant_type"])
+    return info
+
+
+def _dtype(key: str, name: str) -> torch.dtype:
+    dtype = getattr(torch, str(name), None)
+    if dtype not in FLOATS:
+        raise ValueError(f"{key}: got dtype {name!r}, expected one of {names(FLOATS)}")
+    return dtype
+
+
+def _check_map(state: Mapping[str, Tensor], key: str, quant_type: str) -> None:
+    """A code table other than the format's own would decode to other weights."""
+    table = state.get(f"{key}.quant_map")
+    if table is None:
+        return
+    expected = code_values(QUANT_TYPES.index(quant_type), torch.device("cpu"))
+    # bitsandbytes' CPU copy of the FP4 table is written with four decimals.
+    if table.shape != expected.shape or (table.cpu().float() - expected).abs().max() > 1e-4:
+        raise ValueError(f"{key}.quant_map: is not the table of {quant_type}")
