@@ -26,6 +26,7 @@ def assert_within_budget(
         plain: the same from the plain PyTorch expression in the dtype under test.
     """
     assert oracle.dtype == torch.float64, f"{name}: the oracle is {oracle.dtype}, not float64"
+    assert actual.dtype == plain.dtype, f"{name}: dtype {actual.dtype}, expected {plain.dtype}"
     assert actual.shape == oracle.shape == plain.shape, (
         f"{name}: shapes {list(actual.shape)}, {list(oracle.shape)}, {list(plain.shape)} differ"
     )
@@ -63,7 +64,6 @@ def assert_call_within_budget(
     oracle = _tuple(plain(*_double(list(args)), **_double(kwargs)))
     names = names or [f"output {i}" for i in range(len(actual))]
     for name, got, want, exact in zip(names, actual, expected, oracle, strict=True):
-        assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, expected {want.dtype}"
         assert_within_budget(got, exact, want, name)
 
 

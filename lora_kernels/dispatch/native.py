@@ -1,11 +1,104 @@
-"""Loads the compiled extension, once."""
+"""Loads the compiled extension `lora_kernels._C`, once, when first asked for.
+
+Importing it registers the CPU (and, where torch has CUDA, CUDA) implementations of
+`lora_kernels_native::<op>`. A missing or broken extension is no error here: `why_unavailable` says
+what is wrong and the other backends run.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
 
-def why_unavailable() -> str | None:
-    return "it is not built"
+import torch
+
+_MODULE = "lora_kernels._C"
+# The floor of the stable ABI functions that the extension calls.
+_OLDEST_TORCH = (2, 10)
+_REBUILD = "build it with `pip install -e . --no-build-isolation` (needs a C++ compiler)"
+
+
+class _Loaded(NamedTuple):
+    module: ModuleType | None
+    reason: str | None
+
+
+def _torch_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+@functools.cache
+def _load() -> _Loaded:
+    if os.environ.get("LORA_KERNELS_NO_NATIVE", "") not in ("", "0"):
+        return _Loaded(None, "LORA_KERNELS_NO_NATIVE is set")
+    if _torch_version() < _OLDEST_TORCH:
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        return _Loaded(None, f"torch {torch.__version__} is older than {oldest}")
+    try:
+        return _Loaded(importlib.import_module(_MODULE), None)
+    except ModuleNotFoundError as error:
+        if error.name != _MODULE:
+            return _Loaded(None, f"{_MODULE} failed to import: {error}")
+        return _Loaded(None, f"{_MODULE} was not built: {_REBUILD}")
+    except (ImportError, OSError, RuntimeError) as error:
+        # An undefined symbol: built against a newer torch than this one.
+        return _Loaded(
+            None,
+            f"{_MODULE} does not load with torch {torch.__version__}: {error}; {_REBUILD}",
+        )
+
+
+def _module() -> ModuleType:
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(f"the native backend is not available: {reason}")
+    return module
 
 
 def available() -> bool:
-    return why_unavailable() is None
+    """Whether the extension is loaded; loads it on the first call."""
+    return _load().module is not None
+
+
+def why_unavailable() -> str | None:
+    """One line that says why the extension is not there, or None when it is."""
+    return _load().reason
+
+
+def build_info() -> dict[str, Any]:
+    """compiler, flags, torch (version built with), isas (compiled in), cuda_archs ("" if none).
+
+    Raises RuntimeError without the extension, as the functions below do.
+    """
+    return dict(_module().build_info())
+
+
+def isas() -> tuple[str, ...]:
+    """Instruction-set tiers that run on this machine, best first; empty without the extension."""
+    module = _load().module
+    return tuple(module.isas()) if module is not None else ()
+
+
+def current_isa() -> str:
+    """The tier in use."""
+    return str(_module().current_isa())
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run the CPU kernels of another tier inside the block: for tests, and process-wide.
+
+    Raises ValueError for a tier that was not compiled or that this machine lacks.
+    """
+    module = _module()
+    previous = module.current_isa()
+    module.set_isa(name)
+    try:
+        yield
+    finally:
+        module.set_isa(previous)

@@ -1,4 +1,4 @@
-"""Argument checks that every family uses: each names the argument, its value and what was expected."""
+"""Argument checks of every family: each names the argument, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def check_shape(name: str, t: Tensor, expected: Sequence[int | str]) -> None:
 def check_device(name: str, t: Tensor, device: torch.device) -> None:
     if t.device != device:
         raise ValueError(f"{name}: is on {t.device}, expected {device} as the input")
+
+
+def check_finite(name: str, t: Tensor) -> None:
+    """Reads the values: for set-up time only."""
+    bad = (~torch.isfinite(t)).flatten().nonzero()
+    if bad.numel():
+        raise ValueError(
+            f"{name}: holds {bad.shape[0]} non-finite value(s), first at flat index {int(bad[0])}"
+        )
 
 
 def check_optional_vector(

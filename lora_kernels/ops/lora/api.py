@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.ops.common.checks import check_dtype
+from lora_kernels.ops.common.checks import check_dtype, check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, to_rows
 from lora_kernels.ops.common.philox import check_dropout, threshold
 from lora_kernels.ops.lora.schema import check_lora_linear
@@ -119,6 +119,8 @@ def lora_linear(
         ValueError: a shape, a device or dropout_p does not fit.
         TypeError: a dtype does not fit.
     """
+    if weight.dim() != 2:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K]")
     x, weight, bias = autocast(x, weight, bias)
     meta = [weight.shape[0], weight.shape[-1]]
     return _apply(
@@ -191,9 +193,7 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def dropout_mask(
-    shape: Sequence[int], p: float, seed: Tensor | int, stream: int = 0
-) -> Tensor:
+def dropout_mask(shape: Sequence[int], p: float, seed: Tensor | int, stream: int = 0) -> Tensor:
     """The boolean keep mask that every backend applies for this seed.
 
     Args:
@@ -212,11 +212,16 @@ def dropout_mask(
     check_dropout(p)
     if len(shape) == 0:
         raise ValueError("shape: got no dimension, expected [..., K]")
+    if any(n < 0 for n in shape):
+        raise ValueError(f"shape: got {list(shape)}, expected sizes of 0 or more")
     if not 0 <= stream < 2**32:
         raise ValueError(f"stream: got {stream}, expected 0 <= stream < 2**32")
     if isinstance(seed, int):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: got {seed}, expected a 64-bit integer")
         seed = torch.tensor([seed], dtype=torch.int64)
     check_dtype("seed", seed, [torch.int64])
+    check_shape("seed", seed, [1])
     rows = torch.Size(shape[:-1]).numel()
     mask = torch.ops.lora_kernels.dropout_mask(seed, rows, shape[-1], p, stream)
     return mask.view(*shape)

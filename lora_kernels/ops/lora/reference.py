@@ -65,13 +65,13 @@ def lora_linear_bwd(
     """The derivation stands in `api.py`."""
     dtype = x.dtype
     grads = [x.new_empty(0) for _ in needs]
-    w = dense_weight(base, meta, dtype)
     d = x.new_ones(a.shape[0]) if rank_diag is None else rank_diag.to(dtype)
     g = x.new_ones(meta[0]) if out_diag is None else out_diag.to(dtype)
     b_cast = b.to(dtype)
     ds = scale * d * ((g * dy) @ b_cast)  # [M, R]
     dys = dy.T @ s  # [N, R]
     if needs[0]:
+        w = dense_weight(base, meta, dtype)
         grads[0] = dy @ w + drop(ds @ a.to(dtype), dropout_p, seed)
     if needs[1]:
         grads[1] = (ds.T @ drop(x, dropout_p, seed)).to(a.dtype)

@@ -19,9 +19,7 @@ from lora_kernels.ops.nf4.weight import NF4Weight
 
 class NF4LinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, meta: list[int], *base: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, meta: list[int], *base: Tensor) -> Tensor:
         ctx.save_for_backward(*base)
         ctx.meta = meta
         return torch.ops.lora_kernels.nf4_linear_fwd(x, list(base), meta, bias)

@@ -21,6 +21,8 @@ from torch import Tensor
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
 
 QUANT_TYPES = ("nf4", "fp4")
+COMPONENTS = ("packed", "absmax", "nested_absmax", "nested_map", "nested_offset")
+COMPONENT_LABELS = tuple(f"qweight.{name}" for name in COMPONENTS)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -70,27 +72,31 @@ def check_base(x: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Meta:
     return m
 
 
-def check_quantised(base: Sequence[Tensor], m: Meta) -> None:
-    """Check the component tensors of a 4-bit weight against its meta."""
+def check_quantised(
+    base: Sequence[Tensor], m: Meta, labels: Sequence[str] = COMPONENT_LABELS
+) -> None:
+    """Check the component tensors of a 4-bit weight against its meta; `labels` name them."""
     check_block_size("block_size", m.block_size)
     if m.quant_type not in (0, 1):
         raise ValueError(f"quant_type: got {m.quant_type}, expected 0 (nf4) or 1 (fp4)")
     if len(base) != (5 if m.is_nested else 2):
         raise ValueError(f"qweight: got {len(base)} tensors, expected {5 if m.is_nested else 2}")
-    _check_component("packed", base[0], torch.uint8, (m.n * m.k + 1) // 2)
-    _check_component("absmax", base[1], torch.uint8 if m.is_nested else torch.float32, m.blocks)
+    sizes = [(torch.uint8, (m.n * m.k + 1) // 2)]
     if m.is_nested:
-        nested_blocks = -(-m.blocks // m.nested_block_size)
-        _check_component("nested_absmax", base[2], torch.float32, nested_blocks)
-        _check_component("nested_map", base[3], torch.float32, 256)
-        _check_component("nested_offset", base[4], torch.float32, 1)
+        sizes.append((torch.uint8, m.blocks))
+        sizes.append((torch.float32, -(-m.blocks // m.nested_block_size)))
+        sizes += [(torch.float32, 256), (torch.float32, 1)]
+    else:
+        sizes.append((torch.float32, m.blocks))
+    for label, t, (dtype, size) in zip(labels, base, sizes, strict=False):
+        _check_component(label, t, dtype, size)
 
 
 def _check_component(name: str, t: Tensor, dtype: torch.dtype, size: int) -> None:
-    check_dtype(f"qweight.{name}", t, [dtype])
-    check_shape(f"qweight.{name}", t, [size])
+    check_dtype(name, t, [dtype])
+    check_shape(name, t, [size])
     if not t.is_contiguous():
-        raise ValueError(f"qweight.{name}: has stride {list(t.stride())}, expected contiguous")
+        raise ValueError(f"{name}: has stride {list(t.stride())}, expected contiguous")
 
 
 def check_input(x: Tensor, k: int) -> None:

@@ -31,10 +31,10 @@ def dynamic_map() -> Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2.0
         values += (10.0 ** (i - 6) * middles).tolist() + (-(10.0 ** (i - 6)) * middles).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def quantize_scales(absmax: Tensor) -> NestedScales:
@@ -49,7 +49,8 @@ def quantize_scales(absmax: Tensor) -> NestedScales:
     blocks = blocks.view(-1, NESTED_BLOCK_SIZE)
     nested_absmax = blocks.abs().amax(dim=1)
     scaled = (blocks * (1.0 / nested_absmax)[:, None]).flatten()[: centred.numel()]
-    code_map = dynamic_map().to(absmax.device)
+    # A copy: the weight owns its map, which loading a checkpoint may overwrite.
+    code_map = dynamic_map().to(absmax.device, copy=True)
     return NestedScales(_encode(scaled, code_map), nested_absmax, code_map, offset.reshape(1))
 
 

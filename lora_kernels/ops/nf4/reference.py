@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.ops.common.checks import check_finite
 from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.tables import code_bounds, code_values
 
@@ -18,6 +20,7 @@ _SMALLEST_SCALE = 1e-38
 def quantize(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tensor]:
     """codes = nearest table entry of w * (1 / absmax), absmax = max |w| of each flat block."""
     flat = w.reshape(-1).float()
+    check_finite("w", flat)
     pad = -flat.numel() % block_size
     blocks = torch.nn.functional.pad(flat, (0, pad)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1) if blocks.shape[0] else flat.new_empty(0)
@@ -72,10 +75,11 @@ def _accepts(*args: object, **kwargs: object) -> str | None:
     return None
 
 
-for _op, _fn in {
+_OPS: dict[str, Callable[..., Any]] = {
     "nf4_quantize": quantize,
     "nf4_dequantize": dequantize,
     "nf4_linear_fwd": linear_fwd,
     "nf4_linear_bwd": linear_bwd,
-}.items():
+}
+for _op, _fn in _OPS.items():
     register(_op, Implementation("reference", _fn, _accepts))

@@ -29,7 +29,8 @@ _NF4 = (
     1.0,
 )
 _FP4_POSITIVE = (0.0, 0.0052083333, 2 / 3, 1.0, 1 / 3, 0.5, 1 / 6, 0.25)
-_FP4 = (*_FP4_POSITIVE, *(-v for v in _FP4_POSITIVE))
+# Both zeros are +0, as in bitsandbytes.
+_FP4 = (*_FP4_POSITIVE, *(-v or 0.0 for v in _FP4_POSITIVE))
 
 
 @functools.cache

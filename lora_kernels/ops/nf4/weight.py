@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.checks import FLOATS, check_dtype, names
-from lora_kernels.ops.nf4.base import QUANT_TYPES, Meta, check_block_size, check_quantised
+from lora_kernels.ops.nf4.base import (
+    BLOCK_SIZES,
+    COMPONENTS,
+    QUANT_TYPES,
+    Meta,
+    check_block_size,
+    check_quantised,
+)
 from lora_kernels.ops.nf4.double_quant import NESTED_BLOCK_SIZE, quantize_scales
 from lora_kernels.ops.nf4.tables import code_values
 
-_COMPONENTS = ("packed", "absmax", "nested_absmax", "nested_map", "nested_offset")
+_DTYPES = tuple(names([dtype]) for dtype in FLOATS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +119,12 @@ class NF4Weight:
 
     def tensors(self) -> dict[str, Tensor]:
         """The component tensors by attribute name, absent ones left out."""
-        return {k: v for k in _COMPONENTS if (v := getattr(self, k)) is not None}
+        return {k: v for k in COMPONENTS if (v := getattr(self, k)) is not None}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> NF4Weight:
         """The same format over other component tensors (keys as in `tensors()`)."""
-        return replace(self, **dict(tensors))
+        components: dict[str, Any] = dict(tensors)
+        return replace(self, **components)
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """The weight on another device. Dtypes never change: they are the format."""
@@ -169,7 +178,7 @@ class NF4Weight:
             state["nested_offset"] = float(self.nested_offset)
         text = json.dumps(state).encode()
         entries[f"{key}.quant_state.bitsandbytes__{self.quant_type}"] = torch.tensor(
-            list(text), dtype=torch.uint8
+            list(text), dtype=torch.uint8, device="cpu"
         )
         return entries
 
@@ -193,34 +202,24 @@ class NF4Weight:
         """
         key = f"{prefix}weight"
         info = _quant_state(state, key)
-        packed = _entry(state, key).contiguous().view(torch.uint8).flatten()
-        shape = tuple(int(n) for n in info["shape"])
-        if len(shape) != 2:
-            raise ValueError(f"{key}: got shape {list(shape)}, expected [N, K]")
-        block_size = int(info["blocksize"])
-        # A storage type wider than a byte rounds the byte count up.
-        packed = packed[: (shape[0] * shape[1] + 1) // 2]
-        weight = cls(
-            packed,
-            _entry(state, f"{key}.absmax"),
-            shape,
-            block_size,
-            str(info["quant_type"]),
-            _dtype(key, info["dtype"]),
-        )
-        _check_map(state, key, weight.quant_type)
-        if "nested_blocksize" in info:
-            offset = torch.tensor([float(info["nested_offset"])], dtype=torch.float32)
+        packed = _packed_bytes(key, _entry(state, key), (info.shape[0] * info.shape[1] + 1) // 2)
+        absmax = _entry(state, f"{key}.absmax")
+        _check_map(state, key, info.quant_type)
+        weight = cls(packed, absmax, info.shape, info.block_size, info.quant_type, info.dtype)
+        if info.nested_block_size:
+            offset = [info.nested_offset]
             weight = replace(
                 weight,
                 nested_absmax=_entry(state, f"{key}.nested_absmax"),
                 nested_map=_entry(state, f"{key}.nested_quant_map"),
-                nested_offset=offset.to(packed.device),
-                nested_block_size=int(info["nested_blocksize"]),
+                nested_offset=torch.tensor(offset, dtype=torch.float32, device=packed.device),
+                nested_block_size=info.nested_block_size,
             )
-        elif weight.absmax.dtype in FLOATS:
-            weight = replace(weight, absmax=weight.absmax.float())
-        return (weight if device is None else weight.to(device)).check()
+        elif absmax.dtype in FLOATS:
+            weight = replace(weight, absmax=absmax.float())
+        suffixes = ("", ".absmax", ".nested_absmax", ".nested_quant_map", ".nested_offset")
+        check_quantised(weight.base, Meta(*weight.meta), [f"{key}{s}" for s in suffixes])
+        return weight if device is None else weight.to(device)
 
 
 def check_quant_type(quant_type: str) -> None:
@@ -234,29 +233,79 @@ def _entry(state: Mapping[str, Tensor], key: str) -> Tensor:
     return state[key]
 
 
-def _quant_state(state: Mapping[str, Tensor], key: str) -> dict[str, Any]:
-    found = [k for k in state if k.startswith(f"{key}.quant_state.bitsandbytes__")]
+class _QuantState(NamedTuple):
+    """The JSON entry, checked."""
+
+    quant_type: str
+    block_size: int
+    dtype: torch.dtype
+    shape: tuple[int, int]
+    nested_block_size: int
+    nested_offset: float
+
+
+def _quant_state(state: Mapping[str, Tensor], key: str) -> _QuantState:
+    stem = f"{key}.quant_state.bitsandbytes__"
+    found = [k for k in state if k.startswith(stem)]
     if len(found) != 1:
         raise KeyError(
-            f"{key}.quant_state.bitsandbytes__nf4 (or __fp4): found {len(found)} such entries in "
-            "the state dict, expected 1"
+            f"{stem}nf4 (or fp4): found {len(found)} such entries in the state dict, expected 1"
         )
+    name = found[0]
     try:
-        info = json.loads(bytes(state[found[0]].tolist()).decode())
-        missing = {"quant_type", "blocksize", "dtype", "shape"} - set(info)
+        info = json.loads(bytes(state[name].tolist()).decode())
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{found[0]}: is not JSON in bytes ({error})") from error
-    if missing:
-        raise ValueError(f"{found[0]}: lacks {', '.join(sorted(missing))}")
-    check_quant_type(info["quant_type"])
-    return info
+        raise ValueError(f"{name}: is not JSON in bytes ({error})") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{name}: got {info!r}, expected a JSON object")
+
+    def field(field_name: str, ok: Callable[[Any], bool], expected: str) -> Any:
+        value = info.get(field_name)
+        if not ok(value):
+            raise ValueError(f"{name}: got {field_name} {value!r}, expected {expected}")
+        return value
+
+    nested = "nested_blocksize" in info
+    return _QuantState(
+        field(
+            "quant_type",
+            lambda v: v == name.removeprefix(stem) and v in QUANT_TYPES,
+            f"one of {QUANT_TYPES}, and that of the entry's name",
+        ),
+        field(
+            "blocksize",
+            lambda v: isinstance(v, int) and v in BLOCK_SIZES,
+            f"a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}",
+        ),
+        getattr(torch, field("dtype", lambda v: v in _DTYPES, f"one of {names(FLOATS)}")),
+        tuple(field("shape", _is_shape, "[N, K]")),
+        field("nested_blocksize", _is_positive, "a positive integer") if nested else 0,
+        field("nested_offset", _is_number, "a finite number") if nested else 0.0,
+    )
 
 
-def _dtype(key: str, name: str) -> torch.dtype:
-    dtype = getattr(torch, str(name), None)
-    if dtype not in FLOATS:
-        raise ValueError(f"{key}: got dtype {name!r}, expected one of {names(FLOATS)}")
-    return dtype
+def _is_shape(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(n, int) and n >= 0 for n in value)
+    )
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _packed_bytes(key: str, t: Tensor, size: int) -> Tensor:
+    """The codes as u8 [size], whatever type they were stored in (it only reinterprets bytes)."""
+    # A storage type wider than a byte rounds the byte count up.
+    if t.nbytes != -(-size // t.itemsize) * t.itemsize:
+        raise ValueError(f"{key}: holds {t.nbytes} bytes, expected {size} for the stored shape")
+    return t.reshape(-1).view(torch.uint8)[:size]
 
 
 def _check_map(state: Mapping[str, Tensor], key: str, quant_type: str) -> None:

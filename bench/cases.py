@@ -1,0 +1,260 @@
+"""What is measured: every case is declared here, once, and belongs to named suites."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear", "lora_linear", "nf4_lora_linear", "step")
+FWD, BOTH = "fwd", "fwd+bwd"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of a real model: w[N, K]."""
+
+    name: str
+    n: int
+    k: int
+    bias: bool = False
+
+
+def _model(name: str, hidden: int, kv: int, mlp: int, qkv_bias: bool = False) -> dict[str, Layer]:
+    shapes = {
+        "q_proj": (hidden, hidden, qkv_bias),
+        "k_proj": (kv, hidden, qkv_bias),
+        "o_proj": (hidden, hidden, False),
+        "gate_proj": (mlp, hidden, False),
+        "down_proj": (hidden, mlp, False),
+    }
+    return {f"{name}.{p}": Layer(f"{name}.{p}", n, k, b) for p, (n, k, b) in shapes.items()}
+
+
+# v_proj has k_proj's shape and up_proj has gate_proj's.
+LAYERS: dict[str, Layer] = {
+    "square-4096": Layer("square-4096", 4096, 4096),
+    **_model("llama-3.1-8b", 4096, 1024, 14336),
+    **_model("llama-2-7b", 4096, 4096, 11008),
+    **_model("mistral-7b", 4096, 1024, 14336),
+    **_model("qwen2.5-0.5b", 896, 128, 4864, qkv_bias=True),
+    **_model("qwen2.5-7b", 3584, 512, 18944, qkv_bias=True),
+    **_model("smollm2-135m", 576, 192, 1536),
+    "tiny": Layer("tiny", 96, 128),
+    "tiny-bias": Layer("tiny-bias", 64, 64, bias=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: y[M, N] of x[M, K] and w[N, K], with r > 0 where there is an adapter.
+
+    `direction` is "fwd" (no gradients asked, as in inference) or "fwd+bwd": y, then the gradients
+    of x and, with an adapter, of A and B. `scale` is the LoRA scale, 2 throughout.
+    """
+
+    op: str
+    layer: str
+    m: int
+    direction: str = FWD
+    r: int = 0
+    dropout: float = 0.0
+    dtype: str = "bf16"
+    adapter_dtype: str = "bf16"
+    block_size: int = 64
+    nested: bool = True
+    quant_type: str = "nf4"
+    scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        _expect("op", self.op, OPS)
+        _expect("layer", self.layer, LAYERS)
+        _expect("direction", self.direction, (FWD, BOTH))
+        _expect("dtype", self.dtype, DTYPES)
+        _expect("adapter_dtype", self.adapter_dtype, DTYPES)
+        if self.m < 0:
+            raise ValueError(f"m: got {self.m}, expected 0 or more")
+        if self.has_adapter != (self.r > 0):
+            raise ValueError(f"r: got {self.r}, which does not fit op {self.op!r}")
+        if self.dropout and not (self.has_adapter and self.direction == BOTH):
+            raise ValueError(
+                f"dropout: got {self.dropout}, expected 0 without an adapter's training"
+            )
+
+    @property
+    def n(self) -> int:
+        return LAYERS[self.layer].n
+
+    @property
+    def k(self) -> int:
+        return LAYERS[self.layer].k
+
+    @property
+    def bias(self) -> bool:
+        return LAYERS[self.layer].bias
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.op in ("lora_linear", "nf4_lora_linear", "step")
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.op.startswith("nf4")
+
+    @property
+    def backward(self) -> bool:
+        return self.direction == BOTH
+
+    @property
+    def name(self) -> str:
+        """Unique and readable: `nf4_lora_linear/fwd+bwd/square-4096/M512/bf16/r16/a-fp32/p0.05`."""
+        parts = [self.op]
+        if self.op == "step":
+            parts += [self.layer, f"M{self.m}"]
+        elif self.op in ("nf4_quantize", "nf4_dequantize"):
+            parts += [self.layer, self.dtype]
+        else:
+            parts += [self.direction, self.layer, f"M{self.m}", self.dtype]
+        if self.has_adapter:
+            parts += [f"r{self.r}"]
+            parts += [f"a-{self.adapter_dtype}"] if self.adapter_dtype != self.dtype else []
+            parts += [f"p{self.dropout:g}"] if self.dropout else []
+        if self.is_quantised:
+            parts += [self.quant_type] if self.quant_type != "nf4" else []
+            parts += [f"b{self.block_size}"] if self.block_size != 64 else []
+            parts += ["plain-absmax"] if not self.nested else []
+        return "/".join(parts)
+
+    def as_dict(self) -> dict[str, object]:
+        return {"case": self.name, **asdict(self), "n": self.n, "k": self.k, "bias": self.bias}
+
+
+def _expect(field: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field}: got {value!r}, expected one of {', '.join(allowed)}")
+
+
+def _targets() -> Iterator[Case]:
+    """The cases that this package promises figures for, and no others."""
+    square = "square-4096"
+    for m in (1, 8, 32, 512, 2048):
+        yield Case("nf4_linear", square, m)
+    for m in (512, 2048):
+        yield Case("nf4_linear", square, m, BOTH)
+    for p, adapter in itertools.product((0.0, 0.05), ("bf16", "fp32")):
+        yield Case("lora_linear", square, 2048, BOTH, 16, p, adapter_dtype=adapter)
+    for m, adapter in itertools.product((512, 2048), ("bf16", "fp32")):
+        yield Case("nf4_lora_linear", square, m, BOTH, 16, 0.05, adapter_dtype=adapter)
+    yield Case("nf4_dequantize", square, 0)
+    yield Case("nf4_quantize", square, 0)
+    yield STEP
+
+
+# A whole optimiser step of the demo's model: batch 4 x 256 tokens, every linear layer adapted.
+# The layer only names the model.
+STEP = Case("step", "smollm2-135m.q_proj", 1024, BOTH, 16, 0.05, adapter_dtype="fp32")
+
+
+def _quick() -> Iterator[Case]:
+    """A few minutes: one case for each regime, on two real layers."""
+    for m in (1, 32, 512):
+        yield Case("nf4_linear", "qwen2.5-7b.k_proj", m)
+    yield Case("nf4_linear", "llama-3.1-8b.k_proj", 512, BOTH)
+    yield Case("lora_linear", "llama-3.1-8b.k_proj", 512, BOTH, 16)
+    yield Case("lora_linear", "llama-3.1-8b.k_proj", 512, BOTH, 16, 0.05)
+    yield Case("nf4_lora_linear", "llama-3.1-8b.k_proj", 512, BOTH, 16, 0.05)
+    yield Case("nf4_dequantize", "llama-3.1-8b.k_proj", 0)
+    yield Case("nf4_quantize", "llama-3.1-8b.k_proj", 0)
+
+
+def _smoke() -> Iterator[Case]:
+    """Seconds, on shapes that mean nothing: for tests of the harness itself."""
+    yield Case("nf4_linear", "tiny", 3)
+    yield Case("nf4_linear", "tiny-bias", 5, BOTH, dtype="fp32")
+    yield Case("lora_linear", "tiny", 7, BOTH, 4, adapter_dtype="fp32")
+    yield Case("lora_linear", "tiny-bias", 7, BOTH, 8, 0.25, dtype="fp32", adapter_dtype="fp32")
+    yield Case("nf4_lora_linear", "tiny", 9, BOTH, 8, 0.25)
+    yield Case("nf4_lora_linear", "tiny", 2, FWD, 8, nested=False)
+    yield Case("nf4_dequantize", "tiny", 0)
+    yield Case("nf4_quantize", "tiny", 0, dtype="fp32")
+
+
+def _scaling() -> Iterator[Case]:
+    """Curves over M and over r on one square layer, for `plot`."""
+    square = "square-4096"
+    for m in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        yield Case("nf4_linear", square, m)
+    for m in (128, 512, 2048, 8192):
+        yield Case("lora_linear", square, m, BOTH, 16)
+        yield Case("nf4_lora_linear", square, m, BOTH, 16)
+    for r in (8, 16, 32, 64, 128, 256):
+        yield Case("lora_linear", square, 2048, BOTH, r)
+        yield Case("nf4_lora_linear", square, 2048, BOTH, r)
+
+
+def _models() -> Iterator[Case]:
+    """Every distinct layer of the models, at one token, a small batch and a training batch."""
+    seen: set[tuple[int, int, bool]] = set()
+    for layer in LAYERS.values():
+        shape = (layer.n, layer.k, layer.bias)
+        if shape in seen or layer.name.startswith("tiny"):
+            continue
+        seen.add(shape)
+        for m in (1, 8, 32, 512, 2048):
+            yield Case("nf4_linear", layer.name, m)
+        yield Case("nf4_linear", layer.name, 512, BOTH)
+        for m in (1, 32):
+            yield Case("lora_linear", layer.name, m, FWD, 16)
+            yield Case("nf4_lora_linear", layer.name, m, FWD, 16)
+        for m, p in itertools.product((512, 2048), (0.0, 0.05)):
+            yield Case("lora_linear", layer.name, m, BOTH, 16, p)
+            yield Case("nf4_lora_linear", layer.name, m, BOTH, 16, p)
+        yield Case("nf4_dequantize", layer.name, 0)
+        yield Case("nf4_quantize", layer.name, 0)
+
+
+def _full() -> Iterator[Case]:
+    """All of the above but the smoke cases, and the other dtypes and storage options."""
+    yield from _targets()
+    yield from _scaling()
+    yield from _models()
+    for dtype in ("fp16", "fp32"):
+        for m in (1, 512):
+            yield Case("nf4_linear", "square-4096", m, dtype=dtype)
+        yield Case("nf4_lora_linear", "square-4096", 512, BOTH, 16, 0.05, dtype, "fp32")
+        yield Case("lora_linear", "square-4096", 512, BOTH, 16, 0.05, dtype, "fp32")
+    for change in ({"nested": False}, {"block_size": 128}, {"quant_type": "fp4"}):
+        yield replace(Case("nf4_linear", "square-4096", 1), **change)  # type: ignore[arg-type]
+        yield replace(Case("nf4_linear", "square-4096", 512), **change)  # type: ignore[arg-type]
+
+
+_SUITES = {
+    "smoke": _smoke,
+    "quick": _quick,
+    "targets": _targets,
+    "scaling": _scaling,
+    "models": _models,
+    "full": _full,
+}
+SUITES = tuple(_SUITES)
+
+
+def suite(name: str, only: str | None = None) -> list[Case]:
+    """The cases of a suite in order, each once; `only` is a regular expression over case names.
+
+    Raises:
+        ValueError: no such suite, or `only` leaves nothing.
+    """
+    _expect("suite", name, SUITES)
+    cases = list({c.name: c for c in _SUITES[name]()}.values())
+    if only is None:
+        return cases
+    kept = [c for c in cases if re.search(only, c.name)]
+    if not kept:
+        names = "\n  ".join(c.name for c in cases)
+        raise ValueError(f"only: {only!r} matches no case of suite {name!r}, which has\n  {names}")
+    return kept

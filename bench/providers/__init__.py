@@ -1,0 +1,50 @@
+"""Every provider, declared once. The order is the order of the tables."""
+
+from __future__ import annotations
+
+import re
+
+from bench.providers import ours, peers, plain
+from bench.providers.base import BASE, FULL, Outputs, Prepared, Provider
+
+__all__ = ["BASE", "FULL", "PROVIDERS", "Outputs", "Prepared", "Provider", "select"]
+
+_LINEAR = ("nf4_linear", "lora_linear", "nf4_lora_linear")
+_LORA = ("lora_linear", "nf4_lora_linear")
+_BNB = peers.installed("bitsandbytes")
+
+PROVIDERS: tuple[Provider, ...] = (
+    ours.provider("native"),
+    ours.provider("triton"),
+    ours.provider("reference"),
+    Provider("dense", _LINEAR, plain.frozen_linear),
+    Provider("torch", _LORA, plain.eager),
+    Provider("addmm", _LORA, plain.addmm, plain.addmm_refuses),
+    Provider("compile", _LORA, plain.compiled, slow_build=True),
+    Provider("peft", _LORA, peers.peft_dense, peers.installed("peft")),
+    Provider("peft+bnb", ("nf4_lora_linear",), peers.peft_bnb, peers.peft_bnb_refuses),
+    Provider("bnb-eval", ("nf4_linear",), peers.bnb_eval, peers.bnb_eval_refuses),
+    Provider("bnb-train", ("nf4_linear",), peers.bnb_train, _BNB),
+    Provider("bnb-dequantize", ("nf4_dequantize",), peers.bnb_dequantize, _BNB),
+    Provider("bnb-quantize", ("nf4_quantize",), peers.bnb_quantize, _BNB),
+    Provider("torchao", ("nf4_linear",), peers.torchao_nf4, peers.torchao_refuses),
+)
+
+
+def select(pattern: str | None = None, *, slow: bool = True) -> list[Provider]:
+    """Providers whose name the regular expression matches from its start; all of them by default.
+
+    Args:
+        pattern: such as "ours|dense|bnb"; a match includes slow builders.
+        slow: include those that take long to build when no pattern is given.
+
+    Raises:
+        ValueError: the pattern leaves nothing.
+    """
+    if pattern is None:
+        return [p for p in PROVIDERS if slow or not p.slow_build]
+    chosen = [p for p in PROVIDERS if re.match(pattern, p.name)]
+    if not chosen:
+        names = ", ".join(p.name for p in PROVIDERS)
+        raise ValueError(f"providers: {pattern!r} matches none of {names}")
+    return chosen

@@ -1,0 +1,223 @@
+"""Other packages, each through its public layers and with its own storage.
+
+Every layer holds the same 4-bit bytes as ours, handed over in bitsandbytes' own state_dict form.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import Case
+from bench.data import CaseData
+from bench.providers.base import Outputs, Prepared, linear_call
+from bench.providers.plain import torch_mask
+from lora_kernels import NF4Weight
+
+
+def installed(module: str) -> Callable[[Case, torch.device], str | None]:
+    """A refusal for when the package is not there."""
+
+    def refuses(case: Case, device: torch.device) -> str | None:
+        return None if importlib.util.find_spec(module) else f"{module} is not installed"
+
+    return refuses
+
+
+def _frozen(w: Tensor) -> nn.Parameter:
+    return nn.Parameter(w, requires_grad=False)
+
+
+# ---------------------------------------------------------------------------- bitsandbytes
+
+
+def bnb_layer(q: NF4Weight, bias: Tensor | None, dtype: torch.dtype) -> Any:
+    """A Linear4bit over the tensors of `q` that computes in `dtype`."""
+    import bitsandbytes as bnb
+
+    n, k = q.shape
+    layer = bnb.nn.Linear4bit(
+        k,
+        n,
+        bias=bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=q.is_nested,
+        quant_type=q.quant_type,
+        device="meta",
+    )
+    entries = q.state_dict_entries()
+    layer.weight = bnb.nn.Params4bit.from_prequantized(
+        entries.pop("weight"),
+        {key.removeprefix("weight."): t for key, t in entries.items()},
+        device=str(q.device),
+        module=layer,
+    )
+    if bias is not None:
+        layer.bias = _frozen(bias)
+    return layer
+
+
+def bnb_layers(data: CaseData) -> list[Any]:
+    """Linear4bit layers, each over its own copy of the bytes."""
+    return [bnb_layer(q, data.bias, data.dtype) for q in data.quantised_copies()]
+
+
+def bnb_eval_refuses(case: Case, device: torch.device) -> str | None:
+    if case.backward:
+        return "loses gradients after an evaluation on a CPU: forward only"
+    if device.type == "cpu" and case.n % 32:
+        return f"needs N % 32 == 0 on a CPU, N = {case.n}"
+    return installed("bitsandbytes")(case, device)
+
+
+def bnb_eval(data: CaseData) -> Prepared:
+    """The inference path; on a CPU it repacks its weight in place at the first call."""
+    layers = [layer.eval() for layer in bnb_layers(data)]
+    return linear_call(data, lambda i, x: layers[i](x), len(layers))
+
+
+def bnb_train(data: CaseData) -> Prepared:
+    """The training path: gradients on, also where only the forward is timed."""
+    layers = [layer.train() for layer in bnb_layers(data)]
+    for x in data.x if data.case.backward else []:
+        assert x.requires_grad
+    parameters = [t for layer in layers for t in _bnb_tensors(layer)]
+    leaves = [x.detach().requires_grad_() for x in data.x]
+    if data.case.backward:
+        return linear_call(data, lambda i, x: layers[i](x), len(layers), parameters=parameters)
+    by_input = {id(x): leaf for x, leaf in zip(data.x, leaves, strict=True)}
+    return linear_call(data, lambda i, x: layers[i](by_input[id(x)]), len(layers), grad=True)
+
+
+def _bnb_tensors(layer: Any) -> list[Tensor]:
+    state = layer.weight.quant_state
+    tensors = [layer.weight.data, state.absmax, state.code]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code, state.offset]
+    return tensors
+
+
+def bnb_dequantize(data: CaseData) -> Prepared:
+    import bitsandbytes.functional as bnbf
+
+    layers = bnb_layers(data)
+    pairs = [(layer.weight.data, layer.weight.quant_state) for layer in layers]
+    for _, state in pairs:
+        state.dtype = data.dtype
+
+    def call(i: int) -> Outputs:
+        packed, state = pairs[i % len(pairs)]
+        return {"w": bnbf.dequantize_4bit(packed, state)}
+
+    return Prepared(call, len(pairs))
+
+
+def bnb_quantize(data: CaseData) -> Prepared:
+    import bitsandbytes.functional as bnbf
+
+    case = data.case
+    sources = data.source_copies
+
+    def call(i: int) -> Outputs:
+        packed, state = bnbf.quantize_4bit(
+            sources[i % len(sources)],
+            blocksize=case.block_size,
+            compress_statistics=case.nested,
+            quant_type=case.quant_type,
+        )
+        return {"packed": packed.view(-1), "absmax": state.absmax}
+
+    return Prepared(call, len(sources))
+
+
+# ------------------------------------------------------------------------------------ PEFT
+
+
+def _peft(data: CaseData, bases: list[nn.Module]) -> Prepared:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    case = data.case
+    config = LoraConfig(
+        r=case.r,
+        lora_alpha=case.scale * case.r,  # type: ignore[arg-type]
+        lora_dropout=case.dropout,
+        target_modules=["proj"],
+    )
+    layers, adapters = [], []
+    for base in bases:
+        holder = nn.ModuleDict({"proj": base})
+        layer: Any = inject_adapter_in_model(config, holder)["proj"]
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        # Each copy trains the same adapter values; PEFT keeps them in fp32 unless told otherwise.
+        a.weight = nn.Parameter(data.a.detach().clone(), requires_grad=case.backward)
+        b.weight = nn.Parameter(data.b.detach().clone(), requires_grad=case.backward)
+        layers.append(layer.train(case.backward))
+        adapters.append((a.weight, b.weight))
+    parameters = [p for pair in adapters for p in pair]
+    parameters += [p for base in bases for p in base.parameters()]
+    return linear_call(
+        data,
+        lambda i, x: layers[i](x),
+        len(layers),
+        lambda i: adapters[i],
+        parameters=parameters,
+        mask=lambda: torch_mask(data, data.adapter_dtype),
+    )
+
+
+def peft_dense(data: CaseData) -> Prepared:
+    """PEFT over nn.Linear, the weights shared with the other dense providers."""
+    case = data.case
+    bases: list[nn.Module] = []
+    for w in data.dense_copies:
+        base = nn.Linear(case.k, case.n, bias=case.bias, device="meta")
+        base.weight = _frozen(w)
+        if data.bias is not None:
+            base.bias = _frozen(data.bias)
+        bases.append(base)
+    return _peft(data, bases)
+
+
+def peft_bnb(data: CaseData) -> Prepared:
+    """PEFT over bitsandbytes' Linear4bit: what QLoRA is today."""
+    layers = bnb_layers(data)
+    state_tensors = [t for layer in layers for t in _bnb_tensors(layer)]
+    prepared = _peft(data, layers)
+    prepared.parameters = [*prepared.parameters, *state_tensors]
+    return prepared
+
+
+def peft_bnb_refuses(case: Case, device: torch.device) -> str | None:
+    if device.type == "cpu" and not case.backward and case.n % 32:
+        return f"needs N % 32 == 0 on a CPU, N = {case.n}"
+    return installed("peft")(case, device) or installed("bitsandbytes")(case, device)
+
+
+# --------------------------------------------------------------------------------- torchao
+
+
+def torchao_refuses(case: Case, device: torch.device) -> str | None:
+    if case.quant_type != "nf4" or not case.nested or case.block_size != 64:
+        return "has one NF4 layout only: block size 64, nested"
+    if (case.n * case.k // 64) % 256:
+        return f"needs N·K to be a multiple of 16384, N·K = {case.n * case.k}"
+    return installed("torchao")(case, device)
+
+
+def torchao_nf4(data: CaseData) -> Prepared:
+    """Its own format, quantised from the decoded weight, which it reproduces up to its scales."""
+    from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
+
+    copies = data.copies(data.quantised.nbytes)
+    weights = [to_nf4(data.weight.clone(), 64, 256) for _ in range(copies)]
+    bias = data.bias
+
+    def forward(i: int, x: Tensor) -> Tensor:
+        y = linear_nf4(x, weights[i])
+        return y if bias is None else y + bias
+
+    return linear_call(data, forward, copies)

@@ -1,0 +1,120 @@
+"""What this package promises on a CPU: ratios of medians within one run, declared once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from bench.cases import BOTH, FWD, STEP, Case
+
+OURS = "ours:native"
+STEP_OURS = "ours"
+FLOOR = "floor"
+
+
+@dataclass(frozen=True)
+class Target:
+    """`ours` on the case takes at most `at_most` times the peer's time (or memory).
+
+    `peer` is a provider, or "floor": the least time by the cost model and the machine's limits.
+    """
+
+    case: Case
+    peer: str
+    at_most: float
+    ours: str = OURS
+    what: str = "time"
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A target and what a run reached; `ratio` is None where the run does not say."""
+
+    target: Target
+    ratio: float | None
+
+    @property
+    def met(self) -> bool | None:
+        return None if self.ratio is None else self.ratio <= self.target.at_most
+
+
+def _linear(m: int, direction: str = FWD) -> Case:
+    return Case("nf4_linear", "square-4096", m, direction)
+
+
+def _lora(op: str, m: int, p: float, adapter: str) -> Case:
+    return Case(op, "square-4096", m, BOTH, 16, p, adapter_dtype=adapter)
+
+
+TARGETS: tuple[Target, ...] = (
+    Target(_linear(1), "bnb-eval", 0.75),
+    Target(_linear(1), "dense", 0.40),
+    Target(_linear(1), FLOOR, 1.25),
+    Target(_linear(8), "bnb-eval", 0.30),
+    Target(_linear(8), "dense", 0.70),
+    Target(_linear(32), "bnb-eval", 0.15),
+    Target(_linear(512), "bnb-eval", 0.10),
+    Target(_linear(512), "bnb-train", 0.60),
+    Target(_linear(512), "dense", 0.95),
+    Target(_linear(2048), "bnb-eval", 0.08),
+    Target(_linear(2048), "bnb-train", 0.75),
+    Target(_linear(2048), "dense", 0.95),
+    Target(_linear(512, BOTH), "bnb-train", 0.50),
+    Target(_linear(512, BOTH), "dense", 1.00),
+    Target(_linear(2048, BOTH), "bnb-train", 0.75),
+    Target(_linear(2048, BOTH), "dense", 1.00),
+    *(Target(_lora("lora_linear", 2048, 0.0, a), "dense", 1.10) for a in ("bf16", "fp32")),
+    *(Target(_lora("lora_linear", 2048, 0.05, a), "dense", 1.15) for a in ("bf16", "fp32")),
+    *(Target(_lora("nf4_lora_linear", 512, 0.05, a), "peft+bnb", 0.35) for a in ("bf16", "fp32")),
+    *(Target(_lora("nf4_lora_linear", 2048, 0.05, a), "peft+bnb", 0.45) for a in ("bf16", "fp32")),
+    Target(Case("nf4_dequantize", "square-4096", 0), "bnb-dequantize", 0.40),
+    Target(Case("nf4_quantize", "square-4096", 0), "bnb-quantize", 0.05),
+    Target(STEP, "peft+bnb", 0.50, STEP_OURS),
+    Target(STEP, "peft", 1.00, STEP_OURS),
+    Target(STEP, "peft+bnb", 1.00, STEP_OURS, "memory"),
+    Target(STEP, "peft", 1.00, STEP_OURS, "memory"),
+)
+
+
+def reached(doc: dict[str, Any]) -> list[Reached]:
+    """Every target with what the run reached: the median of the ratios within its rounds."""
+    from bench.runner import paired_ratio
+
+    rows = {(r["case"], r["provider"]): r for r in doc["rows"]}
+    found = []
+    for target in TARGETS:
+        ours = rows.get((target.case.name, target.ours))
+        peer = rows.get((target.case.name, target.peer))
+        ratio = None
+        if ours is not None and target.peer == FLOOR:
+            ratio = ours["over_floor"]
+        elif ours is not None and peer is not None:
+            if target.what == "memory":
+                mine, theirs = ours["peak_bytes"], peer["peak_bytes"]
+                ratio = mine / theirs if mine is not None and theirs else None
+            elif len(ours["samples"]) == len(peer["samples"]):
+                ratio = paired_ratio(ours["samples"], peer["samples"])
+        found.append(Reached(target, ratio))
+    return found
+
+
+def table(found: list[Reached]) -> Table:
+    """Target, reached, and whether that is enough."""
+    out = Table(title="targets: ours / peer", title_justify="left")
+    out.add_column("case", overflow="fold")
+    for heading in ("against", "of", "at most", "reached", ""):
+        out.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    words = {True: "met", False: "not met", None: "not measured"}
+    for r in found:
+        out.add_row(
+            r.target.case.name,
+            r.target.peer,
+            r.target.what,
+            f"{r.target.at_most:.2f}",
+            "" if r.ratio is None else f"{r.ratio:.2f}",
+            words[r.met],
+            style={True: "green", False: "red", None: "dim"}[r.met],
+        )
+    return out

@@ -1,0 +1,17 @@
+# Fails when an object defines anything but its tables <family>_table_<tier>.
+foreach(object ${OBJECTS})
+  execute_process(COMMAND ${NM} --defined-only --extern-only -C ${object} OUTPUT_VARIABLE symbols
+    COMMAND_ERROR_IS_FATAL ANY)
+  string(REPLACE "\n" ";" symbols "${symbols}")
+  set(tables 0)
+  foreach(symbol ${symbols})
+    if(symbol MATCHES "^[0-9a-f]+ [RDV] lora_kernels::[a-z0-9_]+_table_${TIER}$")
+      math(EXPR tables "${tables} + 1")
+    else()
+      message(SEND_ERROR "${object} shares '${symbol}': put it in an anonymous namespace")
+    endif()
+  endforeach()
+  if(tables EQUAL 0)
+    message(SEND_ERROR "${object} exports no table")
+  endif()
+endforeach()

@@ -1,0 +1,152 @@
+// Rows (rows.h) into the strips of tiles that `multiply` (tiles.h) reads.
+#pragma once
+
+#include "amx/rows.h"
+
+#if LK_AMX
+
+namespace lora_kernels {
+namespace {
+
+LK_INLINE void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+// A strip: rows [first, first + 16) as the tiles' rows, chunks [c0, c1). Rows from `rows_end` on
+// are zeros.
+template <class Rows>
+LK_INLINE void pack_a_strip(Rows& rows, int64_t first, int64_t rows_end, int64_t c0, int64_t c1,
+                            char* strip) {
+  for (int64_t r = 0; r < kTile; ++r) {
+    char* to = strip + r * 64;
+    const bool inside = first + r < rows_end;
+    if (inside) rows.begin(first + r, c0, c1);
+    for (int64_t c = c0; c < c1; ++c) {
+      __m512i v[4] = {};
+      if (inside) rows.chunk(c, v);
+      for (int t = 0; t < 4; ++t)
+        _mm512_store_si512(to + ((c - c0) * kChunkTiles + t) * kTileBytes, v[t]);
+    }
+  }
+}
+
+// B strip: rows [first, first + count), count <= 16, as the tiles' columns. A tile takes
+// 64 * columns bytes: narrow tiles keep a few rows of a long x in the L1 cache.
+template <class Rows>
+LK_INLINE void pack_b_strip(Rows& rows, int64_t first, int64_t count, int64_t columns, int64_t c0,
+                            int64_t c1, char* strip) {
+  const __mmask16 mask = lanes16(columns);
+  for (int64_t c = c0; c < c1; ++c) {
+    __m512i v[4][16];
+    for (int64_t r = 0; r < kTile; ++r) {
+      __m512i w[4] = {};
+      if (r < count) {
+        rows.begin(first + r, c, c + 1);
+        rows.chunk(c, w);
+      }
+      for (int t = 0; t < 4; ++t) v[t][r] = w[t];
+    }
+    for (int t = 0; t < 4; ++t) {
+      transpose16(v[t]);
+      char* tile = strip + ((c - c0) * kChunkTiles + t) * 64 * columns;
+      for (int q = 0; q < 16; ++q)
+        _mm512_mask_storeu_epi32(tile + q * 4 * columns, mask, v[t][q]);
+    }
+  }
+}
+
+// Interleaving rows 2p and 2p + 1 makes B tiles whose columns are the rows' elements. Of each vector
+// t of a chunk come two tiles: `unpacklo` takes elements 8 l .. 8 l + 3 of the vector, `unpackhi`
+// the four after them, l = 0 .. 3. eight_columns (below) and kept16 know this order.
+constexpr int64_t kChunkStrips = kChunk / kTile;
+
+// Eight B strips for the columns of chunk c, from rows [first, last) as the reduction. Rows from
+// `rows_end` on are zeros. `strip_bytes` lies between the strips.
+template <class Rows>
+LK_INLINE void pack_b_pairs(Rows& even, Rows& odd, int64_t first, int64_t last, int64_t rows_end,
+                            int64_t c0, int64_t c1, char* strips, int64_t strip_bytes) {
+  for (int64_t r = first; r < last; r += 2) {
+    const int64_t pair = (r - first) / 2;
+    char* to = strips + pair / 16 * kTileBytes + pair % 16 * 64;
+    if (r < rows_end) even.begin(r, c0, c1);
+    if (r + 1 < rows_end) odd.begin(r + 1, c0, c1);
+    for (int64_t c = c0; c < c1; ++c) {
+      __m512i v[4] = {}, w[4] = {};
+      if (r < rows_end) even.chunk(c, v);
+      if (r + 1 < rows_end) odd.chunk(c, w);
+      for (int t = 0; t < 4; ++t) {
+        char* strip = to + ((c - c0) * kChunkStrips + 2 * t) * strip_bytes;
+        _mm512_store_si512(strip, _mm512_unpacklo_epi16(v[t], w[t]));
+        _mm512_store_si512(strip + strip_bytes, _mm512_unpackhi_epi16(v[t], w[t]));
+      }
+    }
+  }
+}
+
+// The keep bits of the 16 columns of strip 2 t + half of a chunk, out of the chunk's 128.
+template <Order order>
+LK_INLINE __mmask16 kept16(uint64_t low, uint64_t high, int t, int half) {
+  uint64_t of_vector;
+  if (order == Order::strided) {
+    const uint64_t every_fourth = UINT64_C(0x1111111111111111) << t;
+    of_vector = _pext_u64(low, every_fourth) | _pext_u64(high, every_fourth) << 16;
+  } else {
+    of_vector = (t < 2 ? low : high) >> (32 * (t & 1));
+  }
+  return static_cast<__mmask16>(_pext_u64(of_vector, half ? 0xf0f0f0f0u : 0x0f0f0f0fu));
+}
+
+// One row's fp32 results of a chunk's eight strips, rounded to bf16 and put in order.
+template <Order order>
+LK_INLINE void eight_columns(const __m512 strips[8], __m512i out[4]) {
+  // round_pair(lo, hi) holds 16 of lo, then 16 of hi; vector element 8 l + i is lo[4 l + i],
+  // 8 l + 4 + i is hi[4 l + i].
+  const __m512i merge = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  __m512i v[4];
+  for (int t = 0; t < 4; ++t)
+    v[t] = _mm512_permutexvar_epi64(merge, round_pair(strips[2 * t], strips[2 * t + 1]));
+  if (order == Order::natural) {
+    for (int t = 0; t < 4; ++t) out[t] = v[t];
+    return;
+  }
+  // Element 4 j + t is v[t][j]: words of (v0, v1) and (v2, v3) interleave, then their pairs.
+  const __m512i a = _mm512_unpacklo_epi16(v[0], v[1]), b = _mm512_unpackhi_epi16(v[0], v[1]);
+  const __m512i c = _mm512_unpacklo_epi16(v[2], v[3]), d = _mm512_unpackhi_epi16(v[2], v[3]);
+  // 128-bit lane l of each holds j = 8 l .. 8 l + 3 (a, c) and 8 l + 4 .. 8 l + 7 (b, d).
+  const __m512i e0 = _mm512_unpacklo_epi32(a, c), e1 = _mm512_unpackhi_epi32(a, c);
+  const __m512i e2 = _mm512_unpacklo_epi32(b, d), e3 = _mm512_unpackhi_epi32(b, d);
+  // Lane l of e0 .. e3 are consecutive: transpose the 128-bit lanes.
+  const __m512i f0 = _mm512_shuffle_i64x2(e0, e1, 0x44), f1 = _mm512_shuffle_i64x2(e2, e3, 0x44);
+  const __m512i f2 = _mm512_shuffle_i64x2(e0, e1, 0xee), f3 = _mm512_shuffle_i64x2(e2, e3, 0xee);
+  out[0] = _mm512_shuffle_i64x2(f0, f1, 0x88);
+  out[1] = _mm512_shuffle_i64x2(f0, f1, 0xdd);
+  out[2] = _mm512_shuffle_i64x2(f2, f3, 0x88);
+  out[3] = _mm512_shuffle_i64x2(f2, f3, 0xdd);
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+#endif

@@ -1,0 +1,238 @@
+// Rows of a matrix as bf16 vectors, 128 elements ("a chunk") at a time, whatever they are stored as.
+//
+// A 64-byte load of packed codes yields its 128 weights as four vectors of every fourth element.
+// Putting them in order would cost more than decoding them, so the reduction runs in that order:
+// vector t of a chunk holds elements 4 j + t (strided) instead of 32 t + j (natural), j = 0 .. 31,
+// and everything that meets such a weight is packed in the same order.
+#pragma once
+
+#include "amx/tiles.h"
+
+#if LK_AMX
+
+#include "lora_kernels/dtype.h"
+#include "lora_kernels/linear.h"
+#include "lora_kernels/nf4.h"
+#include "nf4_decode.h"
+#include "philox_simd.h"
+
+namespace lora_kernels {
+namespace {
+
+enum class Order { natural, strided };
+
+constexpr int64_t kChunk = 128;
+constexpr int64_t kChunkTiles = kChunk / kTileDepth;
+
+LK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+LK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+LK_INLINE int64_t clamp64(int64_t v, int64_t low, int64_t high) {
+  return min64(max64(v, low), high);
+}
+
+// The lowest `count` of `lanes` bits.
+LK_INLINE __mmask32 lanes32(int64_t count) {
+  return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
+}
+LK_INLINE __mmask16 lanes16(int64_t count) {
+  return static_cast<__mmask16>(lanes32(clamp64(count, 0, 16)));
+}
+
+LK_INLINE __m512i round_pair(__m512 low, __m512 high) {
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// natural -> strided
+LK_INLINE void stride_by_four(__m512i v[4]) {
+  alignas(64) static constexpr uint16_t kPick01[32] = {
+      0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
+      1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61};
+  const __m512i pick01 = _mm512_load_si512(kPick01);
+  const __m512i pick23 = _mm512_add_epi16(pick01, _mm512_set1_epi16(2));
+  const __m512i a01 = _mm512_permutex2var_epi16(v[0], pick01, v[1]);
+  const __m512i a23 = _mm512_permutex2var_epi16(v[0], pick23, v[1]);
+  const __m512i b01 = _mm512_permutex2var_epi16(v[2], pick01, v[3]);
+  const __m512i b23 = _mm512_permutex2var_epi16(v[2], pick23, v[3]);
+  v[0] = _mm512_inserti64x4(a01, _mm512_castsi512_si256(b01), 1);
+  v[1] = _mm512_shuffle_i64x2(a01, b01, 0xee);
+  v[2] = _mm512_inserti64x4(a23, _mm512_castsi512_si256(b23), 1);
+  v[3] = _mm512_shuffle_i64x2(a23, b23, 0xee);
+}
+
+// 16 elements of any float type as fp32; lanes outside the mask are 0.
+LK_INLINE __m512 load_floats(const void* p, Dtype dtype, int64_t i, __mmask16 mask) {
+  if (dtype == Dtype::f32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p) + i);
+  const __m256i v = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + i);
+  if (dtype == Dtype::f16) return _mm512_cvtph_ps(v);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+
+// A row-major matrix of any float type, rounded to bf16 on the way.
+template <Order order>
+struct DenseRows {
+  static constexpr Order kOrder = order;
+  const void* data;
+  Dtype dtype;
+  int64_t stride, columns;
+  int64_t row = 0;
+
+  LK_INLINE void begin(int64_t r, int64_t, int64_t) { row = r; }
+
+  LK_INLINE void chunk(int64_t c, __m512i v[4]) const {
+    const int64_t k = c * kChunk;
+    if (dtype == Dtype::bf16) {
+      const uint16_t* p = static_cast<const uint16_t*>(data) + row * stride + k;
+      for (int t = 0; t < 4; ++t)
+        v[t] = _mm512_maskz_loadu_epi16(lanes32(columns - k - 32 * t), p + 32 * t);
+    } else {
+      const int64_t at = row * stride + k;
+      for (int t = 0; t < 4; ++t) {
+        const int64_t left = columns - k - 32 * t;
+        v[t] = round_pair(load_floats(data, dtype, at + 32 * t, lanes16(left)),
+                          load_floats(data, dtype, at + 32 * t + 16, lanes16(left - 16)));
+      }
+    }
+    if (order == Order::strided) stride_by_four(v);
+  }
+};
+
+// bf16 rows with a dropout mask applied; the factor 1 / (1 - p) is left to the caller.
+template <Order order>
+struct MaskedRows {
+  static constexpr Order kOrder = order;
+  DenseRows<Order::natural> rows;
+  Dropout dropout;
+
+  LK_INLINE void begin(int64_t r, int64_t first, int64_t last) { rows.begin(r, first, last); }
+
+  LK_INLINE void chunk(int64_t c, __m512i v[4]) const {
+    rows.chunk(c, v);
+    for (int h = 0; h < 2; ++h) {
+      const uint64_t keep = keep_mask64(dropout, uint32_t(rows.row), uint32_t(2 * c + h));
+      v[2 * h] = _mm512_maskz_mov_epi16(__mmask32(keep), v[2 * h]);
+      v[2 * h + 1] = _mm512_maskz_mov_epi16(__mmask32(keep >> 32), v[2 * h + 1]);
+    }
+    if (order == Order::strided) stride_by_four(v);
+  }
+};
+
+// A 4-bit weight whose rows are whole numbers of 64-element groups that share one scale.
+struct Nf4Rows {
+  static constexpr Order kOrder = Order::strided;
+  static constexpr int64_t kGroup = 64;
+  static constexpr int64_t kMaxChunks = 128;
+  const QuantView* q;
+  int64_t columns;
+  int group_shift;  // log2(block_size / 64)
+  int64_t row = 0, first_group = 0;
+  alignas(64) float scales[2 * kMaxChunks + 16];
+
+  static bool takes(const QuantView& q, int64_t columns) {
+    return columns % kGroup == 0 && q.block_size % kGroup == 0;
+  }
+
+  Nf4Rows(const QuantView& view, int64_t k)
+      : q(&view), columns(k), group_shift(__builtin_ctzll(uint64_t(view.block_size / kGroup))) {}
+
+  LK_INLINE void begin(int64_t r, int64_t first_chunk, int64_t last_chunk) {
+    row = r;
+    first_group = 2 * first_chunk;
+    const int64_t groups = min64(2 * last_chunk, columns / kGroup) - first_group;
+    const int64_t at = r * (columns / kGroup) + first_group;
+    if (group_shift != 0 || q->absmax != nullptr) {
+      for (int64_t i = 0; i < groups; ++i) scales[i] = q->block_scale((at + i) >> group_shift);
+    } else {
+      nested_scales(at, groups);
+    }
+    scales[groups] = 0.0f;  // the missing half of a last chunk
+  }
+
+  LK_INLINE void nested_scales(int64_t at, int64_t groups) {
+    for (int64_t i = 0; i < groups; i += 16) {
+      const __mmask16 mask = lanes16(groups - i);
+      const __m512i code =
+          _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q->absmax8 + at + i));
+      const __m512 value = _mm512_i32gather_ps(code, q->nested_map, 4);
+      const int64_t group = (at + i) / q->nested_block;
+      __m512 outer = _mm512_set1_ps(q->nested_absmax[group]);
+      const int64_t inside = (group + 1) * q->nested_block - (at + i);
+      if (inside < min64(groups - i, 16))
+        outer = _mm512_mask_mov_ps(_mm512_set1_ps(q->nested_absmax[group + 1]), lanes16(inside),
+                                   outer);
+      const __m512 scaled = _mm512_mul_ps(value, outer);
+      _mm512_storeu_ps(scales + i, _mm512_add_ps(scaled, _mm512_set1_ps(q->nested_offset)));
+    }
+  }
+
+  LK_INLINE const uint8_t* at(int64_t c) const {
+    return q->packed + (row * columns + c * kChunk) / 2;
+  }
+
+  // 3 shifts, 2 logic, 4 look-ups, and 3 for the table of two blocks: about 0.1 per weight.
+  LK_INLINE void chunk(int64_t c, __m512i v[4]) const {
+    const __m512i low_nibbles = _mm512_set1_epi16(0x0f0f);
+    const __m512i second_block = _mm512_inserti64x4(_mm512_setzero_si512(),
+                                                    _mm256_set1_epi8(16), 1);
+    const __m512 codes = _mm512_loadu_ps(kCodeTable[q->quant_type]);
+    const float* s = scales + 2 * c - first_group;
+    const __m512i table = round_pair(_mm512_mul_ps(codes, _mm512_set1_ps(s[0])),
+                                     _mm512_mul_ps(codes, _mm512_set1_ps(s[1])));
+    const bool whole = (c + 1) * kChunk <= columns;
+    const __m512i w = whole ? _mm512_loadu_si512(at(c))
+                            : _mm512_zextsi256_si512(_mm256_loadu_si256(
+                                  reinterpret_cast<const __m256i*>(at(c))));
+    constexpr int kAndOr = 0xea;
+    const __m512i odd = _mm512_ternarylogic_epi32(w, low_nibbles, second_block, kAndOr);
+    const __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 4), low_nibbles,
+                                                   second_block, kAndOr);
+    v[0] = _mm512_permutexvar_epi16(even, table);
+    v[1] = _mm512_permutexvar_epi16(odd, table);
+    v[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table);
+    v[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
+    // A missing second half has scale 0, so its look-ups are zeros (of either sign).
+  }
+};
+
+// Any other 4-bit weight, decoded a row piece at a time into natural order.
+struct AnyNf4Rows {
+  static constexpr Order kOrder = Order::natural;
+  static constexpr int64_t kMaxChunks = Nf4Rows::kMaxChunks;
+  const QuantView* q;
+  int64_t columns;
+  int64_t first = 0;
+  alignas(64) BFloat16 decoded[kMaxChunks * kChunk];
+
+  AnyNf4Rows(const QuantView& view, int64_t k) : q(&view), columns(k) {}
+
+  LK_INLINE void begin(int64_t r, int64_t first_chunk, int64_t last_chunk) {
+    first = first_chunk;
+    const int64_t begin = r * columns + first_chunk * kChunk;
+    const int64_t end = r * columns + min64(last_chunk * kChunk, columns);
+    for (int64_t i = begin; i < end;) {
+      const int64_t block = i / q->block_size;
+      const int64_t stop = min64((block + 1) * q->block_size, end);
+      const float scale = q->block_scale(block);
+      BFloat16* out = decoded + (i - begin);
+      if (i % 2 == 0) {
+        decode(q->packed + i / 2, stop - i, kCodeTable[q->quant_type], scale, out);
+      } else {
+        for (int64_t j = i; j < stop; ++j)
+          store(out + (j - i), kCodeTable[q->quant_type][q->code(j)] * scale);
+      }
+      i = stop;
+    }
+    const int64_t padded = (last_chunk - first_chunk) * kChunk;
+    for (int64_t i = max64(end - begin, 0); i < padded; ++i) decoded[i] = BFloat16{0};
+  }
+
+  LK_INLINE void chunk(int64_t c, __m512i v[4]) const {
+    for (int t = 0; t < 4; ++t)
+      v[t] = _mm512_load_si512(decoded + (c - first) * kChunk + 32 * t);
+  }
+};
+
+}  // namespace
+}  // namespace lora_kernels
+
+#endif

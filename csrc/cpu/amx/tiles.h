@@ -1,0 +1,81 @@
+// AMX-BF16 tiles: C[16, 16] fp32 += A[16, 32] bf16 · B[32, 16] bf16.
+//
+// A tile row holds 32 consecutive reduction elements of one output row. B holds pairs: row q of the
+// tile has, for each of the 16 columns, the elements 2q and 2q + 1 of the reduction. Every tile of
+// this code is 1 KiB of consecutive memory, and the tiles of one strip (16 output rows or columns)
+// follow each other along the reduction, so that loads never alias in the L1 cache.
+#pragma once
+
+#include "target.h"
+
+#if LK_AMX
+
+#include "lora_kernels/isa.h"
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t kTile = 16;       // output rows or columns of a tile
+constexpr int64_t kTileDepth = 32;  // reduction elements of a tile
+constexpr int64_t kTileBytes = 1024;
+
+// Tiles 0-3 accumulate, 4-5 hold A, 6-7 hold B with `columns` output columns.
+class TileScope {
+ public:
+  explicit TileScope(int columns = 16) {
+    alignas(64) uint8_t config[64] = {1};
+    for (int t = 0; t < 8; ++t) {
+      const bool narrow = t < 4 || t > 5;
+      config[16 + 2 * t] = static_cast<uint8_t>(narrow ? 4 * columns : 64);
+      config[48 + t] = 16;
+    }
+    _tile_loadconfig(config);
+  }
+  ~TileScope() { _tile_release(); }
+  TileScope(const TileScope&) = delete;
+  TileScope& operator=(const TileScope&) = delete;
+};
+
+LK_INLINE void zero_accumulators() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// c: four tiles, (row strip 0 or 1) x (column strip 0 or 1).
+LK_INLINE void load_accumulators(const float* c) {
+  _tile_loadd(0, c, 64);
+  _tile_loadd(1, c + 256, 64);
+  _tile_loadd(2, c + 512, 64);
+  _tile_loadd(3, c + 768, 64);
+}
+
+LK_INLINE void store_accumulators(float* c) {
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + 256, 64);
+  _tile_stored(2, c + 512, 64);
+  _tile_stored(3, c + 768, 64);
+}
+
+// 2 x 2 accumulators over `depth` tiles: four loads for four products, the best ratio that eight
+// tile registers allow.
+LK_INLINE void multiply(const char* a0, const char* a1, const char* b0, const char* b1,
+                        int64_t depth) {
+  for (int64_t i = 0; i < depth; ++i) {
+    const int64_t o = i * kTileBytes;
+    _tile_loadd(4, a0 + o, 64);
+    _tile_loadd(6, b0 + o, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b1 + o, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, a1 + o, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+#endif

@@ -1,0 +1,31 @@
+// What the tier that a kernel file is being compiled for may use. Kernel files keep everything but
+// their table in an anonymous namespace: a function with external linkage would be shared between
+// the tiers, and the linker could keep the copy that the running machine cannot execute. For the
+// same reason they use no containers or algorithms of the standard library.
+#pragma once
+
+#if defined(LK_TIER_avx2) || defined(LK_TIER_avx512) || defined(LK_TIER_amx)
+#define LK_AVX2 1
+#include <immintrin.h>
+#else
+#define LK_AVX2 0
+#endif
+
+#if defined(LK_TIER_avx512) || defined(LK_TIER_amx)
+#define LK_AVX512 1
+#else
+#define LK_AVX512 0
+#endif
+
+#if defined(LK_TIER_amx)
+#define LK_AMX 1
+#else
+#define LK_AMX 0
+#endif
+
+#if defined(LK_TIER_neon)
+#define LK_NEON 1
+#include <arm_neon.h>
+#else
+#define LK_NEON 0
+#endif

@@ -1,0 +1,29 @@
+"""Adapters on whole models: putting them on, merging them, and PEFT's checkpoint format."""
+
+from lora_kernels.adapters.apply import LoRAReport, apply_lora
+from lora_kernels.adapters.checkpoint import LoadResult, load_adapter, save_adapter
+from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layers import adapter_layers
+from lora_kernels.adapters.merging import (
+    disable_adapters,
+    merge_adapters,
+    merge_and_unload,
+    unmerge_adapters,
+)
+from lora_kernels.adapters.report import ModelReport, model_report
+
+__all__ = [
+    "LoRAConfig",
+    "LoRAReport",
+    "LoadResult",
+    "ModelReport",
+    "adapter_layers",
+    "apply_lora",
+    "disable_adapters",
+    "load_adapter",
+    "merge_adapters",
+    "merge_and_unload",
+    "model_report",
+    "save_adapter",
+    "unmerge_adapters",
+]

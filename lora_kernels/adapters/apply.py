@@ -1,0 +1,328 @@
+"""apply_lora: put adapters on a model's linear layers, quantising the base on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layers import (
+    adapter_layers,
+    count_bytes,
+    count_parameters,
+    replace_module,
+)
+from lora_kernels.adapters.report import LayerRow, group_rows, layer_row, table, with_unit
+from lora_kernels.adapters.targets import Targets, find_targets, is_excluded, kept_dense
+from lora_kernels.integrations.peft import ALL_LINEAR, pattern_value
+from lora_kernels.integrations.transformers import forget_quantizer
+from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
+from lora_kernels.nn.common import check_linear_layer
+from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
+from lora_kernels.ops.nf4.base import check_block_size
+from lora_kernels.ops.nf4.weight import check_quant_type
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class LoRAReport:
+    """What `apply_lora` did; `print` shows it as a table.
+
+    Attributes:
+        modules: names of the layers that have an adapter now.
+        quantized: names of the layers whose weight was quantised, with an adapter or without.
+        skipped: (name, reason) of linear layers that were left alone or left dense.
+        trainable_parameters, total_parameters: a 4-bit weight counts its elements.
+        bytes_before, bytes_after: memory of all parameters and buffers.
+        layers: one row per adapted layer.
+    """
+
+    modules: tuple[str, ...]
+    quantized: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    trainable_parameters: int
+    total_parameters: int
+    bytes_before: int
+    bytes_after: int
+    layers: tuple[LayerRow, ...]
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        lines = [
+            f"adapters on {len(self.modules)} layers: {self.trainable_parameters:,} of "
+            f"{self.total_parameters:,} parameters train ({share:.3g} %)",
+            table(group_rows(self.layers)),
+            f"memory of the weights: {with_unit(self.bytes_before)} -> "
+            f"{with_unit(self.bytes_after)}, {len(self.quantized)} layers quantised",
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped:
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"left alone ({reason}): {', '.join(names[:3])}{more}")
+        return "\n".join(lines)
+
+
+def apply_lora(
+    model: nn.Module,
+    r: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    target_modules: str | Iterable[str] = ALL_LINEAR,
+    quantize: Literal["nf4", "fp4"] | None = None,
+    use_rslora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude_modules: str | Iterable[str] = ("lm_head",),
+    *,
+    init: str = "kaiming",
+    adapter_dtype: torch.dtype | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+    progress: bool | Progress = False,
+) -> LoRAReport:
+    """Put adapters on a model's linear layers, in place, and freeze everything else.
+
+    nn.Linear becomes LoRALinear (QLoRALinear with `quantize`); bitsandbytes' Linear4bit and
+    NF4Linear become QLoRALinear over the same bytes (a Linear4bit without an adapter becomes
+    NF4Linear). With `quantize` the linear layers that get no adapter become NF4Linear too, except
+    excluded ones and output layers; each dense weight is freed before the next is quantised. A
+    weight that another module shares (a tied embedding) stays dense, for quantising it would free
+    nothing. The options are kept as `model.lora_config`, for `save_adapter`.
+
+    Args:
+        model: any module that holds linear layers; not compiled yet.
+        r, alpha, dropout, use_rslora, init: as in `nn.LoRALinear`.
+        target_modules: names that a layer's full name ends in; or a regular expression for the
+            full name; or "all-linear": every linear layer but the output layer.
+        quantize: store the base in 4 bits.
+        rank_pattern, alpha_pattern: r or alpha by name, as in PEFT: a regular expression for the
+            end of the full name; the first that fits counts.
+        exclude_modules: as `target_modules`; what is excluded is neither adapted nor quantised.
+        adapter_dtype: dtype of A and B; fp32 over a 16-bit base by default.
+        block_size, double_quant: of `quantize`.
+        progress: True for a bar (needs tqdm), or a function of (done, total, name).
+
+    Returns:
+        A report; `print` it.
+
+    Raises:
+        ValueError: no layer matches, a target is unknown or cannot be adapted (the message lists
+            the candidates), the model has adapters already, or an option is out of its range. The
+            model is unchanged then, but for a non-finite weight met while quantising.
+        TypeError: an option has the wrong type.
+    """
+    config = LoRAConfig(
+        r,
+        alpha,
+        dropout,
+        target_modules,  # type: ignore[arg-type]
+        bool(use_rslora),
+        rank_pattern or {},
+        alpha_pattern or {},
+        exclude_modules,  # type: ignore[arg-type]
+        init,
+    )
+    check_model(model)
+    targets = find_targets(model, config)
+    _check_patterns(config, targets.names)
+    return apply_config(
+        model,
+        config,
+        targets,
+        quantize=quantize,
+        adapter_dtype=adapter_dtype,
+        block_size=block_size,
+        double_quant=double_quant,
+        progress=progress,
+    )
+
+
+def apply_config(
+    model: nn.Module,
+    config: LoRAConfig,
+    targets: Targets,
+    *,
+    quantize: str | None = None,
+    adapter_dtype: torch.dtype | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+    progress: bool | Progress = False,
+) -> LoRAReport:
+    """Put the configuration's adapters on the targets, which are known to take one."""
+    if quantize is not None:
+        check_quant_type(quantize)
+        check_block_size("block_size", block_size)
+    dense, kept = _plan_quantisation(model, config, targets.names) if quantize else (set(), [])
+    theirs = [(n, m) for n, m in model.named_modules() if is_linear4bit(m)]
+    for name, layer4bit in theirs:
+        check_not_repacked(name, layer4bit)
+    bare = dense | {name for name, _ in theirs if not is_excluded(config, name)}
+    # The plan holds names only: a reference to a layer would keep its dense weight alive.
+    work = list(targets.names) + sorted(bare - set(targets.names))
+    fmt: dict[str, Any] = {
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "quant_type": quantize,
+    }
+    bytes_before = count_bytes(model)
+    model.requires_grad_(False)
+    for name in _with_progress(work, progress):
+        layer: Any = model.get_submodule(name)
+        new: nn.Module
+        form = fmt if name in dense else {}
+        try:
+            if name in targets.names:
+                new = _adapted(layer, config, name, adapter_dtype, form)
+            else:
+                new = _without_adapter(layer, form)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        replace_module(model, layer, new)
+        del layer
+    _leave_fast_path(model)
+    if theirs and not any(is_linear4bit(module) for module in model.modules()):
+        forget_quantizer(model)
+    model.lora_config = config  # type: ignore[assignment]
+    trainable, total = count_parameters(model)
+    return LoRAReport(
+        modules=targets.names,
+        quantized=tuple(name for name in work if name in dense),
+        skipped=targets.skipped + tuple(kept),
+        trainable_parameters=trainable,
+        total_parameters=total,
+        bytes_before=bytes_before,
+        bytes_after=count_bytes(model),
+        layers=tuple(layer_row(name, module) for name, module in adapter_layers(model)),
+    )
+
+
+def _adapted(
+    layer: nn.Module,
+    config: LoRAConfig,
+    name: str,
+    adapter_dtype: torch.dtype | None,
+    form: dict[str, Any],
+) -> LoRALinear | QLoRALinear:
+    options = (
+        config.rank_of(name),
+        config.alpha_of(name),
+        config.dropout,
+        config.use_rslora,
+        config.init,
+        adapter_dtype,
+    )
+    if isinstance(layer, NF4Linear):
+        return QLoRALinear.from_weight(layer.weight, layer.bias, *options).train(layer.training)
+    if is_linear4bit(layer):
+        return QLoRALinear.from_linear4bit(layer, *options)
+    assert isinstance(layer, nn.Linear)
+    if not form:
+        return LoRALinear.from_linear(layer, *options)
+    return QLoRALinear.from_linear(layer, *options, **form)
+
+
+def _without_adapter(layer: nn.Module, form: dict[str, Any]) -> NF4Linear:
+    if is_linear4bit(layer):
+        return NF4Linear.from_linear4bit(layer)
+    assert isinstance(layer, nn.Linear)
+    return NF4Linear.from_linear(layer, **form)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise unless adapters can be put on this model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected torch.nn.Module")
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"model: {type(model).__name__} has PEFT adapters already; pass the base model"
+        )
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ValueError("model: is compiled already; call apply_lora before torch.compile")
+    if isinstance(model, nn.Linear | NF4Linear):
+        raise ValueError(
+            f"model: is a {type(model).__name__}, which cannot be replaced inside itself; use "
+            "LoRALinear.from_linear"
+        )
+    adapted = [name for name, _ in adapter_layers(model)]
+    if adapted:
+        raise ValueError(
+            f"model: {type(model).__name__} has adapters on {len(adapted)} layers already "
+            f"({', '.join(adapted[:3])}, ...); merge_and_unload removes them"
+        )
+
+
+def _check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option):
+            if not any(pattern_value({pattern: True}, name, False) for name in names):
+                raise ValueError(
+                    f"{option}: {pattern!r} matches none of the {len(names)} adapted layers, such "
+                    f"as {names[0]!r}"
+                )
+
+
+def _plan_quantisation(
+    model: nn.Module, config: LoRAConfig, targets: tuple[str, ...]
+) -> tuple[set[str], list[tuple[str, str]]]:
+    """(names of layers to quantise, (name, reason) of layers that stay dense)."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    stay = kept_dense(model)
+    dense: set[str] = set()
+    kept: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or is_linear4bit(module):
+            continue
+        if name not in targets:
+            if is_excluded(config, name) or id(module) in stay:
+                continue
+            try:
+                check_linear_layer(module)
+            except (TypeError, ValueError):
+                continue
+        if module.weight.is_meta:
+            raise ValueError(
+                f"quantize: the weight of {name} is on the meta device, expected loaded values"
+            )
+        if owners[id(module.weight)] > 1:
+            kept.append((name, "weight is tied, kept dense"))
+        else:
+            dense.add(name)
+    return dense, kept
+
+
+def _leave_fast_path(model: nn.Module) -> None:
+    """Make nn.TransformerEncoderLayer call its layers: its fused path reads their weights only."""
+    ours = (LoRALinear, NF4Linear)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(child, ours) for child in module.modules()
+        ):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(child, ours) for child in module.modules()
+        ):
+            module.use_nested_tensor = False
+
+
+def _with_progress(names: list[str], progress: bool | Progress) -> Iterator[str]:
+    if progress is True:
+        from tqdm import tqdm
+
+        yield from tqdm(names, desc="adapters", unit="layer")
+        return
+    for done, name in enumerate(names):
+        if callable(progress):
+            progress(done, len(names), name)
+        yield name
+    if callable(progress) and names:
+        progress(len(names), len(names), names[-1])

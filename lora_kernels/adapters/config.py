@@ -1,0 +1,152 @@
+"""LoRAConfig: what an adapter is, apart from its weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lora_kernels.integrations.peft import ALL_LINEAR, check_config, pattern_value
+from lora_kernels.nn.lora import check_adapter_options
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The options of an adapter over a model; names and defaults as in `apply_lora`.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type or out of its range.
+    """
+
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: str | tuple[str, ...] = ("lm_head",)
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        check_adapter_options(self.r, self.alpha, self.dropout, self.init)
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if not self.target_modules:
+            raise ValueError("target_modules: got nothing, expected names or a regular expression")
+        for pattern, r in self.rank_pattern.items():
+            _check_option("rank_pattern", pattern, r, self.alpha)
+        for pattern, alpha in self.alpha_pattern.items():
+            _check_option("alpha_pattern", pattern, self.r, alpha)
+
+    @property
+    def all_linear(self) -> bool:
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == ALL_LINEAR
+
+    def rank_of(self, module: str) -> int:
+        """The rank for a module of this name."""
+        return pattern_value(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha for a module of this name."""
+        return pattern_value(self.alpha_pattern, module, self.alpha)
+
+    def to_peft_dict(
+        self, *, base_model: str | None = None, task_type: str | None = None
+    ) -> dict[str, Any]:
+        """The content of PEFT's `adapter_config.json`.
+
+        Args:
+            base_model: where the base model was loaded from.
+            task_type: PEFT's name of the task, such as "CAUSAL_LM".
+        """
+        return {
+            "peft_type": "LORA",
+            "task_type": task_type,
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": _plain(self.target_modules),
+            "exclude_modules": _plain(self.exclude_modules) or None,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "init_lora_weights": True if self.init == "kaiming" else self.init,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "lora_bias": False,
+            "use_dora": False,
+            "modules_to_save": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+
+    @classmethod
+    def from_peft_dict(cls, config: Mapping[str, Any]) -> LoRAConfig:
+        """Read the content of PEFT's `adapter_config.json`.
+
+        Raises:
+            ValueError: the configuration is not plain LoRA; the message names the option.
+            TypeError: an option has the wrong type.
+        """
+        check_config(config)
+        missing = [k for k in ("r", "target_modules") if config.get(k) is None]
+        if missing:
+            raise ValueError(f"{', '.join(missing)}: missing from the adapter's configuration")
+        return cls(
+            r=config["r"],
+            alpha=config.get("lora_alpha", 8),
+            dropout=config.get("lora_dropout", 0.0),
+            target_modules=config["target_modules"],
+            use_rslora=bool(config.get("use_rslora", False)),
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            exclude_modules=config.get("exclude_modules") or (),
+            init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+        )
+
+
+def _names(option: str, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        _check_regex(option, value)
+        return value
+    names = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"{option}: got {value!r}, expected a string or a list of names")
+    # A set has no order of its own, and a saved configuration must not change from run to run.
+    return tuple(sorted(names)) if isinstance(value, set | frozenset) else names
+
+
+def _plain(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
+
+
+def _patterns(option: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{option}: got {value!r}, expected a mapping from names to values")
+    for pattern in value:
+        _check_regex(option, pattern)
+    return dict(value)
+
+
+def _check_regex(option: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{option}: got {pattern!r}, expected a string")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _check_option(option: str, pattern: str, r: int, alpha: float) -> None:
+    try:
+        check_adapter_options(r, alpha, 0.0, "kaiming")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{option}[{pattern!r}]: {error}") from error

@@ -1,0 +1,93 @@
+"""The linear layers of a model: finding them, naming them, measuring and replacing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.nn import LoRALinear, LoRAMixin, NF4Linear
+from lora_kernels.nn.linear4bit import is_linear4bit
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        inner = model._modules.get("module" if isinstance(model, wrappers) else "_orig_mod")
+        if inner is None:
+            return model
+        model = inner
+
+
+def canonical(name: str) -> str:
+    """A module's name without the parts that torch.compile on a submodule adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRAMixin]]:
+    """(name, layer) of every layer of the model that has an adapter."""
+    for name, module in unwrap(model).named_modules():
+        if isinstance(module, LoRAMixin):
+            yield canonical(name), module
+
+
+def require_adapters(model: nn.Module) -> list[tuple[str, LoRAMixin]]:
+    """The adapter layers; ValueError when there are none."""
+    layers = list(adapter_layers(model))
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no adapters; call apply_lora first")
+    return layers
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever the model holds `old`: one layer may stand in several places."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                setattr(parent, name, new)
+
+
+def base_format(module: nn.Module) -> str:
+    """How a layer of this package stores its base weight, in a word or two."""
+    if isinstance(module, NF4Linear):
+        weight = module.weight
+        return f"{weight.quant_type}/{weight.block_size}{' nested' if weight.is_nested else ''}"
+    if isinstance(module, LoRALinear):
+        return str(module.weight.dtype).removeprefix("torch.")
+    raise TypeError(f"module: got {type(module).__name__}, expected a layer of this package")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters; a 4-bit weight counts its elements, a tied one counts once."""
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            total += module.in_features * module.out_features
+        elif isinstance(module, nn.Linear) and is_linear4bit(module):
+            total += module.in_features * module.out_features - module.weight.numel()
+    return trainable, total
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each piece of memory counted once."""
+    sizes: dict[object, int] = {}
+    for t in _tensors(model):
+        storage = t.untyped_storage()
+        # Meta tensors have no address; what shares one is the same object.
+        key = id(t) if t.is_meta else (t.device, storage.data_ptr())
+        sizes[key] = max(sizes.get(key, 0), t.nbytes if t.is_meta else storage.nbytes())
+    return sum(sizes.values())
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        state = getattr(module, "quant_state", None) if is_linear4bit(module) else None
+        if state is not None:
+            values = [state.absmax, getattr(state.state2, "absmax", None)]
+            yield from (v for v in values if isinstance(v, torch.Tensor))

@@ -1,0 +1,199 @@
+"""Tables of a model's layers: their size and format, and the backend that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters.layers import (
+    base_format,
+    canonical,
+    count_bytes,
+    count_parameters,
+    unwrap,
+)
+from lora_kernels.dispatch import chosen
+from lora_kernels.nn import LoRALinear, LoRAMixin, NF4Linear
+from lora_kernels.ops.common.checks import FLOATS, names
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of this package, or several alike.
+
+    Attributes:
+        name: the layer's full name, or the last part of it for several alike.
+        shape: (N, K) of the weight.
+        base: how the base weight is stored, such as "bfloat16" or "nf4/64 nested".
+        r, alpha: of the adapter; None without one.
+        path: the backend of the forward, "" where none was asked for; "-" when it is plain PyTorch.
+        count: how many layers the row stands for.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    base: str
+    r: int | None = None
+    alpha: float | None = None
+    path: str = ""
+    count: int = 1
+
+
+def layer_row(name: str, module: nn.Module, path: str = "") -> LayerRow:
+    assert isinstance(module, LoRALinear | NF4Linear)
+    adapter = module if isinstance(module, LoRAMixin) else None
+    return LayerRow(
+        name,
+        (module.out_features, module.in_features),
+        base_format(module),
+        adapter.r if adapter else None,
+        adapter.alpha if adapter else None,
+        path,
+    )
+
+
+def group_rows(rows: Iterable[LayerRow]) -> list[LayerRow]:
+    """Put layers with the same last name and the same everything else into one row."""
+    groups: dict[LayerRow, int] = {}
+    for row in rows:
+        key = replace(row, name=row.name.rsplit(".", 1)[-1], count=1)
+        groups[key] = groups.get(key, 0) + row.count
+    return [replace(row, count=count) for row, count in groups.items()]
+
+
+def table(rows: Sequence[LayerRow]) -> str:
+    """The rows as text, without the columns that say nothing."""
+    header = ["layer", "count", "N x K", "base", "r", "alpha", "path"]
+    cells = [header] + [
+        [
+            row.name,
+            str(row.count),
+            f"{row.shape[0]} x {row.shape[1]}",
+            row.base,
+            "-" if row.r is None else str(row.r),
+            "-" if row.alpha is None else f"{row.alpha:g}",
+            row.path,
+        ]
+        for row in rows
+    ]
+    dropped = set() if any(row.path for row in rows) else {"path"}
+    if all(row.count == 1 for row in rows):
+        dropped.add("count")
+    columns = [c for c in zip(*cells, strict=True) if c[0] not in dropped]
+    right = {"count", "r", "alpha"}
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for i in range(len(cells)):
+        parts = [
+            column[i].rjust(width) if column[0] in right else column[i].ljust(width)
+            for column, width in zip(columns, widths, strict=True)
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def with_unit(n: int) -> str:
+    """A number of bytes with a decimal unit."""
+    size = float(n)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """Every layer of this package in a model; `print` shows it as a table.
+
+    Attributes:
+        layers: one row each, in the model's order.
+        trainable_parameters, total_parameters: a 4-bit weight counts its elements.
+        bytes: memory of all parameters and buffers.
+        rows: the number of rows of x (M) and `dtype` its dtype, for which the path was asked.
+    """
+
+    layers: tuple[LayerRow, ...]
+    trainable_parameters: int
+    total_parameters: int
+    bytes: int
+    rows: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no layer of lora_kernels in this model"
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        return "\n".join(
+            [
+                table(group_rows(self.layers)),
+                f"path for M={self.rows} rows of {names([self.dtype])}; "
+                f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train "
+                f"({share:.3g} %), {with_unit(self.bytes)}",
+            ]
+        )
+
+
+def model_report(
+    model: nn.Module, *, rows: int = 512, dtype: torch.dtype | None = None
+) -> ModelReport:
+    """List every layer of this package and the backend that its forward takes.
+
+    Args:
+        model: any model.
+        rows: the number of rows of x (batch times sequence) to ask about.
+        dtype: x's dtype; the base weight's by default.
+
+    Raises:
+        ValueError: `rows` is negative.
+        TypeError: `dtype` is not a floating dtype.
+    """
+    if rows < 0:
+        raise ValueError(f"rows: got {rows}, expected 0 or more")
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype: got {names([dtype])}, expected {names(FLOATS)}")
+    model = unwrap(model)
+    found = [
+        (canonical(name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoRALinear | NF4Linear)
+    ]
+    layers = tuple(
+        layer_row(name, module, forward_path(module, rows, dtype)) for name, module in found
+    )
+    trainable, total = count_parameters(model)
+    used = dtype or (_base_dtype(found[0][1]) if found else torch.get_default_dtype())
+    return ModelReport(layers, trainable, total, count_bytes(model), rows, used)
+
+
+def forward_path(layer: LoRALinear | NF4Linear, rows: int, dtype: torch.dtype | None) -> str:
+    """The backend of the layer's forward for x [rows, K], as the layer stands now."""
+    adapter = layer if isinstance(layer, LoRAMixin) else None
+    dtype = dtype or _base_dtype(layer)
+    device = layer.weight.device
+    if device.type == "meta":
+        return "meta device"
+    x = torch.empty(rows, layer.in_features, device=device, dtype=dtype)
+    bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+    runs_adapter = adapter is not None and adapter.adapter_enabled and not adapter.merged
+    if isinstance(layer, NF4Linear):
+        base, meta = layer.weight.base, layer.weight.meta
+        if not runs_adapter and not (adapter is not None and adapter._merged_weight is not None):
+            return chosen("nf4_linear_fwd", x, base, meta, bias) or "none"
+    else:
+        base, meta = [layer.weight], [layer.out_features, layer.in_features]
+    if not runs_adapter:
+        return "-"
+    assert adapter is not None
+    p = adapter.dropout if adapter.training else 0.0
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if p else None
+    a, b = adapter.lora_A, adapter.lora_B
+    args = (x, base, meta, a, b, adapter.scale, bias, p, seed, None, None)
+    return chosen("lora_linear_fwd", *args) or "none"
+
+
+def _base_dtype(layer: LoRALinear | NF4Linear) -> torch.dtype:
+    return layer.weight.dtype

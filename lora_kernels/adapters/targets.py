@@ -1,0 +1,179 @@
+"""Which layers of a model an adapter goes on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layers import canonical
+from lora_kernels.integrations.peft import matches
+from lora_kernels.integrations.transformers import is_classifier, is_conv1d, output_layer
+from lora_kernels.nn import LoRAMixin, NF4Linear
+from lora_kernels.nn.common import check_linear_layer
+from lora_kernels.nn.linear4bit import is_linear4bit
+
+_CLASSIFIER_HEADS = ("score", "classifier")
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Names of the layers to adapt, and (name, reason) of linear layers that are left alone."""
+
+    names: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
+    """Match `target_modules` and `exclude_modules` against the model's layers.
+
+    Raises:
+        ValueError: a target names nothing, only excluded layers, or a layer that cannot be
+            adapted; the message lists the candidates.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    fused = _fused_children(model)
+    refusals = {name: fused.get(id(m)) or _refusal(m) for name, m in modules.items()}
+    candidates = [name for name, reason in refusals.items() if reason is None]
+    excluded = {name for name in modules if is_excluded(config, name)}
+    if config.all_linear:
+        left_out = _heads(model)
+        names = [n for n in candidates if n not in excluded and id(modules[n]) not in left_out]
+        skipped = [(n, "excluded") for n in candidates if n in excluded]
+        skipped += [(n, "output layer") for n in candidates if n not in excluded | set(names)]
+        skipped += [(n, str(refusals[n])) for n, m in modules.items() if _is_other_linear(m)]
+        skipped += [(n, fused[id(m)]) for n, m in modules.items() if id(m) in fused]
+        if not names:
+            raise ValueError(_no_match(model, config, candidates, skipped))
+        return Targets(tuple(names), tuple(skipped))
+
+    matched = [name for name in modules if matches(config.target_modules, name)]
+    names = [name for name in matched if name not in excluded]
+    unknown = _unknown(config, modules, excluded)
+    if unknown or not names:
+        raise ValueError(_no_match(model, config, candidates, [], unknown))
+    wrong = [name for name in names if refusals[name] is not None]
+    if wrong:
+        listed = _some([f"{name} ({refusals[name]})" for name in wrong], "; ")
+        raise ValueError(
+            f"target_modules: {len(wrong)} of the matched modules cannot be adapted: {listed}. "
+            f"Candidates: {_some(_suffixes(candidates))}"
+        )
+    return Targets(tuple(names), tuple((n, "excluded") for n in matched if n in excluded))
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why no adapter can go on this module; None when one can."""
+    if isinstance(module, LoRAMixin):
+        return "already has an adapter"
+    if isinstance(module, NF4Linear) or is_linear4bit(module):
+        return None
+    if is_conv1d(module):
+        return "transformers' Conv1D stores its weight transposed (fan_in_fan_out)"
+    if not isinstance(module, nn.Linear):
+        return f"is a {type(module).__name__}, not a linear layer"
+    try:
+        check_linear_layer(module)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _is_other_linear(module: nn.Module) -> bool:
+    """A linear layer of a kind that takes no adapter here (Conv1D, GGUF, 8-bit, ...)."""
+    kind = type(module).__name__
+    leaf = next(module.children(), None) is None
+    return leaf and ("Linear" in kind or is_conv1d(module)) and _refusal(module) is not None
+
+
+def _fused_children(model: nn.Module) -> dict[int, str]:
+    """Layers whose owner reads their weight and never calls them."""
+    reason = "nn.MultiheadAttention reads its weight without calling it"
+    owners = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+    return {id(owner.out_proj): reason for owner in owners}
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """The output layers that "all-linear" leaves alone, as PEFT does."""
+    head = output_layer(model)
+    if head is not None:
+        return {id(head)}
+    if is_classifier(model):
+        return {id(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name)}
+    return set()
+
+
+def kept_dense(model: nn.Module) -> set[int]:
+    """ids of the layers that are quantised only as targets: heads, and what is never called."""
+    return _heads(model) | set(_fused_children(model))
+
+
+def is_excluded(config: LoRAConfig, name: str) -> bool:
+    """Whether `exclude_modules` names this module."""
+    return bool(config.exclude_modules) and matches(config.exclude_modules, name)
+
+
+def _unknown(config: LoRAConfig, modules: Iterable[str], excluded: set[str]) -> list[str]:
+    """The entries of a target list that no layer, or only an excluded one, answers to."""
+    if isinstance(config.target_modules, str):
+        return []
+    names = [name for name in modules if name not in excluded]
+    return [t for t in config.target_modules if not any(matches([t], n) for n in names)]
+
+
+def _no_match(
+    model: nn.Module,
+    config: LoRAConfig,
+    candidates: list[str],
+    skipped: list[tuple[str, str]],
+    unknown: list[str] | None = None,
+) -> str:
+    kind = type(model).__name__
+    if config.all_linear:
+        text = f"target_modules: {kind} has no linear layer to adapt"
+        if skipped:
+            text += f"; left alone: {_some([f'{n} ({why})' for n, why in skipped], '; ')}"
+        return text
+    wanted = unknown or config.target_modules
+    text = f"target_modules: {wanted!r} matches no layer of {kind}"
+    hidden = [n for n in candidates if matches(wanted, n) and is_excluded(config, n)]
+    if hidden:
+        text += f" but those that exclude_modules={config.exclude_modules!r} names"
+    elif isinstance(wanted, str) and any(matches([wanted], n) for n in candidates):
+        text += (
+            f" (a string is a regular expression for the whole name: pass [{wanted!r}] to match "
+            "the end of a name)"
+        )
+    return f"{text}. Candidates: {_some(_suffixes(candidates))}"
+
+
+def _suffixes(names: Iterable[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def _some(items: list[str], separator: str = ", ") -> str:
+    if not items:
+        return "none"
+    more = f"{separator}and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return separator.join(items[:_SHOWN]) + more
+
+
+def shortest_targets(model: nn.Module, adapted: Iterable[str]) -> str | tuple[str, ...]:
+    """`target_modules` that PEFT matches to exactly these modules.
+
+    A last name stands for a layer where every module that bears it is adapted, the whole name
+    where not; a regular expression is made of the names where even those match too much.
+    """
+    wanted = set(adapted)
+    names = {canonical(name) for name, _ in model.named_modules() if name}
+    targets: list[str] = []
+    for suffix in _suffixes(wanted):
+        bearers = {name for name in names if matches([suffix], name)}
+        targets += [suffix] if bearers <= wanted else sorted(bearers & wanted)
+    if {name for name in names if matches(targets, name)} != wanted:
+        return "|".join(re.escape(name) for name in sorted(wanted))
+    return tuple(targets)

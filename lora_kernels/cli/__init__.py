@@ -1,0 +1,87 @@
+"""The `lora-kernels` command.
+
+A subcommand is one module with a docstring (its help text), `add_arguments(parser)` and
+`run(args, parser, argv) -> int`, named in `COMMANDS`. A module is imported only when its command is
+asked for, so that `lora-kernels --version` does not wait for transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+from lora_kernels.cli.errors import UsageError
+
+# name: (module, one line for `lora-kernels --help`)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "finetune": (
+        "lora_kernels.cli.finetune",
+        "fine-tune a causal language model with LoRA or QLoRA",
+    ),
+    "doctor": (
+        "lora_kernels.cli.doctor",
+        "show this machine, the installed versions and the path every op takes here",
+    ),
+}
+
+PROGRAM = "lora-kernels"
+
+
+def version() -> str:
+    """The installed version of the package."""
+    try:
+        return importlib.metadata.version("lora_kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="LoRA and QLoRA kernels for PyTorch.",
+        epilog=f"commands:\n{lines}\n\n`{PROGRAM} COMMAND --help` lists a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{PROGRAM} [-h] [--version] COMMAND ...",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}")
+    parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments without the program's name; None takes `sys.argv[1:]`.
+
+    Returns:
+        The exit status: 0 done, 1 a check failed, 2 wrong usage, 128 + signal when interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    top = _top_parser()
+    if not argv:
+        top.print_help()
+        return 2
+    # Options before the command are ours; everything after it is the command's.
+    command = top.parse_args(argv[:1]).command
+    module = importlib.import_module(COMMANDS[command][0])
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(argv[1:])
+    try:
+        return module.run(args, parser, argv[1:])
+    except UsageError as error:
+        print(f"{PROGRAM} {command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM} {command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,210 @@
+"""Show this machine, the installed versions and the path every op takes here.
+
+Each op is called once on small inputs; a backend that is not taken says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_kernels import NF4Weight, functional
+from lora_kernels.dispatch import Explanation, explain, native, ops
+from lora_kernels.dispatch.registry import BACKEND_VARIABLE
+
+# Every variable the package reads, so that a surprising path has its reason on the screen.
+VARIABLES = (BACKEND_VARIABLE, "LORA_KERNELS_NO_NATIVE", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+PACKAGES = (
+    "lora_kernels torch triton transformers accelerate peft bitsandbytes safetensors numpy".split()
+)
+# Flags of /proc/cpuinfo that decide the speed of a kernel, narrow to wide.
+CPU_FLAGS = (
+    "avx2 fma f16c avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 "
+    "asimd bf16 sve"
+).split()
+M, K, N, R = 64, 256, 192, 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No options."""
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """Print the report; 0."""
+    for title, lines in (
+        ("machine", machine()),
+        ("versions", versions()),
+        ("native extension", extension()),
+        (f"paths, for x [{M}, {K}] and W [{N}, {K}]", paths()),
+    ):
+        print(title)
+        print("".join(f"  {line}\n" for line in lines))
+    return 0
+
+
+def _rows(pairs: list[tuple[str, str]]) -> list[str]:
+    width = max((len(name) for name, _ in pairs), default=0)
+    return [f"{name:<{width}}  {value}".rstrip() for name, value in pairs]
+
+
+def machine() -> list[str]:
+    """CPU, its instruction sets, threads, memory, GPUs, and the variables that are set."""
+    rows = [("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")]
+    rows.append(("CPU", _cpu_field("model name") or platform.processor() or "unknown"))
+    flags = (_cpu_field("flags") or _cpu_field("Features") or "").split()
+    rows.append(("instructions", " ".join(f for f in CPU_FLAGS if f in flags) or "unknown"))
+    rows.append(("threads", f"{torch.get_num_threads()} of {_usable_cpus()} usable CPUs"))
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+        rows.append(("memory", f"{memory:.1f} GiB"))
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        rows.append(
+            (
+                f"GPU {i}",
+                f"{device.name}, sm_{device.major}{device.minor}, "
+                f"{device.multi_processor_count} multiprocessors, "
+                f"{device.total_memory / 2**30:.1f} GiB",
+            )
+        )
+    if not torch.cuda.device_count():
+        built = torch.version.cuda or torch.version.hip
+        rows.append(("GPU", "none found" if built else "none (torch is built for the CPU alone)"))
+    rows += [(name, os.environ[name]) for name in VARIABLES if name in os.environ]
+    return _rows(rows)
+
+
+def _cpu_field(field: str) -> str | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return None
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions() -> list[str]:
+    """Installed versions of what the package works with."""
+    rows = []
+    for name in PACKAGES:
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return _rows(rows)
+
+
+def extension() -> list[str]:
+    """Whether the compiled extension is loaded, how it was built, or why it is not there."""
+    if not native.available():
+        return [f"not loaded: {native.why_unavailable()}"]
+    rows = [("state", f"loaded, uses {native.current_isa()}")]
+    rows.append(("usable here", ", ".join(native.isas())))
+    for key, value in native.build_info().items():
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value).strip()
+        rows.append((f"built: {key}", text or "none"))
+    return _rows(rows)
+
+
+def _train(fn: Callable[..., Tensor], dtype: torch.dtype, device: str, **kwargs: object) -> None:
+    x = torch.ones(M, K, dtype=dtype, device=device, requires_grad=True)
+    fn(x, **kwargs).sum().backward()
+
+
+def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """What users do, by name; each runs the ops that it needs, forward and backward."""
+    w = torch.linspace(-1, 1, N * K, device=device).to(dtype).view(N, K)
+    a = torch.ones(R, K, device=device, requires_grad=True)
+    b = torch.ones(N, R, device=device, requires_grad=True)
+    adapter = {"lora_a": a, "lora_b": b, "scale": 2.0, "dropout_p": 0.05}
+    quantized = NF4Weight.quantize(w)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    return {
+        "quantise": lambda: _discard(NF4Weight.quantize(w)),
+        "dequantise": lambda: _discard(quantized.dequantize()),
+        "NF4 base": lambda: _train(functional.nf4_linear, dtype, device, qweight=quantized),
+        "NF4 base + adapter": lambda: _train(
+            functional.nf4_lora_linear, dtype, device, qweight=quantized, **adapter
+        ),
+        "dense base + adapter": lambda: _train(
+            functional.lora_linear, dtype, device, weight=w, **adapter
+        ),
+        "dropout mask": lambda: _discard(functional.dropout_mask((M, K), 0.05, seed)),
+    }
+
+
+def _discard(value: object) -> None:
+    del value
+
+
+def paths() -> list[str]:
+    """For each op, case and dtype the backend that runs; below, why others do not."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    columns = [(device, dtype) for device in devices for dtype in dtypes]
+    found: dict[tuple[str, str], dict[tuple[str, torch.dtype], str]] = {}
+    refused: dict[tuple[str, str, str], list[str]] = {}
+    for device, dtype in columns:
+        for case, call in _cases(device, dtype).items():
+            for told in _explained(call):
+                row = found.setdefault((told.op, case), {})
+                row.setdefault((device, dtype), told.chosen or "none")
+                for backend, reason in told.refusals.items():
+                    if reason is not None:
+                        where = f"{case}, {device} {_short(dtype)}"
+                        places = refused.setdefault((told.op, backend, reason), [])
+                        if where not in places:
+                            places.append(where)
+    head = ["op", "case", *(f"{device} {_short(dtype)}" for device, dtype in columns)]
+    table = [head]
+    for op in ops():
+        rows = [(case, row) for (name, case), row in found.items() if name == op]
+        for case, row in rows:
+            table.append([op, case, *(row.get(column, "-") for column in columns)])
+        if not rows:
+            known = ", ".join(i.backend for i in ops()[op].in_order())
+            table.append([op, f"no example here; implemented by {known}"])
+    lines = _columns(table)
+    if refused:
+        lines += ["", "not taken, and why"]
+    for (op, backend, reason), places in refused.items():
+        every = len(places) == sum(len(row) for (name, _), row in found.items() if name == op)
+        where = "" if every else f" [{'; '.join(places)}]"
+        lines.append(f"{op}, {backend}: {reason}{where}")
+    return lines
+
+
+def _explained(call: Callable[[], None]) -> list[Explanation]:
+    try:
+        return explain(call)
+    except (RuntimeError, ValueError, TypeError) as error:
+        # A path that cannot run is what this command is asked about: show it, and go on.
+        print(f"doctor: {error}", file=sys.stderr)
+        return []
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def _columns(table: list[list[str]]) -> list[str]:
+    full = [row for row in table if len(row) == len(table[0])]
+    widths = [max(len(row[i]) for row in full) for i in range(len(table[0]))]
+    return ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths)).rstrip() for row in table]  # noqa: B905

@@ -1,0 +1,7 @@
+"""The error that a command reports in one line, without a traceback."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """The user gave something that cannot work; the message says what, and what was expected."""

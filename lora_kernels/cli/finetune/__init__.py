@@ -1,0 +1,31 @@
+"""Fine-tune a causal language model with LoRA or QLoRA.
+
+Only the low-rank factors are trained; the base weights are frozen, in 4 bits unless told otherwise.
+The run's folder gets checkpoints of the adapter and the optimiser, a JSON log, the loss curves and
+the adapter in PEFT's format. Ctrl-C saves a checkpoint; --resume continues from it exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.finetune.args import add_arguments, parse
+
+__all__ = ["add_arguments", "run"]
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """The command; returns the exit status.
+
+    Raises:
+        UsageError: what was asked for cannot work.
+    """
+    args = parse(parser, argv)
+    try:
+        from lora_kernels.cli.finetune.run import finetune
+    except ImportError as error:
+        raise UsageError(
+            f"the package {error.name!r} is missing; install lora_kernels[finetune]"
+        ) from error
+    return finetune(args)

@@ -1,0 +1,94 @@
+"""Batches without waste: examples of like length together, logits only where a label is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from lora_kernels.cli.finetune.data import IGNORE, Example
+
+
+class Collator:
+    """Pad to the batch's longest sequence, on the right.
+
+    With `trim_logits` the model is asked (`logits_to_keep`) for the columns alone whose next token
+    has a label in some row, and the labels come already shifted (`shift_labels`): for short answers
+    to long prompts that spares most of the vocabulary projection.
+    """
+
+    def __init__(self, pad_id: int, trim_logits: bool) -> None:
+        self.pad_id = pad_id
+        self.trim_logits = trim_logits
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """input_ids, attention_mask [B, L] and labels [B, L]; trimmed: shift_labels [B, columns]."""
+        length = max(len(e["input_ids"]) for e in examples)
+        ids = torch.full((len(examples), length), self.pad_id)
+        labels = torch.full((len(examples), length), IGNORE)
+        mask = torch.zeros((len(examples), length), dtype=torch.long)
+        for row, example in enumerate(examples):
+            size = len(example["input_ids"])
+            ids[row, :size] = torch.tensor(example["input_ids"])
+            labels[row, :size] = torch.tensor(example["labels"])
+            mask[row, :size] = 1
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if self.trim_logits:
+            shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+            columns = (shifted != IGNORE).any(0).nonzero().flatten()
+            batch["shift_labels"] = shifted[:, columns]
+            # Whoever drops the first column and shifts gets the same labels, or a shape error.
+            batch["labels"] = torch.nn.functional.pad(shifted[:, columns], (1, 0), value=IGNORE)
+            batch["logits_to_keep"] = columns
+        return batch
+
+
+def can_trim_logits(model: Any) -> bool:
+    """Whether the model's forward takes `logits_to_keep` and hands `shift_labels` to its loss."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return "logits_to_keep" in parameters and takes_more
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A shuffled order in which the examples of one batch have like lengths.
+
+    Examples are shuffled, cut into groups of `batch_size * GROUP` and sorted by length inside a
+    group; then the batches are shuffled. The order depends on `seed` and the epoch alone, which
+    transformers' own grouping does not give, so a resumed run sees the same batches.
+    """
+
+    GROUP = 16
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        group = self.batch_size * self.GROUP
+        batches: list[list[int]] = []
+        for start in range(0, len(order), group):
+            part = sorted(order[start : start + group], key=lambda i: -self.lengths[i])
+            batches += [
+                part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)
+            ]
+        # A short batch must stay last, or the batches after it would be cut elsewhere.
+        tail = batches.pop() if len(batches[-1]) < self.batch_size else []
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[i]
+        yield from tail

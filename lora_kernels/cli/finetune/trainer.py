@@ -1,0 +1,169 @@
+"""transformers' Trainer, changed only where adapters and their checkpoints need it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
+
+from lora_kernels.cli.finetune.collate import LengthGroupedSampler
+from lora_kernels.cli.finetune.data import IGNORE
+from lora_kernels.cli.finetune.rundir import RunDir
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints hold the adapter and the optimiser, not the base weights.
+
+    Args:
+        run: the run's folder; `args.output_dir` must be its root.
+        loraplus_ratio: learning rate of the B factors over that of the A factors (LoRA+: Hayou et
+            al., 2024).
+        keep: checkpoints kept.
+    """
+
+    def __init__(self, *, run: RunDir, loraplus_ratio: float, keep: int, **kwargs: Any) -> None:
+        self.run_dir = run
+        self.loraplus_ratio = loraplus_ratio
+        self.keep = keep
+        self._staging: str | None = None
+        super().__init__(**kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser of `args.optim`, with one parameter group per learning rate."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            groups = parameter_groups(
+                model, self.args.learning_rate, self.loraplus_ratio, self.args.weight_decay
+            )
+            self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(example["input_ids"]) for example in data]
+        return LengthGroupedSampler(lengths, self._train_batch_size, self.args.seed)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the checkpoint beside its place and rename it when it is whole."""
+        root = self.run_dir.root
+        root.mkdir(parents=True, exist_ok=True)
+        self._staging = tempfile.mkdtemp(prefix=".saving-", dir=root)
+        try:
+            super()._save_checkpoint(model, trial)
+            for path in Path(self._staging).glob("checkpoint-*"):
+                place = root / path.name
+                if place.exists():
+                    place.rename(Path(self._staging) / "replaced")
+                os.replace(path, place)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        for old in self.run_dir.checkpoints()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def save_now(self) -> Path:
+        """Save a checkpoint of the step that was finished last; returns its folder."""
+        self._save_checkpoint(self.model, None)
+        return self.run_dir.root / f"checkpoint-{self.state.global_step}"
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        from lora_kernels.adapters import save_adapter
+
+        save_adapter(self.model, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        from lora_kernels.adapters import load_adapter
+
+        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, loraplus_ratio: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The trainable parameters: A factors and the rest at `lr`, B factors at `ratio * lr`."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    b = [p for n, p in named if "lora_B" in n.split(".")]
+    others = [p for n, p in named if "lora_B" not in n.split(".")]
+    groups = [
+        {"params": others, "lr": lr, "weight_decay": weight_decay, "name": "A"},
+        {"params": b, "lr": lr * loraplus_ratio, "weight_decay": weight_decay, "name": "B"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def token_losses(logits: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy of each label, -100 where there is none, so that evaluation keeps no logits.
+
+    Args:
+        logits: [B, L, V], or a tuple that begins with it.
+        labels: [B, L] in place, or [B, L + 1] when the logits were trimmed (see `Collator`).
+
+    Returns:
+        fp32 [B, L].
+    """
+    if isinstance(logits, tuple):
+        logits = logits[0]
+    if labels.shape[1] == logits.shape[1] + 1:
+        targets = labels[:, 1:]
+    else:
+        targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    keep = targets != IGNORE
+    losses = torch.full(targets.shape, float(IGNORE), device=logits.device)
+    losses[keep] = nn.functional.cross_entropy(
+        logits[keep].float(), targets[keep], reduction="none"
+    )
+    return losses
+
+
+def mean_token_loss(prediction: Any) -> dict[str, float]:
+    """The mean over all labelled tokens of the set, whatever the batches were."""
+    losses = torch.as_tensor(prediction.predictions, dtype=torch.float64)
+    return {"token_loss": losses[losses != IGNORE].mean().item()}
+
+
+def training_arguments(args: Any, run: RunDir, evaluate: bool) -> TrainingArguments:
+    """transformers' arguments for the command's options."""
+    return TrainingArguments(
+        output_dir=str(run.root),
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.grad_accum,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps or -1,
+        learning_rate=args.lr,
+        weight_decay=args.weight_decay,
+        lr_scheduler_type=args.schedule,
+        warmup_steps=args.warmup,
+        max_grad_norm=args.max_grad_norm,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=args.eval_steps,
+        save_strategy="steps",
+        save_steps=args.save_steps,
+        seed=args.seed,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs=(
+            {"use_reentrant": False} if args.gradient_checkpointing else None
+        ),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        report_to="none",
+    )

@@ -1,0 +1,1 @@
+"""What this package knows about other libraries; none of them is imported until it is used."""

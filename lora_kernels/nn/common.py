@@ -1,0 +1,81 @@
+"""What the modules share that is not an adapter: checks of a plain linear layer, and making one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lora_kernels.ops.common.checks import FLOATS, names
+
+
+def check_linear_layer(linear: nn.Module) -> None:
+    """Raise unless `linear` computes x·Wᵀ + bias from a plain, whole, floating-point weight."""
+    kind = type(linear).__name__
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: got {kind}, expected torch.nn.Linear")
+    if type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"linear: got {kind}, which has a forward of its own; expected torch.nn.Linear "
+            "(a bitsandbytes Linear4bit goes through from_linear4bit)"
+        )
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        raise TypeError(
+            f"linear: the weight of this {kind} is computed (parametrised), expected a parameter"
+        )
+    if weight.dtype not in FLOATS:
+        raise TypeError(
+            f"linear.weight: got dtype {names([weight.dtype])}, expected {names(FLOATS)}"
+        )
+    shape = [linear.out_features, linear.in_features]
+    if list(weight.shape) != shape:
+        raise ValueError(f"linear.weight: got shape {list(weight.shape)}, expected {shape}")
+
+
+def check_features(in_features: int, out_features: int) -> None:
+    for name, value in (("in_features", in_features), ("out_features", out_features)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: got {value!r}, expected an int")
+        if value < 0:
+            raise ValueError(f"{name}: got {value}, expected 0 or more")
+
+
+def make_linear(weight: Tensor, bias: Parameter | None, *, training: bool) -> nn.Linear:
+    """A frozen nn.Linear around `weight` [N, K] and `bias` [N], neither of them copied."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = bias
+    return linear.train(training)
+
+
+def frozen(parameter: Any) -> Any:
+    """The same parameter (or None), taken out of training."""
+    return None if parameter is None else parameter.requires_grad_(False)
+
+
+def cast_like(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """`t` in x's dtype, for a layer over a base that has no dtype of its own."""
+    if not x.is_floating_point():
+        raise TypeError(f"x: got dtype {names([x.dtype])}, expected {names(FLOATS)}")
+    return t if t is None or t.dtype == x.dtype else t.to(x.dtype)
+
+
+def draw_kaiming(t: Tensor) -> None:
+    """Fill in place with nn.Linear's and LoRA's choice: Kaiming-uniform, a=√5."""
+    if t.numel() > 0:  # torch warns about anything smaller
+        nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+
+
+def draw_linear_weight(weight: Tensor, bias: Tensor | None) -> None:
+    """Fill in place with nn.Linear's own initial distribution."""
+    draw_kaiming(weight)
+    if bias is not None:
+        bound = 1 / math.sqrt(weight.shape[1]) if weight.shape[1] > 0 else 0.0
+        with torch.no_grad():
+            bias.uniform_(-bound, bound)

@@ -1,0 +1,65 @@
+"""Reading a bitsandbytes Linear4bit without importing bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lora_kernels.ops.nf4.weight import NF4Weight
+
+
+def is_linear4bit(module: object) -> bool:
+    """Whether this is bitsandbytes' Linear4bit or a subclass of it."""
+    return any(
+        cls.__name__ == "Linear4bit" and cls.__module__.split(".")[0] == "bitsandbytes"
+        for cls in type(module).__mro__
+    )
+
+
+def weight_from_linear4bit(layer: nn.Module) -> NF4Weight:
+    """The 4-bit weight of a bitsandbytes Linear4bit, sharing its tensors.
+
+    A layer that has not been quantised yet (never moved to a device) is quantised with its own
+    settings.
+
+    Raises:
+        TypeError: `layer` is no Linear4bit.
+        ValueError: bitsandbytes has repacked the weight in place for CPU inference, which rounds
+            the scales to bf16, or the weight is in no 4-bit format at all.
+    """
+    if not is_linear4bit(layer):
+        raise TypeError(f"layer: got {type(layer).__name__}, expected bitsandbytes.nn.Linear4bit")
+    weight: Any = layer.weight
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    if state is None:
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+            raise ValueError(
+                f"layer.weight: is {list(weight.shape)} {weight.dtype} on {weight.device} without "
+                "a quantisation state, expected a loaded Linear4bit"
+            )
+        return NF4Weight.quantize(
+            weight.data, weight.blocksize, weight.compress_statistics, weight.quant_type
+        )
+    return weight_from_quant_state(weight.data, state)
+
+
+def check_not_repacked(name: str, layer: Any) -> None:
+    """Raise ValueError if bitsandbytes has repacked this layer's weight for CPU inference."""
+    _refuse_repacked(name, getattr(layer.weight, "quant_state", None))
+
+
+def _refuse_repacked(name: str, state: Any) -> None:
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{name}.weight: bitsandbytes has repacked it in place for CPU inference, with its "
+            "scales rounded to bf16; load the checkpoint again and convert the layer before it "
+            "runs in eval mode"
+        )
+
+
+def weight_from_quant_state(packed: Any, state: Any) -> NF4Weight:
+    """The 4-bit weight of `bitsandbytes.functional.quantize_4bit`'s two results, sharing them."""
+    _refuse_repacked("layer", state)
+    parts = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+    return NF4Weight.from_state_dict({"weight": packed, **parts})

@@ -1,0 +1,259 @@
+"""The adapter half of a linear layer, shared by the dense and the 4-bit base.
+
+y = x·Wᵀ + scale·drop(x)·Aᵀ·Bᵀ + bias, with A [r, K] and B [N, r] (Hu et al., 2021, "LoRA") and
+scale = alpha/r, or alpha/√r (Kalajdzievski, 2023, "rsLoRA").
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lora_kernels.nn.common import draw_kaiming, make_linear
+from lora_kernels.ops.common.checks import FLOATS, names
+
+INITS = ("kaiming", "gaussian")
+
+
+def check_adapter_options(r: int, alpha: float, dropout: float, init: str) -> None:
+    """Raise TypeError or ValueError, naming the option, unless all four make sense."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r: got {r!r}, expected an int of at least 1")
+    if r < 1:
+        raise ValueError(f"r: got {r}, expected at least 1")
+    for name, value in (("alpha", alpha), ("dropout", dropout)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha: got {alpha}, expected a finite number")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: got {dropout}, expected 0 <= dropout < 1")
+    if init not in INITS:
+        raise ValueError(f"init: got {init!r}, expected one of {', '.join(INITS)}")
+
+
+def default_adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
+    """The base's own, but fp32 over a 16-bit base, as in PEFT: small updates vanish in 16 bits."""
+    return torch.float32 if base_dtype in (torch.float16, torch.bfloat16) else base_dtype
+
+
+class LoRAMixin(nn.Module):
+    """Adapter parameters, merging and checkpoint rules of a linear layer.
+
+    A class that mixes this in provides `in_features`, `out_features`, `bias` and the four methods
+    that raise NotImplementedError here.
+
+    Attributes:
+        lora_A: Parameter [r, K].
+        lora_B: Parameter [N, r], zero at first, so that a new adapter changes nothing.
+        r, alpha, use_rslora: what `scale` follows from; `alpha` may be set at any time.
+        dropout: probability of dropping an element of x on the adapter's branch; it acts in
+            training mode only, and [0, 1) is its range.
+        adapter_enabled: False computes the base layer alone.
+    """
+
+    in_features: int
+    out_features: int
+    bias: Parameter | None
+    lora_A: Parameter
+    lora_B: Parameter
+    r: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    init: str
+    adapter_enabled: bool
+    _merged_weight: Tensor | None
+
+    def _base_dtype(self) -> torch.dtype:
+        """The dtype of the dense weight, and of the merged one."""
+        raise NotImplementedError
+
+    def _dense_base(self, dtype: torch.dtype) -> Tensor:
+        """W [N, K]: as it is stored, or decoded to `dtype`; not to be written to."""
+        raise NotImplementedError
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _adapter_forward(self, x: Tensor, dropout_p: float) -> Tensor:
+        raise NotImplementedError
+
+    def _merged_forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _add_adapter(
+        self,
+        r: int,
+        alpha: float,
+        dropout: float,
+        use_rslora: bool,
+        init: str,
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        check_adapter_options(r, alpha, dropout, init)
+        dtype = dtype or default_adapter_dtype(self._base_dtype())
+        if dtype not in FLOATS:
+            raise TypeError(f"adapter_dtype: got {names([dtype])}, expected {names(FLOATS)}")
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.use_rslora, self.init = bool(use_rslora), init
+        self.adapter_enabled = True
+        self.lora_A = Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
+        self.lora_B = Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        self.register_buffer("_merged_weight", None, persistent=False)
+        self.reset_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Draw A anew (Kaiming-uniform with a=√5, or normal with std 1/r) and set B to zero."""
+        if self.init == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / self.r)
+        else:
+            draw_kaiming(self.lora_A)
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def scale(self) -> float:
+        """What the branch is multiplied by: alpha/r, or alpha/√r with `use_rslora`."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to y [..., N]."""
+        if not self.adapter_enabled:
+            return self._base_forward(x)
+        if self.merged:
+            self._refuse_to_train_merged()
+            return self._merged_forward(x)
+        return self._adapter_forward(x, self.dropout if self.training else 0.0)
+
+    def _refuse_to_train_merged(self) -> None:
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and (self.lora_A.requires_grad or self.lora_B.requires_grad)
+        ):
+            raise RuntimeError(
+                "the adapter is merged, so training would give it no gradient: call unmerge() "
+                "to train, or eval() (or torch.no_grad()) to run the merged layer"
+            )
+
+    def delta_weight(self) -> Tensor:
+        """scale·B·A [N, K] in fp32 (fp64 for fp64 adapters)."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+            return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self.scale)
+
+    @torch.no_grad()
+    def merged_weight(self, *, safe: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """W + scale·B·A [N, K]: summed in fp32 (fp64 for an fp64 base or adapter), rounded once.
+
+        Args:
+            safe: refuse a result that is not finite.
+            dtype: the result's dtype; the base weight's by default.
+
+        Raises:
+            ValueError: with `safe`, the result holds an infinity or NaN.
+        """
+        base_dtype = self._base_dtype()
+        delta = self.delta_weight()
+        total = delta.to(torch.promote_types(delta.dtype, base_dtype))
+        total.add_(self._dense_base(total.dtype))
+        merged = total.to(dtype or base_dtype)
+        if safe and not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                f"merge: the merged weight {list(merged.shape)} holds non-finite values in "
+                f"{names([merged.dtype])}; nothing was changed"
+            )
+        return merged
+
+    @property
+    def merged(self) -> bool:
+        """Whether forward runs on a merged weight."""
+        return self._merged_weight is not None
+
+    def merge(self, *, safe: bool = False) -> None:
+        """Run as one linear layer with W + scale·B·A.
+
+        The base weight stays beside the merged one: that costs a second copy of the weight, and
+        makes `unmerge` exact to the bit, `state_dict` the same merged or not, and a tied weight
+        safe. A later change of A, B or alpha shows only after `unmerge` and `merge`; loading a
+        state dict merges anew by itself. Merging twice warns and changes nothing.
+
+        Args:
+            safe: refuse a merged weight that is not finite, and leave everything as it was.
+
+        Raises:
+            ValueError: with `safe`, the merged weight holds an infinity or NaN.
+        """
+        if self._warn_if(self.merged, "already merged"):
+            return
+        self._merged_weight = self.merged_weight(safe=safe)
+
+    def unmerge(self) -> None:
+        """Forget the merged weight; the base weight was never changed. Warns if not merged."""
+        if not self._warn_if(not self.merged, "not merged"):
+            self._drop_merged()
+
+    @staticmethod
+    def _warn_if(condition: bool, state: str) -> bool:
+        if condition:
+            warnings.warn(f"the adapter is {state}: nothing to do", stacklevel=3)
+        return condition
+
+    def _drop_merged(self) -> None:
+        self._merged_weight = None
+
+    def refresh_merged(self) -> None:
+        """Merge anew, if merged, after A, B, alpha or the base weight has changed."""
+        if self._merged_weight is not None and not self.lora_A.is_meta:
+            self._merged_weight = self.merged_weight()
+
+    def to_linear(self, *, safe: bool = False, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain, frozen nn.Linear with the merged weight; the bias is shared, not copied.
+
+        Args:
+            safe: refuse a merged weight that is not finite (ValueError).
+            dtype: dtype of the new weight; the base weight's by default.
+        """
+        return make_linear(
+            self.merged_weight(safe=safe, dtype=dtype), self.bias, training=self.training
+        )
+
+    def _load_from_state_dict(  # type: ignore[override]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        adapter = [prefix + "lora_A", prefix + "lora_B"]
+        # A checkpoint of the plain layer has neither: the adapter then stays as it is.
+        if not any(key in state_dict for key in adapter):
+            missing_keys[:] = [key for key in missing_keys if key not in adapter]
+        self.refresh_merged()
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"r={self.r}", f"alpha={self.alpha:g}"]
+        if self.dropout:
+            parts.append(f"dropout={self.dropout:g}")
+        if self.use_rslora:
+            parts.append("use_rslora=True")
+        if self.lora_A.dtype != self._base_dtype():
+            parts.append(f"adapter_dtype={names([self.lora_A.dtype])}")
+        if self.merged:
+            parts.append("merged")
+        if not self.adapter_enabled:
+            parts.append("adapter disabled")
+        return ", ".join(parts)

@@ -1,0 +1,117 @@
+"""LoRALinear: nn.Linear with a low-rank adapter beside its weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_kernels import functional
+from lora_kernels.nn.common import check_linear_layer, frozen
+from lora_kernels.nn.lora import LoRAMixin, check_adapter_options
+
+
+class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
+    """nn.Linear plus scale·drop(x)·Aᵀ·Bᵀ (Hu et al., 2021, "LoRA"); the base is frozen.
+
+    `weight`, `bias`, `in_features`, `out_features` and their state-dict keys are nn.Linear's own;
+    `lora_A` [r, K] and `lora_B` [N, r] come beside them. A checkpoint of the plain layer loads
+    with strict=True and leaves the adapter as it is.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether the base has a bias (frozen as the weight is).
+        r: the adapter's rank, at least 1.
+        alpha: scale = alpha/r, or alpha/√r with `use_rslora`.
+        dropout: probability of dropping an element of x on the branch, in training only.
+        init: how A is drawn, "kaiming" (uniform, a=√5) or "gaussian" (std 1/r); B is zero.
+        adapter_dtype: fp32 over a 16-bit base by default, else the base's dtype.
+        device, dtype: of the base.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type or out of its range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "kaiming",
+        adapter_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_adapter_options(r, alpha, dropout, init)
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        frozen(self.weight)
+        frozen(self.bias)
+        self._add_adapter(r, alpha, dropout, use_rslora, init, adapter_dtype, self.weight.device)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        init: str = "kaiming",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRALinear:
+        """Put an adapter on an existing layer.
+
+        The weight and bias parameters are shared, not copied, and frozen; training or eval mode is
+        kept, hooks are not. Options as in the class.
+
+        Raises:
+            TypeError: `linear` is not a plain nn.Linear, or an option has the wrong type.
+            ValueError: an option is out of its range.
+        """
+        check_linear_layer(linear)
+        check_adapter_options(r, alpha, dropout, init)
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.in_features, module.out_features = linear.in_features, linear.out_features
+        module.register_parameter("weight", frozen(linear.weight))
+        module.register_parameter("bias", frozen(linear.bias))
+        module._add_adapter(
+            r, alpha, dropout, use_rslora, init, adapter_dtype, linear.weight.device
+        )
+        return module.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """Draw the base as nn.Linear does and the adapter as `init` says."""
+        super().reset_parameters()
+        if "lora_A" in self._parameters:
+            self.reset_adapter()
+            self.refresh_merged()
+
+    def _base_dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def _dense_base(self, dtype: torch.dtype) -> Tensor:
+        return self.weight
+
+    def _base_forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def _adapter_forward(self, x: Tensor, dropout_p: float) -> Tensor:
+        return functional.lora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            scale=self.scale,
+            bias=self.bias,
+            dropout_p=dropout_p,
+        )
+
+    def _merged_forward(self, x: Tensor) -> Tensor:
+        assert self._merged_weight is not None
+        return F.linear(x, self._merged_weight, self.bias)

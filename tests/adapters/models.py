@@ -1,0 +1,71 @@
+"""Small models for the tests of whole-model functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.adapters import adapter_layers
+
+VOCABULARY = 100
+
+
+def llama(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A random Llama with two layers of width 64, in eval mode, always the same."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = {"tie_word_embeddings": False} | config
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            **config,
+        )
+    )
+    return model.to(dtype).eval()
+
+
+LLAMA_LAYERS = 14  # linear layers without lm_head
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+class Mlp(nn.Module):
+    """up, down and an output head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 96)
+        self.down = nn.Linear(96, 64, bias=False)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(torch.relu(self.up(x))))
+
+
+def mlp() -> Mlp:
+    torch.manual_seed(0)
+    return Mlp()
+
+
+def wake(model: nn.Module) -> nn.Module:
+    """Give every adapter a B that is not zero."""
+    generator = torch.Generator().manual_seed(2)
+    for _, layer in adapter_layers(model):
+        with torch.no_grad():
+            layer.lora_B.normal_(std=0.1, generator=generator)
+    return model

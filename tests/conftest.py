@@ -1,0 +1,49 @@
+"""What every test runs under: fixed seeds, NaN in fresh memory, a fair share of the cores."""
+
+from __future__ import annotations
+
+import os
+import random
+
+# Children of a test (the command line, the bench) inherit both: no look-ups on a model hub, and
+# no worker takes all the cores.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_THREADS = max(1, min(2, (os.cpu_count() or 1) // _WORKERS))
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+
+import numpy as np  # noqa: E402  (after OMP_NUM_THREADS)
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(_THREADS)
+    # With this pair every torch.empty, from C++ too, comes filled with NaN (integers: the largest
+    # value), so an output element that a kernel forgot to write cannot pass for a right one.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads_restored():
+    """Tests may change the number of threads; the next one starts with the usual number."""
+    yield
+    if torch.get_num_threads() != _THREADS:
+        torch.set_num_threads(_THREADS)

@@ -1,0 +1,40 @@
+"""Layers with adapters that do something, and the plain PyTorch expression they stand for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_kernels.nn import LoRALinear, QLoRALinear
+
+KINDS = {"lora": LoRALinear, "qlora": QLoRALinear}
+K, N, R = 96, 48, 4
+
+
+def make(
+    kind: str, dtype: torch.dtype = torch.float32, bias: bool = True, **options: Any
+) -> LoRALinear | QLoRALinear:
+    """A layer [48, 96] of rank 4 whose B is not zero."""
+    layer = KINDS[kind].from_linear(nn.Linear(K, N, bias=bias, dtype=dtype), r=R, **options)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+def dense_weight(layer: LoRALinear | QLoRALinear, dtype: torch.dtype) -> Tensor:
+    if isinstance(layer, LoRALinear):
+        return layer.weight.detach().to(dtype)
+    return layer.weight.dequantize(dtype)
+
+
+def plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    branch = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+    return F.linear(x, w, bias) + scale * branch
+
+
+def plain_args(layer: LoRALinear | QLoRALinear, x: Tensor) -> tuple[Any, ...]:
+    bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
+    w = dense_weight(layer, x.dtype)
+    return x, w, layer.lora_A.detach(), layer.lora_B.detach(), bias, layer.scale

@@ -1,0 +1,76 @@
+"""Every implementation of every op against the reference, over every input of `inputs.py`.
+
+Ops that only move bits must agree exactly; the others through the package's one error budget.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.ops.inputs import GENERATORS, Case, cases
+from tests.ops.variants import Variant, accepts, all_variants, as_tuple, bits, oracle_args
+
+from lora_kernels import use_backend
+from lora_kernels.dispatch import ops
+from lora_kernels.testing import assert_within_budget
+
+
+def _parameters():
+    for op in GENERATORS:
+        for case in cases(op):
+            on_device = {v.device: case.build(v.device) for v in all_variants()}
+            for variant in all_variants():
+                if accepts(op, variant.backend, on_device[variant.device]):
+                    yield pytest.param(variant, case, id=f"{op}-{variant}-{case.label}")
+
+
+def _flat(args):
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            yield a
+        elif isinstance(a, list):
+            yield from _flat(a)
+
+
+def test_every_op_has_inputs():
+    assert sorted(GENERATORS) == sorted(ops())
+
+
+def test_labels_are_unique():
+    for op in GENERATORS:
+        labels = [case.label for case in cases(op)]
+        assert len(labels) == len(set(labels))
+
+
+@pytest.mark.parametrize("op", GENERATORS)
+def test_reference_takes_everything(op):
+    for case in cases(op):
+        assert accepts(op, "reference", case.build()), case.label
+
+
+@pytest.mark.parametrize(("variant", "case"), list(_parameters()))
+def test_against_reference(variant: Variant, case: Case):
+    args = case.build(variant.device)
+    untouched = case.build(variant.device)
+    op = getattr(torch.ops.lora_kernels, case.op).default
+    with variant.active():
+        actual = as_tuple(op(*args))
+        again = as_tuple(op(*args))
+    with use_backend("reference"):
+        plain = as_tuple(op(*args))
+
+    names = [r.name or "output" for r in op._schema.returns]
+    for name, got, repeat in zip(names, actual, again, strict=True):
+        assert torch.equal(bits(got), bits(repeat)), f"{name}: differs from run to run"
+    for before, after in zip(_flat(untouched), _flat(args), strict=True):
+        assert torch.equal(bits(before), bits(after)), "an input was overwritten"
+
+    if case.exact:
+        for name, got, want in zip(names, actual, plain, strict=True):
+            assert got.dtype == want.dtype, name
+            assert torch.equal(bits(got), bits(want)), name
+        return
+    with use_backend("reference"):
+        oracle = as_tuple(op(*oracle_args(case.op, args)))
+    for name, got, exact, want in zip(names, actual, oracle, plain, strict=True):
+        assert_within_budget(got, exact, want, name)
