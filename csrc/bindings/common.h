@@ -33,9 +33,9 @@ template <class... Parts>
   throw std::invalid_argument(text.str());
 }
 
-#define LK_CHECK(condition, ...)                              \
-  do {                                                        \
-    if (!(condition)) ::lora_kernels::fail(__VA_ARGS__);      \
+#define LK_CHECK(condition, ...)                         \
+  do {                                                   \
+    if (!(condition)) ::lora_kernels::fail(__VA_ARGS__); \
   } while (0)
 
 std::string shape_text(const Tensor& t);

@@ -55,8 +55,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", build_info,
         "What the extension was built with: compiler, flags, torch, isas, cuda_archs "
         "(empty where the CUDA kernels are not linked).");
-  m.def("isas", [] { return tiers(lk::isa_usable); },
-        "Instruction-set tiers usable on this machine, best first.");
+  m.def(
+      "isas", [] { return tiers(lk::isa_usable); },
+      "Instruction-set tiers usable on this machine, best first.");
   m.def("current_isa", [] { return std::string(lk::isa_name(lk::current())); });
   m.def("set_isa", set_isa, py::arg("name"),
         "Use another tier, process-wide. ValueError where it cannot run here.");

@@ -8,14 +8,14 @@
 
 #include "lora_kernels/isa.h"
 
-#define CHECK(condition, ...)                                                    \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
+#define CHECK(condition, ...)                                                        \
+  do {                                                                               \
+    if (!(condition)) {                                                              \
       std::fprintf(stderr, "%s:%d: failed: %s\n  ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                                         \
-      std::fprintf(stderr, "\n");                                                \
-      std::exit(1);                                                              \
-    }                                                                            \
+      std::fprintf(stderr, __VA_ARGS__);                                             \
+      std::fprintf(stderr, "\n");                                                    \
+      std::exit(1);                                                                  \
+    }                                                                                \
   } while (0)
 
 inline std::vector<lora_kernels::Isa> usable_isas() {

@@ -1,5 +1,5 @@
-// Every tier of the NF4/FP4 kernels against the scalar tier, bit for bit, and the scalar tier against
-// the format's definition.
+// Every tier of the NF4/FP4 kernels against the scalar tier, bit for bit, and the scalar tier
+// against the format's definition.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -119,10 +119,26 @@ void check_round_trip(Dtype dtype, int64_t n, int64_t block, int type, Random& r
   std::vector<float> map(256), nested_absmax(blocks / 4 + 1);
   for (float& f : map) f = random.uniform();
   for (float& f : nested_absmax) f = random.uniform() * 1e-4f;
-  const QuantView plain{expected.packed.data(), expected.absmax.data(), nullptr, nullptr, nullptr,
-                        0.0f, n, block, 0, type};
-  const QuantView nested{expected.packed.data(), nullptr, absmax8.data(), nested_absmax.data(),
-                         map.data(), 0.01f, n, block, 4, type};
+  const QuantView plain{expected.packed.data(),
+                        expected.absmax.data(),
+                        nullptr,
+                        nullptr,
+                        nullptr,
+                        0.0f,
+                        n,
+                        block,
+                        0,
+                        type};
+  const QuantView nested{expected.packed.data(),
+                         nullptr,
+                         absmax8.data(),
+                         nested_absmax.data(),
+                         map.data(),
+                         0.01f,
+                         n,
+                         block,
+                         4,
+                         type};
 
   for (const QuantView& view : {plain, nested}) {
     const auto reference = dequantize(Isa::scalar, view, dtype, serial());

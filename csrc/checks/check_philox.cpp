@@ -28,7 +28,8 @@ int main() {
   CHECK(dropout_threshold(0.5 / 65536) == 0 && dropout_threshold(1.5 / 65536) == 2, "ties to even");
 
   const uint64_t seed = 0xfedcba9876543210u;
-  const int64_t shapes[][2] = {{1, 1}, {3, 8}, {5, 63}, {2, 64}, {4, 65}, {3, 1000}, {0, 7}, {7, 0}};
+  const int64_t shapes[][2] = {{1, 1},  {3, 8},    {5, 63}, {2, 64},
+                               {4, 65}, {3, 1000}, {0, 7},  {7, 0}};
   for (const double p : {0.0, 0.05, 0.5, 0.9999, 1.0}) {
     for (const auto& shape : shapes) {
       const int64_t rows = shape[0], cols = shape[1];
@@ -40,8 +41,8 @@ int main() {
         CHECK(keep.back() == 0xa5, "%s wrote past the end", isa_name(isa));
         for (int64_t m = 0; m < rows; ++m) {
           for (int64_t k = 0; k < cols; ++k) {
-            const PhiloxBlock r = philox4x32({{uint32_t(k / 8), uint32_t(m), 2, 0}},
-                                             uint32_t(seed), uint32_t(seed >> 32), 7);
+            const PhiloxBlock r = philox4x32({{uint32_t(k / 8), uint32_t(m), 2, 0}}, uint32_t(seed),
+                                             uint32_t(seed >> 32), 7);
             const uint32_t half = (r.word[k % 8 / 2] >> (16 * (k % 2))) & 0xffff;
             CHECK(keep[m * cols + k] == (half >= d.threshold), "%s, p = %g, element %ld, %ld",
                   isa_name(isa), p, long(m), long(k));

@@ -56,9 +56,10 @@ CpuFeatures read_features() {
   f.avx2 = (state & kYmm) == kYmm && has(b, kBmi1 | kAvx2 | kBmi2);
   constexpr uint32_t kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
   f.avx512 = f.avx2 && (state & kZmm) == kZmm && has(b, kF | kDq | kBw | kVl);
-  constexpr uint32_t kVbmi = 1u << 1, kVbmi2 = 1u << 6;                                     // ecx
-  constexpr uint32_t kAmxBf16 = 1u << 22, kFp16 = 1u << 23, kTile = 1u << 24, kInt8 = 1u << 25;  // edx
-  constexpr uint32_t kAvx512Bf16 = 1u << 5;                                                 // 7.1 eax
+  constexpr uint32_t kVbmi = 1u << 1, kVbmi2 = 1u << 6;  // ecx
+  constexpr uint32_t kAmxBf16 = 1u << 22, kFp16 = 1u << 23, kTile = 1u << 24,
+                     kInt8 = 1u << 25;       // edx
+  constexpr uint32_t kAvx512Bf16 = 1u << 5;  // 7.1 eax
   f.amx = f.avx512 && (state & kTiles) == kTiles && has(c, kVbmi | kVbmi2) &&
           has(d, kAmxBf16 | kFp16 | kTile | kInt8) && has(a1, kAvx512Bf16) &&
           request_tile_registers();
@@ -88,7 +89,8 @@ const char* tier_features(Isa isa) {
     case Isa::avx512:
       return "avx2's, avx512f avx512bw avx512vl avx512dq";
     case Isa::amx:
-      return "avx512's, avx512_vbmi avx512_vbmi2 avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8";
+      return "avx512's, avx512_vbmi avx512_vbmi2 avx512_bf16 avx512_fp16 amx_tile amx_bf16 "
+             "amx_int8";
   }
   return "";
 }

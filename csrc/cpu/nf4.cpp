@@ -11,7 +11,9 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;
 
 LK_INLINE int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
-LK_INLINE int64_t grain_blocks(int64_t block_size) { return (kGrain + block_size - 1) / block_size; }
+LK_INLINE int64_t grain_blocks(int64_t block_size) {
+  return (kGrain + block_size - 1) / block_size;
+}
 
 template <class In>
 int64_t quantize(const void* data, int64_t n, int64_t block_size, int quant_type, uint8_t* packed,

@@ -1,6 +1,6 @@
 // Decoding of NF4/FP4 blocks for the tier being compiled. A block's table is scaled by its absmax
-// and rounded to the output type once (16 products); elements are then table look-ups, so the result
-// is round(table[code] * absmax) exactly, on every tier.
+// and rounded to the output type once (16 products); elements are then table look-ups, so the
+// result is round(table[code] * absmax) exactly, on every tier.
 //
 // Each tier has CodeTable<Out> (made by scaled_table) and decode32: 16 bytes -> 32 elements.
 #pragma once
@@ -47,8 +47,7 @@ LK_INLINE __m512 scaled_table(const float* table, float scale, const float*) {
 template <class Out>
 LK_INLINE void decode32(const uint8_t* packed, WordTable table, Out* out) {
   // Byte b in a 32-bit lane: the low word indexes with b >> 4, the high word with b.
-  const __m512i b =
-      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
   const __m512i index = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table.words));
 }
@@ -85,8 +84,7 @@ LK_INLINE __m256i round_words(__m256 v, BFloat16) {
 }
 
 LK_INLINE __m256i round_words(__m256 v, Half) {
-  return _mm256_cvtepu16_epi32(
-      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 LK_INLINE FloatTable scaled_table(const float* table, float scale, const float*) {
@@ -137,8 +135,9 @@ LK_INLINE void decode32(const uint8_t* packed, const FloatTable& table, float* o
     const __m256i c = _mm256_cvtepu8_epi32((i & 1) ? _mm_srli_si128(half, 8) : half);
     // Bit 3 of the code, moved to the sign, picks the half of the table.
     const __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(c, 28));
-    _mm256_storeu_ps(out + 8 * i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.first, c),
-                                                   _mm256_permutevar8x32_ps(table.second, c), pick));
+    _mm256_storeu_ps(out + 8 * i,
+                     _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.first, c),
+                                      _mm256_permutevar8x32_ps(table.second, c), pick));
   }
 }
 

@@ -2,8 +2,8 @@
 // thresholds, found by four comparisons, then the code of that rank.
 //
 // Each tier has Encoder (the thresholds of a quant type), encode32: 32 elements -> 16 bytes, and
-// max_magnitude: the bits of max |x| as an unsigned integer, which orders finite numbers, infinities
-// and NaN alike, so the check for non-finite input costs nothing.
+// max_magnitude: the bits of max |x| as an unsigned integer, which orders finite numbers,
+// infinities and NaN alike, so the check for non-finite input costs nothing.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,9 @@ LK_INLINE float magnitude_float(uint32_t bits, const BFloat16*) { return bits_fl
 LK_INLINE uint32_t max_word(__m256i v) {
   const __m128i m = _mm_max_epu16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   // minpos of the complement
-  return 0xffffu ^ uint32_t(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(
-                       m, _mm_set1_epi32(-1)))) & 0xffff);
+  return 0xffffu ^
+         uint32_t(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(m, _mm_set1_epi32(-1)))) &
+                  0xffff);
 }
 
 // 32 ranks, one a byte -> 16 bytes of codes, the even element in the high nibble.
@@ -111,8 +112,7 @@ LK_INLINE uint32_t max_magnitude32(const In* x, int64_t count) {
   __m512i a = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 32)
     a = _mm512_max_epu16(a, _mm512_and_si512(_mm512_loadu_si512(x + i), mask));
-  return max_word(
-      _mm256_max_epu16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1)));
+  return max_word(_mm256_max_epu16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1)));
 }
 
 #elif LK_AVX2

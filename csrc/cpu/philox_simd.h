@@ -11,8 +11,8 @@ namespace {
 
 #if LK_AVX512
 
-// Eight counters, one in the low half of each 64-bit lane; what the high halves hold does not matter
-// until the end. Lanes are ordered so that interleaving the words puts elements in order.
+// Eight counters, one in the low half of each 64-bit lane; what the high halves hold does not
+// matter until the end. Lanes are ordered so that interleaving the words puts elements in order.
 LK_INLINE uint64_t keep_mask64(const Dropout& d, uint32_t m, uint32_t chunk) {
   const __m512i lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   __m512i c0 = _mm512_add_epi64(lane, _mm512_set1_epi64(int64_t(chunk) * 8));
@@ -41,18 +41,18 @@ LK_INLINE uint64_t keep_mask64(const Dropout& d, uint32_t m, uint32_t chunk) {
 
 // Four counters, as above; 32 keep bits.
 LK_INLINE uint32_t keep_mask32(const Dropout& d, uint32_t m, uint32_t chunk) {
-  __m256i c0 = _mm256_add_epi64(_mm256_setr_epi64x(0, 1, 2, 3),
-                                _mm256_set1_epi64x(int64_t(chunk) * 4));
+  __m256i c0 =
+      _mm256_add_epi64(_mm256_setr_epi64x(0, 1, 2, 3), _mm256_set1_epi64x(int64_t(chunk) * 4));
   __m256i c1 = _mm256_set1_epi64x(m), c2 = _mm256_set1_epi64x(d.stream);
   __m256i c3 = _mm256_setzero_si256();
   const __m256i mul0 = _mm256_set1_epi64x(kPhiloxMul0), mul1 = _mm256_set1_epi64x(kPhiloxMul1);
   uint32_t key0 = uint32_t(d.seed), key1 = uint32_t(d.seed >> 32);
   for (int r = 0; r < kDropoutRounds; ++r, key0 += kPhiloxKey0, key1 += kPhiloxKey1) {
     const __m256i p0 = _mm256_mul_epu32(c0, mul0), p1 = _mm256_mul_epu32(c2, mul1);
-    c0 = _mm256_xor_si256(_mm256_srli_epi64(p1, 32),
-                          _mm256_xor_si256(c1, _mm256_set1_epi64x(key0)));
-    c2 = _mm256_xor_si256(_mm256_srli_epi64(p0, 32),
-                          _mm256_xor_si256(c3, _mm256_set1_epi64x(key1)));
+    c0 =
+        _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1, _mm256_set1_epi64x(key0)));
+    c2 =
+        _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3, _mm256_set1_epi64x(key1)));
     c1 = p1;
     c3 = p0;
   }
@@ -87,8 +87,8 @@ LK_INLINE void store_bits(uint64_t bits, uint8_t* out) {
   _mm512_storeu_si512(out, _mm512_maskz_set1_epi8(bits, 1));
 #elif LK_AVX2
   const __m256i pick = _mm256_set1_epi64x(int64_t(0x8040201008040201));
-  const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
-                                          0x0303030303030303);
+  const __m256i byte =
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   for (int i = 0; i < 2; ++i) {
     const __m256i spread =
         _mm256_shuffle_epi8(_mm256_set1_epi32(int(uint32_t(bits >> (32 * i)))), byte);

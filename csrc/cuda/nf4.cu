@@ -10,15 +10,15 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int kWarps = 8;           // of a block
-constexpr int kLoads = 8;           // 4-byte loads of a thread
+constexpr int kWarps = 8;                   // of a block
+constexpr int kLoads = 8;                   // 4-byte loads of a thread
 constexpr int kWarpTile = 32 * 8 * kLoads;  // weights of a warp: 32 blocks of 64
 constexpr unsigned kAll = 0xffffffffu;
 
-#define LK_CODE_ROW(type)                                                                        \
-  {kCodeTable[type][0],  kCodeTable[type][1],  kCodeTable[type][2],  kCodeTable[type][3],        \
-   kCodeTable[type][4],  kCodeTable[type][5],  kCodeTable[type][6],  kCodeTable[type][7],        \
-   kCodeTable[type][8],  kCodeTable[type][9],  kCodeTable[type][10], kCodeTable[type][11],       \
+#define LK_CODE_ROW(type)                                                                  \
+  {kCodeTable[type][0],  kCodeTable[type][1],  kCodeTable[type][2],  kCodeTable[type][3],  \
+   kCodeTable[type][4],  kCodeTable[type][5],  kCodeTable[type][6],  kCodeTable[type][7],  \
+   kCodeTable[type][8],  kCodeTable[type][9],  kCodeTable[type][10], kCodeTable[type][11], \
    kCodeTable[type][12], kCodeTable[type][13], kCodeTable[type][14], kCodeTable[type][15]}
 __constant__ float device_codes[2][16] = {LK_CODE_ROW(kNf4), LK_CODE_ROW(kFp4)};
 
@@ -55,8 +55,8 @@ struct PairBF16 {
 template <bool kNested>
 __device__ float block_scale(const DeviceQuantView& q, const float* map, int64_t block) {
   if (!kNested) return __ldg(q.absmax + block);
-  const float product = __fmul_rn(map[__ldg(q.absmax8 + block)],
-                                  __ldg(q.nested_absmax + block / q.nested_block));
+  const float product =
+      __fmul_rn(map[__ldg(q.absmax8 + block)], __ldg(q.nested_absmax + block / q.nested_block));
   return __fadd_rn(product, __ldg(q.nested_offset));
 }
 
@@ -123,8 +123,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int64_t first = tile >> block_shift;
   const int scales = kWarpTile >> block_shift;
   const float scale_low = warp_scales<kNested>(q, map, first, scales > 0 ? scales : 1, lane);
-  const float scale_high =
-      scales > 32 ? warp_scales<kNested>(q, map, first + 32, 32, lane) : 0.0f;
+  const float scale_high = scales > 32 ? warp_scales<kNested>(q, map, first + 32, 32, lane) : 0.0f;
 
   constexpr int kPerStore = Pair::kPerStore;
   uint4* to = reinterpret_cast<uint4*>(out + tile) + lane;
@@ -132,7 +131,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int j = 0; j < kLoads; ++j) {
 #pragma unroll
     for (int part = 0; part < 8 / kPerStore; ++part) {
-      const int at = 256 * j + 32 * kPerStore * part + kPerStore * lane;  // first weight, in the tile
+      const int at =
+          256 * j + 32 * kPerStore * part + kPerStore * lane;  // first weight, in the tile
       uint32_t code = codes[j];
       if (kPerStore == 4)  // two lanes share the 8 codes of one load
         code = __shfl_sync(kAll, code, 16 * part + (lane >> 1)) >> (16 * (lane & 1));

@@ -65,8 +65,7 @@ LK_INLINE Half to_half(float value) {
     return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
   }
   // Subnormal: adding 0.5 leaves a last place of 2^-24, and the adder rounds to nearest even.
-  return {static_cast<uint16_t>(
-      sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u))};
+  return {static_cast<uint16_t>(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u))};
 }
 
 LK_INLINE void store(float* p, float value) { *p = value; }

@@ -40,14 +40,14 @@ bool set_for_testing(Isa isa);
 #define LK_TABLE_CASE_(tier, Table, family) \
   case Isa::tier:                           \
     return family##_table_##tier;
-#define LK_DECLARE_FAMILY(Table, family)                         \
-  LK_FOR_EACH_TIER(LK_EXTERN_TABLE_, Table, family)              \
-  LK_INLINE const Table& family##_kernels() {                    \
-    switch (current()) {                                         \
-      LK_FOR_EACH_TIER(LK_TABLE_CASE_, Table, family)            \
-      default:                                                   \
-        return family##_table_scalar;                            \
-    }                                                            \
+#define LK_DECLARE_FAMILY(Table, family)              \
+  LK_FOR_EACH_TIER(LK_EXTERN_TABLE_, Table, family)   \
+  LK_INLINE const Table& family##_kernels() {         \
+    switch (current()) {                              \
+      LK_FOR_EACH_TIER(LK_TABLE_CASE_, Table, family) \
+      default:                                        \
+        return family##_table_scalar;                 \
+    }                                                 \
   }
 
 // LK_TABLE(Table, family) = {...}; at the end of csrc/cpu/<family>.cpp, inside the namespace.

@@ -1,8 +1,9 @@
 // NF4 and FP4: a view of a quantised weight, and the table of CPU kernels.
 //
-// Format (bitsandbytes): the weight is flat; byte i holds code[2i] in its high and code[2i+1] in its
-// low nibble; one scale (absmax) per block of `block_size` elements, the last block may be short.
-// value = table[code] * absmax in fp32, then one rounding to nearest even to the output type.
+// Format (bitsandbytes): the weight is flat; byte i holds code[2i] in its high and code[2i+1] in
+// its low nibble; one scale (absmax) per block of `block_size` elements, the last block may be
+// short. value = table[code] * absmax in fp32, then one rounding to nearest even to the output
+// type.
 #pragma once
 
 #include <cstdint>

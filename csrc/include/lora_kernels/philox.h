@@ -1,5 +1,5 @@
-// Counter-based dropout: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-// SC 2011; 7 rounds pass BigCrush). One call decides eight elements.
+// Counter-based dropout: Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+// 3", SC 2011; 7 rounds pass BigCrush). One call decides eight elements.
 //
 // key = the 64-bit seed, low word first; counter = (k / 8, m, stream, 0). Element (m, k) takes the
 // 16-bit half number k % 8 of the result, low half of word 0 first, and is kept when

@@ -42,6 +42,18 @@ def refuse_dtypes(*tensors: Tensor | None, expected: Sequence[torch.dtype] = DTY
     return None
 
 
+def refuse_linear(op: str, x: Tensor, *others: Tensor | None) -> str | None:
+    """Why the fused linear kernels cannot take these activations (and adapters), or None."""
+    reason = refuse_device(op, x.device)
+    if reason is None and x.device.type == "cpu" and native.current_isa() != "amx":
+        reason = f"needs AMX, and {native.current_isa()} is in use"
+    if reason is None:
+        reason = refuse_dtypes(x, expected=(torch.bfloat16,)) or refuse_dtypes(*others)
+    if reason is None and any(t is not None and t.stride(-1) != 1 for t in (x, *others)):
+        reason = "takes operands whose last dimension is contiguous"
+    return reason
+
+
 def register_native(op: str, supports: Callable[..., str | None]) -> None:
     """Register `lora_kernels_native::<op>` as the native implementation of an op."""
 

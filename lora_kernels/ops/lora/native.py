@@ -1,14 +1,56 @@
-"""What the compiled LoRA kernels take (csrc/bindings/lora.cpp, dropout.cpp)."""
+"""What the compiled LoRA kernels take (csrc/bindings/linear.cpp, dropout.cpp)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from lora_kernels.ops.common.native import refuse_device, register_native
+from lora_kernels.ops.common.native import refuse_device, refuse_linear, register_native
+
+
+def _dense(base: Sequence[Tensor]) -> Tensor | None:
+    return base[0] if len(base) == 1 else None
+
+
+def _fwd(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    rank_diag: Tensor | None,
+    out_diag: Tensor | None,
+) -> str | None:
+    return refuse_linear("lora_linear_fwd", x, _dense(base), a, b, bias, rank_diag, out_diag)
+
+
+def _bwd(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    rank_diag: Tensor | None,
+    out_diag: Tensor | None,
+    needs: Sequence[bool],
+) -> str | None:
+    return refuse_linear("lora_linear_bwd", x, dy, s, _dense(base), a, b, rank_diag, out_diag)
 
 
 def _mask(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> str | None:
     return refuse_device("dropout_mask", seed.device)
 
 
+register_native("lora_linear_fwd", _fwd)
+register_native("lora_linear_bwd", _bwd)
 register_native("dropout_mask", _mask)

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, register_native
+from lora_kernels.ops.common.native import (
+    refuse_device,
+    refuse_dtypes,
+    refuse_linear,
+    register_native,
+)
 
 
 def _quantize(w: Tensor, block_size: int, quant_type: int) -> str | None:
@@ -24,11 +29,11 @@ def _dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype)
 def _linear_fwd(
     x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
 ) -> str | None:
-    return refuse_device("nf4_linear_fwd", x.device) or refuse_dtypes(x)
+    return refuse_linear("nf4_linear_fwd", x, bias)
 
 
 def _linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> str | None:
-    return refuse_device("nf4_linear_bwd", dy.device) or refuse_dtypes(dy)
+    return refuse_linear("nf4_linear_bwd", dy)
 
 
 register_native("nf4_quantize", _quantize)

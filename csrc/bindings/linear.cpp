@@ -1,0 +1,198 @@
+// lora_kernels_native::{nf4_linear,lora_linear}_{fwd,bwd} on the CPU.
+#include "bindings/linear.h"
+
+#include "lora_kernels/isa.h"
+
+namespace lora_kernels {
+
+MatrixView matrix_view(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
+  check_shape(name, t, {rows, columns});
+  LK_CHECK(t.is_cpu(), name, ": is not on the CPU");
+  LK_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": has stride ", t.stride(1),
+           " along its rows, expected 1");
+  return {t.const_data_ptr(), kernel_dtype(name, t), t.size(0), t.size(1), t.stride(0)};
+}
+
+MatrixView vector_view(const char* name, const std::optional<Tensor>& t, int64_t size) {
+  if (!t.has_value()) return {nullptr, Dtype::f32, 0, 0, 0};
+  check_shape(name, *t, {size});
+  check_cpu_contiguous(name, *t);
+  return {t->const_data_ptr(), kernel_dtype(name, *t), 1, size, size};
+}
+
+Base::Base(const std::vector<Tensor>& base, const std::vector<int64_t>& meta_list)
+    : meta(parse_meta(meta_list)), quant{}, view{{nullptr, Dtype::f32, 0, 0, 0}, nullptr, 0, 0} {
+  view.n = meta.n;
+  view.k = meta.k;
+  if (meta.dense()) {
+    LK_CHECK(base.size() == 1, "base: got ", base.size(), " tensors, expected 1");
+    view.dense = matrix_view("weight", base[0], meta.n, meta.k);
+  } else {
+    quant = quant_view(base, meta);
+    view.quant = &quant;
+  }
+}
+
+LoraView lora_view(const Base& base, const Tensor& a, const Tensor& b, double scale,
+                   double dropout_p, const std::optional<Tensor>& seed,
+                   const std::optional<Tensor>& rank_diag, const std::optional<Tensor>& out_diag) {
+  LoraView lora{};
+  lora.a = matrix_view("lora_a", a, -1, base.meta.k);
+  const int64_t r = lora.a.rows;
+  lora.b = matrix_view("lora_b", b, base.meta.n, r);
+  lora.rank_diag = vector_view("rank_diag", rank_diag, r);
+  lora.out_diag = vector_view("out_diag", out_diag, base.meta.n);
+  lora.scale = static_cast<float>(scale);
+  LK_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p: got ", dropout_p,
+           ", expected 0 <= dropout_p < 1");
+  if (seed.has_value() && dropout_threshold(dropout_p) > 0) {
+    check_cpu("seed", *seed, ScalarType::Long, {1});
+    lora.dropout = {static_cast<uint64_t>(*data<int64_t>(*seed)), 0, dropout_threshold(dropout_p)};
+  }
+  return lora;
+}
+
+namespace {
+
+const LinearKernels& kernels() { return linear_kernels(); }
+
+MatrixView activations(const char* name, const Tensor& t, int64_t columns) {
+  const MatrixView view = matrix_view(name, t, -1, columns);
+  LK_CHECK(kernels().forward != nullptr && view.dtype == Dtype::bf16, name, ": got ",
+           dtype_name(t.scalar_type()), " on ", isa_name(current()),
+           ", expected bfloat16 on a processor with AMX");
+  return view;
+}
+
+void check_memory(bool ok) {
+  if (!ok) throw std::runtime_error("out of memory for a kernel's workspace");
+}
+
+Tensor forward(const Tensor& x, const Base& base, const std::optional<Tensor>& bias,
+               const LoraView& lora, Tensor* s) {
+  const MatrixView view = activations("x", x, base.meta.k);
+  Tensor y = new_tensor(x, {view.rows, base.meta.n}, x.scalar_type());
+  const LinearForward call{view,
+                           base.view,
+                           vector_view("bias", bias, base.meta.n),
+                           lora,
+                           y.mutable_data_ptr(),
+                           s != nullptr ? s->mutable_data_ptr() : nullptr};
+  if (y.numel() > 0) check_memory(kernels().forward(call, torch_parallel()));
+  return y;
+}
+
+Tensor nf4_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,
+                      const std::vector<int64_t>& meta, const std::optional<Tensor>& bias) {
+  const Base base(base_tensors, meta);
+  return forward(x, base, bias, LoraView{}, nullptr);
+}
+
+Tensor nf4_linear_bwd(const Tensor& dy, const std::vector<Tensor>& base_tensors,
+                      const std::vector<int64_t>& meta) {
+  const Base base(base_tensors, meta);
+  const MatrixView view = activations("dy", dy, base.meta.n);
+  Tensor dx = new_tensor(dy, {view.rows, base.meta.k}, dy.scalar_type());
+  const LinearBackward call{view, base.view, LoraView{}, dx.mutable_data_ptr(), nullptr};
+  if (dx.numel() > 0) check_memory(kernels().backward(call, torch_parallel()));
+  return dx;
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd(
+    const Tensor& x, const std::vector<Tensor>& base_tensors, const std::vector<int64_t>& meta,
+    const Tensor& a, const Tensor& b, double scale, const std::optional<Tensor>& bias,
+    double dropout_p, const std::optional<Tensor>& seed, const std::optional<Tensor>& rank_diag,
+    const std::optional<Tensor>& out_diag) {
+  const Base base(base_tensors, meta);
+  const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, out_diag);
+  Tensor s = new_tensor(x, {x.size(0), lora.r()}, x.scalar_type());
+  Tensor y = forward(x, base, bias, lora, &s);
+  return {y, s};
+}
+
+// leftᵀ · (keep ∘ right), fp32 [R, C].
+Tensor outer_sum(const MatrixView& left, const MatrixView& right, const Dropout& dropout,
+                 const Tensor& like) {
+  Tensor out = new_tensor(like, {left.columns, right.columns}, ScalarType::Float);
+  if (right.rows == 0) return torch::stable::zero_(out);
+  const OuterSum call{left, right, dropout, mutable_data<float>(out)};
+  check_memory(kernels().outer_sum(call, torch_parallel()));
+  return out;
+}
+
+Tensor scaled(const Tensor& from, float factor, ScalarType dtype) {
+  const Dtype kind = kernel_dtype("gradient", dtype);
+  Tensor out = torch::stable::new_empty(from, from.sizes(), dtype);
+  kernels().scale_into(data<float>(from), from.numel(), factor, kind, out.mutable_data_ptr());
+  return out;
+}
+
+using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Grads lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& s,
+                      const std::vector<Tensor>& base_tensors, const std::vector<int64_t>& meta,
+                      const Tensor& a, const Tensor& b, double scale, double dropout_p,
+                      const std::optional<Tensor>& seed, const std::optional<Tensor>& rank_diag,
+                      const std::optional<Tensor>& out_diag, const std::vector<bool>& needs) {
+  enum { kX, kA, kB, kBias, kRankDiag, kOutDiag, kWeight };
+  LK_CHECK(needs.size() == 7, "needs: got ", needs.size(), " flags, expected 7");
+  const Base base(base_tensors, meta);
+  const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, out_diag);
+  const MatrixView dy_view = activations("dy", dy, base.meta.n);
+  const MatrixView x_view = activations("x", x, base.meta.k);
+  const MatrixView s_view = activations("s", s, lora.r());
+  const int64_t m = dy_view.rows;
+  LK_CHECK(x_view.rows == m && s_view.rows == m, "dy: got ", m, " rows, x ", x_view.rows, ", s ",
+           s_view.rows, "; expected as many");
+  const auto dtype_of = [&](const std::optional<Tensor>& t) {
+    return t.has_value() ? t->scalar_type() : dy.scalar_type();
+  };
+  const auto none = [&](ScalarType dtype) { return new_tensor(dy, {0}, dtype); };
+
+  Tensor dx = none(dy.scalar_type()), da = none(a.scalar_type()), db = none(b.scalar_type());
+  Tensor dbias = none(dy.scalar_type()), dw = none(dy.scalar_type());
+  Tensor drank = none(dtype_of(rank_diag)), dout = none(dtype_of(out_diag));
+  if (needs[kX] || needs[kA]) {
+    if (needs[kX]) dx = new_tensor(dy, {m, base.meta.k}, dy.scalar_type());
+    Tensor ds = new_tensor(dy, {m, lora.r()}, dy.scalar_type());
+    const LinearBackward call{dy_view, base.view, lora,
+                              needs[kX] ? dx.mutable_data_ptr() : nullptr, ds.mutable_data_ptr()};
+    if (m > 0) check_memory(kernels().backward(call, torch_parallel()));
+    if (needs[kA]) {
+      const float factor =
+          lora.dropout.threshold != 0 ? dropout_scale(lora.dropout.threshold) : 1.0f;
+      da = scaled(outer_sum(matrix_view("ds", ds, m, lora.r()), x_view, lora.dropout, dy), factor,
+                  a.scalar_type());
+    }
+  }
+  if (needs[kB] || needs[kRankDiag] || needs[kOutDiag]) {
+    const Tensor outer = outer_sum(s_view, dy_view, Dropout{}, dy);
+    Tensor drank32 = new_tensor(dy, {needs[kRankDiag] ? lora.r() : 0}, ScalarType::Float);
+    Tensor dout32 = new_tensor(dy, {needs[kOutDiag] ? base.meta.n : 0}, ScalarType::Float);
+    if (needs[kB]) db = new_tensor(dy, {base.meta.n, lora.r()}, b.scalar_type());
+    const AdapterGrads call{data<float>(outer), lora,
+                            needs[kB] ? db.mutable_data_ptr() : nullptr,
+                            needs[kRankDiag] ? mutable_data<float>(drank32) : nullptr,
+                            needs[kOutDiag] ? mutable_data<float>(dout32) : nullptr};
+    kernels().adapter_grads(call, torch_parallel());
+    if (needs[kRankDiag]) drank = scaled(drank32, 1.0f, dtype_of(rank_diag));
+    if (needs[kOutDiag]) dout = scaled(dout32, 1.0f, dtype_of(out_diag));
+  }
+  if (needs[kBias]) {
+    const int64_t rows = 0;
+    dbias = torch::stable::sum(dy, torch::headeronly::IntHeaderOnlyArrayRef(&rows, 1));
+  }
+  if (needs[kWeight]) dw = torch::stable::matmul(torch::stable::transpose(dy, 0, 1), x);
+  return {dx, da, db, dbias, drank, dout, dw};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
+  m.impl("nf4_linear_fwd", TORCH_BOX(&nf4_linear_fwd));
+  m.impl("nf4_linear_bwd", TORCH_BOX(&nf4_linear_bwd));
+  m.impl("lora_linear_fwd", TORCH_BOX(&lora_linear_fwd));
+  m.impl("lora_linear_bwd", TORCH_BOX(&lora_linear_bwd));
+}
+
+}  // namespace lora_kernels

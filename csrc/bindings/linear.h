@@ -1,0 +1,27 @@
+// Views (linear.h of the kernels) of the ops' tensors.
+#pragma once
+
+#include "bindings/common.h"
+#include "lora_kernels/linear.h"
+
+namespace lora_kernels {
+
+// [rows, columns] with unit column stride, or an error that names the argument.
+MatrixView matrix_view(const char* name, const Tensor& t, int64_t rows, int64_t columns);
+// [size], contiguous; absent where the tensor is.
+MatrixView vector_view(const char* name, const std::optional<Tensor>& t, int64_t size);
+
+// Keeps the quantised view that `view` points to.
+struct Base {
+  Base(const std::vector<Tensor>& base, const std::vector<int64_t>& meta);
+  Base(const Base&) = delete;
+  Meta meta;
+  QuantView quant;
+  BaseView view;
+};
+
+LoraView lora_view(const Base& base, const Tensor& a, const Tensor& b, double scale,
+                   double dropout_p, const std::optional<Tensor>& seed,
+                   const std::optional<Tensor>& rank_diag, const std::optional<Tensor>& out_diag);
+
+}  // namespace lora_kernels

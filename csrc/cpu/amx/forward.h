@@ -1,0 +1,206 @@
+// y = x·Wᵀ + (LoRA) + bias, as yᵀ = W·xᵀ: decoded rows of W are A tiles as they come, and x, packed
+// once a call, gives the B tiles.
+//
+// FLOPs 2MNK + 2MR(N + K); bytes at least: W once, x once, y once.
+#pragma once
+
+#include "amx/adapters.h"
+
+#if LK_AMX
+
+namespace lora_kernels {
+namespace {
+
+// Scratch of the calling thread: 0 packed activations, 1 packed adapters; of each worker: 2 the
+// block of W, 3 accumulators.
+enum Scratch { kActivations, kAdapters, kBlock, kAccumulators };
+
+// x is packed at most this many bytes at a time; W is decoded again for each piece.
+constexpr int64_t kActivationBytes = int64_t(32) << 20;
+// A block of W stays in the L2 cache (2 MiB on Sapphire Rapids) while x streams past it.
+constexpr int64_t kBlockBytes = int64_t(1) << 20;
+constexpr int64_t kBlockChunks = 18;
+
+LK_INLINE int64_t round_up(int64_t v, int64_t to) { return ceil_div(v, to) * to; }
+
+// Rows of activations in one piece: a multiple of 32.
+LK_INLINE int64_t piece_rows(int64_t m, int64_t chunks) {
+  const int64_t fit = kActivationBytes / (chunks * kChunk * 2) / 32 * 32;
+  return min64(round_up(m, 32), max64(fit, 512));
+}
+
+struct ForwardPacked {
+  char* x;      // [M / 16] strips of `chunks` chunks
+  char* s;      // [M / 16] strips of rank_tiles
+  char* a;      // [R / 16] strips of `chunks` chunks
+  int64_t chunks, columns;
+  int64_t x_strip() const { return chunks * kChunkTiles * 64 * columns; }
+  int64_t a_strip() const { return chunks * kChunkTiles * kTileBytes; }
+};
+
+template <Order order>
+LK_INLINE bool pack_adapters(const LinearForward& f, ForwardPacked* p) {
+  const int64_t strips = rank_strips(f.lora);
+  if (strips == 0) return true;
+  p->a = static_cast<char*>(thread_scratch(kAdapters, size_t(strips * p->a_strip())));
+  if (p->a == nullptr) return false;
+  DenseRows<order> rows{f.lora.a.data, f.lora.a.dtype, f.lora.a.stride, f.base.k};
+  for (int64_t i = 0; i < strips; ++i)
+    pack_a_strip(rows, i * kTile, f.lora.r(), 0, p->chunks, p->a + i * p->a_strip());
+  return true;
+}
+
+// Packs the strip of x rows [m, m + 16) and computes its s. `dropped` is room for one more strip.
+template <Order order>
+LK_INLINE void pack_x(const LinearForward& f, const ForwardPacked& p, int64_t strip, int64_t m,
+                      int64_t m_end, char* dropped) {
+  const int64_t count = clamp64(m_end - m, 0, kTile);
+  char* x = p.x + strip * p.x_strip();
+  DenseRows<order> rows{f.x.data, f.x.dtype, f.x.stride, f.base.k};
+  pack_b_strip(rows, m, count, p.columns, 0, p.chunks, x);
+  const int64_t r = f.lora.r();
+  if (r == 0) return;
+  const bool drops = f.lora.dropout.threshold != 0;
+  if (drops) {
+    MaskedRows<order> masked{{f.x.data, f.x.dtype, f.x.stride, f.base.k}, f.lora.dropout};
+    pack_b_strip(masked, m, count, p.columns, 0, p.chunks, dropped);
+    x = dropped;
+  }
+  const float factor = drops ? dropout_scale(f.lora.dropout.threshold) : 1.0f;
+  const int64_t half_bytes = 32 * p.columns;
+  char* s_tiles = p.s + strip * rank_tiles(f.lora) * 64 * p.columns;
+  alignas(64) float c[256];
+  for (int64_t i = 0; i < 2 * rank_tiles(f.lora); ++i) {
+    char* half = s_tiles + i * half_bytes;
+    if (i * kTile >= r) {
+      for (int64_t b = 0; b < half_bytes; ++b) half[b] = 0;
+      continue;
+    }
+    const char* a = p.a + i * p.a_strip();
+    _tile_zero(0);
+    for (int64_t t = 0; t < p.chunks * kChunkTiles; ++t) {
+      _tile_loadd(4, a + t * kTileBytes, 64);
+      _tile_loadd(6, x + t * 64 * p.columns, 4 * p.columns);
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, c, 64);
+    finish_s(c, factor, i * kTile, r, m, m_end, p.columns, static_cast<uint16_t*>(f.s), half);
+  }
+}
+
+// Two A strips by one B strip: c[0], c[1] are [16 n][16 m] -> y[m][n .. n + 32).
+LK_INLINE void store_y(const LinearForward& f, const float* c0, const float* c1, int64_t n,
+                       int64_t m, int64_t m_end) {
+  __m512i t0[16], t1[16];
+  for (int i = 0; i < 16; ++i) {
+    t0[i] = _mm512_load_si512(c0 + 16 * i);
+    t1[i] = _mm512_load_si512(c1 + 16 * i);
+  }
+  transpose16(t0);
+  transpose16(t1);
+  const int64_t left = f.base.n - n;
+  __m512 b0 = _mm512_setzero_ps(), b1 = b0;
+  if (f.bias.data != nullptr) {
+    b0 = load_floats(f.bias.data, f.bias.dtype, n, lanes16(left));
+    b1 = load_floats(f.bias.data, f.bias.dtype, n + 16, lanes16(left - 16));
+  }
+  const __mmask32 mask = lanes32(left);
+  uint16_t* y = static_cast<uint16_t*>(f.y) + m * f.base.n + n;
+  for (int64_t i = 0; i < clamp64(m_end - m, 0, kTile); ++i)
+    _mm512_mask_storeu_epi16(y + i * f.base.n, mask,
+                             round_pair(_mm512_add_ps(_mm512_castsi512_ps(t0[i]), b0),
+                                        _mm512_add_ps(_mm512_castsi512_ps(t1[i]), b1)));
+}
+
+template <class Rows>
+bool forward_blocks(const Rows& prototype, const LinearForward& f, const Parallel& parallel) {
+  constexpr Order order = Rows::kOrder;
+  const int64_t m_all = f.x.rows, n = f.base.n, chunks = ceil_div(f.base.k, kChunk);
+  const int64_t depth = rank_tiles(f.lora);
+  const int64_t piece = piece_rows(m_all, chunks);
+  ForwardPacked p{nullptr, nullptr, nullptr, chunks, 16};
+  const int64_t x_bytes = piece / kTile * p.x_strip();
+  p.x = static_cast<char*>(
+      thread_scratch(kActivations, size_t(x_bytes + piece / kTile * depth * kTileBytes)));
+  if (p.x == nullptr || !pack_adapters<order>(f, &p)) return false;
+  p.s = p.x + x_bytes;
+
+  // Equal blocks of the reduction, so that no last one is a stub.
+  const int64_t k_blocks = ceil_div(chunks, kBlockChunks);
+  const int64_t block_chunks = ceil_div(chunks, k_blocks);
+  const int64_t strip_bytes = block_chunks * kChunkTiles * kTileBytes;
+  const int64_t n_strips = round_up(ceil_div(n, kTile), 2);
+  const int64_t share = round_up(ceil_div(n_strips, parallel.threads), 2);
+  const int64_t block_strips = clamp64(kBlockBytes / strip_bytes / 2 * 2, 2, share);
+  const int64_t n_blocks = ceil_div(n_strips, block_strips);
+  bool ok = true;
+
+  for (int64_t m0 = 0; m0 < m_all; m0 += piece) {
+    const int64_t m_end = min64(m0 + piece, m_all);
+    const int64_t m_pairs = ceil_div(m_end - m0, 2 * kTile);
+    parallel(0, 2 * m_pairs, 1, [&](int64_t begin, int64_t end) {
+      TileScope tiles;
+      char* dropped = static_cast<char*>(thread_scratch(kBlock, size_t(p.x_strip())));
+      if (dropped == nullptr) return void(ok = false);
+      for (int64_t i = begin; i < end; ++i)
+        pack_x<order>(f, p, i, m0 + i * kTile, m_end, dropped);
+    });
+    // Few blocks of W: share each between threads by rows of x.
+    const int64_t m_groups = clamp64(ceil_div(parallel.threads, n_blocks), 1, m_pairs);
+    const int64_t group_pairs = ceil_div(m_pairs, m_groups);
+    parallel(0, n_blocks * m_groups, 1, [&](int64_t begin, int64_t end) {
+      TileScope tiles;
+      Rows rows = prototype;
+      const int64_t pairs_per_block = block_strips / 2;
+      char* block = static_cast<char*>(thread_scratch(
+          kBlock, size_t(block_strips * (strip_bytes + depth * kTileBytes))));
+      float* sums = static_cast<float*>(thread_scratch(
+          kAccumulators, size_t(4 * kTileBytes * (k_blocks > 1 ? group_pairs * pairs_per_block : 1))));
+      if (block == nullptr || sums == nullptr) return void(ok = false);
+      char* expand = block + block_strips * strip_bytes;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t strip0 = task / m_groups * block_strips;
+        const int64_t strips = min64(block_strips, n_strips - strip0);
+        const int64_t pair0 = task % m_groups * group_pairs;
+        const int64_t pair_end = min64(pair0 + group_pairs, m_pairs);
+        if (depth > 0) pack_b_for_expand(f.lora, strip0 * kTile, strips, n, expand);
+        for (int64_t c0 = 0; c0 < chunks; c0 += block_chunks) {
+          const int64_t c1 = min64(c0 + block_chunks, chunks);
+          for (int64_t i = 0; i < strips; ++i)
+            pack_a_strip(rows, (strip0 + i) * kTile, n, c0, c1, block + i * strip_bytes);
+          for (int64_t mp = pair0; mp < pair_end; ++mp) {
+            const char* x0 = p.x + 2 * mp * p.x_strip() + c0 * kChunkTiles * kTileBytes;
+            for (int64_t i = 0; i < strips; i += 2) {
+              float* c = k_blocks > 1
+                             ? sums + 1024 * ((mp - pair0) * pairs_per_block + i / 2)
+                             : sums;
+              if (c0 == 0)
+                zero_accumulators();
+              else
+                load_accumulators(c);
+              const char* w = block + i * strip_bytes;
+              multiply(w, w + strip_bytes, x0, x0 + p.x_strip(), (c1 - c0) * kChunkTiles);
+              const bool last = c1 == chunks;
+              if (last && depth > 0) {
+                const char* b = expand + i * depth * kTileBytes;
+                const char* s = p.s + 2 * mp * depth * kTileBytes;
+                multiply(b, b + depth * kTileBytes, s, s + depth * kTileBytes, depth);
+              }
+              store_accumulators(c);
+              if (!last) continue;
+              const int64_t row = (strip0 + i) * kTile, m = m0 + 2 * mp * kTile;
+              store_y(f, c, c + 512, row, m, m_end);
+              store_y(f, c + 256, c + 768, row, m + kTile, m_end);
+            }
+          }
+        }
+      }
+    });
+  }
+  return ok;
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+#endif

@@ -1,0 +1,123 @@
+// The forward for at most 32 rows of x, where W is read once and every weight is used at once:
+// decode a chunk of 32 rows of W into the L1 cache while the tiles multiply the chunk before it.
+// Decoding sets the pace (about 0.1 instructions a weight), the tile unit works beside it.
+#pragma once
+
+#include "amx/forward.h"
+
+#if LK_AMX
+
+namespace lora_kernels {
+namespace {
+
+constexpr int64_t kSmallRows = 32;
+constexpr int64_t kGroupRows = 2 * kTile;  // rows of W worked on together
+constexpr int64_t kGroupChunkBytes = 2 * kChunkTiles * kTileBytes;
+
+// Rows of W that `ahead` bytes of prefetch reach: the next group's.
+template <class Rows>
+LK_INLINE void decode_group(const Rows rows[], int64_t count, int64_t c, char* to) {
+  for (int64_t r = 0; r < kGroupRows; ++r) {
+    __m512i v[4] = {};
+    if (r < count) rows[r].chunk(c, v);
+    char* at = to + r / kTile * kChunkTiles * kTileBytes + r % kTile * 64;
+    for (int t = 0; t < 4; ++t) _mm512_store_si512(at + t * kTileBytes, v[t]);
+  }
+}
+
+// One strip of x: tiles 0, 1 take even and 2, 3 odd steps, so that no product waits for the last.
+LK_INLINE void multiply_narrow(const char* w, const char* x, int64_t x_tile, int64_t depth) {
+  const char* w1 = w + depth * kTileBytes;
+  for (int64_t t = 0; t < depth; ++t) {
+    const int64_t o = t * kTileBytes;
+    _tile_loadd(6, x + t * x_tile, x_tile / 16);
+    _tile_loadd(4, w + o, 64);
+    _tile_loadd(5, w1 + o, 64);
+    if (t % 2 == 0) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+    } else {
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(3, 5, 6);
+    }
+  }
+}
+
+LK_INLINE void add_tiles(float* to, const float* from) {
+  for (int i = 0; i < 256; i += 16)
+    _mm512_store_ps(to + i, _mm512_add_ps(_mm512_load_ps(to + i), _mm512_load_ps(from + i)));
+}
+
+template <class Rows>
+bool forward_small(const Rows& prototype, const LinearForward& f, const Parallel& parallel) {
+  constexpr Order order = Rows::kOrder;
+  const int64_t m = f.x.rows, n = f.base.n, chunks = ceil_div(f.base.k, kChunk);
+  const int64_t depth = rank_tiles(f.lora);
+  const bool wide = m > kTile;
+  ForwardPacked p{nullptr, nullptr, nullptr, chunks, wide ? kTile : m};
+  const int64_t strips = wide ? 2 : 1;
+  const int64_t x_tile = 64 * p.columns, x_bytes = strips * p.x_strip();
+  p.x = static_cast<char*>(
+      thread_scratch(kActivations, size_t(x_bytes + strips * depth * x_tile)));
+  char* dropped = static_cast<char*>(thread_scratch(kBlock, size_t(p.x_strip())));
+  if (p.x == nullptr || dropped == nullptr || !pack_adapters<order>(f, &p)) return false;
+  p.s = p.x + x_bytes;
+  {
+    TileScope tiles(int(p.columns));
+    for (int64_t i = 0; i < strips; ++i) pack_x<order>(f, p, i, i * kTile, m, dropped);
+  }
+  bool ok = true;
+  parallel(0, ceil_div(n, kGroupRows), 1, [&](int64_t begin, int64_t end) {
+    TileScope tiles(int(p.columns));
+    alignas(64) float c[4][256];
+    char* stage = static_cast<char*>(
+        thread_scratch(kBlock, size_t(2 * kGroupChunkBytes + 2 * depth * kTileBytes)));
+    Rows* rows = static_cast<Rows*>(thread_scratch(kAccumulators, kGroupRows * sizeof(Rows)));
+    if (stage == nullptr || rows == nullptr) return void(ok = false);
+    for (int64_t r = 0; r < kGroupRows; ++r) new (rows + r) Rows(prototype);
+    char* expand = stage + 2 * kGroupChunkBytes;
+    const auto consume = [&](int64_t c_index) {
+      const char* w = stage + c_index % 2 * kGroupChunkBytes;
+      const char* x = p.x + c_index * kChunkTiles * x_tile;
+      if (wide)
+        multiply(w, w + kChunkTiles * kTileBytes, x, x + p.x_strip(), kChunkTiles);
+      else
+        multiply_narrow(w, x, x_tile, kChunkTiles);
+    };
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t row = group * kGroupRows, count = min64(n - row, kGroupRows);
+      zero_accumulators();
+      for (int64_t c0 = 0; c0 < chunks; c0 += Rows::kMaxChunks) {
+        const int64_t c1 = min64(c0 + Rows::kMaxChunks, chunks);
+        for (int64_t r = 0; r < count; ++r) rows[r].begin(row + r, c0, c1);
+        for (int64_t i = c0; i < c1; ++i) {
+          decode_group(rows, count, i, stage + i % 2 * kGroupChunkBytes);
+          if (i > 0) consume(i - 1);
+        }
+      }
+      consume(chunks - 1);
+      if (depth > 0) {
+        pack_b_for_expand(f.lora, row, 2, n, expand);
+        if (wide)
+          multiply(expand, expand + depth * kTileBytes, p.s, p.s + depth * x_tile, depth);
+        else
+          multiply_narrow(expand, p.s, x_tile, depth);
+      }
+      store_accumulators(c[0]);
+      if (wide) {
+        store_y(f, c[0], c[2], row, 0, m);
+        store_y(f, c[1], c[3], row, kTile, m);
+      } else {
+        add_tiles(c[0], c[2]);
+        add_tiles(c[1], c[3]);
+        store_y(f, c[0], c[1], row, 0, m);
+      }
+    }
+  });
+  return ok;
+}
+
+}  // namespace
+}  // namespace lora_kernels
+
+#endif

@@ -1,0 +1,135 @@
+// Fused linear layers of bf16 activations: AMX tiles (csrc/cpu/amx).
+#include "lora_kernels/linear.h"
+
+#include "target.h"
+
+#if LK_AMX
+#include <new>
+
+#include "amx/backward.h"
+#include "amx/outer_sum.h"
+#include "amx/small.h"
+#endif
+
+namespace lora_kernels {
+namespace {
+
+float element(const MatrixView& m, int64_t i) {
+  if (m.data == nullptr) return 1.0f;
+  switch (m.dtype) {
+    case Dtype::f16:
+      return to_float(static_cast<const Half*>(m.data)[i]);
+    case Dtype::bf16:
+      return to_float(static_cast<const BFloat16*>(m.data)[i]);
+    default:
+      return static_cast<const float*>(m.data)[i];
+  }
+}
+
+template <class T>
+void adapter_grads_rows(const AdapterGrads& f, int64_t begin, int64_t end) {
+  const LoraView& lora = f.lora;
+  const int64_t r = lora.r(), n = lora.b.rows;
+  const T* b = static_cast<const T*>(lora.b.data);
+  for (int64_t i = begin; i < end; ++i) {
+    const float g = lora.scale * element(lora.out_diag, i);
+    float sum = 0.0f;
+    for (int64_t j = 0; j < r; ++j) {
+      const float d = element(lora.rank_diag, j), outer = f.outer[j * n + i];
+      if (f.db != nullptr) store(static_cast<T*>(f.db) + i * r + j, g * outer * d);
+      if (f.dout_diag != nullptr) sum += d * to_float(b[i * lora.b.stride + j]) * outer;
+    }
+    if (f.dout_diag != nullptr) f.dout_diag[i] = lora.scale * sum;
+  }
+}
+
+template <class T>
+void rank_diag_grad(const AdapterGrads& f) {
+  const LoraView& lora = f.lora;
+  const int64_t n = lora.b.rows;
+  const T* b = static_cast<const T*>(lora.b.data);
+  for (int64_t j = 0; j < lora.r(); ++j) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; ++i)
+      sum += element(lora.out_diag, i) * to_float(b[i * lora.b.stride + j]) * f.outer[j * n + i];
+    f.drank_diag[j] = lora.scale * sum;
+  }
+}
+
+template <class T>
+void adapter_grads_as(const AdapterGrads& f, const Parallel& parallel) {
+  if (f.db != nullptr || f.dout_diag != nullptr)
+    parallel(0, f.lora.b.rows, 256,
+             [&](int64_t begin, int64_t end) { adapter_grads_rows<T>(f, begin, end); });
+  if (f.drank_diag != nullptr) rank_diag_grad<T>(f);
+}
+
+void adapter_grads(const AdapterGrads& f, const Parallel& parallel) {
+  switch (f.lora.b.dtype) {
+    case Dtype::f16:
+      return adapter_grads_as<Half>(f, parallel);
+    case Dtype::bf16:
+      return adapter_grads_as<BFloat16>(f, parallel);
+    default:
+      return adapter_grads_as<float>(f, parallel);
+  }
+}
+
+template <class T>
+void scale_as(const float* in, int64_t count, float factor, void* out) {
+  for (int64_t i = 0; i < count; ++i) store(static_cast<T*>(out) + i, in[i] * factor);
+}
+
+void scale_into(const float* in, int64_t count, float factor, Dtype dtype, void* out) {
+  switch (dtype) {
+    case Dtype::f16:
+      return scale_as<Half>(in, count, factor, out);
+    case Dtype::bf16:
+      return scale_as<BFloat16>(in, count, factor, out);
+    default:
+      return scale_as<float>(in, count, factor, out);
+  }
+}
+
+}  // namespace
+
+#if LK_AMX
+
+namespace {
+
+DenseRows<Order::natural> dense_rows(const BaseView& base) {
+  return {base.dense.data, base.dense.dtype, base.dense.stride, base.k};
+}
+
+bool forward(const LinearForward& f, const Parallel& parallel) {
+  const BaseView& base = f.base;
+  const bool small = f.x.rows <= kSmallRows;
+  if (base.quant == nullptr)
+    return forward_blocks(dense_rows(base), f, parallel);
+  if (!Nf4Rows::takes(*base.quant, base.k))
+    return forward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);
+  const Nf4Rows rows(*base.quant, base.k);
+  return small ? forward_small(rows, f, parallel) : forward_blocks(rows, f, parallel);
+}
+
+bool backward(const LinearBackward& f, const Parallel& parallel) {
+  const BaseView& base = f.base;
+  if (base.quant == nullptr) return backward_blocks(dense_rows(base), f, parallel);
+  if (!Nf4Rows::takes(*base.quant, base.k))
+    return backward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);
+  return backward_blocks(Nf4Rows(*base.quant, base.k), f, parallel);
+}
+
+bool outer_sum(const OuterSum& f, const Parallel& parallel) { return outer_sum_bf16(f, parallel); }
+
+}  // namespace
+
+LK_TABLE(LinearKernels, linear) = {forward, backward, outer_sum, adapter_grads, scale_into};
+
+#else
+
+LK_TABLE(LinearKernels, linear) = {nullptr, nullptr, nullptr, adapter_grads, scale_into};
+
+#endif
+
+}  // namespace lora_kernels

@@ -1,0 +1,91 @@
+// Linear layers over a dense or a 4-bit base, with LoRA terms, forward and backward: views of the
+// operands and the table of fused CPU kernels.
+//
+//   s  = keep ∘ x · Aᵀ / (1 - p)                          [M, R]
+//   y  = x · Wᵀ + g ∘ (scale · (d ∘ s) · Bᵀ) + bias       [M, N]
+//   ds = scale · d ∘ ((g ∘ dy) · B)                       [M, R]
+//   dx = dy · W + keep ∘ (ds · A) / (1 - p)               [M, K]
+//
+// One rounding rule for every M: a 4-bit weight is round(code · absmax) to the type of x, products
+// accumulate in fp32, every result is rounded once.
+#pragma once
+
+#include <cstdint>
+
+#include "lora_kernels/dtype.h"
+#include "lora_kernels/isa.h"
+#include "lora_kernels/nf4.h"
+#include "lora_kernels/parallel.h"
+#include "lora_kernels/philox.h"
+
+namespace lora_kernels {
+
+// Row-major; rows lie `stride` elements apart. A vector is a matrix of one row. Null data: absent.
+struct MatrixView {
+  const void* data;
+  Dtype dtype;
+  int64_t rows, columns, stride;
+};
+
+struct BaseView {
+  MatrixView dense;        // [N, K], or absent:
+  const QuantView* quant;  // [N, K], flat
+  int64_t n, k;
+};
+
+struct LoraView {
+  MatrixView a, b;                 // [R, K], [N, R]; absent: no LoRA terms
+  MatrixView rank_diag, out_diag;  // [R], [N]; absent: ones
+  float scale;
+  Dropout dropout;  // threshold 0: none
+  int64_t r() const { return a.data != nullptr ? a.rows : 0; }
+};
+
+struct LinearForward {
+  MatrixView x;  // [M, K]
+  BaseView base;
+  MatrixView bias;  // [N] or absent
+  LoraView lora;
+  void* y;  // [M, N] contiguous, type of x
+  void* s;  // [M, R] contiguous, type of x
+};
+
+struct LinearBackward {
+  MatrixView dy;  // [M, N]
+  BaseView base;
+  LoraView lora;
+  void* dx;  // [M, K] contiguous, type of dy, or null
+  void* ds;  // [M, R] contiguous, type of dy
+};
+
+// out[R, C] fp32 = leftᵀ · (keep ∘ right): the gradients of both adapters.
+struct OuterSum {
+  MatrixView left;   // [M, R]
+  MatrixView right;  // [M, C]
+  Dropout dropout;
+  float* out;
+};
+
+// From outer = sᵀ·dy [R, N] fp32 (OuterSum), each wanted where not null:
+//   db[N, R] = scale · g ∘ outerᵀ ∘ d, in B's type
+//   drank_diag[R] = scale · Σ_n g · B ∘ outerᵀ, dout_diag[N] = scale · Σ_r d · B ∘ outerᵀ, fp32
+struct AdapterGrads {
+  const float* outer;
+  LoraView lora;
+  void* db;
+  float *drank_diag, *dout_diag;
+};
+
+// The fused kernels take bf16 activations, and are null in the tiers that have none.
+struct LinearKernels {
+  bool (*forward)(const LinearForward&, const Parallel&);  // false: out of memory
+  bool (*backward)(const LinearBackward&, const Parallel&);
+  bool (*outer_sum)(const OuterSum&, const Parallel&);
+  void (*adapter_grads)(const AdapterGrads&, const Parallel&);
+  // out[i] = in[i] · factor in the type of out
+  void (*scale_into)(const float* in, int64_t count, float factor, Dtype dtype, void* out);
+};
+
+LK_DECLARE_FAMILY(LinearKernels, linear)
+
+}  // namespace lora_kernels
