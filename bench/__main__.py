@@ -82,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _set_up(args: argparse.Namespace) -> tuple[torch.device, list[Case], list[Provider]]:
-    device = torch.device(args.device)
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:  # no such kind of device
+        device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: got {args.device!r}, expected cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import Limits
-from bench.runner import BASELINE, OK, Row
+from bench.runner import BASELINE, OK, STEP_BASELINE, Row
 
 FORMAT = 1
 
@@ -110,9 +110,10 @@ def _percent(value: float | None) -> str:
 def case_table(rows: list[Row]) -> Table:
     """The providers of one case; no time of a result that is not right."""
     table = Table(title=rows[0].case.name, title_justify="left", title_style="bold")
+    base = STEP_BASELINE if rows[0].case.op == "step" else BASELINE
     headings = ["p20", "p50", "p80", "rounds"]
     headings += [
-        f"× {BASELINE}",
+        f"× {base}",
         "× floor",
         "TFLOP/s",
         "of GEMM",

@@ -22,7 +22,7 @@ from bench.verify import Verifier
 from lora_kernels.dispatch.registry import BackendError
 
 OK, REFUSED, WRONG, FAILED = "ok", "refused", "wrong", "failed"
-BASELINE = "dense"
+BASELINE, STEP_BASELINE = "dense", "peft"  # what `Row.ratio` is against
 T = TypeVar("T")
 
 
@@ -50,8 +50,8 @@ class Row:
 
     Attributes:
         status: ok; refused (it says it cannot), failed (it raised), wrong (no time is taken).
-        ratio: median over the rounds of this provider's time by the frozen dense linear's time in
-            the same round.
+        ratio: median over the rounds of this provider's time by the baseline's in the same round:
+            the frozen dense linear; for a fine-tuning step, PEFT over the dense base.
         flops_per_s, bytes_per_s: the cost model's floors divided by the median time.
         of_gemm, of_bandwidth: these as parts of this machine's measured limits.
         floor: the least time that the cost model and the limits allow; over_floor = p50 / floor.
@@ -140,7 +140,7 @@ def _prepare(provider: Provider, row: Row, data: CaseData, verifier: Verifier) -
         prepared = provider.build(data)
         verdict = verifier.check(provider, prepared)
     except BackendError as error:
-        row.status, row.note = REFUSED, _why(error)
+        row.status, row.note = REFUSED, refusal(error)
         return None
     except Exception as error:  # whatever a peer raises is a result, not the end of the run
         row.status, row.note = FAILED, f"{type(error).__name__}: {error}".splitlines()[0]
@@ -152,7 +152,7 @@ def _prepare(provider: Provider, row: Row, data: CaseData, verifier: Verifier) -
     return _Entry(row, provider, prepared, prepared.call)
 
 
-def _why(error: BackendError) -> str:
+def refusal(error: BackendError) -> str:
     """The refusal of the backend that was asked for, out of the whole explanation."""
     lines = str(error).splitlines()
     head = lines[0]
@@ -219,7 +219,8 @@ def _warm_up(entry: _Entry, stopwatch: Stopwatch, settings: Settings) -> None:
             entry.call = lambda i: replays[i % len(replays)]()
             entry.row.graph = True
             return
-    entry.repeats = max(1, min(1000, round(settings.sample_seconds / max(seconds, 1e-9))))
+    if stopwatch.repeats:
+        entry.repeats = max(1, min(1000, round(settings.sample_seconds / max(seconds, 1e-9))))
 
 
 def _sample(entry: _Entry, stopwatch: Stopwatch) -> float:

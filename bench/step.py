@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ import torch
 
 from bench.cases import Case
 from bench.providers.peers import installed
-from bench.runner import FAILED, REFUSED, WRONG, Row, paired_ratio, rotated
+from bench.runner import FAILED, REFUSED, STEP_BASELINE, WRONG, Row, paired_ratio, rotated
 from bench.step_worker import PROVIDERS, StepSpec
 from bench.timing import percentile
 
@@ -37,7 +38,6 @@ LOSS_TOLERANCE = 0.01
 PROGRESS = 0.7
 # Ours, and the peer over the same weights that its losses are held against.
 PAIRS = (("ours", "peft+bnb"), ("ours-dense", "peft"))
-BASELINE = "peft"
 
 
 @dataclass
@@ -76,7 +76,8 @@ def run_step(
     device: torch.device,
     pattern: str | None = None,
     *,
-    rounds: int = 7,
+    rounds: int = 9,
+    seconds: float = 120.0,
     verify_only: bool = False,
     model: str | None = None,
 ) -> list[Row]:
@@ -84,7 +85,7 @@ def run_step(
 
     Args:
         pattern: regular expression over provider names, matched from the start.
-        rounds: timed steps of each provider.
+        rounds: timed steps of each provider; no new round starts after `seconds`, but for 3.
         model: another model than the demo's, as `StepSpec.model`.
     """
     spec = StepSpec(
@@ -123,12 +124,12 @@ def run_step(
         live, losses = _warm_up(live)
         live = _verified(live, losses)
         if not verify_only:
-            _time(live, rounds, losses)
+            _time(live, rounds, seconds, losses)
         for process in live:
             trail = losses[process.row.provider]
             rate = "" if verify_only else f"{_tokens_per_s(process.row):.0f} tokens/s, "
             process.row.note = f"{rate}loss {trail[0]:.3f} -> {trail[-1]:.3f} in {len(trail)} steps"
-    base = next((r for r in rows if r.provider == BASELINE and r.samples), None)
+    base = next((r for r in rows if r.provider == STEP_BASELINE and r.samples), None)
     for row in rows:
         row.ratio = paired_ratio(row.samples, base.samples) if base and row.samples else None
     return rows
@@ -207,8 +208,11 @@ def judge(provider: str, losses: dict[str, list[float]]) -> str | None:
     return None
 
 
-def _time(live: list[Process], rounds: int, losses: dict[str, list[float]]) -> None:
+def _time(live: list[Process], rounds: int, seconds: float, losses: dict[str, list[float]]) -> None:
+    start = time.monotonic()
     for turn in range(rounds):
+        if turn >= 3 and time.monotonic() - start > seconds:
+            break
         for process in rotated(live, turn):
             answer = process.ask(do="step")
             process.row.samples.append(answer["seconds"])

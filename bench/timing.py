@@ -14,7 +14,12 @@ GRAPH_BELOW_SECONDS = 100e-6
 
 
 class Stopwatch:
-    """Times one call at a time on a CPU."""
+    """Times one call at a time on a CPU.
+
+    `repeats` tells whether a short call may be repeated within a sample.
+    """
+
+    repeats = True
 
     @staticmethod
     def on(device: torch.device) -> Stopwatch:
@@ -33,6 +38,8 @@ class Stopwatch:
 
 class CudaStopwatch(Stopwatch):
     """Times one call between two events, after a write over more than the L2 cache."""
+
+    repeats = False  # from the second call on the cache would not be flushed
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,8 +1,40 @@
 """Fast LoRA and QLoRA kernels for PyTorch."""
 
 from lora_kernels import functional
+from lora_kernels.adapters import (
+    LoRAConfig,
+    LoRAReport,
+    apply_lora,
+    disable_adapters,
+    load_adapter,
+    merge_adapters,
+    merge_and_unload,
+    model_report,
+    save_adapter,
+    unmerge_adapters,
+)
 from lora_kernels.dispatch import explain, use_backend
+from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
 from lora_kernels.ops.nf4 import NF4Weight
 
-__all__ = ["NF4Weight", "explain", "functional", "use_backend"]
 __version__ = "0.1.0"
+
+__all__ = [
+    "LoRAConfig",
+    "LoRALinear",
+    "LoRAReport",
+    "NF4Linear",
+    "NF4Weight",
+    "QLoRALinear",
+    "apply_lora",
+    "disable_adapters",
+    "explain",
+    "functional",
+    "load_adapter",
+    "merge_adapters",
+    "merge_and_unload",
+    "model_report",
+    "save_adapter",
+    "unmerge_adapters",
+    "use_backend",
+]

@@ -33,6 +33,7 @@ def assert_within_budget(
     if oracle.numel() == 0:
         return
     assert torch.isfinite(oracle).all(), f"{name}: the oracle is not finite"
+    assert torch.isfinite(plain).all(), f"{name}: the plain result is not finite"
     assert torch.isfinite(actual).all(), f"{name}: {_count(~torch.isfinite(actual))} not finite"
     error = (actual.double() - oracle).abs()
     plain_error = (plain.double() - oracle).abs()

@@ -119,16 +119,14 @@ void check_round_trip(Dtype dtype, int64_t n, int64_t block, int type, Random& r
   std::vector<float> map(256), nested_absmax(blocks / 4 + 1);
   for (float& f : map) f = random.uniform();
   for (float& f : nested_absmax) f = random.uniform() * 1e-4f;
-  const QuantView plain{expected.packed.data(),
-                        expected.absmax.data(),
-                        nullptr,
-                        nullptr,
-                        nullptr,
-                        0.0f,
-                        n,
-                        block,
-                        0,
-                        type};
+  // Scales whose product with +-1 is halfway between two bfloat16 or two fp16 numbers.
+  std::vector<float> scales(blocks);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const uint32_t bits = float_bits(random.uniform());
+    scales[b] = bits_float(b % 2 ? (bits & 0xffff0000u) | 0x8000u : (bits & 0xffffe000u) | 0x1000u);
+  }
+  const QuantView plain{
+      expected.packed.data(), scales.data(), nullptr, nullptr, nullptr, 0.0f, n, block, 0, type};
   const QuantView nested{expected.packed.data(),
                          nullptr,
                          absmax8.data(),

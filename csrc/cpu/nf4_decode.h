@@ -141,6 +141,57 @@ LK_INLINE void decode32(const uint8_t* packed, const FloatTable& table, float* o
   }
 }
 
+#elif LK_NEON
+
+// The bytes of 16 elements, lowest first: tbl looks up bytes.
+struct WordTable {
+  uint8x16_t byte[2];
+};
+struct FloatTable {
+  uint8x16_t byte[4];
+};
+
+template <class Out>
+LK_INLINE WordTable scaled_table(const float* table, float scale, const Out*) {
+  Out scaled[16];
+  for (int c = 0; c < 16; ++c) store(&scaled[c], table[c] * scale);
+  const uint8x16x2_t split = vld2q_u8(reinterpret_cast<const uint8_t*>(scaled));
+  return {{split.val[0], split.val[1]}};
+}
+
+LK_INLINE FloatTable scaled_table(const float* table, float scale, const float*) {
+  float scaled[16];
+  for (int c = 0; c < 16; ++c) scaled[c] = table[c] * scale;
+  const uint8x16x4_t split = vld4q_u8(reinterpret_cast<const uint8_t*>(scaled));
+  return {{split.val[0], split.val[1], split.val[2], split.val[3]}};
+}
+
+// 32 codes in order, one a byte.
+LK_INLINE uint8x16x2_t codes32(const uint8_t* packed) {
+  const uint8x16_t bytes = vld1q_u8(packed);
+  return vzipq_u8(vshrq_n_u8(bytes, 4), vandq_u8(bytes, vdupq_n_u8(15)));
+}
+
+template <class Out>
+LK_INLINE void decode32(const uint8_t* packed, const WordTable& table, Out* out) {
+  const uint8x16x2_t codes = codes32(packed);
+  for (int i = 0; i < 2; ++i) {
+    const uint8x16x2_t words = {
+        {vqtbl1q_u8(table.byte[0], codes.val[i]), vqtbl1q_u8(table.byte[1], codes.val[i])}};
+    vst2q_u8(reinterpret_cast<uint8_t*>(out + 16 * i), words);
+  }
+}
+
+LK_INLINE void decode32(const uint8_t* packed, const FloatTable& table, float* out) {
+  const uint8x16x2_t codes = codes32(packed);
+  for (int i = 0; i < 2; ++i) {
+    const uint8x16x4_t words = {
+        {vqtbl1q_u8(table.byte[0], codes.val[i]), vqtbl1q_u8(table.byte[1], codes.val[i]),
+         vqtbl1q_u8(table.byte[2], codes.val[i]), vqtbl1q_u8(table.byte[3], codes.val[i])}};
+    vst4q_u8(reinterpret_cast<uint8_t*>(out + 16 * i), words);
+  }
+}
+
 #else
 
 template <class Out>

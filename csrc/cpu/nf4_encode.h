@@ -194,6 +194,48 @@ LK_INLINE uint32_t max_magnitude32(const In* x, int64_t count) {
   return max_word(m);
 }
 
+#elif LK_NEON
+
+LK_INLINE float32x4_t load4(const float* x) { return vld1q_f32(x); }
+LK_INLINE float32x4_t load4(const Half* x) {
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(x))));
+}
+LK_INLINE float32x4_t load4(const BFloat16* x) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(x)), 16));
+}
+
+struct Encoder {
+  float threshold[15];
+  uint8x16_t order;
+
+  LK_INLINE explicit Encoder(int quant_type) : order(vld1q_u8(kCodeOrder[quant_type])) {
+    for (int i = 0; i < 15; ++i) threshold[i] = code_threshold(quant_type, i);
+  }
+
+  template <class In>
+  LK_INLINE uint32x4_t ranks4(const In* x, float inverse) const {
+    const float32x4_t v = vmulq_n_f32(load4(x), inverse);
+    uint32x4_t rank = vdupq_n_u32(0);
+    for (int i = 0; i < 15; ++i) rank = vsubq_u32(rank, vcgtq_f32(v, vdupq_n_f32(threshold[i])));
+    return rank;
+  }
+
+  template <class In>
+  LK_INLINE uint8x16_t codes16(const In* x, float inverse) const {
+    const uint16x8_t a = vcombine_u16(vmovn_u32(ranks4(x, inverse)),  //
+                                      vmovn_u32(ranks4(x + 4, inverse)));
+    const uint16x8_t b =
+        vcombine_u16(vmovn_u32(ranks4(x + 8, inverse)), vmovn_u32(ranks4(x + 12, inverse)));
+    return vqtbl1q_u8(order, vcombine_u8(vmovn_u16(a), vmovn_u16(b)));
+  }
+
+  template <class In>
+  LK_INLINE void encode32(const In* x, float inverse, uint8_t* packed) const {
+    const uint8x16x2_t codes = vuzpq_u8(codes16(x, inverse), codes16(x + 16, inverse));
+    vst1q_u8(packed, vorrq_u8(vshlq_n_u8(codes.val[0], 4), codes.val[1]));
+  }
+};
+
 #else
 
 struct Encoder {
@@ -221,6 +263,9 @@ struct Encoder {
   }
 };
 
+#endif
+
+#if !LK_AVX2
 template <class In>
 LK_INLINE uint32_t max_magnitude32(const In* x, int64_t count) {
   uint32_t m = 0;

@@ -75,7 +75,7 @@ def _refusal(module: nn.Module) -> str | None:
     if is_conv1d(module):
         return "transformers' Conv1D stores its weight transposed (fan_in_fan_out)"
     if not isinstance(module, nn.Linear):
-        return f"is a {type(module).__name__}, not a linear layer"
+        return f"is a {type(module).__name__}, not torch.nn.Linear"
     try:
         check_linear_layer(module)
     except (TypeError, ValueError) as error:

@@ -49,7 +49,9 @@ def _top_parser() -> argparse.ArgumentParser:
         usage=f"{PROGRAM} [-h] [--version] COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {version()}")
-    parser.add_argument("command", metavar="COMMAND", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "command", metavar="COMMAND", choices=list(COMMANDS), help=argparse.SUPPRESS
+    )
     return parser
 
 

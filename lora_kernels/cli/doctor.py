@@ -22,14 +22,33 @@ from lora_kernels.dispatch.registry import BACKEND_VARIABLE
 
 # Every variable the package reads, so that a surprising path has its reason on the screen.
 VARIABLES = (BACKEND_VARIABLE, "LORA_KERNELS_NO_NATIVE", "TRITON_INTERPRET", "OMP_NUM_THREADS")
-PACKAGES = (
-    "lora_kernels torch triton transformers accelerate peft bitsandbytes safetensors numpy".split()
-)
+PACKAGES = [
+    "lora_kernels",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "safetensors",
+    "numpy",
+]
 # Flags of /proc/cpuinfo that decide the speed of a kernel, narrow to wide.
-CPU_FLAGS = (
-    "avx2 fma f16c avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 "
-    "asimd bf16 sve"
-).split()
+CPU_FLAGS = [
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+]
 M, K, N, R = 64, 256, 192, 16
 
 
@@ -57,7 +76,9 @@ def _rows(pairs: list[tuple[str, str]]) -> list[str]:
 
 def machine() -> list[str]:
     """CPU, its instruction sets, threads, memory, GPUs, and the variables that are set."""
-    rows = [("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")]
+    rows = [
+        ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+    ]
     rows.append(("CPU", _cpu_field("model name") or platform.processor() or "unknown"))
     flags = (_cpu_field("flags") or _cpu_field("Features") or "").split()
     rows.append(("instructions", " ".join(f for f in CPU_FLAGS if f in flags) or "unknown"))

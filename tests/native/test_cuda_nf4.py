@@ -78,7 +78,7 @@ def random_base(m: Meta) -> list[torch.Tensor]:
     ]
 
 
-def run(ptx: str, base: list[torch.Tensor], m: Meta, dtype: torch.dtype):
+def run(ptx: str, base: list[torch.Tensor], m: Meta, dtype: torch.dtype, aligned: bool = True):
     memory = ptxemu.Memory()
     n = m.n * m.k
     out = ptxemu.poison_(torch.empty(n, dtype=dtype))
@@ -94,7 +94,7 @@ def run(ptx: str, base: list[torch.Tensor], m: Meta, dtype: torch.dtype):
         kernel_name(ptx, dtype, m.is_nested),
         grid,
         32 * WARPS,
-        [bytes(view), out, shift, 1],
+        [bytes(view), out, shift, int(aligned)],
         mem=memory,
     )
     return out.view(m.n, m.k), result
@@ -117,7 +117,19 @@ def run(ptx: str, base: list[torch.Tensor], m: Meta, dtype: torch.dtype):
 def test_bit_exact(ptx, shape, block_size, quant_type, dtype, nested) -> None:
     m = Meta(*shape, block_size, quant_type, nested)
     base = random_base(m)
-    out, _ = run(ptx, base, m, dtype)
+    check(run(ptx, base, m, dtype)[0], base, m, dtype)
+
+
+@pytest.mark.parametrize("nested", [0, 256])
+@pytest.mark.parametrize("dtype", KERNEL_TYPES, ids=str)
+def test_unaligned_pointers(ptx, dtype, nested) -> None:
+    m = Meta(9, 1024, 64, 0, nested)
+    base = random_base(m)
+    base[0] = torch.cat([base[0][:1], base[0]])[1:]
+    check(run(ptx, base, m, dtype, aligned=False)[0], base, m, dtype)
+
+
+def check(out: torch.Tensor, base: list[torch.Tensor], m: Meta, dtype: torch.dtype) -> None:
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     expected = reference.dequantize(base, m, dtype)
     assert torch.equal(out.view(bits), expected.view(bits))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.ops.inputs import GENERATORS, Case, cases
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lora_kernels import NF4Weight
 from lora_kernels import functional as F
 from lora_kernels.testing import assert_within_budget
+from tests.ops.inputs import GENERATORS, Case, cases
 
 N, K, R = 12, 20, 3
 

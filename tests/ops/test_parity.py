@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.ops.inputs import GENERATORS, Case, cases
-from tests.ops.variants import Variant, accepts, all_variants, as_tuple, bits, oracle_args
 
 from lora_kernels import use_backend
 from lora_kernels.dispatch import ops
 from lora_kernels.testing import assert_within_budget
+from tests.ops.inputs import GENERATORS, Case, cases
+from tests.ops.variants import Variant, accepts, all_variants, as_tuple, bits, oracle_args
 
 
 def _parameters():

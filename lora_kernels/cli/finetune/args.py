@@ -9,11 +9,33 @@ from typing import Any
 from lora_kernels.cli.errors import UsageError
 
 # Options that decide what is learned: a resumed run cannot change them.
-FIXED = (
-    "model data demo rank alpha dropout rslora target_modules quantize double_quant block_size "
-    "lr loraplus_ratio weight_decay epochs max_steps batch_size grad_accum max_length warmup "
-    "max_grad_norm schedule eval_fraction dtype seed"
-).split()
+FIXED = [
+    "model",
+    "data",
+    "demo",
+    "rank",
+    "alpha",
+    "dropout",
+    "rslora",
+    "target_modules",
+    "quantize",
+    "double_quant",
+    "block_size",
+    "lr",
+    "loraplus_ratio",
+    "weight_decay",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "grad_accum",
+    "max_length",
+    "warmup",
+    "max_grad_norm",
+    "schedule",
+    "eval_fraction",
+    "dtype",
+    "seed",
+]
 
 # Chosen for about three minutes of training on two cores; see README.md.
 DEMO = {
@@ -75,66 +97,147 @@ def _from_zero(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare every option."""
     add = parser.add_argument_group("what to train").add_argument
-    add("--demo", action="store_true",
-        help="SmolLM2-135M on questions about Python's own docstrings; nothing else is needed")
-    add("--model", metavar="NAME", help="folder, hub name or .gguf file (default: the demo's model)")
-    add("--data", metavar="FILE",
-        help='.jsonl with {"prompt", "response"} or {"messages"} a line, or plain text')
+    add(
+        "--demo",
+        action="store_true",
+        help="SmolLM2-135M on questions about Python's own docstrings; nothing else is needed",
+    )
+    add(
+        "--model", metavar="NAME", help="folder, hub name or .gguf file (default: the demo's model)"
+    )
+    add(
+        "--data",
+        metavar="FILE",
+        help='.jsonl with {"prompt", "response"} or {"messages"} a line, or plain text',
+    )
     add("--output", metavar="DIR", default="runs/finetune", help="(default: %(default)s)")
     add("--overwrite", action="store_true", help="replace the run that --output holds")
-    add("--resume", nargs="?", const="last", metavar="CHECKPOINT",
-        help="continue the run in --output, from its last checkpoint or the one named")
+    add(
+        "--resume",
+        nargs="?",
+        const="last",
+        metavar="CHECKPOINT",
+        help="continue the run in --output, from its last checkpoint or the one named",
+    )
 
     add = parser.add_argument_group("adapter").add_argument
     add("--rank", type=_positive, default=16, metavar="R", help="(default: %(default)s)")
-    add("--alpha", type=_above_zero, default=32.0, help="the branch is scaled by alpha/rank "
-        "(default: %(default)s)")
+    add(
+        "--alpha",
+        type=_above_zero,
+        default=32.0,
+        help="the branch is scaled by alpha/rank (default: %(default)s)",
+    )
     add("--dropout", type=_share, default=0.05, metavar="P", help="(default: %(default)s)")
     add("--rslora", action="store_true", help="scale by alpha/sqrt(rank) instead")
-    add("--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
-        help="suffixes of module names, one regular expression, or all-linear (default)")
+    add(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="suffixes of module names, one regular expression, or all-linear (default)",
+    )
 
     add = parser.add_argument_group("base weights").add_argument
     add("--quantize", choices=("nf4", "fp4", "none"), default="nf4", help="(default: %(default)s)")
-    add("--double-quant", action=argparse.BooleanOptionalAction, default=True,
-        help="quantise the block scales too (default: on)")
-    add("--block-size", type=_positive, default=64, metavar="N",
-        help="weights that share a scale (default: %(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="compute type; auto: bfloat16 where the hardware multiplies it (default: %(default)s)")
+    add(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="quantise the block scales too (default: on)",
+    )
+    add(
+        "--block-size",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="weights that share a scale (default: %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="compute type; auto: bfloat16 where the hardware multiplies it (default: %(default)s)",
+    )
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=_above_zero, default=2e-4, help="(default: %(default)s)")
-    add("--loraplus-ratio", type=_above_zero, default=1.0, metavar="RATIO",
-        help="LoRA+: learning rate of B over that of A (default: %(default)s)")
+    add(
+        "--loraplus-ratio",
+        type=_above_zero,
+        default=1.0,
+        metavar="RATIO",
+        help="LoRA+: learning rate of B over that of A (default: %(default)s)",
+    )
     add("--weight-decay", type=_from_zero, default=0.0, help="(default: %(default)s)")
     add("--epochs", type=_above_zero, default=1.0, help="(default: %(default)s)")
     add("--max-steps", type=_positive, metavar="N", help="optimiser steps; goes before --epochs")
     add("--batch-size", type=_positive, default=8, metavar="N", help="(default: %(default)s)")
-    add("--grad-accum", type=_positive, default=1, metavar="N",
-        help="batches per optimiser step (default: %(default)s)")
-    add("--max-length", type=_positive, default=512, metavar="TOKENS", help="(default: %(default)s)")
-    add("--schedule", choices=("cosine", "linear", "constant_with_warmup"), default="cosine",
-        help="(default: %(default)s)")
-    add("--warmup", type=_from_zero, default=0.05,
-        help="steps, or a share of all steps when below 1 (default: %(default)s)")
-    add("--max-grad-norm", type=_from_zero, default=1.0, help="0: no clipping (default: %(default)s)")
-    add("--gradient-checkpointing", action="store_true",
-        help="recompute activations in the backward: less memory, more time")
+    add(
+        "--grad-accum",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="batches per optimiser step (default: %(default)s)",
+    )
+    add(
+        "--max-length", type=_positive, default=512, metavar="TOKENS", help="(default: %(default)s)"
+    )
+    add(
+        "--schedule",
+        choices=("cosine", "linear", "constant_with_warmup"),
+        default="cosine",
+        help="(default: %(default)s)",
+    )
+    add(
+        "--warmup",
+        type=_from_zero,
+        default=0.05,
+        help="steps, or a share of all steps when below 1 (default: %(default)s)",
+    )
+    add(
+        "--max-grad-norm",
+        type=_from_zero,
+        default=1.0,
+        help="0: no clipping (default: %(default)s)",
+    )
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward: less memory, more time",
+    )
     add("--seed", type=_not_negative, default=0, help="(default: %(default)s)")
     add("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
 
     add = parser.add_argument_group("checks and results").add_argument
-    add("--eval-fraction", type=_share, default=0.1, metavar="SHARE",
-        help="share of --data that is held out (default: %(default)s)")
+    add(
+        "--eval-fraction",
+        type=_share,
+        default=0.1,
+        metavar="SHARE",
+        help="share of --data that is held out (default: %(default)s)",
+    )
     add("--eval-steps", type=_positive, default=100, metavar="N", help="(default: %(default)s)")
     add("--save-steps", type=_positive, default=100, metavar="N", help="(default: %(default)s)")
-    add("--keep", type=_positive, default=2, metavar="N",
-        help="checkpoints kept (default: %(default)s)")
-    add("--generate", type=_not_negative, default=2, metavar="N",
-        help="answers to show before and after (default: %(default)s)")
-    add("--verify", action="store_true",
-        help="reload the adapter into a fresh model and compare the logits; merge it and measure")
+    add(
+        "--keep",
+        type=_positive,
+        default=2,
+        metavar="N",
+        help="checkpoints kept (default: %(default)s)",
+    )
+    add(
+        "--generate",
+        type=_not_negative,
+        default=2,
+        metavar="N",
+        help="answers to show before and after (default: %(default)s)",
+    )
+    add(
+        "--verify",
+        action="store_true",
+        help="reload the adapter into a fresh model and compare the logits; merge it and measure",
+    )
     add("--merge", action="store_true", help="also save the merged model in DIR/merged")
 
 
@@ -156,8 +259,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
             if name in saved and getattr(args, name) != saved[name]:
                 option = "--" + name.replace("_", "-")
                 raise UsageError(
-                    f"{option}: got {getattr(args, name)}, but the run in {args.output} was started "
-                    f"with {saved[name]}"
+                    f"{option}: got {getattr(args, name)}, but the run in {args.output} was "
+                    f"started with {saved[name]}"
                 )
     _check(args)
     return args

@@ -26,7 +26,7 @@ class Collator:
         self.trim_logits = trim_logits
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """input_ids, attention_mask [B, L] and labels [B, L]; trimmed: shift_labels [B, columns]."""
+        """input_ids, attention_mask, labels [B, L]; trimmed: shift_labels [B, columns] as well."""
         length = max(len(e["input_ids"]) for e in examples)
         ids = torch.full((len(examples), length), self.pad_id)
         labels = torch.full((len(examples), length), IGNORE)
@@ -84,9 +84,7 @@ class LengthGroupedSampler(Sampler[int]):
         batches: list[list[int]] = []
         for start in range(0, len(order), group):
             part = sorted(order[start : start + group], key=lambda i: -self.lengths[i])
-            batches += [
-                part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)
-            ]
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
         # A short batch must stay last, or the batches after it would be cut elsewhere.
         tail = batches.pop() if len(batches[-1]) < self.batch_size else []
         for i in torch.randperm(len(batches), generator=generator).tolist():

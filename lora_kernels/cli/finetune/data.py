@@ -132,7 +132,10 @@ def segments(tokenizer: Any, messages: list[Message]) -> list[tuple[str, bool]]:
     if not tokenizer.chat_template:
         if len(messages) == 2 and messages[0]["role"] == "user":
             bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-            return [(f"{bos}{messages[0]['content']}\n", False), (messages[1]["content"] + eos, True)]
+            return [
+                (f"{bos}{messages[0]['content']}\n", False),
+                (messages[1]["content"] + eos, True),
+            ]
         raise UsageError(
             "--data: the model has no chat template, so only prompt/response pairs can be used"
         )

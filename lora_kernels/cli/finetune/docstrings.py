@@ -10,29 +10,145 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
-TRAIN_MODULES = (
-    "abc argparse array ast asyncio.events asyncio.locks asyncio.queues asyncio.streams base64 "
-    "bisect bz2 cmath cmd code codecs collections compileall concurrent.futures.thread "
-    "configparser contextlib copy csv dataclasses datetime decimal dis "
-    "email.message email.utils enum filecmp fileinput fnmatch ftplib functools getopt "
-    "glob gzip hashlib hmac html http.client http.cookies http.cookiejar imaplib importlib.util "
-    "inspect io itertools json.decoder json.encoder linecache locale logging "
-    "logging.handlers lzma mailbox math mimetypes netrc numbers operator optparse os pathlib "
-    "pickle pickletools pkgutil platform plistlib poplib pprint queue random re reprlib runpy "
-    "sched secrets selectors shelve shlex signal smtplib socket socketserver ssl stat string "
-    "struct subprocess symtable sysconfig tarfile threading time timeit tokenize trace traceback "
-    "tracemalloc types typing unittest.case unittest.mock urllib.parse urllib.request "
-    "urllib.robotparser uuid wave weakref webbrowser xml.dom.minidom xml.etree.ElementTree "
-    "xml.sax.handler zipfile zlib"
-).split()
-HELD_OUT_MODULES = (
-    "calendar difflib fractions heapq ipaddress shutil statistics tempfile textwrap posixpath"
-).split()
+TRAIN_MODULES = [
+    "abc",
+    "argparse",
+    "array",
+    "ast",
+    "asyncio.events",
+    "asyncio.locks",
+    "asyncio.queues",
+    "asyncio.streams",
+    "base64",
+    "bisect",
+    "bz2",
+    "cmath",
+    "cmd",
+    "code",
+    "codecs",
+    "collections",
+    "compileall",
+    "concurrent.futures.thread",
+    "configparser",
+    "contextlib",
+    "copy",
+    "csv",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "dis",
+    "email.message",
+    "email.utils",
+    "enum",
+    "filecmp",
+    "fileinput",
+    "fnmatch",
+    "ftplib",
+    "functools",
+    "getopt",
+    "glob",
+    "gzip",
+    "hashlib",
+    "hmac",
+    "html",
+    "http.client",
+    "http.cookies",
+    "http.cookiejar",
+    "imaplib",
+    "importlib.util",
+    "inspect",
+    "io",
+    "itertools",
+    "json.decoder",
+    "json.encoder",
+    "linecache",
+    "locale",
+    "logging",
+    "logging.handlers",
+    "lzma",
+    "mailbox",
+    "math",
+    "mimetypes",
+    "netrc",
+    "numbers",
+    "operator",
+    "optparse",
+    "os",
+    "pathlib",
+    "pickle",
+    "pickletools",
+    "pkgutil",
+    "platform",
+    "plistlib",
+    "poplib",
+    "pprint",
+    "queue",
+    "random",
+    "re",
+    "reprlib",
+    "runpy",
+    "sched",
+    "secrets",
+    "selectors",
+    "shelve",
+    "shlex",
+    "signal",
+    "smtplib",
+    "socket",
+    "socketserver",
+    "ssl",
+    "stat",
+    "string",
+    "struct",
+    "subprocess",
+    "symtable",
+    "sysconfig",
+    "tarfile",
+    "threading",
+    "time",
+    "timeit",
+    "tokenize",
+    "trace",
+    "traceback",
+    "tracemalloc",
+    "types",
+    "typing",
+    "unittest.case",
+    "unittest.mock",
+    "urllib.parse",
+    "urllib.request",
+    "urllib.robotparser",
+    "uuid",
+    "wave",
+    "weakref",
+    "webbrowser",
+    "xml.dom.minidom",
+    "xml.etree.ElementTree",
+    "xml.sax.handler",
+    "zipfile",
+    "zlib",
+]
+HELD_OUT_MODULES = [
+    "calendar",
+    "difflib",
+    "fractions",
+    "heapq",
+    "ipaddress",
+    "shutil",
+    "statistics",
+    "tempfile",
+    "textwrap",
+    "posixpath",
+]
 
+SIGNATURE_LINE = re.compile(r"[\w.]+\((?:[^()]|\([^()]*\))*\)(\s*->.*)?$")
+# Meant to be assigned to, so what they hold depends on who runs us.
+REPLACEABLE = {"excepthook"}
 MIN_ANSWER = 25  # characters; shorter docstrings ("Return self.") teach nothing
 MAX_ANSWER = 220
 MAX_SIGNATURE = 90
@@ -53,7 +169,7 @@ def first_paragraph(doc: str) -> str:
     """
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(doc)):
         lines = [line.strip() for line in paragraph.splitlines()]
-        while lines and re.match(r"^[\w.]+\(.*\)?(\s*->.*)?$", lines[0]) and " " not in lines[0][:12]:
+        while lines and SIGNATURE_LINE.match(lines[0]):
             lines.pop(0)
         text = re.sub(r"\s+", " ", " ".join(lines)).strip()
         text = text.replace("``", "`")
@@ -93,7 +209,7 @@ def _members(module: ModuleType) -> Iterator[tuple[str, str, object]]:
             for name, obj in vars(module).items()
             if not name.startswith("_") and getattr(obj, "__module__", None) == module.__name__
         ]
-    for name in sorted(set(names)):
+    for name in sorted(set(names) - REPLACEABLE):
         obj = vars(module).get(name)
         if inspect.isclass(obj):
             yield "class", name, obj
@@ -101,10 +217,16 @@ def _members(module: ModuleType) -> Iterator[tuple[str, str, object]]:
                 member = vars(obj)[attribute]
                 if isinstance(member, staticmethod | classmethod):
                     member = member.__func__
-                if not attribute.startswith("_") and inspect.isroutine(member):
+                if not attribute.startswith("_") and _is_native(member):
                     yield "method", f"{name}.{attribute}", member
-        elif inspect.isroutine(obj):
+        elif _is_native(obj):
             yield "function", name, obj
+
+
+def _is_native(obj: object) -> bool:
+    """A function of the standard library itself: some packages add methods to its classes."""
+    home = getattr(obj, "__module__", None) or "builtins"
+    return inspect.isroutine(obj) and home.partition(".")[0] in sys.stdlib_module_names
 
 
 def module_examples(name: str) -> list[DocExample]:
@@ -118,7 +240,9 @@ def module_examples(name: str) -> list[DocExample]:
         answer = _answer(getattr(obj, "__doc__", None))
         if answer:
             signature = "" if kind == "class" else _signature(obj)
-            question = f"What does the {kind} `{qualified}{signature}` of Python's `{name}` module do?"
+            question = (
+                f"What does the {kind} `{qualified}{signature}` of Python's `{name}` module do?"
+            )
             if kind == "class":
                 question = f"What is the class `{qualified}` of Python's `{name}` module?"
             examples.append(DocExample(name, question, answer))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +102,9 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
         else:
             options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **options)
+        # The GGUF reader has a bar that no setting turns off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **options)
     except (OSError, ValueError) as error:
         raise UsageError(f"--model: cannot load {source}: {error}") from error
     # What is saved or merged later is a plain model, wherever it came from.
@@ -113,7 +118,11 @@ def pick_dtype(name: str) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float32
+        )
     return torch.bfloat16 if cpu_multiplies_bf16() else torch.float32
 
 
@@ -133,7 +142,8 @@ def cpu_multiplies_bf16() -> bool:
 def quiet_transformers() -> None:
     """Keep transformers' own bars and notes off the terminal, where ours are shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -26,7 +26,7 @@ from lora_kernels.cli.finetune.models import (
     pick_dtype,
     quiet_transformers,
 )
-from lora_kernels.cli.finetune.progress import Reporter, Stopped, StopOnSignal, stderr_console
+from lora_kernels.cli.finetune.progress import Reporter, StopOnSignal, Stopped, stderr_console
 from lora_kernels.cli.finetune.rundir import RunDir
 from lora_kernels.cli.finetune.trainer import (
     AdapterTrainer,
@@ -35,7 +35,9 @@ from lora_kernels.cli.finetune.trainer import (
     training_arguments,
 )
 
-DEMO_HELD_OUT = 96  # examples of the held-out modules that are measured; the rest would only take time
+DEMO_HELD_OUT = (
+    96  # examples of the held-out modules that are measured; the rest would only take time
+)
 
 
 @dataclass
@@ -262,7 +264,10 @@ class Finetune:
             raise self.interruption() from None
         finally:
             self.reporter.close()
-        if self.stopper.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        if (
+            self.stopper.received is not None
+            and trainer.state.global_step < trainer.state.max_steps
+        ):
             raise self.interruption()
 
     def interruption(self) -> Interrupted:
@@ -305,7 +310,9 @@ class Finetune:
         if args.merge:
             self.save_merged()
         result["total_seconds"] = time.perf_counter() - self.started
-        plot.loss_curves(self.folder.read_log(), self.folder.plot, f"{self.source}, {result['title']}")
+        plot.loss_curves(
+            self.folder.read_log(), self.folder.plot, f"{self.source}, {result['title']}"
+        )
         self.folder.write_json(self.folder.summary, result)
         out = Console(highlight=False)
         summary.show_generations(out, generations)
@@ -351,5 +358,6 @@ class Finetune:
         """Write the merged model and its tokenizer where transformers can load them."""
         fresh = load_model(self.source, self.dtype)
         load_adapter(fresh, str(self.folder.adapter), **self.quantization())
-        merge_and_unload(fresh).save_pretrained(str(self.folder.merged))
+        merged: Any = merge_and_unload(fresh)
+        merged.save_pretrained(str(self.folder.merged))
         self.tokenizer.save_pretrained(str(self.folder.merged))

@@ -43,7 +43,7 @@ def table(result: dict[str, Any]) -> Table:
     trainable, total = result["trainable_parameters"], result["total_parameters"]
     rows = [
         ("trainable parameters", f"{trainable:,} of {total:,} ({trainable / total:.2%})"),
-        ("base weights of the adapted layers", _bytes_change(result)),
+        ("weights in memory", _bytes_change(result)),
         ("steps", f"{result['steps']}"),
         ("training throughput", f"{result['tokens_per_second']:.0f} tokens/s"),
         ("training time", duration(result["train_seconds"])),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from lora_kernels.cli.finetune.collate import LengthGroupedSampler
 from lora_kernels.cli.finetune.data import IGNORE
@@ -33,7 +33,9 @@ class AdapterTrainer(Trainer):
         self.loraplus_ratio = loraplus_ratio
         self.keep = keep
         self._staging: str | None = None
+        self.optimizer: Any = None
         super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser of `args.optim`, with one parameter group per learning rate."""
@@ -158,12 +160,19 @@ def training_arguments(args: Any, run: RunDir, evaluate: bool) -> TrainingArgume
         seed=args.seed,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs=(
-            {"use_reentrant": False} if args.gradient_checkpointing else None
-        ),
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
         report_to="none",
+        **_checkpointing(args.gradient_checkpointing),
     )
+
+
+def _checkpointing(on: bool) -> dict[str, Any]:
+    if not on:
+        return {}
+    # Releases of transformers differ in what they call it.
+    names = TrainingArguments.__dataclass_fields__
+    name = "activation_checkpointing"
+    name = name if name in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

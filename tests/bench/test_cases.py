@@ -1,0 +1,132 @@
+"""Cases and providers as declared: consistent, unique, and the promised ones all there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench.cases import BOTH, LAYERS, OPS, SUITES, Case, suite
+from bench.providers import PROVIDERS, select
+from bench.targets import FLOOR, STEP_OURS, TARGETS, reached
+from lora_kernels.dispatch.registry import ops
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_names_are_unique_and_tell_every_field(name: str) -> None:
+    cases = suite(name)
+    assert cases
+    assert len({c.name for c in cases}) == len(set(cases)) == len(cases)
+
+
+def test_full_holds_every_other_suite_but_smoke() -> None:
+    full = {c.name for c in suite("full")}
+    for name in ("targets", "scaling", "models"):
+        assert {c.name for c in suite(name)} <= full
+
+
+def test_full_covers_the_promised_ranges() -> None:
+    cases = suite("full")
+    assert {c.op for c in cases} == set(OPS)
+    assert {c.dtype for c in cases} == {"bf16", "fp16", "fp32"}
+    assert min(c.m for c in cases if c.op == "nf4_linear") == 1
+    assert max(c.m for c in cases) == 8192
+    assert {8, 16, 256} <= {c.r for c in cases}
+    models = {c.layer.partition(".")[0] for c in cases}
+    assert {"llama-3", "qwen2", "smollm2-135m", "llama-2-7b"} <= models
+
+
+@pytest.mark.parametrize(
+    ("layer", "n", "k", "bias"),
+    [
+        ("llama-3.1-8b.down_proj", 4096, 14336, False),
+        ("llama-3.1-8b.k_proj", 1024, 4096, False),
+        ("llama-2-7b.gate_proj", 11008, 4096, False),
+        ("qwen2.5-0.5b.k_proj", 128, 896, True),
+        ("qwen2.5-7b.gate_proj", 18944, 3584, False),
+        ("smollm2-135m.down_proj", 576, 1536, False),
+    ],
+)
+def test_layers_are_the_models_own(layer: str, n: int, k: int, bias: bool) -> None:
+    assert (LAYERS[layer].n, LAYERS[layer].k, LAYERS[layer].bias) == (n, k, bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"op": "conv"}, "op"),
+        ({"layer": "nothing"}, "layer"),
+        ({"m": -1}, "m"),
+        ({"r": 0}, "r"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"direction": "bwd"}, "direction"),
+        ({"direction": "fwd"}, "dropout"),
+    ],
+)
+def test_bad_case_names_the_field(change: dict[str, object], named: str) -> None:
+    case = Case("lora_linear", "tiny", 4, BOTH, 8, 0.1)
+    with pytest.raises(ValueError, match=f"^{named}: got "):
+        replace(case, **change)
+
+
+def test_suite_filter() -> None:
+    assert [c.name for c in suite("targets", "dequantize")] == ["nf4_dequantize/square-4096/bf16"]
+    with pytest.raises(ValueError, match=r"only: 'zzz' matches no case"):
+        suite("targets", "zzz")
+    with pytest.raises(ValueError, match="suite: got 'none'"):
+        suite("none")
+
+
+def test_every_op_has_a_baseline_and_ours() -> None:
+    for case in suite("full"):
+        if case.op == "step":
+            continue
+        serving = [p for p in PROVIDERS if p.refusal(case, CPU) is None]
+        assert any(p.ours for p in serving), case.name
+        assert any(not p.ours for p in serving), case.name
+
+
+def test_provider_names_are_unique_and_selectable() -> None:
+    names = [p.name for p in PROVIDERS]
+    assert len(set(names)) == len(names)
+    assert [p.name for p in select("dense|bnb-eval")] == ["dense", "bnb-eval"]
+    assert "compile" not in [p.name for p in select(None, slow=False)]
+    with pytest.raises(ValueError, match="providers: 'zzz' matches none"):
+        select("zzz")
+
+
+def test_every_op_of_the_package_is_benched() -> None:
+    """A new op family must bring a case. dropout_mask is part of every case with dropout."""
+    families = {name.removesuffix("_fwd").removesuffix("_bwd") for name in ops()}
+    assert families - {"dropout_mask"} <= set(OPS) | {"lora_linear"}
+
+
+def test_targets_name_measured_cases_and_providers() -> None:
+    measured = {c.name for c in suite("targets")}
+    assert {t.case.name for t in TARGETS} == measured
+    names = {p.name for p in PROVIDERS} | {FLOOR, "peft", "peft+bnb"}
+    assert {t.peer for t in TARGETS} <= names
+    for target in TARGETS:
+        if target.ours != STEP_OURS and target.peer != FLOOR:
+            peer = next(p for p in PROVIDERS if p.name == target.peer)
+            assert target.case.op in peer.ops, target
+            assert peer.refuses(target.case, CPU) is None, target
+
+
+def test_reached_takes_the_median_of_paired_ratios() -> None:
+    target = next(t for t in TARGETS if t.peer == "bnb-eval")
+
+    def row(provider: str, samples: list[float]) -> dict[str, object]:
+        return {"case": target.case.name, "provider": provider, "samples": samples}
+
+    doc = {"rows": [row("ours:native", [1.0, 2.0, 9.0]), row("bnb-eval", [2.0, 4.0, 3.0])]}
+    for r in doc["rows"]:
+        r["over_floor"] = None
+    found = {r.target: r for r in reached(doc)}
+    assert found[target].ratio == 0.5
+    assert found[target].met
+    others = [r for t, r in found.items() if t != target]
+    assert all(r.ratio is None and r.met is None for r in others)
