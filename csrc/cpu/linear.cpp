@@ -108,8 +108,9 @@ bool forward(const LinearForward& f, const Parallel& parallel) {
     return forward_blocks(dense_rows(base), f, parallel);
   if (!Nf4Rows::takes(*base.quant, base.k))
     return forward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);
-  const Nf4Rows rows(*base.quant, base.k);
-  return small ? forward_small(rows, f, parallel) : forward_blocks(rows, f, parallel);
+  if (small) return forward_small(Nf4Rows(*base.quant, base.k), f, parallel);
+  const QuantView q = plain_scales(*base.quant, parallel);
+  return forward_blocks(Nf4Rows(q, base.k), f, parallel);
 }
 
 bool backward(const LinearBackward& f, const Parallel& parallel) {
@@ -117,7 +118,8 @@ bool backward(const LinearBackward& f, const Parallel& parallel) {
   if (base.quant == nullptr) return backward_blocks(dense_rows(base), f, parallel);
   if (!Nf4Rows::takes(*base.quant, base.k))
     return backward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);
-  return backward_blocks(Nf4Rows(*base.quant, base.k), f, parallel);
+  const QuantView q = plain_scales(*base.quant, parallel);
+  return backward_blocks(Nf4Rows(q, base.k), f, parallel);
 }
 
 bool outer_sum(const OuterSum& f, const Parallel& parallel) { return outer_sum_bf16(f, parallel); }

@@ -216,11 +216,9 @@ LK_INLINE void decode32(const uint8_t* packed, const CodeTable<Out>& table, Out*
 
 #endif
 
-// `count` elements of one block, from an even position.
-template <class Out>
-LK_INLINE void decode(const uint8_t* packed, int64_t count, const float* table, float scale,
-                      Out* out) {
-  const auto scaled = scaled_table(table, scale, out);
+// `count` elements of one block, from an even position, with the block's table.
+template <class Table, class Out>
+LK_INLINE void decode(const uint8_t* packed, int64_t count, const Table& scaled, Out* out) {
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) decode32(packed + i / 2, scaled, out + i);
   if (i < count) {
@@ -231,6 +229,12 @@ LK_INLINE void decode(const uint8_t* packed, int64_t count, const float* table, 
     decode32(bytes, scaled, tail);
     for (int64_t j = 0; j < rest; ++j) out[i + j] = tail[j];
   }
+}
+
+template <class Out>
+LK_INLINE void decode(const uint8_t* packed, int64_t count, const float* table, float scale,
+                      Out* out) {
+  decode(packed, count, scaled_table(table, scale, out), out);
 }
 
 }  // namespace

@@ -2,9 +2,15 @@
 
 #include <cstdlib>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace lora_kernels {
 
 namespace {
+
+constexpr size_t kHugePage = size_t(1) << 21;
 
 struct Buffer {
   void* data = nullptr;
@@ -25,9 +31,15 @@ void* thread_scratch(int slot, size_t bytes) {
   Buffer& buffer = buffers[slot];
   if (bytes > buffer.size) {
     std::free(buffer.data);
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    buffer.data = std::aligned_alloc(64, rounded);
+    const size_t unit = bytes >= kHugePage ? kHugePage : 4096;
+    const size_t rounded = (bytes + unit - 1) / unit * unit;
+    buffer.data = std::aligned_alloc(unit, rounded);
     buffer.size = buffer.data != nullptr ? rounded : 0;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    // Kernels stream through several strips of a large buffer at once: few pages, few TLB misses.
+    if (unit == kHugePage && buffer.data != nullptr)
+      madvise(buffer.data, rounded, MADV_HUGEPAGE);
+#endif
   }
   return buffer.data;
 }

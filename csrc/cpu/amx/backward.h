@@ -26,9 +26,9 @@ struct BackwardPacked {
 // Packs dy rows [m, m + 16) and computes their ds.
 LK_INLINE void pack_dy(const LinearBackward& f, const BackwardPacked& p, int64_t strip, int64_t m,
                        int64_t m_end) {
-  DenseRows<Order::natural> rows{f.dy.data, f.dy.dtype, f.dy.stride, f.base.n};
+  Strip<DenseRows<Order::natural>> dy_rows({f.dy.data, f.dy.dtype, f.dy.stride, f.base.n});
   char* dy = p.dy + strip * p.strip();
-  pack_a_strip(rows, m, m_end, 0, p.chunks, dy);
+  pack_a_strip(dy_rows, m, m_end, 0, p.chunks, dy);
   const int64_t r = f.lora.r(), depth = rank_tiles(f.lora);
   char* ds_tiles = p.ds + strip * depth * kTileBytes;
   alignas(64) float c[2][256];
@@ -115,7 +115,8 @@ bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Paral
   const int64_t fit = kBlockBytes / (strips * kTileBytes);
   const int64_t n_blocks = ceil_div(ceil_div(n, kTileDepth), fit);
   const int64_t block_depth = ceil_div(ceil_div(n, kTileDepth), n_blocks);
-  const int64_t strip_bytes = block_depth * kTileBytes;
+  // The strips are written side by side: a line's offset keeps them out of each other's cache sets.
+  const int64_t strip_bytes = block_depth * kTileBytes + 64;
   const int64_t k_blocks = ceil_div(k_chunks, block_chunks);
   bool ok = true;
 

@@ -12,8 +12,8 @@ namespace lora_kernels {
 namespace {
 
 // Scratch of the calling thread: 0 packed activations, 1 packed adapters; of each worker: 2 the
-// block of W, 3 accumulators.
-enum Scratch { kActivations, kAdapters, kBlock, kAccumulators };
+// block of W, 3 accumulators; of the calling thread: 4 decoded scales.
+enum Scratch { kActivations, kAdapters, kBlock, kAccumulators, kScales };
 
 // x is packed at most this many bytes at a time; W is decoded again for each piece.
 constexpr int64_t kActivationBytes = int64_t(32) << 20;
@@ -27,6 +27,21 @@ LK_INLINE int64_t round_up(int64_t v, int64_t to) { return ceil_div(v, to) * to;
 LK_INLINE int64_t piece_rows(int64_t m, int64_t chunks) {
   const int64_t fit = kActivationBytes / (chunks * kChunk * 2) / 32 * 32;
   return min64(round_up(m, 32), max64(fit, 512));
+}
+
+// The same weight with its scales decoded, if they are quantised: where W is read in pieces, a look-up
+// per piece costs more than 4 bytes per block once.
+inline QuantView plain_scales(QuantView q, const Parallel& parallel) {
+  if (q.absmax != nullptr) return q;
+  float* scales = static_cast<float*>(thread_scratch(kScales, size_t(q.blocks()) * 4));
+  if (scales == nullptr) return q;
+  constexpr int64_t kUnit = 16384;
+  parallel(0, ceil_div(q.blocks(), kUnit), 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kUnit;
+    nested_scales(q, first, min64(end * kUnit, q.blocks()) - first, scales + first);
+  });
+  q.absmax = scales;
+  return q;
 }
 
 struct ForwardPacked {
@@ -44,9 +59,9 @@ LK_INLINE bool pack_adapters(const LinearForward& f, ForwardPacked* p) {
   if (strips == 0) return true;
   p->a = static_cast<char*>(thread_scratch(kAdapters, size_t(strips * p->a_strip())));
   if (p->a == nullptr) return false;
-  DenseRows<order> rows{f.lora.a.data, f.lora.a.dtype, f.lora.a.stride, f.base.k};
+  Strip<DenseRows<order>> a({f.lora.a.data, f.lora.a.dtype, f.lora.a.stride, f.base.k});
   for (int64_t i = 0; i < strips; ++i)
-    pack_a_strip(rows, i * kTile, f.lora.r(), 0, p->chunks, p->a + i * p->a_strip());
+    pack_a_strip(a, i * kTile, f.lora.r(), 0, p->chunks, p->a + i * p->a_strip());
   return true;
 }
 
@@ -150,7 +165,7 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
     const int64_t group_pairs = ceil_div(m_pairs, m_groups);
     parallel(0, n_blocks * m_groups, 1, [&](int64_t begin, int64_t end) {
       TileScope tiles;
-      Rows rows = prototype;
+      Strip<Rows> rows(prototype);
       const int64_t pairs_per_block = block_strips / 2;
       char* block = static_cast<char*>(thread_scratch(
           kBlock, size_t(block_strips * (strip_bytes + depth * kTileBytes))));
@@ -179,7 +194,9 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
               else
                 load_accumulators(c);
               const char* w = block + i * strip_bytes;
-              multiply(w, w + strip_bytes, x0, x0 + p.x_strip(), (c1 - c0) * kChunkTiles);
+              const int64_t step = (c1 - c0) * kChunkTiles;
+              const char* next = x0 + (2 + (i / 2) % 2) * p.x_strip() + i / 4 * 256 * step;
+              multiply_ahead(w, w + strip_bytes, x0, x0 + p.x_strip(), step, next);
               const bool last = c1 == chunks;
               if (last && depth > 0) {
                 const char* b = expand + i * depth * kTileBytes;

@@ -5,6 +5,8 @@
 
 #if LK_AMX
 
+#include <new>
+
 namespace lora_kernels {
 namespace {
 
@@ -34,22 +36,110 @@ LK_INLINE void transpose16(__m512i r[16]) {
   }
 }
 
-// A strip: rows [first, first + 16) as the tiles' rows, chunks [c0, c1). Rows from `rows_end` on
-// are zeros.
+// Sixteen rows of a matrix, read together: `tiles` writes the four A tiles of one chunk.
 template <class Rows>
-LK_INLINE void pack_a_strip(Rows& rows, int64_t first, int64_t rows_end, int64_t c0, int64_t c1,
-                            char* strip) {
-  for (int64_t r = 0; r < kTile; ++r) {
-    char* to = strip + r * 64;
-    const bool inside = first + r < rows_end;
-    if (inside) rows.begin(first + r, c0, c1);
-    for (int64_t c = c0; c < c1; ++c) {
+struct Strip {
+  explicit Strip(const Rows& prototype) {
+    for (int64_t r = 0; r < kTile; ++r) new (rows + r) Rows(prototype);
+  }
+  ~Strip() {}
+
+  // Rows [first, first + kTile), of which those from `rows_end` on are zeros.
+  LK_INLINE void begin(int64_t first, int64_t rows_end, int64_t c0, int64_t c1) {
+    count = clamp64(rows_end - first, 0, kTile);
+    for (int64_t r = 0; r < count; ++r) rows[r].begin(first + r, c0, c1);
+  }
+
+  LK_INLINE void tiles(int64_t c, char* to) const {
+    for (int64_t r = 0; r < kTile; ++r) {
       __m512i v[4] = {};
-      if (inside) rows.chunk(c, v);
-      for (int t = 0; t < 4; ++t)
-        _mm512_store_si512(to + ((c - c0) * kChunkTiles + t) * kTileBytes, v[t]);
+      if (r < count) rows[r].chunk(c, v);
+      for (int t = 0; t < 4; ++t) _mm512_store_si512(to + t * kTileBytes + r * 64, v[t]);
     }
   }
+
+  LK_INLINE void prefetch(int64_t, int64_t) const {}
+
+  int64_t count = 0;
+  union {
+    Rows rows[kTile];
+  };
+};
+
+// The same for 4-bit weights, with nothing in the loop but the decoding.
+template <>
+struct Strip<Nf4Rows> {
+  explicit Strip(const Nf4Rows& prototype) : q(prototype.q), columns(prototype.columns) {}
+
+  LK_INLINE void begin(int64_t first, int64_t rows_end, int64_t c0, int64_t c1) {
+    count = clamp64(rows_end - first, 0, kTile);
+    first_chunk = c0;
+    row_bytes = columns / 2;
+    packed = q->packed + first * row_bytes;
+    const int64_t groups = columns / Nf4Rows::kGroup;
+    if (q->absmax != nullptr && q->block_size == Nf4Rows::kGroup) {
+      scale_stride = groups;
+      scales = q->absmax + first * groups + 2 * c0;
+      return;
+    }
+    scale_stride = kStride;
+    scales = decoded;
+    const int64_t here = min64(2 * c1, groups) - 2 * c0;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = (first + r) * groups + 2 * c0;
+      float* to = decoded + r * kStride;
+      if (q->block_size == Nf4Rows::kGroup)
+        nested_scales(*q, at, here, to);
+      else
+        for (int64_t i = 0; i < here; ++i)
+          to[i] = q->block_scale((at + i) * Nf4Rows::kGroup / q->block_size);
+    }
+  }
+
+  LK_INLINE void tiles(int64_t c, char* to) const {
+    const __m512 codes = _mm512_loadu_ps(kCodeTable[q->quant_type]);
+    const uint8_t* p = packed + c * (kChunk / 2);
+    const float* s = scales + 2 * (c - first_chunk);
+    const bool whole = (c + 1) * kChunk <= columns;
+    if (whole && count == kTile) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kTile; ++r, p += row_bytes, s += scale_stride) {
+        __m512i v[4];
+        decode_chunk(_mm512_loadu_si512(p), codes, s, s + 1, v);
+        for (int t = 0; t < 4; ++t) _mm512_store_si512(to + t * kTileBytes + r * 64, v[t]);
+      }
+      return;
+    }
+    for (int64_t r = 0; r < kTile; ++r, p += row_bytes, s += scale_stride) {
+      __m512i v[4] = {};
+      if (r < count && whole)
+        decode_chunk(_mm512_loadu_si512(p), codes, s, s + 1, v);
+      else if (r < count)
+        decode_half_chunk(p, codes, s, v);
+      for (int t = 0; t < 4; ++t) _mm512_store_si512(to + t * kTileBytes + r * 64, v[t]);
+    }
+  }
+
+  // Fetches the chunk of every row `bytes` further on.
+  LK_INLINE void prefetch(int64_t c, int64_t bytes) const {
+    const char* p = reinterpret_cast<const char*>(packed) + c * (kChunk / 2) + bytes;
+    for (int r = 0; r < kTile; ++r) _mm_prefetch(p + r * row_bytes, _MM_HINT_T1);
+  }
+
+  static constexpr int64_t kStride = 2 * Nf4Rows::kMaxChunks + 16;
+  const QuantView* q;
+  int64_t columns, count = 0, first_chunk = 0, row_bytes = 0, scale_stride = 0;
+  const uint8_t* packed = nullptr;
+  const float* scales = nullptr;
+  alignas(64) float decoded[kTile * kStride];
+};
+
+// Rows [first, first + 16) as a strip of A tiles, chunks [c0, c1).
+template <class Rows>
+LK_INLINE void pack_a_strip(Strip<Rows>& rows, int64_t first, int64_t rows_end, int64_t c0,
+                            int64_t c1, char* to) {
+  rows.begin(first, rows_end, c0, c1);
+  for (int64_t c = c0; c < c1; ++c, to += kChunkTiles * kTileBytes) rows.tiles(c, to);
 }
 
 // B strip: rows [first, first + count), count <= 16, as the tiles' columns. A tile takes
@@ -59,6 +149,14 @@ LK_INLINE void pack_b_strip(Rows& rows, int64_t first, int64_t count, int64_t co
                             int64_t c1, char* strip) {
   const __mmask16 mask = lanes16(columns);
   for (int64_t c = c0; c < c1; ++c) {
+    if (columns == 1) {  // the pairs of one row are the tile as they stand
+      __m512i w[4];
+      rows.begin(first, c, c + 1);
+      rows.chunk(c, w);
+      for (int t = 0; t < 4; ++t)
+        _mm512_store_si512(strip + ((c - c0) * kChunkTiles + t) * 64, w[t]);
+      continue;
+    }
     __m512i v[4][16];
     for (int64_t r = 0; r < kTile; ++r) {
       __m512i w[4] = {};

@@ -68,6 +68,22 @@ LK_INLINE __m512 load_floats(const void* p, Dtype dtype, int64_t i, __mmask16 ma
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 
+// The scales of blocks [at, at + count) of a doubly quantised weight.
+LK_INLINE void nested_scales(const QuantView& q, int64_t at, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = lanes16(count - i);
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q.absmax8 + at + i));
+    const __m512 value = _mm512_i32gather_ps(code, q.nested_map, 4);
+    const int64_t group = (at + i) / q.nested_block;
+    __m512 outer = _mm512_set1_ps(q.nested_absmax[group]);
+    const int64_t inside = (group + 1) * q.nested_block - (at + i);
+    if (inside < min64(count - i, 16))
+      outer = _mm512_mask_mov_ps(_mm512_set1_ps(q.nested_absmax[group + 1]), lanes16(inside), outer);
+    const __m512 scaled = _mm512_mul_ps(value, outer);
+    _mm512_mask_storeu_ps(out + i, mask, _mm512_add_ps(scaled, _mm512_set1_ps(q.nested_offset)));
+  }
+}
+
 // A row-major matrix of any float type, rounded to bf16 on the way.
 template <Order order>
 struct DenseRows {
@@ -117,6 +133,32 @@ struct MaskedRows {
   }
 };
 
+// 128 weights of two blocks. 3 shifts, 2 logic, 4 look-ups and 4 for the table: 0.1 per weight.
+LK_INLINE void decode_chunk(__m512i packed, __m512 codes, const float* first, const float* second,
+                            __m512i v[4]) {
+  const __m512i low_nibbles = _mm512_set1_epi16(0x0f0f);
+  const __m512i second_block =
+      _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
+  const __m512i table = round_pair(_mm512_mul_ps(codes, _mm512_set1_ps(*first)),
+                                   _mm512_mul_ps(codes, _mm512_set1_ps(*second)));
+  constexpr int kAndOr = 0xea;
+  const __m512i odd = _mm512_ternarylogic_epi32(packed, low_nibbles, second_block, kAndOr);
+  const __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(packed, 4), low_nibbles,
+                                                 second_block, kAndOr);
+  v[0] = _mm512_permutexvar_epi16(even, table);
+  v[1] = _mm512_permutexvar_epi16(odd, table);
+  v[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table);
+  v[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
+}
+
+// 64 weights at the end of a row; the missing half decodes to zeros (of either sign).
+LK_INLINE void decode_half_chunk(const uint8_t* packed, __m512 codes, const float* scale,
+                                 __m512i v[4]) {
+  static constexpr float kZero = 0.0f;
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+  decode_chunk(_mm512_zextsi256_si512(half), codes, scale, &kZero, v);
+}
+
 // A 4-bit weight whose rows are whole numbers of 64-element groups that share one scale.
 struct Nf4Rows {
   static constexpr Order kOrder = Order::strided;
@@ -125,8 +167,10 @@ struct Nf4Rows {
   const QuantView* q;
   int64_t columns;
   int group_shift;  // log2(block_size / 64)
-  int64_t row = 0, first_group = 0;
-  alignas(64) float scales[2 * kMaxChunks + 16];
+  const uint8_t* packed = nullptr;      // of the row
+  const float* row_scales = nullptr;    // of the row's groups, from first_group on
+  int64_t first_group = 0;
+  alignas(64) float decoded[2 * kMaxChunks + 16];
 
   static bool takes(const QuantView& q, int64_t columns) {
     return columns % kGroup == 0 && q.block_size % kGroup == 0;
@@ -135,69 +179,37 @@ struct Nf4Rows {
   Nf4Rows(const QuantView& view, int64_t k)
       : q(&view), columns(k), group_shift(__builtin_ctzll(uint64_t(view.block_size / kGroup))) {}
 
-  LK_INLINE void begin(int64_t r, int64_t first_chunk, int64_t last_chunk) {
-    row = r;
+  LK_INLINE void begin(int64_t row, int64_t first_chunk, int64_t last_chunk) {
+    packed = q->packed + row * columns / 2;
     first_group = 2 * first_chunk;
+    const int64_t at = row * (columns / kGroup) + first_group;
+    if (group_shift == 0 && q->absmax != nullptr) {
+      row_scales = q->absmax + at;
+      return;
+    }
     const int64_t groups = min64(2 * last_chunk, columns / kGroup) - first_group;
-    const int64_t at = r * (columns / kGroup) + first_group;
-    if (group_shift != 0 || q->absmax != nullptr) {
-      for (int64_t i = 0; i < groups; ++i) scales[i] = q->block_scale((at + i) >> group_shift);
-    } else {
-      nested_scales(at, groups);
-    }
-    scales[groups] = 0.0f;  // the missing half of a last chunk
+    row_scales = decoded;
+    if (group_shift == 0)
+      nested_scales(*q, at, groups, decoded);
+    else
+      for (int64_t i = 0; i < groups; ++i) decoded[i] = q->block_scale((at + i) >> group_shift);
   }
 
-  LK_INLINE void nested_scales(int64_t at, int64_t groups) {
-    for (int64_t i = 0; i < groups; i += 16) {
-      const __mmask16 mask = lanes16(groups - i);
-      const __m512i code =
-          _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q->absmax8 + at + i));
-      const __m512 value = _mm512_i32gather_ps(code, q->nested_map, 4);
-      const int64_t group = (at + i) / q->nested_block;
-      __m512 outer = _mm512_set1_ps(q->nested_absmax[group]);
-      const int64_t inside = (group + 1) * q->nested_block - (at + i);
-      if (inside < min64(groups - i, 16))
-        outer = _mm512_mask_mov_ps(_mm512_set1_ps(q->nested_absmax[group + 1]), lanes16(inside),
-                                   outer);
-      const __m512 scaled = _mm512_mul_ps(value, outer);
-      _mm512_storeu_ps(scales + i, _mm512_add_ps(scaled, _mm512_set1_ps(q->nested_offset)));
-    }
-  }
-
-  LK_INLINE const uint8_t* at(int64_t c) const {
-    return q->packed + (row * columns + c * kChunk) / 2;
-  }
-
-  // 3 shifts, 2 logic, 4 look-ups, and 3 for the table of two blocks: about 0.1 per weight.
   LK_INLINE void chunk(int64_t c, __m512i v[4]) const {
-    const __m512i low_nibbles = _mm512_set1_epi16(0x0f0f);
-    const __m512i second_block = _mm512_inserti64x4(_mm512_setzero_si512(),
-                                                    _mm256_set1_epi8(16), 1);
     const __m512 codes = _mm512_loadu_ps(kCodeTable[q->quant_type]);
-    const float* s = scales + 2 * c - first_group;
-    const __m512i table = round_pair(_mm512_mul_ps(codes, _mm512_set1_ps(s[0])),
-                                     _mm512_mul_ps(codes, _mm512_set1_ps(s[1])));
-    const bool whole = (c + 1) * kChunk <= columns;
-    const __m512i w = whole ? _mm512_loadu_si512(at(c))
-                            : _mm512_zextsi256_si512(_mm256_loadu_si256(
-                                  reinterpret_cast<const __m256i*>(at(c))));
-    constexpr int kAndOr = 0xea;
-    const __m512i odd = _mm512_ternarylogic_epi32(w, low_nibbles, second_block, kAndOr);
-    const __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(w, 4), low_nibbles,
-                                                   second_block, kAndOr);
-    v[0] = _mm512_permutexvar_epi16(even, table);
-    v[1] = _mm512_permutexvar_epi16(odd, table);
-    v[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table);
-    v[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
-    // A missing second half has scale 0, so its look-ups are zeros (of either sign).
+    const uint8_t* p = packed + c * (kChunk / 2);
+    const float* s = row_scales + 2 * c - first_group;
+    if ((c + 1) * kChunk <= columns)
+      decode_chunk(_mm512_loadu_si512(p), codes, s, s + 1, v);
+    else
+      decode_half_chunk(p, codes, s, v);
   }
 };
 
 // Any other 4-bit weight, decoded a row piece at a time into natural order.
 struct AnyNf4Rows {
   static constexpr Order kOrder = Order::natural;
-  static constexpr int64_t kMaxChunks = Nf4Rows::kMaxChunks;
+  static constexpr int64_t kMaxChunks = 18;
   const QuantView* q;
   int64_t columns;
   int64_t first = 0;

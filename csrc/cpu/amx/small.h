@@ -14,17 +14,6 @@ constexpr int64_t kSmallRows = 32;
 constexpr int64_t kGroupRows = 2 * kTile;  // rows of W worked on together
 constexpr int64_t kGroupChunkBytes = 2 * kChunkTiles * kTileBytes;
 
-// Rows of W that `ahead` bytes of prefetch reach: the next group's.
-template <class Rows>
-LK_INLINE void decode_group(const Rows rows[], int64_t count, int64_t c, char* to) {
-  for (int64_t r = 0; r < kGroupRows; ++r) {
-    __m512i v[4] = {};
-    if (r < count) rows[r].chunk(c, v);
-    char* at = to + r / kTile * kChunkTiles * kTileBytes + r % kTile * 64;
-    for (int t = 0; t < 4; ++t) _mm512_store_si512(at + t * kTileBytes, v[t]);
-  }
-}
-
 // One strip of x: tiles 0, 1 take even and 2, 3 odd steps, so that no product waits for the last.
 LK_INLINE void multiply_narrow(const char* w, const char* x, int64_t x_tile, int64_t depth) {
   const char* w1 = w + depth * kTileBytes;
@@ -72,9 +61,9 @@ bool forward_small(const Rows& prototype, const LinearForward& f, const Parallel
     alignas(64) float c[4][256];
     char* stage = static_cast<char*>(
         thread_scratch(kBlock, size_t(2 * kGroupChunkBytes + 2 * depth * kTileBytes)));
-    Rows* rows = static_cast<Rows*>(thread_scratch(kAccumulators, kGroupRows * sizeof(Rows)));
-    if (stage == nullptr || rows == nullptr) return void(ok = false);
-    for (int64_t r = 0; r < kGroupRows; ++r) new (rows + r) Rows(prototype);
+    if (stage == nullptr) return void(ok = false);
+    Strip<Rows> upper(prototype), lower(prototype);
+    const int64_t ahead = kGroupRows * f.base.k / 2;  // bytes to the next group
     char* expand = stage + 2 * kGroupChunkBytes;
     const auto consume = [&](int64_t c_index) {
       const char* w = stage + c_index % 2 * kGroupChunkBytes;
@@ -85,13 +74,18 @@ bool forward_small(const Rows& prototype, const LinearForward& f, const Parallel
         multiply_narrow(w, x, x_tile, kChunkTiles);
     };
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t row = group * kGroupRows, count = min64(n - row, kGroupRows);
+      const int64_t row = group * kGroupRows;
       zero_accumulators();
       for (int64_t c0 = 0; c0 < chunks; c0 += Rows::kMaxChunks) {
         const int64_t c1 = min64(c0 + Rows::kMaxChunks, chunks);
-        for (int64_t r = 0; r < count; ++r) rows[r].begin(row + r, c0, c1);
+        upper.begin(row, n, c0, c1);
+        lower.begin(row + kTile, n, c0, c1);
         for (int64_t i = c0; i < c1; ++i) {
-          decode_group(rows, count, i, stage + i % 2 * kGroupChunkBytes);
+          char* to = stage + i % 2 * kGroupChunkBytes;
+          upper.prefetch(i, ahead);
+          upper.tiles(i, to);
+          lower.prefetch(i, ahead);
+          lower.tiles(i, to + kChunkTiles * kTileBytes);
           if (i > 0) consume(i - 1);
         }
       }

@@ -32,7 +32,7 @@ Parallel serial();
 // A buffer of the calling thread, 64-byte aligned, kept for the thread's life so that a kernel does
 // not pay page faults in every call. Content is not kept between calls with a larger size. Slots
 // are independent; null when memory runs out.
-constexpr int kScratchSlots = 4;
+constexpr int kScratchSlots = 5;
 void* thread_scratch(int slot, size_t bytes);
 
 }  // namespace lora_kernels

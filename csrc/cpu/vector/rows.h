@@ -1,0 +1,159 @@
+// Matrices as pieces of fp32 rows, whatever they are stored as.
+#pragma once
+
+#include "lora_kernels/linear.h"
+#include "lora_kernels/philox.h"
+#include "philox_simd.h"
+#include "vector/vec.h"
+
+namespace lora_kernels {
+namespace {
+namespace vector {
+
+constexpr int64_t kMaxPiece = 256;
+
+// The 16 values of a block, round(code * scale) to T, as nf4_decode.h takes a table of fp32.
+#if LK_AVX512
+template <class T>
+LK_INLINE __m512 rounded_table(const float* codes, float scale, T type) {
+  return rounded(load(codes) * splat(scale), type);
+}
+#elif LK_AVX2
+template <class T>
+LK_INLINE FloatTable rounded_table(const float* codes, float scale, T type) {
+  const Vec s = splat(scale);
+  return {rounded(load(codes) * s, type), rounded(load(codes + 8) * s, type)};
+}
+#else
+template <class T>
+LK_INLINE auto rounded_table(const float* codes, float scale, T type) {
+  float values[16];
+  for (int i = 0; i < 16; i += kLanes)
+    put(values + i, rounded(load(codes + i) * splat(scale), type));
+  return scaled_table(values, 1.0f, values);
+}
+#endif
+
+// Scales of the blocks [first, first + count): QuantView::block_scales, with the look-ups gathered.
+LK_INLINE void block_scales(const QuantView& q, int64_t first, int64_t count, float* out) {
+#if LK_AVX2
+  if (q.absmax == nullptr) {
+    for (int64_t i = 0; i < count;) {
+      const int64_t group = (first + i) / q.nested_block;
+      const int64_t end = min64((group + 1) * q.nested_block - first, count);
+      const float scale = q.nested_absmax[group];
+      for (; i + kLanes <= end; i += kLanes) {
+        const void* at = q.absmax8 + first + i;
+#if LK_AVX512
+        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(at)));
+        const Vec value = _mm512_i32gather_ps(code, q.nested_map, 4);
+#else
+        const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(at)));
+        const Vec value = _mm256_i32gather_ps(q.nested_map, code, 4);
+#endif
+        const Vec product = value * splat(scale);
+        put(out + i, product + splat(q.nested_offset));
+      }
+      for (; i < end; ++i) {
+        const float product = q.nested_map[q.absmax8[first + i]] * scale;
+        out[i] = product + q.nested_offset;
+      }
+    }
+    return;
+  }
+#endif
+  q.block_scales(first, count, out);
+}
+
+// Elements [first, first + count) of a 4-bit weight, rounded to T.
+template <class T>
+void decode_range(const QuantView& q, int64_t first, int64_t count, float* out, T type) {
+  const float* codes = kCodeTable[q.quant_type];
+  const int64_t end = first + count, first_block = first / q.block_size;
+  float scales[kMaxPiece / 32 + 2];
+  if (count > 0)
+    block_scales(q, first_block, (end - 1) / q.block_size - first_block + 1, scales);
+  for (int64_t i = first; i < end;) {
+    const int64_t block = i / q.block_size;
+    const int64_t stop = min64((block + 1) * q.block_size, end);
+    const auto table = rounded_table(codes, scales[block - first_block], type);
+    if (i % 2 == 0) {
+      decode(q.packed + i / 2, stop - i, table, out + (i - first));
+    } else {  // from the middle of a byte
+      float shifted[kMaxPiece + 1];
+      decode(q.packed + i / 2, stop - i + 1, table, shifted);
+      __builtin_memcpy(out + (i - first), shifted + 1, sizeof(float) * (stop - i));
+    }
+    i = stop;
+  }
+}
+
+// Zeros where the mask drops (row, first + i); `first` is a multiple of 64.
+LK_INLINE void apply_mask(const Dropout& dropout, int64_t row, int64_t first, int64_t count,
+                          float* out) {
+  for (int64_t i = 0; i < count; i += 64) {
+    const uint64_t keep = keep_mask64(dropout, uint32_t(row), uint32_t((first + i) / 64));
+    const int64_t last = min64(count - i, 64);
+    int64_t j = 0;
+#if LK_AVX512
+    for (; j + 16 <= last; j += 16)
+      put(out + i + j, _mm512_maskz_loadu_ps(__mmask16(keep >> j), out + i + j));
+#elif LK_AVX2
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    for (; j + 8 <= last; j += 8) {
+      const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(int(keep >> j)), lane);
+      const __m256 kept = _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, lane));
+      put(out + i + j, _mm256_and_ps(kept, load(out + i + j)));
+    }
+#endif
+    for (; j < last; ++j) out[i + j] = (keep >> j) & 1 ? out[i + j] : 0.0f;
+  }
+}
+
+LK_INLINE float at(const MatrixView& v, int64_t i) {
+  float f = 1.0f;
+  if (v.data != nullptr) widen(v.data, v.dtype, i, 1, &f);
+  return f;
+}
+
+// factor * row_diag[row] * element * column_diag[column], zero where `dropout` drops.
+struct Rows {
+  MatrixView dense{};
+  const QuantView* quant = nullptr;  // instead of dense: flat, of `columns`, values rounded to
+  int64_t columns = 0;               // `dtype`
+  Dtype dtype = Dtype::f32;
+  float factor = 1.0f;
+  MatrixView row_diag{}, column_diag{};
+  Dropout dropout{};
+
+  // `count` <= kMaxPiece elements of a row.
+  void piece(int64_t row, int64_t first, int64_t count, float* out) const {
+    if (quant != nullptr) return decoded(row * columns + first, count, out);
+    widen(dense.data, dense.dtype, row * dense.stride + first, count, out);
+    if (factor != 1.0f || row_diag.data != nullptr) {
+      const float f = factor * at(row_diag, row);
+      for (int64_t i = 0; i < count; ++i) out[i] *= f;
+    }
+    if (column_diag.data != nullptr) {
+      float d[kMaxPiece];
+      widen(column_diag.data, column_diag.dtype, first, count, d);
+      for (int64_t i = 0; i < count; ++i) out[i] *= d[i];
+    }
+    if (dropout.threshold != 0) apply_mask(dropout, row, first, count, out);
+  }
+
+  void decoded(int64_t first, int64_t count, float* out) const {
+    switch (dtype) {
+      case Dtype::f16:
+        return decode_range(*quant, first, count, out, Half{});
+      case Dtype::bf16:
+        return decode_range(*quant, first, count, out, BFloat16{});
+      default:
+        return decode_range(*quant, first, count, out, 0.0f);
+    }
+  }
+};
+
+}  // namespace vector
+}  // namespace
+}  // namespace lora_kernels
