@@ -98,11 +98,13 @@ Tensor nf4_linear_bwd(const Tensor& dy, const std::vector<Tensor>& base_tensors,
   return dx;
 }
 
-std::tuple<Tensor, Tensor> lora_linear_fwd(
-    const Tensor& x, const std::vector<Tensor>& base_tensors, const std::vector<int64_t>& meta,
-    const Tensor& a, const Tensor& b, double scale, const std::optional<Tensor>& bias,
-    double dropout_p, const std::optional<Tensor>& seed, const std::optional<Tensor>& rank_diag,
-    const std::optional<Tensor>& out_diag) {
+std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,
+                                           const std::vector<int64_t>& meta, const Tensor& a,
+                                           const Tensor& b, double scale,
+                                           const std::optional<Tensor>& bias, double dropout_p,
+                                           const std::optional<Tensor>& seed,
+                                           const std::optional<Tensor>& rank_diag,
+                                           const std::optional<Tensor>& out_diag) {
   const Base base(base_tensors, meta);
   const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, out_diag);
   Tensor s = new_tensor(x, {x.size(0), lora.r()}, x.scalar_type());
@@ -155,8 +157,8 @@ Grads lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& s,
   if (needs[kX] || needs[kA]) {
     if (needs[kX]) dx = new_tensor(dy, {m, base.meta.k}, dy.scalar_type());
     Tensor ds = new_tensor(dy, {m, lora.r()}, dy.scalar_type());
-    const LinearBackward call{dy_view, base.view, lora,
-                              needs[kX] ? dx.mutable_data_ptr() : nullptr, ds.mutable_data_ptr()};
+    const LinearBackward call{dy_view, base.view, lora, needs[kX] ? dx.mutable_data_ptr() : nullptr,
+                              ds.mutable_data_ptr()};
     if (m > 0) check_memory(kernels().backward(call, torch_parallel()));
     if (needs[kA]) {
       const float factor =
@@ -170,8 +172,7 @@ Grads lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& s,
     Tensor drank32 = new_tensor(dy, {needs[kRankDiag] ? lora.r() : 0}, ScalarType::Float);
     Tensor dout32 = new_tensor(dy, {needs[kOutDiag] ? base.meta.n : 0}, ScalarType::Float);
     if (needs[kB]) db = new_tensor(dy, {base.meta.n, lora.r()}, b.scalar_type());
-    const AdapterGrads call{data<float>(outer), lora,
-                            needs[kB] ? db.mutable_data_ptr() : nullptr,
+    const AdapterGrads call{data<float>(outer), lora, needs[kB] ? db.mutable_data_ptr() : nullptr,
                             needs[kRankDiag] ? mutable_data<float>(drank32) : nullptr,
                             needs[kOutDiag] ? mutable_data<float>(dout32) : nullptr};
     kernels().adapter_grads(call, torch_parallel());

@@ -104,8 +104,7 @@ DenseRows<Order::natural> dense_rows(const BaseView& base) {
 bool forward(const LinearForward& f, const Parallel& parallel) {
   const BaseView& base = f.base;
   const bool small = f.x.rows <= kSmallRows;
-  if (base.quant == nullptr)
-    return forward_blocks(dense_rows(base), f, parallel);
+  if (base.quant == nullptr) return forward_blocks(dense_rows(base), f, parallel);
   if (!Nf4Rows::takes(*base.quant, base.k))
     return forward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);
   if (small) return forward_small(Nf4Rows(*base.quant, base.k), f, parallel);

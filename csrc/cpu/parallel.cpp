@@ -37,8 +37,7 @@ void* thread_scratch(int slot, size_t bytes) {
     buffer.size = buffer.data != nullptr ? rounded : 0;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     // Kernels stream through several strips of a large buffer at once: few pages, few TLB misses.
-    if (unit == kHugePage && buffer.data != nullptr)
-      madvise(buffer.data, rounded, MADV_HUGEPAGE);
+    if (unit == kHugePage && buffer.data != nullptr) madvise(buffer.data, rounded, MADV_HUGEPAGE);
 #endif
   }
   return buffer.data;

@@ -56,7 +56,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Every backend's answer for one call of one op: `refusals[backend]` is None when it accepts."""
+    """Each backend's answer for a call of an op: `refusals[backend]` is None when it accepts."""
 
     op: str
     refusals: dict[str, str | None]

@@ -56,8 +56,8 @@ LK_INLINE void pack_b_for_ds(const LoraView& lora, int64_t r, int64_t n, int64_t
   }
 }
 
-// s strip [16 ranks][columns] fp32 (rows 64 bytes apart), rounded: into s[M, R] and into the B tiles
-// of the expand step (half of a tile: 16 of its 32 ranks).
+// s strip [16 ranks][columns] fp32 (rows 64 bytes apart), rounded: into s[M, R] and into the B
+// tiles of the expand step (half of a tile: 16 of its 32 ranks).
 LK_INLINE void finish_s(const float* c, float factor, int64_t r, int64_t r_end, int64_t m,
                         int64_t m_end, int64_t columns, uint16_t* s, char* half_tile) {
   const __m512 f = _mm512_set1_ps(factor);

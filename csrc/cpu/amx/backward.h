@@ -1,5 +1,5 @@
-// ds = scale · d ∘ ((g ∘ dy)·B) and dx = dy·W + keep ∘ (ds·A) / (1 - p): rows of dy are A tiles, and
-// pairs of decoded rows of W, interleaved, are B tiles.
+// ds = scale · d ∘ ((g ∘ dy)·B) and dx = dy·W + keep ∘ (ds·A) / (1 - p): rows of dy are A tiles,
+// and pairs of decoded rows of W, interleaved, are B tiles.
 //
 // FLOPs 2MNK + 2MR(N + K); bytes at least: dy once, W once, dx once.
 #pragma once
@@ -15,9 +15,9 @@ namespace {
 constexpr int64_t kGradChunks = 2;
 
 struct BackwardPacked {
-  char* dy;  // [M / 16] A strips of `depth` tiles
-  char* ds;  // [M / 16] A strips of rank_tiles
-  char* b;   // [R / 16] B strips of `depth` tiles
+  char* dy;        // [M / 16] A strips of `depth` tiles
+  char* ds;        // [M / 16] A strips of rank_tiles
+  char* b;         // [R / 16] B strips of `depth` tiles
   int64_t chunks;  // of N
   int64_t depth() const { return chunks * kChunkTiles; }
   int64_t strip() const { return depth() * kTileBytes; }
@@ -50,12 +50,11 @@ LK_INLINE void pack_dy(const LinearBackward& f, const BackwardPacked& p, int64_t
     _tile_stored(1, c[1], 64);
     const __mmask32 mask = lanes32(r - t * kTileDepth);
     for (int64_t i = 0; i < kTile; ++i) {
-      const __m512i v =
-          round_pair(_mm512_load_ps(c[0] + 16 * i), _mm512_load_ps(c[1] + 16 * i));
+      const __m512i v = round_pair(_mm512_load_ps(c[0] + 16 * i), _mm512_load_ps(c[1] + 16 * i));
       _mm512_store_si512(ds_tiles + t * kTileBytes + i * 64, v);
       if (m + i < m_end)
-        _mm512_mask_storeu_epi16(
-            static_cast<uint16_t*>(f.ds) + (m + i) * r + t * kTileDepth, mask, v);
+        _mm512_mask_storeu_epi16(static_cast<uint16_t*>(f.ds) + (m + i) * r + t * kTileDepth, mask,
+                                 v);
     }
   }
 }
@@ -77,9 +76,9 @@ LK_INLINE void store_dx(const LinearBackward& f, const float* c, const float* c_
       const uint64_t low = keep_mask64(dropout, uint32_t(m + i), uint32_t(2 * chunk));
       const uint64_t high = keep_mask64(dropout, uint32_t(m + i), uint32_t(2 * chunk + 1));
       for (int strip = 0; strip < 8; ++strip)
-        v[strip] = _mm512_mask3_fmadd_ps(
-            _mm512_load_ps(c_lora + strip / 2 * 1024 + strip % 2 * 256 + at), factor, v[strip],
-            kept16<order>(low, high, strip / 2, strip % 2));
+        v[strip] =
+            _mm512_mask3_fmadd_ps(_mm512_load_ps(c_lora + strip / 2 * 1024 + strip % 2 * 256 + at),
+                                  factor, v[strip], kept16<order>(low, high, strip / 2, strip % 2));
     }
     __m512i out[4];
     eight_columns<order>(v, out);

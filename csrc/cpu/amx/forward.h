@@ -29,8 +29,8 @@ LK_INLINE int64_t piece_rows(int64_t m, int64_t chunks) {
   return min64(round_up(m, 32), max64(fit, 512));
 }
 
-// The same weight with its scales decoded, if they are quantised: where W is read in pieces, a look-up
-// per piece costs more than 4 bytes per block once.
+// The same weight with its scales decoded, if they are quantised: where W is read in pieces, a
+// look-up per piece costs more than 4 bytes per block once.
 inline QuantView plain_scales(QuantView q, const Parallel& parallel) {
   if (q.absmax != nullptr) return q;
   float* scales = static_cast<float*>(thread_scratch(kScales, size_t(q.blocks()) * 4));
@@ -45,9 +45,9 @@ inline QuantView plain_scales(QuantView q, const Parallel& parallel) {
 }
 
 struct ForwardPacked {
-  char* x;      // [M / 16] strips of `chunks` chunks
-  char* s;      // [M / 16] strips of rank_tiles
-  char* a;      // [R / 16] strips of `chunks` chunks
+  char* x;  // [M / 16] strips of `chunks` chunks
+  char* s;  // [M / 16] strips of rank_tiles
+  char* a;  // [R / 16] strips of `chunks` chunks
   int64_t chunks, columns;
   int64_t x_strip() const { return chunks * kChunkTiles * 64 * columns; }
   int64_t a_strip() const { return chunks * kChunkTiles * kTileBytes; }
@@ -157,8 +157,7 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
       TileScope tiles;
       char* dropped = static_cast<char*>(thread_scratch(kBlock, size_t(p.x_strip())));
       if (dropped == nullptr) return void(ok = false);
-      for (int64_t i = begin; i < end; ++i)
-        pack_x<order>(f, p, i, m0 + i * kTile, m_end, dropped);
+      for (int64_t i = begin; i < end; ++i) pack_x<order>(f, p, i, m0 + i * kTile, m_end, dropped);
     });
     // Few blocks of W: share each between threads by rows of x.
     const int64_t m_groups = clamp64(ceil_div(parallel.threads, n_blocks), 1, m_pairs);
@@ -167,10 +166,11 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
       TileScope tiles;
       Strip<Rows> rows(prototype);
       const int64_t pairs_per_block = block_strips / 2;
-      char* block = static_cast<char*>(thread_scratch(
-          kBlock, size_t(block_strips * (strip_bytes + depth * kTileBytes))));
+      char* block = static_cast<char*>(
+          thread_scratch(kBlock, size_t(block_strips * (strip_bytes + depth * kTileBytes))));
       float* sums = static_cast<float*>(thread_scratch(
-          kAccumulators, size_t(4 * kTileBytes * (k_blocks > 1 ? group_pairs * pairs_per_block : 1))));
+          kAccumulators,
+          size_t(4 * kTileBytes * (k_blocks > 1 ? group_pairs * pairs_per_block : 1))));
       if (block == nullptr || sums == nullptr) return void(ok = false);
       char* expand = block + block_strips * strip_bytes;
       for (int64_t task = begin; task < end; ++task) {
@@ -186,9 +186,8 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
           for (int64_t mp = pair0; mp < pair_end; ++mp) {
             const char* x0 = p.x + 2 * mp * p.x_strip() + c0 * kChunkTiles * kTileBytes;
             for (int64_t i = 0; i < strips; i += 2) {
-              float* c = k_blocks > 1
-                             ? sums + 1024 * ((mp - pair0) * pairs_per_block + i / 2)
-                             : sums;
+              float* c =
+                  k_blocks > 1 ? sums + 1024 * ((mp - pair0) * pairs_per_block + i / 2) : sums;
               if (c0 == 0)
                 zero_accumulators();
               else

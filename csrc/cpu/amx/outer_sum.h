@@ -9,8 +9,8 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t kOuterRows = 128;   // rows of `right` turned into tiles at a time
-constexpr int64_t kOuterChunks = 4;   // columns of a task, in chunks
+constexpr int64_t kOuterRows = 128;  // rows of `right` turned into tiles at a time
+constexpr int64_t kOuterChunks = 4;  // columns of a task, in chunks
 
 // left[M, R] as A strips: row r of a tile holds 32 consecutive m.
 LK_INLINE void pack_left(const MatrixView& left, int64_t depth, int64_t strips, char* to) {

@@ -169,15 +169,14 @@ LK_INLINE void pack_b_strip(Rows& rows, int64_t first, int64_t count, int64_t co
     for (int t = 0; t < 4; ++t) {
       transpose16(v[t]);
       char* tile = strip + ((c - c0) * kChunkTiles + t) * 64 * columns;
-      for (int q = 0; q < 16; ++q)
-        _mm512_mask_storeu_epi32(tile + q * 4 * columns, mask, v[t][q]);
+      for (int q = 0; q < 16; ++q) _mm512_mask_storeu_epi32(tile + q * 4 * columns, mask, v[t][q]);
     }
   }
 }
 
-// Interleaving rows 2p and 2p + 1 makes B tiles whose columns are the rows' elements. Of each vector
-// t of a chunk come two tiles: `unpacklo` takes elements 8 l .. 8 l + 3 of the vector, `unpackhi`
-// the four after them, l = 0 .. 3. eight_columns (below) and kept16 know this order.
+// Interleaving rows 2p and 2p + 1 makes B tiles whose columns are the rows' elements. Of each
+// vector t of a chunk come two tiles: `unpacklo` takes elements 8 l .. 8 l + 3 of the vector,
+// `unpackhi` the four after them, l = 0 .. 3. eight_columns (below) and kept16 know this order.
 constexpr int64_t kChunkStrips = kChunk / kTile;
 
 // Eight B strips for the columns of chunk c, from rows [first, last) as the reduction. Rows from

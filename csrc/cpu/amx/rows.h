@@ -1,4 +1,5 @@
-// Rows of a matrix as bf16 vectors, 128 elements ("a chunk") at a time, whatever they are stored as.
+// Rows of a matrix as bf16 vectors, 128 elements ("a chunk") at a time, whatever they are stored
+// as.
 //
 // A 64-byte load of packed codes yields its 128 weights as four vectors of every fourth element.
 // Putting them in order would cost more than decoding them, so the reduction runs in that order:
@@ -45,9 +46,9 @@ LK_INLINE __m512i round_pair(__m512 low, __m512 high) {
 
 // natural -> strided
 LK_INLINE void stride_by_four(__m512i v[4]) {
-  alignas(64) static constexpr uint16_t kPick01[32] = {
-      0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
-      1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45, 49, 53, 57, 61};
+  alignas(64) static constexpr uint16_t kPick01[32] = {0,  4,  8,  12, 16, 20, 24, 28, 32, 36, 40,
+                                                       44, 48, 52, 56, 60, 1,  5,  9,  13, 17, 21,
+                                                       25, 29, 33, 37, 41, 45, 49, 53, 57, 61};
   const __m512i pick01 = _mm512_load_si512(kPick01);
   const __m512i pick23 = _mm512_add_epi16(pick01, _mm512_set1_epi16(2));
   const __m512i a01 = _mm512_permutex2var_epi16(v[0], pick01, v[1]);
@@ -78,7 +79,8 @@ LK_INLINE void nested_scales(const QuantView& q, int64_t at, int64_t count, floa
     __m512 outer = _mm512_set1_ps(q.nested_absmax[group]);
     const int64_t inside = (group + 1) * q.nested_block - (at + i);
     if (inside < min64(count - i, 16))
-      outer = _mm512_mask_mov_ps(_mm512_set1_ps(q.nested_absmax[group + 1]), lanes16(inside), outer);
+      outer =
+          _mm512_mask_mov_ps(_mm512_set1_ps(q.nested_absmax[group + 1]), lanes16(inside), outer);
     const __m512 scaled = _mm512_mul_ps(value, outer);
     _mm512_mask_storeu_ps(out + i, mask, _mm512_add_ps(scaled, _mm512_set1_ps(q.nested_offset)));
   }
@@ -137,14 +139,13 @@ struct MaskedRows {
 LK_INLINE void decode_chunk(__m512i packed, __m512 codes, const float* first, const float* second,
                             __m512i v[4]) {
   const __m512i low_nibbles = _mm512_set1_epi16(0x0f0f);
-  const __m512i second_block =
-      _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
+  const __m512i second_block = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(16), 1);
   const __m512i table = round_pair(_mm512_mul_ps(codes, _mm512_set1_ps(*first)),
                                    _mm512_mul_ps(codes, _mm512_set1_ps(*second)));
   constexpr int kAndOr = 0xea;
   const __m512i odd = _mm512_ternarylogic_epi32(packed, low_nibbles, second_block, kAndOr);
-  const __m512i even = _mm512_ternarylogic_epi32(_mm512_srli_epi16(packed, 4), low_nibbles,
-                                                 second_block, kAndOr);
+  const __m512i even =
+      _mm512_ternarylogic_epi32(_mm512_srli_epi16(packed, 4), low_nibbles, second_block, kAndOr);
   v[0] = _mm512_permutexvar_epi16(even, table);
   v[1] = _mm512_permutexvar_epi16(odd, table);
   v[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(even, 8), table);
@@ -166,9 +167,9 @@ struct Nf4Rows {
   static constexpr int64_t kMaxChunks = 128;
   const QuantView* q;
   int64_t columns;
-  int group_shift;  // log2(block_size / 64)
-  const uint8_t* packed = nullptr;      // of the row
-  const float* row_scales = nullptr;    // of the row's groups, from first_group on
+  int group_shift;                    // log2(block_size / 64)
+  const uint8_t* packed = nullptr;    // of the row
+  const float* row_scales = nullptr;  // of the row's groups, from first_group on
   int64_t first_group = 0;
   alignas(64) float decoded[2 * kMaxChunks + 16];
 
@@ -239,8 +240,7 @@ struct AnyNf4Rows {
   }
 
   LK_INLINE void chunk(int64_t c, __m512i v[4]) const {
-    for (int t = 0; t < 4; ++t)
-      v[t] = _mm512_load_si512(decoded + (c - first) * kChunk + 32 * t);
+    for (int t = 0; t < 4; ++t) v[t] = _mm512_load_si512(decoded + (c - first) * kChunk + 32 * t);
   }
 };
 

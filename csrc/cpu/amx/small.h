@@ -46,8 +46,7 @@ bool forward_small(const Rows& prototype, const LinearForward& f, const Parallel
   ForwardPacked p{nullptr, nullptr, nullptr, chunks, wide ? kTile : m};
   const int64_t strips = wide ? 2 : 1;
   const int64_t x_tile = 64 * p.columns, x_bytes = strips * p.x_strip();
-  p.x = static_cast<char*>(
-      thread_scratch(kActivations, size_t(x_bytes + strips * depth * x_tile)));
+  p.x = static_cast<char*>(thread_scratch(kActivations, size_t(x_bytes + strips * depth * x_tile)));
   char* dropped = static_cast<char*>(thread_scratch(kBlock, size_t(p.x_strip())));
   if (p.x == nullptr || dropped == nullptr || !pack_adapters<order>(f, &p)) return false;
   p.s = p.x + x_bytes;
