@@ -78,7 +78,7 @@ class NF4Linear(nn.Module):
 
     def _set_base(self, weight: NF4Weight, bias: Parameter | None) -> None:
         self.out_features, self.in_features = weight.shape
-        self._formats: dict[str, dict[str, Any]] = {}
+        self._weights: dict[str, NF4Weight] = {}
         self._store("", weight)
         self.register_parameter("bias", frozen(bias))
 
@@ -87,20 +87,21 @@ class NF4Linear(nn.Module):
         tensors = weight.tensors()
         for name in COMPONENTS:
             self.register_buffer(slot + name, tensors.get(name), persistent=False)
-        self._formats[slot] = {
-            "shape": weight.shape,
-            "block_size": weight.block_size,
-            "quant_type": weight.quant_type,
-            "dtype": weight.dtype,
-            "nested_block_size": weight.nested_block_size,
-        }
+        self._weights[slot] = weight
 
     def _stored(self, slot: str) -> NF4Weight:
-        tensors = {name: getattr(self, slot + name) for name in COMPONENTS}
-        return NF4Weight(**tensors, **self._formats[slot])
+        weight, buffers = self._weights[slot], self._buffers
+        # The buffers are what moves and what torch.func swaps; the object is only kept beside them
+        # because making one costs more than a small layer's kernel.
+        if all(buffers[slot + name] is getattr(weight, name) for name in COMPONENTS):
+            return weight
+        tensors = {name: buffers[slot + name] for name in COMPONENTS}
+        weight = weight.with_tensors({k: t for k, t in tensors.items() if t is not None})
+        self._weights[slot] = weight
+        return weight
 
     def _forget(self, slot: str) -> None:
-        del self._formats[slot]
+        del self._weights[slot]
         for name in COMPONENTS:
             delattr(self, slot + name)
 
@@ -169,7 +170,7 @@ class NF4Linear(nn.Module):
         return make_linear(self.weight.dequantize(dtype), self.bias, training=self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
-        names = (slot + name for slot in self._formats for name in COMPONENTS)
+        names = (slot + name for slot in self._weights for name in COMPONENTS)
         fixed = {id(t) for name in names if (t := getattr(self, name)) is not None}
 
         def keep_format(t: Tensor) -> Tensor:
@@ -179,6 +180,8 @@ class NF4Linear(nn.Module):
             return moved
 
         super()._apply(keep_format, recurse)
+        for slot in self._weights:  # lets go of the tensors that were replaced
+            self._stored(slot)
         return self
 
     def _save_to_state_dict(
@@ -243,11 +246,11 @@ class NF4Linear(nn.Module):
         self._store("", new)
 
     def extra_repr(self) -> str:
-        form = self._formats[""]
+        form = self.weight
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, quant_type={form['quant_type']}, "
-            f"block_size={form['block_size']}, double_quant={form['nested_block_size'] > 0}"
+            f"bias={self.bias is not None}, quant_type={form.quant_type}, "
+            f"block_size={form.block_size}, double_quant={form.is_nested}"
         )
 
 

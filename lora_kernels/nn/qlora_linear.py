@@ -149,7 +149,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
     @property
     def merged(self) -> bool:
         """Whether forward runs on a merged weight, dense or requantised."""
-        return self._merged_weight is not None or _MERGED in self._formats
+        return self._merged_weight is not None or _MERGED in self._weights
 
     def merge(self, *, safe: bool = False, requantize: bool = False) -> None:
         """Run as one linear layer with W + scale·B·A.
@@ -186,16 +186,16 @@ class QLoRALinear(LoRAMixin, NF4Linear):
 
     def _drop_merged(self) -> None:
         super()._drop_merged()
-        if _MERGED in self._formats:
+        if _MERGED in self._weights:
             self._forget(_MERGED)
 
     def refresh_merged(self) -> None:
         super().refresh_merged()
-        if _MERGED in self._formats and not self.lora_A.is_meta:
+        if _MERGED in self._weights and not self.lora_A.is_meta:
             self._store(_MERGED, self.requantized_weight())
 
     def _base_dtype(self) -> torch.dtype:
-        return self._formats[""]["dtype"]
+        return self._weights[""].dtype
 
     def _dense_base(self, dtype: torch.dtype) -> Tensor:
         return self.weight.dequantize(dtype)

@@ -51,8 +51,10 @@ class Case:
     exact: bool = False
     core: bool = False
 
-    def build(self, device: str = "cpu") -> tuple[Any, ...]:
-        return move(self.make(Source(zlib.crc32(f"{self.op}/{self.label}".encode()))), device)
+    def build(self, device: str = "cpu", draw: int = 0) -> tuple[Any, ...]:
+        """The arguments; another `draw` has other values and the same metadata."""
+        seed = zlib.crc32(f"{self.op}/{self.label}/{draw}".encode())
+        return move(self.make(Source(seed)), device)
 
 
 class Source:

@@ -177,6 +177,18 @@ def test_autocast_casts_x_weight_and_bias_but_not_the_adapters(tensors, base, dt
         assert torch.equal(auto[name].grad, cast[name].grad), name
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_autocast_makes_no_16_bit_copy_of_the_adapters(tensors, spy, base):
+    t = _require(tensors, NAMES)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = _call(t, base)
+    y.sum().backward()
+    ((_, (dy, x, s, _, _, a, b, *_)),) = spy
+    assert {v.dtype for v in (dy, x, s)} == {torch.bfloat16}
+    assert {v.dtype for v in (a, b)} == {torch.float32}
+    assert a.data_ptr() == t["lora_a"].data_ptr()
+
+
 def test_autocast_nf4_linear(tensors):
     q = NF4Weight.quantize(tensors["weight"])
     x = tensors["x"].requires_grad_()

@@ -10,12 +10,19 @@ from torch import Tensor
 
 def to_rows(x: Tensor) -> Tensor:
     """[..., K] -> [M, K], a view where the strides allow it."""
+    if x.dim() == 2:
+        return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
 
 
 def from_rows(y: Tensor, x: Tensor) -> Tensor:
     """[M, N] -> [..., N] with the leading dimensions of x."""
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see the call; it costs more than a small layer's kernels do."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels.ops.common.checks import check_dtype, check_shape
-from lora_kernels.ops.common.flatten import autocast, from_rows, to_rows
+from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.philox import check_dropout, threshold
 from lora_kernels.ops.lora.schema import check_lora_linear
 from lora_kernels.ops.nf4.weight import NF4Weight
@@ -151,7 +151,7 @@ def nf4_lora_linear(
     x, bias = autocast(x, bias)
     return _apply(
         x,
-        qweight.base,
+        qweight.check().base,
         qweight.meta,
         lora_a,
         lora_b,
@@ -182,9 +182,15 @@ def _apply(
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    y = LoRALinearFunction.apply(
-        to_rows(x), a, b, bias, rank_diag, out_diag, seed, float(scale), dropout_p, meta, *base
-    )
+    rows, scale = to_rows(x), float(scale)
+    if needs_grad(x, a, b, bias, rank_diag, out_diag, base[0] if len(base) == 1 else None):
+        y = LoRALinearFunction.apply(
+            rows, a, b, bias, rank_diag, out_diag, seed, scale, dropout_p, meta, *base
+        )
+    else:
+        y, _ = torch.ops.lora_kernels.lora_linear_fwd(
+            rows, base, meta, a, b, scale, bias, dropout_p, seed, rank_diag, out_diag
+        )
     return from_rows(y, x)
 
 

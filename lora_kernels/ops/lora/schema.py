@@ -37,7 +37,8 @@ def check_lora_linear(
     n, k = meta[0], meta[1]
     check_input(x, k)
     check_base(x, base, meta)
-    check_shape("lora_a", a, ["r", k])
+    if a.dim() != 2 or a.shape[1] != k:
+        raise ValueError(f"lora_a: got shape {list(a.shape)}, expected [r, {k}]")
     if a.shape[0] < 1:
         raise ValueError(f"lora_a: got shape {list(a.shape)}, expected a rank of 1 or more")
     check_shape("lora_b", b, [n, a.shape[0]])

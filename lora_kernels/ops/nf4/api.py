@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.ops.common.flatten import autocast, from_rows, to_rows
+from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.nf4.schema import check_linear
 from lora_kernels.ops.nf4.weight import NF4Weight
 
@@ -54,6 +54,11 @@ def nf4_linear(x: Tensor, qweight: NF4Weight, *, bias: Tensor | None = None) -> 
         TypeError: a dtype does not fit.
     """
     x, bias = autocast(x, bias)
-    check_linear(x, qweight.base, qweight.meta, bias)
-    y = NF4LinearFunction.apply(to_rows(x), bias, qweight.meta, *qweight.base)
+    base, meta = qweight.check().base, qweight.meta
+    check_linear(x, base, meta, bias)
+    rows = to_rows(x)
+    if needs_grad(x, bias):
+        y = NF4LinearFunction.apply(rows, bias, meta, *base)
+    else:
+        y = torch.ops.lora_kernels.nf4_linear_fwd(rows, base, meta, bias)
     return from_rows(y, x)

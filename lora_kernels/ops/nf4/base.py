@@ -56,20 +56,17 @@ def check_block_size(name: str, block_size: int) -> None:
         )
 
 
-def check_base(x: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Meta:
-    """Check a base weight against its meta and the dtype and device of the input x."""
-    m = Meta(*meta)
-    if m.is_dense:
-        (w,) = base
-        check_shape("weight", w, [m.n, m.k])
-        check_device("weight", w, x.device)
-        if w.dtype != x.dtype:
-            check_dtype("weight", w, [x.dtype])
-        return m
-    check_quantised(base, m)
-    for t in base:
-        check_device("qweight", t, x.device)
-    return m
+def check_base(x: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> None:
+    """Check that a base weight goes with the input x: dtype of a dense one, and device.
+
+    The components of a 4-bit weight are checked against each other by `NF4Weight.check`.
+    """
+    if len(base) == 1:
+        check_shape("weight", base[0], [meta[0], meta[1]])
+        check_device("weight", base[0], x.device)
+        check_dtype("weight", base[0], [x.dtype])
+    else:
+        check_device("qweight", base[0], x.device)
 
 
 def check_quantised(
@@ -90,6 +87,7 @@ def check_quantised(
         sizes.append((torch.float32, m.blocks))
     for label, t, (dtype, size) in zip(labels, base, sizes, strict=False):
         _check_component(label, t, dtype, size)
+        check_device(label, t, base[0].device)
 
 
 def _check_component(name: str, t: Tensor, dtype: torch.dtype, size: int) -> None:

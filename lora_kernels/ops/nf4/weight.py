@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ class NF4Weight:
         nested_absmax, nested_map, nested_offset, nested_block_size: the quantised scales'
             own scales (fp32), code map (fp32 [256]), offset (fp32 [1]) and block size; None and 0
             when the scales are plain.
+        base, meta: the component tensors, and the sizes and format, as the ops take them.
     """
 
     packed: Tensor
@@ -54,6 +55,10 @@ class NF4Weight:
     nested_map: Tensor | None = None
     nested_offset: Tensor | None = None
     nested_block_size: int = 0
+    # Derived once, for a layer's every call: what the ops take, and whether it was checked.
+    base: list[Tensor] = field(init=False, repr=False)
+    meta: list[int] = field(init=False, repr=False)
+    _fits: bool = field(init=False, repr=False)
 
     @classmethod
     def quantize(
@@ -97,24 +102,23 @@ class NF4Weight:
         """The dense weight [N, K]: code * scale in fp32, rounded once to `dtype`."""
         return torch.ops.lora_kernels.nf4_dequantize(self.base, self.meta, dtype or self.dtype)
 
-    @property
-    def base(self) -> list[Tensor]:
-        """The component tensors as the ops take them."""
-        if self.nested_absmax is None:
-            return [self.packed, self.absmax]
-        assert self.nested_map is not None and self.nested_offset is not None
-        return [self.packed, self.absmax, self.nested_absmax, self.nested_map, self.nested_offset]
-
-    @property
-    def meta(self) -> list[int]:
-        """Sizes and format as the ops take them."""
+    def __post_init__(self) -> None:
+        base = [self.packed, self.absmax]
+        if self.nested_absmax is not None:
+            assert self.nested_map is not None and self.nested_offset is not None
+            base += [self.nested_absmax, self.nested_map, self.nested_offset]
+        check_quant_type(self.quant_type)
         quant_type = QUANT_TYPES.index(self.quant_type)
-        return [*self.shape, self.block_size, quant_type, self.nested_block_size]
+        meta = [*self.shape, self.block_size, quant_type, self.nested_block_size]
+        object.__setattr__(self, "base", base)
+        object.__setattr__(self, "meta", meta)
+        object.__setattr__(self, "_fits", False)
 
     def check(self) -> NF4Weight:
         """Raise ValueError or TypeError unless the component tensors fit each other."""
-        check_quant_type(self.quant_type)
-        check_quantised(self.base, Meta(*self.meta))
+        if not self._fits:
+            check_quantised(self.base, Meta(*self.meta))
+            object.__setattr__(self, "_fits", True)
         return self
 
     def tensors(self) -> dict[str, Tensor]:
