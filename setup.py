@@ -33,7 +33,7 @@ class CMakeBuild(build_ext):
             if not ext.optional:
                 raise
             # A wheel or an editable install made now must not carry an extension built earlier.
-            Path(ROOT, "lora_kernels", target.name).unlink(missing_ok=True)
+            Path(ROOT, self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             print(
                 f"\nwarning: lora_kernels is installed without its native backend: {error}\n"
                 "Every op works on the other backends. Set LORA_KERNELS_REQUIRE_NATIVE=1 to make "
@@ -42,10 +42,13 @@ class CMakeBuild(build_ext):
             )
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Replaced, not overwritten: a running process keeps the file that it has mapped.
-        temporary = target.with_suffix(".new")
-        shutil.copy2(built, temporary)
-        os.replace(temporary, target)
+        shutil.copy2(built, target)
+
+    def copy_extensions_to_source(self) -> None:
+        # Removed, not overwritten: a running process keeps the file that it has mapped.
+        for ext in self.extensions:
+            Path(ROOT, self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
 
 def run_cmake() -> Path:

@@ -93,7 +93,9 @@ def test_provider_names_are_unique_and_selectable() -> None:
     names = [p.name for p in PROVIDERS]
     assert len(set(names)) == len(names)
     assert [p.name for p in select("dense|bnb-eval")] == ["dense", "bnb-eval"]
-    assert "compile" not in [p.name for p in select(None, slow=False)]
+    long, short = ([p.name for p in select(short=s)] for s in (False, True))
+    assert set(long) ^ set(short) == {"compile", "ours:reference"}
+    assert "compile" in long
     with pytest.raises(ValueError, match="providers: 'zzz' matches none"):
         select("zzz")
 

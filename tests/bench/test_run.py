@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,18 @@ from bench.__main__ import main
 from bench.cases import Case
 from bench.machine import Limits, describe, measure_limits
 from bench.memory import peak_extra, saved_for_backward
-from bench.runner import Row, _derive, paired_ratio, rotated
-from bench.timing import percentile
+from bench.providers import PROVIDERS, Prepared
+from bench.runner import (
+    Row,
+    Settings,
+    _Entry,
+    _sample,
+    _warm_up,
+    derive,
+    paired_ratio,
+    rotated,
+)
+from bench.timing import Stopwatch, percentile
 
 ONLY = ["--suite", "smoke", "--rotate-mib", "1", "--providers", "ours:reference|dense|bnb-train"]
 CASES = "nf4_linear/fwd/tiny|dequantize"
@@ -181,7 +192,7 @@ def test_rotation_changes_place_and_neighbour() -> None:
 
 def test_derived_numbers() -> None:
     row = Row(Case("nf4_linear", "square-4096", 1), "x", samples=[2e-3])
-    _derive(row, Limits(read=1e10, copy=1e10, gemm={"bf16": 1e12}))
+    derive(row, Limits(read=1e10, copy=1e10, gemm={"bf16": 1e12}))
     assert row.flops_per_s == pytest.approx(2 * 4096**2 / 2e-3)
     assert row.floor == pytest.approx(8_672_260e-10, rel=0.01)
     assert row.over_floor == pytest.approx(2e-3 / row.floor)
@@ -211,3 +222,50 @@ def test_limits_and_machine() -> None:
     machine = describe(torch.device("cpu"))
     assert machine["cpu"]
     assert json.loads(json.dumps(machine)) == machine
+
+
+class GraphStopwatch(Stopwatch):
+    """Pretends that calls are short and can be captured, as on CUDA."""
+
+    repeats = False
+
+    def __init__(self, capturable: bool) -> None:
+        self.capturable = capturable
+        self.replays: list[int] = []
+
+    def time(self, call: Callable[[], object]) -> float:
+        call()
+        return 1e-6
+
+    def capture(self, call: Callable[[], object]) -> Callable[[], object] | None:
+        copy = len(self.replays)
+        self.replays.append(0)
+
+        def replay() -> None:
+            self.replays[copy] += 1
+
+        return replay if self.capturable else None
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_short_calls_are_replayed_from_one_graph_a_copy(capturable: bool) -> None:
+    calls: list[int] = []
+
+    def call(i: int) -> dict[str, torch.Tensor]:
+        calls.append(i)
+        return {}
+
+    case = Case("nf4_linear", "tiny", 1)
+    entry = _Entry(Row(case, "x"), PROVIDERS[0], Prepared(call, copies=3), call)
+    stopwatch = GraphStopwatch(capturable)
+    _warm_up(entry, stopwatch, Settings())
+    warm = len(calls)
+    for _ in range(6):
+        _sample(entry, stopwatch)
+    assert entry.row.graph is capturable
+    if capturable:
+        assert stopwatch.replays == [2, 2, 2]
+        assert len(calls) == warm
+    else:
+        assert len(calls) == warm + 6
+        assert {i % 3 for i in calls[-6:]} == {0, 1, 2}

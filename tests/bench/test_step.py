@@ -15,7 +15,7 @@ TINY = Case("step", "tiny", 32, BOTH, 8, 0.05, adapter_dtype="fp32")
 
 @pytest.mark.slow
 def test_all_providers_on_a_tiny_model() -> None:
-    rows = run_step(TINY, CPU, rounds=2, model="tiny")
+    rows = run_step(TINY, CPU, ".", rounds=2, model="tiny")
     assert {r.provider: (r.status, r.note) for r in rows if r.status != OK} == {}
     for row in rows:
         assert len(row.samples) == row.rounds == 2

@@ -99,7 +99,7 @@ def finetune(tiny: Path, tmp_path: Path) -> Command:
     from lora_kernels.cli.finetune.args import add_arguments, parse
 
     def call(*options: Any, callbacks: list[Any] | None = None) -> int:
-        from lora_kernels.cli.finetune.run import finetune
+        from lora_kernels.cli.finetune.job import finetune
 
         argv = [str(option) for option in options]
         if "--output" not in argv:

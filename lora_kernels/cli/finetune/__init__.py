@@ -8,6 +8,7 @@ the adapter in PEFT's format. Ctrl-C saves a checkpoint; --resume continues from
 from __future__ import annotations
 
 import argparse
+import logging
 
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.cli.finetune.args import add_arguments, parse
@@ -22,8 +23,11 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[st
         UsageError: what was asked for cannot work.
     """
     args = parse(parser, argv)
+    # accelerate imports bitsandbytes wherever it is installed, and it warns about kernels of its
+    # own that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        from lora_kernels.cli.finetune.run import finetune
+        from lora_kernels.cli.finetune.job import finetune
     except ImportError as error:
         raise UsageError(
             f"the package {error.name!r} is missing; install lora_kernels[finetune]"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +141,6 @@ def cpu_multiplies_bf16() -> bool:
 def quiet_transformers() -> None:
     """Keep transformers' own bars and notes off the terminal, where ours are shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -43,21 +43,24 @@ class RunDir:
         self.adapter = root / "adapter"
         self.merged = root / "merged"
 
-    def prepare(self, overwrite: bool) -> None:
-        """Make the folder for a new run.
+    def check(self, overwrite: bool) -> None:
+        """Refuse a place that a new run cannot have.
 
         Raises:
             UsageError: it holds a run (and `overwrite` is off), or is not a folder.
         """
         if self.root.exists() and not self.root.is_dir():
             raise UsageError(f"--output: {str(self.root)!r} is a file")
-        if self.run.exists() or self.checkpoints():
-            if not overwrite:
-                raise UsageError(
-                    f"--output: {str(self.root)!r} holds a run; --resume continues it, "
-                    "--overwrite replaces it"
-                )
-            self._clear()
+        if (self.run.exists() or self.checkpoints()) and not overwrite:
+            raise UsageError(
+                f"--output: {str(self.root)!r} holds a run; --resume continues it, "
+                "--overwrite replaces it"
+            )
+
+    def prepare(self, overwrite: bool) -> None:
+        """Make the folder for a new run, empty of an older one; raises as `check` does."""
+        self.check(overwrite)
+        self._clear()
         self.root.mkdir(parents=True, exist_ok=True)
 
     def _clear(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.console import Console
@@ -30,9 +31,9 @@ def show_generations(console: Console, generations: list[dict[str, str]]) -> Non
 
 
 def _last_line(prompt: str) -> str:
-    """The user's own words: a chat prompt's longest line after the system's."""
-    lines = [line for line in prompt.splitlines() if line.strip() and not line.startswith("<|")]
-    return lines[-1] if lines else prompt
+    """The user's own words in a chat prompt, without the template's marks."""
+    lines = [re.sub(r"<\|.*?\|>.*", "", line).strip() for line in prompt.splitlines()]
+    return next((line for line in reversed(lines) if line), prompt)
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """[..., K] -> [M, K], a view where the strides allow it."""
-    if x.dim() == 2:
-        return x
-    return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    """[..., K] -> [M, K] whose rows are contiguous, a view where the strides allow it."""
+    if x.dim() != 2:
+        x = x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def from_rows(y: Tensor, x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class LoRALinearFunction(torch.autograd.Function):
         asked = ctx.needs_input_grad
         needs = [*asked[:6], len(base) == 1 and asked[10]]
         grads = torch.ops.lora_kernels.lora_linear_bwd(
-            dy,
+            to_rows(dy),
             x,
             s,
             base,

@@ -29,7 +29,9 @@ class NF4LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.lora_kernels.nf4_linear_bwd(dy, list(ctx.saved_tensors), ctx.meta)
+            dx = torch.ops.lora_kernels.nf4_linear_bwd(
+                to_rows(dy), list(ctx.saved_tensors), ctx.meta
+            )
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0)
         return (dx, dbias, None, *(None for _ in ctx.saved_tensors))

@@ -98,7 +98,7 @@ class Finetune:
         self.started = time.perf_counter()
         self.checkpoint = self.folder.checkpoint(args.resume) if args.resume else None
         if self.checkpoint is None:
-            self.folder.prepare(args.overwrite)
+            self.folder.check(args.overwrite)
         self.source = Source.of(args.model)
         self.dtype = pick_dtype(args.dtype)
 
@@ -106,6 +106,8 @@ class Finetune:
         """All stages; the exit status."""
         self.load()
         self.adapt()
+        if self.checkpoint is None:  # an older run goes only when nothing can be wrong any more
+            self.folder.prepare(self.args.overwrite)
         trainer = self.make_trainer()
         if self.checkpoint is None:
             self.measure_start(trainer)
