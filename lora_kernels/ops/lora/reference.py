@@ -1,6 +1,6 @@
 """LoRA over a dense or 4-bit base in plain PyTorch: the oracle of every other backend.
 
-Everything is computed in x's dtype; only what the format of a gradient asks for is cast.
+Everything is computed in x's dtype, but for the sums of the adapters' gradients.
 """
 
 from __future__ import annotations
@@ -69,22 +69,22 @@ def lora_linear_bwd(
     g = x.new_ones(meta[0]) if out_diag is None else out_diag.to(dtype)
     b_cast = b.to(dtype)
     ds = scale * d * ((g * dy) @ b_cast)  # [M, R]
-    dys = dy.T @ s  # [N, R]
+    # The adapters' gradients are summed in the adapters' dtype: fp32 under 16-bit activations.
+    wide = torch.promote_types(dtype, a.dtype)
+    dys = dy.to(wide).T @ s.to(wide)  # [N, R]
     if needs[0]:
         w = dense_weight(base, meta, dtype)
         grads[0] = dy @ w + drop(ds @ a.to(dtype), dropout_p, seed)
     if needs[1]:
-        grads[1] = (ds.T @ drop(x, dropout_p, seed)).to(a.dtype)
+        grads[1] = ds.to(wide).T @ drop(x.to(wide), dropout_p, seed)
     if needs[2]:
-        grads[2] = (scale * g[:, None] * dys * d).to(b.dtype)
+        grads[2] = scale * g[:, None] * dys * d
     if needs[3]:
         grads[3] = dy.sum(0)
     if needs[4]:
-        assert rank_diag is not None
-        grads[4] = (scale * (g[:, None] * b_cast * dys).sum(0)).to(rank_diag.dtype)
+        grads[4] = scale * (g[:, None] * b_cast * dys).sum(0)
     if needs[5]:
-        assert out_diag is not None
-        grads[5] = (scale * (b_cast * d * dys).sum(1)).to(out_diag.dtype)
+        grads[5] = scale * (b_cast * d * dys).sum(1)
     if needs[6]:
         grads[6] = dy.T @ x
     dtypes = (dtype, a.dtype, b.dtype, dtype, _of(rank_diag, dtype), _of(out_diag, dtype), dtype)
