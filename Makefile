@@ -23,8 +23,8 @@ CPP_BUILD := build/cpp
 export PATH := $(BIN):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
-NATIVE_SOURCES := $(shell find csrc cmake -type f 2>/dev/null)
-CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
+CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .PHONY: help setup demo test test-python test-cpp bench lint format clean distclean
 
@@ -67,7 +67,7 @@ $(DONE)/package: pyproject.toml $(wildcard setup.py CMakeLists.txt) $(NATIVE_SOU
 setup: $(DONE)/package ## .venv with the pinned requirements and the compiled extension
 
 demo: setup ## fine-tune a real language model with QLoRA on this machine, a few minutes
-	$(BIN)/lora-kernels finetune $(ARGS)
+	$(BIN)/lora-kernels finetune --demo $(ARGS)
 
 test: test-python test-cpp ## every test, slow ones too
 

@@ -241,6 +241,7 @@ _SUITES = {
     "full": _full,
 }
 SUITES = tuple(_SUITES)
+SHORT = ("smoke", "quick")  # minutes at most
 
 
 def suite(name: str, only: str | None = None) -> list[Case]:

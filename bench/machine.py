@@ -138,6 +138,15 @@ class Limits:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def best(self, other: Limits) -> Limits:
+        """The higher of two measurements: another process can only have lowered one."""
+        gemm = {name: max(v, other.gemm[name]) for name, v in self.gemm.items()}
+        return Limits(max(self.read, other.read), max(self.copy, other.copy), gemm)
+
+    def __str__(self) -> str:
+        gemm = ", ".join(f"{k} GEMM {v / 1e12:.2f} TFLOP/s" for k, v in self.gemm.items())
+        return f"read {self.read / 1e9:.1f} GB/s, copy {self.copy / 1e9:.1f} GB/s, {gemm}"
+
 
 def measure_limits(
     device: torch.device, dtypes: list[str], *, buffer_bytes: int = 1 << 30, gemm_size: int = 4096

@@ -15,8 +15,10 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from bench.machine import summary
+from bench.report import seconds
 from bench.runner import BASELINE
 
 # One colour for each provider in every picture (Okabe and Ito's, safe for colour-blind readers).
@@ -86,18 +88,26 @@ def speedup(rows: Rows, title: str) -> Figure | None:
         for row in members:
             value = _speedup(row, base)
             axes.barh(position, value, color=_colour(row), height=0.9)
-            label = f" {row['provider']}  {value:.2f}×  ({1e3 * row['p50']:.3g} ms)"
-            axes.text(value, position, label, va="center", fontsize=7)
+            label = f"{row['provider']}  {value:.2f}×  ({seconds(row['p50'])})"
+            axes.annotate(
+                label,
+                (value, position),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            )
             position += 1
         ticks.append((start + position - 1) / 2)
         labels.append(f"{name}\n(1 = {base['provider']})")
         position += 1
     axes.set_yticks(ticks, labels, fontsize=7)
     axes.set_ylim(position - 0.5, -1)
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.axvline(1, color="black", linewidth=0.8, zorder=1)
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    axes.set_xlim(low, high * 3)  # room for the labels
+    axes.set_xlim(low, high * (high / low) ** 0.35)  # room for the labels
     axes.set_xlabel("speed-up (log), longer is faster")
     axes.set_title(title, fontsize=9)
     return figure
@@ -115,7 +125,7 @@ def roofline(rows: Rows, limits: dict[str, Any] | None, title: str) -> Figure | 
     points = [r for r in rows if r["flops_per_s"] and r["op"] not in ("nf4_quantize", "step")]
     if not points or not limits:
         return None
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
     x = [r["flops_per_s"] / r["bytes_per_s"] for r in points]
     low, high = min(x) / 2, max(x) * 2
     for dtype in sorted({r["dtype"] for r in points}):
@@ -136,7 +146,7 @@ def roofline(rows: Rows, limits: dict[str, Any] | None, title: str) -> Figure | 
             va="bottom",
         )
     markers = dict(zip(sorted({r["op"] for r in points}), "osD^v", strict=False))
-    for (provider, op), members in _groups(points, "provider", "op").items():
+    for (_, op), members in _groups(points, "provider", "op").items():
         axes.scatter(
             [r["flops_per_s"] / r["bytes_per_s"] for r in members],
             [r["flops_per_s"] / 1e12 for r in members],
@@ -145,14 +155,22 @@ def roofline(rows: Rows, limits: dict[str, Any] | None, title: str) -> Figure | 
             color=_colour(members[0]),
             edgecolors="black",
             linewidths=0.4,
-            label=f"{provider}, {op}",
         )
     axes.set(xscale="log", yscale="log", ylabel="TFLOP/s (floor of the case / time)")
     axes.set_xlabel("FLOP per byte (floors of the case)")
-    axes.legend(fontsize=7, loc="lower right")
+    providers = {r["provider"]: _colour(r) for r in points}
+    handles = [_key("o", colour, name) for name, colour in providers.items()]
+    handles += [_key(marker, "white", op) for op, marker in markers.items()]
+    figure.legend(handles=handles, fontsize=8, loc="outside right upper")
     axes.grid(True, which="both", linewidth=0.3, alpha=0.5)
     axes.set_title(title, fontsize=9)
     return figure
+
+
+def _key(marker: str, colour: str, label: str) -> Line2D:
+    return Line2D(
+        [], [], linestyle="", marker=marker, color=colour, markeredgecolor="black", label=label
+    )
 
 
 def scaling(rows: Rows, over: str, title: str) -> Figure | None:

@@ -128,7 +128,7 @@ def run_case(
             _time(entries, Stopwatch.on(device), settings)
         for entry in entries:
             _recheck(entry, verifier)
-            _derive(entry.row, limits)
+            derive(entry.row, limits)
         _relate(rows)
     del entries, data, verifier
     gc.collect()
@@ -203,10 +203,6 @@ def rotated(entries: list[T], turn: int) -> list[T]:
 def _warm_up(entry: _Entry, stopwatch: Stopwatch, settings: Settings) -> None:
     """Run until the time of a call is known; capture short CUDA calls; choose the repeats."""
     times = [_sample(entry, stopwatch) for _ in range(3)]
-    # Every copy is touched once: first touches of a repacking peer, of lazily mapped pages.
-    if sum(times) / 3 * entry.prepared.copies < settings.seconds:
-        for _ in range(entry.prepared.copies):
-            _sample(entry, stopwatch)
     seconds = min(times)
     if seconds < GRAPH_BELOW_SECONDS:
         with entry.prepared.context(), torch.set_grad_enabled(entry.prepared.grad):
@@ -247,7 +243,8 @@ def _recheck(entry: _Entry, verifier: Verifier) -> None:
         entry.row.samples = []
 
 
-def _derive(row: Row, limits: Limits | None) -> None:
+def derive(row: Row, limits: Limits | None) -> None:
+    """Fill in the percentiles, the speeds and, against the limits, the shares of them."""
     if not row.samples:
         return
     row.rounds = len(row.samples)

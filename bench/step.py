@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from bench.timing import percentile
 
 BATCH = 4
 WARM_UP = 3
+UNASKED = ("ours", "peft+bnb", "peft")  # what runs when no provider is named
 LOSS_TOLERANCE = 0.01
 PROGRESS = 0.7
 # Ours, and the peer over the same weights that its losses are held against.
@@ -80,13 +81,16 @@ def run_step(
     seconds: float = 120.0,
     verify_only: bool = False,
     model: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Time whole optimiser steps of `case`.
 
     Args:
-        pattern: regular expression over provider names, matched from the start.
+        pattern: regular expression over provider names, matched from the start; None takes ours
+            on the 4-bit base and both peers.
         rounds: timed steps of each provider; no new round starts after `seconds`, but for 3.
         model: another model than the demo's, as `StepSpec.model`.
+        tell: takes a line about each phase; loading and warming up takes a minute or more.
     """
     spec = StepSpec(
         model=model,
@@ -101,7 +105,7 @@ def run_step(
     with ExitStack() as stack:
         live: list[Process] = []
         for name in PROVIDERS:
-            if pattern is not None and not re.match(pattern, name):
+            if not (name in UNASKED if pattern is None else re.match(pattern, name)):
                 continue
             row = Row(case, name)
             rows.append(row)
@@ -121,10 +125,11 @@ def run_step(
                 row.status, row.note = FAILED, str(error)
                 continue
             live.append(process)
-        live, losses = _warm_up(live)
+            tell(f"{name}: loaded")
+        live, losses = _warm_up(live, tell)
         live = _verified(live, losses)
         if not verify_only:
-            _time(live, rounds, seconds, losses)
+            _time(live, rounds, seconds, losses, tell)
         for process in live:
             trail = losses[process.row.provider]
             rate = "" if verify_only else f"{_tokens_per_s(process.row):.0f} tokens/s, "
@@ -168,15 +173,19 @@ def _start(row: Row) -> Iterator[Process]:
                 popen.wait()
 
 
-def _warm_up(live: list[Process]) -> tuple[list[Process], dict[str, list[float]]]:
+def _warm_up(
+    live: list[Process], tell: Callable[[str], None]
+) -> tuple[list[Process], dict[str, list[float]]]:
     losses: dict[str, list[float]] = {}
     ready = []
     for process in live:
         try:
-            losses[process.row.provider] = [process.ask(do="step")["loss"] for _ in range(WARM_UP)]
+            answers = [process.ask(do="step") for _ in range(WARM_UP)]
         except RuntimeError as error:
             process.row.status, process.row.note = FAILED, str(error)
         else:
+            losses[process.row.provider] = [a["loss"] for a in answers]
+            tell(f"{process.row.provider}: warm, {answers[-1]['seconds']:.2f} s a step")
             ready.append(process)
     return ready, losses
 
@@ -208,7 +217,13 @@ def judge(provider: str, losses: dict[str, list[float]]) -> str | None:
     return None
 
 
-def _time(live: list[Process], rounds: int, seconds: float, losses: dict[str, list[float]]) -> None:
+def _time(
+    live: list[Process],
+    rounds: int,
+    seconds: float,
+    losses: dict[str, list[float]],
+    tell: Callable[[str], None],
+) -> None:
     start = time.monotonic()
     for turn in range(rounds):
         if turn >= 3 and time.monotonic() - start > seconds:
@@ -217,6 +232,7 @@ def _time(live: list[Process], rounds: int, seconds: float, losses: dict[str, li
             answer = process.ask(do="step")
             process.row.samples.append(answer["seconds"])
             losses[process.row.provider].append(answer["loss"])
+        tell(f"round {turn + 1} of {rounds}")
     for process in live:
         row = process.row
         row.peak_bytes = process.ask(do="memory")["peak_bytes"]

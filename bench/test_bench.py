@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import Case, suite
+from bench.cases import SHORT, Case, suite
 from bench.data import CaseData
-from bench.providers import PROVIDERS, Provider
+from bench.providers import Provider, select
 from bench.runner import refusal
 from bench.verify import Verifier
 from lora_kernels.dispatch.registry import BackendError
@@ -33,8 +33,8 @@ def _pairs() -> list[Any]:
     return [
         pytest.param(case, provider, id=f"{case.name}-{provider.name}")
         for case in suite(SUITE)
-        for provider in PROVIDERS
-        if provider.refusal(case, DEVICE) is None and not (provider.slow_build and SUITE == "smoke")
+        for provider in select(short=SUITE in SHORT)
+        if provider.refusal(case, DEVICE) is None
     ]
 
 

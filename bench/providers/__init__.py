@@ -16,11 +16,11 @@ _BNB = peers.installed("bitsandbytes")
 PROVIDERS: tuple[Provider, ...] = (
     ours.provider("native"),
     ours.provider("triton"),
-    ours.provider("reference"),
+    ours.provider("reference", suites="short"),
     Provider("dense", _LINEAR, plain.frozen_linear),
     Provider("torch", _LORA, plain.eager),
     Provider("addmm", _LORA, plain.addmm, plain.addmm_refuses),
-    Provider("compile", _LORA, plain.compiled, slow_build=True),
+    Provider("compile", _LORA, plain.compiled, suites="long"),
     Provider("peft", _LORA, peers.peft_dense, peers.installed("peft")),
     Provider("peft+bnb", ("nf4_lora_linear",), peers.peft_bnb, peers.peft_bnb_refuses),
     Provider("bnb-eval", ("nf4_linear",), peers.bnb_eval, peers.bnb_eval_refuses),
@@ -31,18 +31,18 @@ PROVIDERS: tuple[Provider, ...] = (
 )
 
 
-def select(pattern: str | None = None, *, slow: bool = True) -> list[Provider]:
-    """Providers whose name the regular expression matches from its start; all of them by default.
+def select(pattern: str | None = None, *, short: bool = False) -> list[Provider]:
+    """Providers whose name the regular expression matches from its start.
 
     Args:
-        pattern: such as "ours|dense|bnb"; a match includes slow builders.
-        slow: include those that take long to build when no pattern is given.
+        pattern: such as "ours|dense|bnb"; None takes those meant for the kind of suite.
+        short: the suite is one that takes minutes at most.
 
     Raises:
         ValueError: the pattern leaves nothing.
     """
     if pattern is None:
-        return [p for p in PROVIDERS if slow or not p.slow_build]
+        return [p for p in PROVIDERS if p.suites in ("all", "short" if short else "long")]
     chosen = [p for p in PROVIDERS if re.match(pattern, p.name)]
     if not chosen:
         names = ", ".join(p.name for p in PROVIDERS)

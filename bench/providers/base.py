@@ -49,7 +49,8 @@ class Provider:
     """Declared once in `providers/__init__.py`.
 
     `refuses` looks at the case and the device and returns one line that says why not, or None.
-    `slow_build` marks those that are left out unless asked for by name or by a long suite.
+    `suites` says where it runs unasked: "all", "short" suites only (ours in plain PyTorch, whose
+    time tells nothing beside a kernel's) or "long" ones only (half a minute to build).
     """
 
     name: str
@@ -57,7 +58,7 @@ class Provider:
     build: Callable[[CaseData], Prepared]
     refuses: Callable[[Case, torch.device], str | None] = field(default=lambda case, device: None)
     ours: bool = False
-    slow_build: bool = False
+    suites: str = "all"
 
     def refusal(self, case: Case, device: torch.device) -> str | None:
         if case.op not in self.ops:

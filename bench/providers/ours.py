@@ -16,8 +16,10 @@ from lora_kernels.ops.lora.api import draw_seed
 OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear", "lora_linear", "nf4_lora_linear")
 
 
-def provider(backend: str) -> Provider:
-    return Provider(f"ours:{backend}", OPS, functools.partial(_build, backend), ours=True)
+def provider(backend: str, suites: str = "all") -> Provider:
+    """The provider that runs every op on one backend."""
+    build = functools.partial(_build, backend)
+    return Provider(f"ours:{backend}", OPS, build, ours=True, suites=suites)
 
 
 def _build(backend: str, data: CaseData) -> Prepared:

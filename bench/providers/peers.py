@@ -5,6 +5,7 @@ Every layer holds the same 4-bit bytes as ours, handed over in bitsandbytes' own
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -61,9 +62,23 @@ def bnb_layer(q: NF4Weight, bias: Tensor | None, dtype: torch.dtype) -> Any:
     return layer
 
 
-def bnb_layers(data: CaseData) -> list[Any]:
-    """Linear4bit layers, each over its own copy of the bytes."""
-    return [bnb_layer(q, data.bias, data.dtype) for q in data.quantised_copies()]
+def bnb_layers(data: CaseData, *, evaluation: bool = False) -> list[Any]:
+    """Linear4bit layers, each over its own copy of the bytes.
+
+    In evaluation mode on a CPU the first call repacks a layer's weight in place, which must not be
+    timed: one layer is called here, and the others get copies of what it became.
+    """
+    layers = [bnb_layer(q, data.bias, data.dtype) for q in data.quantised_copies()]
+    if not evaluation:
+        return layers
+    first = layers[0].eval()
+    with torch.no_grad():
+        first(data.x[0][:1])
+    for layer in layers[1:]:
+        layer.eval()
+        layer.weight.data = first.weight.data.clone()
+        layer.weight.quant_state = copy.deepcopy(first.weight.quant_state)
+    return layers
 
 
 def bnb_eval_refuses(case: Case, device: torch.device) -> str | None:
@@ -75,20 +90,18 @@ def bnb_eval_refuses(case: Case, device: torch.device) -> str | None:
 
 
 def bnb_eval(data: CaseData) -> Prepared:
-    """The inference path; on a CPU it repacks its weight in place at the first call."""
-    layers = [layer.eval() for layer in bnb_layers(data)]
+    """The inference path, on weights that it has already repacked for itself."""
+    layers = bnb_layers(data, evaluation=True)
     return linear_call(data, lambda i, x: layers[i](x), len(layers))
 
 
 def bnb_train(data: CaseData) -> Prepared:
     """The training path: gradients on, also where only the forward is timed."""
     layers = [layer.train() for layer in bnb_layers(data)]
-    for x in data.x if data.case.backward else []:
-        assert x.requires_grad
-    parameters = [t for layer in layers for t in _bnb_tensors(layer)]
-    leaves = [x.detach().requires_grad_() for x in data.x]
     if data.case.backward:
+        parameters = [t for layer in layers for t in _bnb_tensors(layer)]
         return linear_call(data, lambda i, x: layers[i](x), len(layers), parameters=parameters)
+    leaves = [x.detach().requires_grad_() for x in data.x]
     by_input = {id(x): leaf for x, leaf in zip(data.x, leaves, strict=True)}
     return linear_call(data, lambda i, x: layers[i](by_input[id(x)]), len(layers), grad=True)
 
@@ -184,7 +197,7 @@ def peft_dense(data: CaseData) -> Prepared:
 
 def peft_bnb(data: CaseData) -> Prepared:
     """PEFT over bitsandbytes' Linear4bit: what QLoRA is today."""
-    layers = bnb_layers(data)
+    layers = bnb_layers(data, evaluation=not data.case.backward)
     state_tensors = [t for layer in layers for t in _bnb_tensors(layer)]
     prepared = _peft(data, layers)
     prepared.parameters = [*prepared.parameters, *state_tensors]

@@ -42,15 +42,18 @@ def refuse_dtypes(*tensors: Tensor | None, expected: Sequence[torch.dtype] = DTY
     return None
 
 
-def refuse_linear(op: str, x: Tensor, *others: Tensor | None) -> str | None:
-    """Why the fused linear kernels cannot take these activations (and adapters), or None."""
-    reason = refuse_device(op, x.device)
-    if reason is None and x.device.type == "cpu" and native.current_isa() != "amx":
-        reason = f"needs AMX, and {native.current_isa()} is in use"
+def refuse_linear(
+    op: str, activations: Sequence[Tensor], *parameters: Tensor | None
+) -> str | None:
+    """Why the linear kernels cannot take these activations (x, dy, s) and parameters, or None.
+
+    Which kernel runs is chosen in C++, by dtype, instruction set and shape (csrc/cpu/linear.cpp).
+    """
+    reason = refuse_device(op, activations[0].device)
     if reason is None:
-        reason = refuse_dtypes(x, expected=(torch.bfloat16,)) or refuse_dtypes(*others)
-    if reason is None and any(t is not None and t.stride(-1) != 1 for t in (x, *others)):
-        reason = "takes operands whose last dimension is contiguous"
+        reason = refuse_dtypes(*activations, *parameters)
+    if reason is None and any(p is not None and p.stride(-1) != 1 for p in parameters):
+        reason = "takes parameters whose last dimension is contiguous"
     return reason
 
 

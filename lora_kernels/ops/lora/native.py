@@ -26,7 +26,7 @@ def _fwd(
     rank_diag: Tensor | None,
     out_diag: Tensor | None,
 ) -> str | None:
-    return refuse_linear("lora_linear_fwd", x, _dense(base), a, b, bias, rank_diag, out_diag)
+    return refuse_linear("lora_linear_fwd", [x], _dense(base), a, b, bias, rank_diag, out_diag)
 
 
 def _bwd(
@@ -44,7 +44,7 @@ def _bwd(
     out_diag: Tensor | None,
     needs: Sequence[bool],
 ) -> str | None:
-    return refuse_linear("lora_linear_bwd", x, dy, s, _dense(base), a, b, rank_diag, out_diag)
+    return refuse_linear("lora_linear_bwd", [dy, x, s], _dense(base), a, b, rank_diag, out_diag)
 
 
 def _mask(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> str | None:

@@ -29,11 +29,11 @@ def _dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype)
 def _linear_fwd(
     x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
 ) -> str | None:
-    return refuse_linear("nf4_linear_fwd", x, bias)
+    return refuse_linear("nf4_linear_fwd", [x], bias)
 
 
 def _linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> str | None:
-    return refuse_linear("nf4_linear_bwd", dy)
+    return refuse_linear("nf4_linear_bwd", [dy])
 
 
 register_native("nf4_quantize", _quantize)
