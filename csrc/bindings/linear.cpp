@@ -1,8 +1,6 @@
 // lora_kernels_native::{nf4_linear,lora_linear}_{fwd,bwd} on the CPU.
 #include "bindings/linear.h"
 
-#include "lora_kernels/isa.h"
-
 namespace lora_kernels {
 
 MatrixView matrix_view(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
@@ -56,21 +54,20 @@ namespace {
 
 const LinearKernels& kernels() { return linear_kernels(); }
 
-MatrixView activations(const char* name, const Tensor& t, int64_t columns) {
-  const MatrixView view = matrix_view(name, t, -1, columns);
-  LK_CHECK(kernels().forward != nullptr && view.dtype == Dtype::bf16, name, ": got ",
-           dtype_name(t.scalar_type()), " on ", isa_name(current()),
-           ", expected bfloat16 on a processor with AMX");
-  return view;
+// Activations come with any strides; the kernels read rows.
+Tensor rows_of(const char* name, const Tensor& t, int64_t columns) {
+  check_shape(name, t, {-1, columns});
+  return columns > 1 && t.stride(1) != 1 ? torch::stable::contiguous(t) : t;
 }
 
 void check_memory(bool ok) {
   if (!ok) throw std::runtime_error("out of memory for a kernel's workspace");
 }
 
-Tensor forward(const Tensor& x, const Base& base, const std::optional<Tensor>& bias,
+Tensor forward(const Tensor& any_x, const Base& base, const std::optional<Tensor>& bias,
                const LoraView& lora, Tensor* s) {
-  const MatrixView view = activations("x", x, base.meta.k);
+  const Tensor x = rows_of("x", any_x, base.meta.k);
+  const MatrixView view = matrix_view("x", x, -1, base.meta.k);
   Tensor y = new_tensor(x, {view.rows, base.meta.n}, x.scalar_type());
   const LinearForward call{view,
                            base.view,
@@ -88,10 +85,11 @@ Tensor nf4_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,
   return forward(x, base, bias, LoraView{}, nullptr);
 }
 
-Tensor nf4_linear_bwd(const Tensor& dy, const std::vector<Tensor>& base_tensors,
+Tensor nf4_linear_bwd(const Tensor& any_dy, const std::vector<Tensor>& base_tensors,
                       const std::vector<int64_t>& meta) {
   const Base base(base_tensors, meta);
-  const MatrixView view = activations("dy", dy, base.meta.n);
+  const Tensor dy = rows_of("dy", any_dy, base.meta.n);
+  const MatrixView view = matrix_view("dy", dy, -1, base.meta.n);
   Tensor dx = new_tensor(dy, {view.rows, base.meta.k}, dy.scalar_type());
   const LinearBackward call{view, base.view, LoraView{}, dx.mutable_data_ptr(), nullptr};
   if (dx.numel() > 0) check_memory(kernels().backward(call, torch_parallel()));
@@ -131,7 +129,7 @@ Tensor scaled(const Tensor& from, float factor, ScalarType dtype) {
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Grads lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& s,
+Grads lora_linear_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& any_s,
                       const std::vector<Tensor>& base_tensors, const std::vector<int64_t>& meta,
                       const Tensor& a, const Tensor& b, double scale, double dropout_p,
                       const std::optional<Tensor>& seed, const std::optional<Tensor>& rank_diag,
@@ -140,9 +138,14 @@ Grads lora_linear_bwd(const Tensor& dy, const Tensor& x, const Tensor& s,
   LK_CHECK(needs.size() == 7, "needs: got ", needs.size(), " flags, expected 7");
   const Base base(base_tensors, meta);
   const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, out_diag);
-  const MatrixView dy_view = activations("dy", dy, base.meta.n);
-  const MatrixView x_view = activations("x", x, base.meta.k);
-  const MatrixView s_view = activations("s", s, lora.r());
+  const Tensor dy = rows_of("dy", any_dy, base.meta.n), x = rows_of("x", any_x, base.meta.k);
+  const Tensor s = rows_of("s", any_s, lora.r());
+  const MatrixView dy_view = matrix_view("dy", dy, -1, base.meta.n);
+  const MatrixView x_view = matrix_view("x", x, -1, base.meta.k);
+  const MatrixView s_view = matrix_view("s", s, -1, lora.r());
+  LK_CHECK(x_view.dtype == dy_view.dtype && s_view.dtype == dy_view.dtype, "dy: got ",
+           dtype_name(dy.scalar_type()), ", x ", dtype_name(x.scalar_type()), ", s ",
+           dtype_name(s.scalar_type()), "; expected one type");
   const int64_t m = dy_view.rows;
   LK_CHECK(x_view.rows == m && s_view.rows == m, "dy: got ", m, " rows, x ", x_view.rows, ", s ",
            s_view.rows, "; expected as many");

@@ -1,7 +1,9 @@
-// Fused linear layers of bf16 activations: AMX tiles (csrc/cpu/amx).
+// Linear layers: bf16 activations on AMX tiles (csrc/cpu/amx) where there are any, everything else
+// on fp32 vectors (csrc/cpu/vector).
 #include "lora_kernels/linear.h"
 
 #include "target.h"
+#include "vector/linear.h"
 
 #if LK_AMX
 #include <new>
@@ -33,13 +35,13 @@ void adapter_grads_rows(const AdapterGrads& f, int64_t begin, int64_t end) {
   const T* b = static_cast<const T*>(lora.b.data);
   for (int64_t i = begin; i < end; ++i) {
     const float g = lora.scale * element(lora.out_diag, i);
-    float sum = 0.0f;
+    double sum = 0.0;
     for (int64_t j = 0; j < r; ++j) {
       const float d = element(lora.rank_diag, j), outer = f.outer[j * n + i];
       if (f.db != nullptr) store(static_cast<T*>(f.db) + i * r + j, g * outer * d);
-      if (f.dout_diag != nullptr) sum += d * to_float(b[i * lora.b.stride + j]) * outer;
+      if (f.dout_diag != nullptr) sum += double(d * to_float(b[i * lora.b.stride + j])) * outer;
     }
-    if (f.dout_diag != nullptr) f.dout_diag[i] = lora.scale * sum;
+    if (f.dout_diag != nullptr) f.dout_diag[i] = static_cast<float>(lora.scale * sum);
   }
 }
 
@@ -49,10 +51,11 @@ void rank_diag_grad(const AdapterGrads& f) {
   const int64_t n = lora.b.rows;
   const T* b = static_cast<const T*>(lora.b.data);
   for (int64_t j = 0; j < lora.r(); ++j) {
-    float sum = 0.0f;
+    double sum = 0.0;
     for (int64_t i = 0; i < n; ++i)
-      sum += element(lora.out_diag, i) * to_float(b[i * lora.b.stride + j]) * f.outer[j * n + i];
-    f.drank_diag[j] = lora.scale * sum;
+      sum += double(element(lora.out_diag, i) * to_float(b[i * lora.b.stride + j])) *
+             f.outer[j * n + i];
+    f.drank_diag[j] = static_cast<float>(lora.scale * sum);
   }
 }
 
@@ -102,6 +105,7 @@ DenseRows<Order::natural> dense_rows(const BaseView& base) {
 }
 
 bool forward(const LinearForward& f, const Parallel& parallel) {
+  if (f.x.dtype != Dtype::bf16) return vector::forward(f, parallel);
   const BaseView& base = f.base;
   const bool small = f.x.rows <= kSmallRows;
   if (base.quant == nullptr) return forward_blocks(dense_rows(base), f, parallel);
@@ -113,6 +117,7 @@ bool forward(const LinearForward& f, const Parallel& parallel) {
 }
 
 bool backward(const LinearBackward& f, const Parallel& parallel) {
+  if (f.dy.dtype != Dtype::bf16) return vector::backward(f, parallel);
   const BaseView& base = f.base;
   if (base.quant == nullptr) return backward_blocks(dense_rows(base), f, parallel);
   if (!Nf4Rows::takes(*base.quant, base.k))
@@ -121,7 +126,10 @@ bool backward(const LinearBackward& f, const Parallel& parallel) {
   return backward_blocks(Nf4Rows(q, base.k), f, parallel);
 }
 
-bool outer_sum(const OuterSum& f, const Parallel& parallel) { return outer_sum_bf16(f, parallel); }
+bool outer_sum(const OuterSum& f, const Parallel& parallel) {
+  return f.right.dtype == Dtype::bf16 ? outer_sum_bf16(f, parallel)
+                                      : vector::outer_sum(f, parallel);
+}
 
 }  // namespace
 
@@ -129,7 +137,8 @@ LK_TABLE(LinearKernels, linear) = {forward, backward, outer_sum, adapter_grads, 
 
 #else
 
-LK_TABLE(LinearKernels, linear) = {nullptr, nullptr, nullptr, adapter_grads, scale_into};
+LK_TABLE(LinearKernels, linear) = {vector::forward, vector::backward, vector::outer_sum,
+                                   adapter_grads, scale_into};
 
 #endif
 

@@ -53,11 +53,11 @@ LK_INLINE void decode32(const uint8_t* packed, WordTable table, Out* out) {
 }
 
 LK_INLINE void decode32(const uint8_t* packed, __m512 table, float* out) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
-  const __m512i low = _mm512_cvtepu8_epi64(bytes);
-  const __m512i high = _mm512_cvtepu8_epi64(_mm_unpackhi_epi64(bytes, bytes));
-  const __m512i i0 = _mm512_or_si512(_mm512_srli_epi64(low, 4), _mm512_slli_epi64(low, 32));
-  const __m512i i1 = _mm512_or_si512(_mm512_srli_epi64(high, 4), _mm512_slli_epi64(high, 32));
+  // The look-up takes the lowest four bits of an index, whatever is above them.
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
+  const __m128i high = _mm_srli_epi16(b, 4);
+  const __m512i i0 = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, b));
+  const __m512i i1 = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, b));
   _mm512_storeu_ps(out, _mm512_permutexvar_ps(i0, table));
   _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(i1, table));
 }

@@ -65,18 +65,39 @@ LK_INLINE void block_scales(const QuantView& q, int64_t first, int64_t count, fl
   q.block_scales(first, count, out);
 }
 
-// Elements [first, first + count) of a 4-bit weight, rounded to T.
+// The view with its nested scales decoded, in `slot` of the calling thread's scratch: a product
+// reads a scale once for every block of rows. Null absmax: out of memory.
+inline QuantView plain_scales(const QuantView& q, int slot, const Parallel& parallel) {
+  if (q.absmax != nullptr) return q;
+  const int64_t blocks = q.blocks();
+  float* scales =
+      static_cast<float*>(thread_scratch(slot, sizeof(float) * size_t(blocks + kLanes)));
+  QuantView plain = q;
+  plain.absmax = scales;
+  if (scales == nullptr) return plain;
+  parallel(0, blocks, 1 << 15, [&](int64_t begin, int64_t end) {
+    block_scales(q, begin, end - begin, scales + begin);
+  });
+  return plain;
+}
+
+// Elements [first, first + count) of a 4-bit weight with plain scales, rounded to T. Divisions of
+// 64 bits would take longer than the decoding.
 template <class T>
 void decode_range(const QuantView& q, int64_t first, int64_t count, float* out, T type) {
   const float* codes = kCodeTable[q.quant_type];
-  const int64_t end = first + count, first_block = first / q.block_size;
-  float scales[kMaxPiece / 32 + 2];
-  if (count > 0)
-    block_scales(q, first_block, (end - 1) / q.block_size - first_block + 1, scales);
-  for (int64_t i = first; i < end;) {
-    const int64_t block = i / q.block_size;
-    const int64_t stop = min64((block + 1) * q.block_size, end);
-    const auto table = rounded_table(codes, scales[block - first_block], type);
+  const int shift = __builtin_ctzll(uint64_t(q.block_size));
+  if ((first | count) % 64 == 0 && shift >= 6) {
+    for (int64_t i = 0; i < count; i += 64) {
+      const auto table = rounded_table(codes, q.absmax[(first + i) >> shift], type);
+      decode32(q.packed + (first + i) / 2, table, out + i);
+      decode32(q.packed + (first + i) / 2 + 16, table, out + i + 32);
+    }
+    return;
+  }
+  for (int64_t i = first, end = first + count; i < end;) {
+    const int64_t stop = min64(((i >> shift) + 1) << shift, end);
+    const auto table = rounded_table(codes, q.absmax[i >> shift], type);
     if (i % 2 == 0) {
       decode(q.packed + i / 2, stop - i, table, out + (i - first));
     } else {  // from the middle of a byte
@@ -86,6 +107,11 @@ void decode_range(const QuantView& q, int64_t first, int64_t count, float* out, 
     }
     i = stop;
   }
+}
+
+LK_INLINE void prefetch(const void* p, int64_t bytes) {
+  const char* at = static_cast<const char*>(p);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 // Zeros where the mask drops (row, first + i); `first` is a multiple of 64.
@@ -142,6 +168,16 @@ struct Rows {
     if (dropout.threshold != 0) apply_mask(dropout, row, first, count, out);
   }
 
+  // Asks for a piece that will be wanted a little later. (Inlined, or GCC takes a function without
+  // effects for one without use.)
+  LK_INLINE void fetch(int64_t row, int64_t first, int64_t count) const {
+    if (first + count > columns) return;
+    if (quant != nullptr) return prefetch(quant->packed + (row * columns + first) / 2, count / 2);
+    const int64_t size = dense.dtype == Dtype::f32 ? 4 : 2;
+    prefetch(static_cast<const char*>(dense.data) + (row * dense.stride + first) * size,
+             count * size);
+  }
+
   void decoded(int64_t first, int64_t count, float* out) const {
     switch (dtype) {
       case Dtype::f16:
@@ -151,6 +187,21 @@ struct Rows {
       default:
         return decode_range(*quant, first, count, out, 0.0f);
     }
+  }
+};
+
+// The adapters with the factors that they meet in both directions:
+//   s = (keep ∘ x) · aᵀ, y += s · bᵀ;  ds = dy · b, dx += keep ∘ (ds · a)
+struct Lora {
+  Rows a, b;  // A / (1 - p), [R, K];  scale · g ∘ B ∘ d, [N, R]
+
+  explicit Lora(const LoraView& lora) {
+    a.dense = lora.a;
+    if (lora.dropout.threshold != 0) a.factor = dropout_scale(lora.dropout.threshold);
+    b.dense = lora.b;
+    b.factor = lora.scale;
+    b.row_diag = lora.out_diag;
+    b.column_diag = lora.rank_diag;
   }
 };
 

@@ -142,9 +142,7 @@ LK_INLINE float sum(Vec v) { return vaddvq_f32(v); }
 LK_INLINE Vec load(const BFloat16* p) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16));
 }
-LK_INLINE Vec load(const Half* p) {
-  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
-}
+LK_INLINE Vec load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
 LK_INLINE Vec round_half(Vec v) { return vcvt_f32_f16(vcvt_f16_f32(v)); }
 #else
 LK_INLINE Vec splat(float f) { return Vec{f, f, f, f}; }
@@ -178,7 +176,8 @@ LK_INLINE Vec rounded(Vec v, BFloat16) {
   const Words bits = (Words)v;
   const Words nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
   const Words quiet = bits | 0x00400000u;
-  return (Vec)(((Words)(v == v) & nearest | (Words)(v != v) & quiet) & 0xffff0000u);
+  const Words number = (Words)(v == v);
+  return (Vec)(((number & nearest) | (~number & quiet)) & 0xffff0000u);
 }
 
 template <class T>

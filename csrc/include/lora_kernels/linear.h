@@ -76,7 +76,7 @@ struct AdapterGrads {
   float *drank_diag, *dout_diag;
 };
 
-// The fused kernels take bf16 activations, and are null in the tiers that have none.
+// x, dy and s are of one type, any of the three, as are the adapters; a dense weight of any.
 struct LinearKernels {
   bool (*forward)(const LinearForward&, const Parallel&);  // false: out of memory
   bool (*backward)(const LinearBackward&, const Parallel&);

@@ -1,0 +1,344 @@
+// Few rows of x, where reading the weight sets the pace: a weight is read (and decoded into a
+// register) once and used at once for every row.
+//
+// 64 codes are 32 bytes. Widened to 32-bit lanes of 16 (AVX-512) or all 32 (AVX2) bits, a lane
+// holds 4 or 8 neighbouring codes; shifting brings one code after the other to where the look-up
+// reads it. So vector t of a group holds every 4th or 8th element, and x is put in that order
+// first.
+#pragma once
+
+#include "vector/rows.h"
+
+namespace lora_kernels {
+namespace {
+namespace vector {
+
+constexpr int64_t kGroup = 64;
+constexpr int kGroupVectors = kGroup / kLanes;
+constexpr int64_t kFewRows = 8;
+
+// Slots of thread_scratch.
+enum FewScratch { kFewInput, kFewWeights, kFewScales };
+
+#if LK_AVX512
+
+constexpr int kLaneCodes = 4;
+struct Group {
+  __m512i words;
+  Vec table;
+  template <class T>
+  LK_INLINE Group(const uint8_t* packed, const float* codes, float scale, T type)
+      : words(_mm512_cvtepu16_epi32(words16(packed))), table(rounded_table(codes, scale, type)) {}
+  LK_INLINE Vec operator()(int t) const {  // the look-up takes the lowest four bits
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * t), table);
+  }
+};
+
+#elif LK_AVX2
+
+constexpr int kLaneCodes = 8;
+struct Group {
+  __m256i words;
+  FloatTable table;
+  template <class T>
+  LK_INLINE Group(const uint8_t* packed, const float* codes, float scale, T type)
+      : words(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))),
+        table(rounded_table(codes, scale, type)) {}
+  LK_INLINE Vec operator()(int t) const {  // the look-up takes three bits; the fourth is a sign
+    const __m256i index = _mm256_srli_epi32(words, 4 * t);
+    const __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * t));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.first, index),
+                            _mm256_permutevar8x32_ps(table.second, index), pick);
+  }
+};
+
+#else
+
+constexpr int kLaneCodes = 1;  // in order
+struct Group {
+  float values[kGroup];
+  template <class T>
+  LK_INLINE Group(const uint8_t* packed, const float* codes, float scale, T type) {
+    const auto table = rounded_table(codes, scale, type);
+    decode32(packed, table, values);
+    decode32(packed + 16, table, values + 32);
+  }
+  LK_INLINE Vec operator()(int t) const { return load(values + t * kLanes); }
+};
+
+#endif
+
+LK_INLINE float dot(const float* a, const float* b, int64_t count) {
+  Vec total = splat(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) total = multiply_add(load(a + i), load(b + i), total);
+  if (i < count) {
+    float rest[2][kLanes] = {};
+    for (int64_t j = 0; i + j < count; ++j) rest[0][j] = a[i + j], rest[1][j] = b[i + j];
+    total = multiply_add(load(rest[0]), load(rest[1]), total);
+  }
+  return sum(total);
+}
+
+// Lane i of vector t is element kLaneCodes i + (t ^ 1): the high nibble of a byte comes first.
+inline void arrange(const float* in, int64_t k, float* out) {
+  for (int64_t g = 0; g < k; g += kGroup)
+    for (int t = 0; t < kGroupVectors; ++t)
+      for (int i = 0; i < kLanes; ++i)
+        out[g + t * kLanes + i] =
+            in[g + (kLaneCodes > 1 ? i * kLaneCodes + (t ^ 1) : t * kLanes + i)];
+}
+
+// Rows of a 4-bit weight that are whole groups, each with one scale, rounded to T.
+template <class T>
+struct QuantWeights {
+  const QuantView& q;
+  const float* codes;
+  int64_t groups, each;
+  float* scales;  // of the rows in work, [2, groups]
+  const uint8_t* packed = nullptr;
+
+  static int64_t scratch(int64_t k) { return 2 * (k / kGroup) + kLanes; }
+  QuantWeights(const BaseView& base, float* scratch)
+      : q(*base.quant),
+        codes(kCodeTable[q.quant_type]),
+        groups(base.k / kGroup),
+        each(q.block_size / kGroup),
+        scales(scratch) {}
+
+  LK_INLINE void begin(int64_t row, int64_t count) {
+    packed = q.packed + row * groups * (kGroup / 2);
+    if (each == 1) return block_scales(q, row * groups, count * groups, scales);
+    for (int64_t i = 0; i < count * groups; ++i)
+      scales[i] = q.block_scale((row * groups + i) / each);
+  }
+  LK_INLINE Group group(int64_t w, int64_t g) const {
+    return Group(packed + (w * groups + g) * (kGroup / 2), codes, scales[w * groups + g], T{});
+  }
+  LK_INLINE void fetch(int64_t w, int64_t g) const {
+    __builtin_prefetch(packed + (w * groups + g) * (kGroup / 2));
+  }
+  LK_INLINE float tail(int64_t, const float*) const { return 0.0f; }
+};
+
+// Rows in their own order.
+template <class T>
+struct DenseWeights {
+  struct Group {
+    const T* p;
+    LK_INLINE Vec operator()(int t) const { return load(p + t * kLanes); }
+  };
+  const T* data;
+  int64_t stride, k;
+  const T* row0 = nullptr;
+
+  DenseWeights(const BaseView& base, float*)
+      : data(static_cast<const T*>(base.dense.data)), stride(base.dense.stride), k(base.k) {}
+
+  LK_INLINE void begin(int64_t row, int64_t) { row0 = data + row * stride; }
+  LK_INLINE Group group(int64_t w, int64_t g) const { return {row0 + w * stride + g * kGroup}; }
+  LK_INLINE void fetch(int64_t w, int64_t g) const {
+    for (size_t i = 0; i < kGroup * sizeof(T); i += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(row0 + w * stride + g * kGroup) + i);
+  }
+  LK_INLINE float tail(int64_t w, const float* x) const {
+    const int64_t whole = k / kGroup * kGroup;
+    if (whole == k) return 0.0f;
+    float rest[kGroup];
+    widen(row0 + w * stride + whole, k - whole, rest);
+    return dot(x + whole, rest, k - whole);
+  }
+};
+
+// Any other 4-bit weight: rows are decoded to memory first. Its scales are plain.
+struct DecodedWeights : DenseWeights<float> {
+  Rows rows;
+  float* decoded;
+
+  static int64_t scratch(int64_t k) { return 2 * k + 1; }
+  DecodedWeights(const BaseView& base, Dtype dtype, float* scratch)
+      : DenseWeights<float>(base, nullptr), decoded(scratch) {
+    rows.quant = base.quant;
+    rows.columns = stride = k;
+    rows.dtype = dtype;
+    row0 = scratch;
+  }
+
+  LK_INLINE void begin(int64_t row, int64_t count) {
+    for (int64_t w = 0; w < count; ++w)
+      for (int64_t i = 0; i < k; i += kMaxPiece)
+        rows.piece(row + w, i, min64(k - i, kMaxPiece), decoded + w * k + i);
+  }
+  LK_INLINE void fetch(int64_t, int64_t) const {}
+};
+
+// c[w M + m] = x[m] · row w of the weights in work, w < W
+template <class Weights, int M, int W>
+void dot_rows(const Weights& weights, const float* x, int64_t k, int64_t w0, float* c) {
+  constexpr int kChains = M * W <= 4 ? 2 : 1;  // enough sums to hide the latency of one
+  Vec sums[kChains][W][M];
+  for (int u = 0; u < kChains; ++u)
+    for (int w = 0; w < W; ++w)
+      for (int m = 0; m < M; ++m) sums[u][w][m] = splat(0.0f);
+  for (int64_t g = 0; g < k / kGroup; ++g) {
+    // The next rows: the hardware's prefetcher stops at the end of a page.
+    for (int w = 0; w < W; ++w) weights.fetch(w0 + W + w, g);
+    const auto first = weights.group(w0, g), second = weights.group(w0 + W - 1, g);
+#pragma GCC unroll 16
+    for (int t = 0; t < kGroupVectors; ++t) {
+      const Vec a = first(t), b = W > 1 ? second(t) : a;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Vec v = load(x + m * k + g * kGroup + t * kLanes);
+        sums[t % kChains][0][m] = multiply_add(a, v, sums[t % kChains][0][m]);
+        if (W > 1) sums[t % kChains][W - 1][m] = multiply_add(b, v, sums[t % kChains][W - 1][m]);
+      }
+    }
+  }
+  for (int w = 0; w < W; ++w)
+    for (int m = 0; m < M; ++m)
+      c[w * M + m] = sum(kChains > 1 ? sums[0][w][m] + sums[kChains - 1][w][m] : sums[0][w][m]) +
+                     weights.tail(w0 + w, x + m * k);
+}
+
+// Two rows share the loads of x while their sums fit the registers.
+template <class Weights, int M>
+void dot_pair(const Weights& weights, const float* x, int64_t k, float* c) {
+  constexpr bool kShare = LK_AVX512 || LK_NEON || M <= 3;
+  if (kShare) return dot_rows<Weights, M, kShare ? 2 : 1>(weights, x, k, 0, c);
+  dot_rows<Weights, M, 1>(weights, x, k, 0, c);
+  dot_rows<Weights, M, 1>(weights, x, k, 1, c + M);
+}
+
+template <class Weights>
+void dots(const Weights& weights, const float* x, int64_t m, int64_t k, int64_t count, float* c) {
+  switch (m) {
+#define LK_FEW_(M)                                             \
+  case M:                                                      \
+    return count == 2 ? dot_pair<Weights, M>(weights, x, k, c) \
+                      : dot_rows<Weights, M, 1>(weights, x, k, 0, c);
+    LK_FEW_(1) LK_FEW_(2) LK_FEW_(3) LK_FEW_(4) LK_FEW_(5) LK_FEW_(6) LK_FEW_(7) LK_FEW_(8)
+#undef LK_FEW_
+  }
+}
+
+// inner[M, R] = x · Aᵀ as `rows` gives A, rounded; x[M, K] fp32.
+inline void few_inner(const Rows& a, const float* x, int64_t m, int64_t k, int64_t r, Dtype dtype,
+                      void* inner, const Parallel& parallel) {
+  parallel(0, r, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      float sums[kFewRows] = {}, piece[kMaxPiece];
+      for (int64_t i = 0; i < k; i += kMaxPiece) {
+        const int64_t count = min64(k - i, kMaxPiece);
+        a.piece(j, i, count, piece);
+        for (int64_t row = 0; row < m; ++row) sums[row] += dot(x + row * k + i, piece, count);
+      }
+      for (int64_t row = 0; row < m; ++row) narrow(sums + row, 1, dtype, inner, row * r + j);
+    }
+  });
+}
+
+// x[M, K] in the order of the weights' groups and inner[M, R], in fp32.
+struct FewOperands {
+  const float *x, *inner;
+};
+
+// y of the rows [2 begin, 2 end) of W.
+template <class Weights>
+void few_columns(const LinearForward& f, const Lora& lora, const FewOperands& operands,
+                 Weights weights, int64_t begin, int64_t end) {
+  const int64_t m = f.x.rows, k = f.base.k, n = f.base.n, r = f.lora.r();
+  for (int64_t row = 2 * begin; row < min64(2 * end, n); row += 2) {
+    const int64_t count = min64(n - row, 2);
+    float c[2 * kFewRows];
+    weights.begin(row, count);
+    dots(weights, operands.x, m, k, count, c);
+    for (int64_t w = 0; w < count; ++w) {
+      float piece[kMaxPiece];
+      for (int64_t j = 0; j < r; j += kMaxPiece) {
+        const int64_t size = min64(r - j, kMaxPiece);
+        lora.b.piece(row + w, j, size, piece);
+        for (int64_t i = 0; i < m; ++i)
+          c[w * m + i] += dot(operands.inner + i * r + j, piece, size);
+      }
+      const float bias = f.bias.data != nullptr ? at(f.bias, row + w) : 0.0f;
+      for (int64_t i = 0; i < m; ++i) {
+        const float y = c[w * m + i] + bias;
+        narrow(&y, 1, f.x.dtype, f.y, i * n + row + w);
+      }
+    }
+  }
+}
+
+// Rows of whole groups, a group of one scale.
+inline bool grouped(const BaseView& base) {
+  return base.quant != nullptr && base.k % kGroup == 0 && base.quant->block_size % kGroup == 0;
+}
+
+template <class T>
+bool few_columns_as(const LinearForward& f, const Lora& lora, const FewOperands& operands,
+                    int64_t begin, int64_t end) {
+  const BaseView& base = f.base;
+  const int64_t size = max64(QuantWeights<T>::scratch(base.k), DecodedWeights::scratch(base.k));
+  float* scratch = static_cast<float*>(thread_scratch(kFewWeights, sizeof(float) * size_t(size)));
+  if (scratch == nullptr) return false;
+  if (grouped(base))
+    few_columns(f, lora, operands, QuantWeights<T>(base, scratch), begin, end);
+  else if (base.quant != nullptr)
+    few_columns(f, lora, operands, DecodedWeights(base, f.x.dtype, scratch), begin, end);
+  else
+    few_columns(f, lora, operands, DenseWeights<T>(base, scratch), begin, end);
+  return true;
+}
+
+inline bool few_columns(const LinearForward& f, const Lora& lora, const FewOperands& operands,
+                        int64_t begin, int64_t end) {
+  switch (f.base.quant == nullptr ? f.base.dense.dtype : f.x.dtype) {
+    case Dtype::f16:
+      return few_columns_as<Half>(f, lora, operands, begin, end);
+    case Dtype::bf16:
+      return few_columns_as<BFloat16>(f, lora, operands, begin, end);
+    default:
+      return few_columns_as<float>(f, lora, operands, begin, end);
+  }
+}
+
+// False: out of memory.
+inline bool forward_few(LinearForward f, const Parallel& parallel) {
+  const int64_t m = f.x.rows, k = f.base.k, r = f.lora.r();
+  const bool masked = r > 0 && f.lora.dropout.threshold != 0;
+  QuantView plain;
+  if (f.base.quant != nullptr && !grouped(f.base)) {
+    plain = plain_scales(*f.base.quant, kFewScales, parallel);
+    if (plain.absmax == nullptr) return false;
+    f.base.quant = &plain;
+  }
+  float* x = static_cast<float*>(
+      thread_scratch(kFewInput, sizeof(float) * size_t(max64(2 * m * k + m * r, 1))));
+  if (x == nullptr) return false;
+  float *natural = x + m * k, *inner = natural + m * k;
+  for (int64_t i = 0; i < m; ++i) {
+    widen(f.x.data, f.x.dtype, i * f.x.stride, k, natural + i * k);
+    if (grouped(f.base))
+      arrange(natural + i * k, k, x + i * k);
+    else
+      __builtin_memcpy(x + i * k, natural + i * k, sizeof(float) * k);
+    if (masked) apply_mask(f.lora.dropout, i, 0, k, natural + i * k);
+  }
+  const Lora lora(f.lora);
+  if (r > 0) {
+    few_inner(lora.a, natural, m, k, r, f.x.dtype, f.s, parallel);
+    widen(f.s, f.x.dtype, 0, m * r, inner);
+  }
+  const FewOperands operands{x, inner};
+  bool ok = true;
+  constexpr int64_t kPairsAtLeast = 8;
+  parallel(0, ceil_div(f.base.n, 2), kPairsAtLeast, [&](int64_t begin, int64_t end) {
+    if (!few_columns(f, lora, operands, begin, end)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+  });
+  return ok;
+}
+
+}  // namespace vector
+}  // namespace
+}  // namespace lora_kernels
