@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import LoRAConfig, adapter_layers, apply_lora
+from lora_kernels.dispatch import use_backend
 from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
 from lora_kernels.testing import assert_within_budget
 from tests.adapters.models import LLAMA_LAYERS, llama, logits, mlp, tokens, wake
@@ -40,7 +41,9 @@ def test_a_new_adapter_changes_no_logits():
     model = llama()
     before = logits(model)
     apply_lora(model, r=4)
-    assert_within_budget(logits(model), before.double(), before)
+    # Adding zeros is exact where the base is computed apart from the branch.
+    with use_backend("reference"):
+        assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize(

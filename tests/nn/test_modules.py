@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lora_kernels.dispatch import use_backend
 from lora_kernels.functional import dropout_mask
 from lora_kernels.nn import LoRALinear, QLoRALinear
 from lora_kernels.testing import assert_call_within_budget, assert_within_budget
@@ -91,9 +92,9 @@ def test_a_new_adapter_changes_nothing(kind):
     layer = KINDS[kind].from_linear(linear, r=R)
     assert not layer.lora_B.any()
     x = torch.randn(3, K)
-    with torch.no_grad():
-        base = layer._base_forward(x)
-        assert_within_budget(layer(x), base.double(), base)
+    # Adding zeros is exact where the base is computed apart from the branch.
+    with torch.no_grad(), use_backend("reference"):
+        assert torch.equal(layer(x), layer._base_forward(x))
 
 
 @kinds

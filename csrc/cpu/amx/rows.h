@@ -71,6 +71,7 @@ LK_INLINE __m512 load_floats(const void* p, Dtype dtype, int64_t i, __mmask16 ma
 
 // The scales of blocks [at, at + count) of a doubly quantised weight.
 LK_INLINE void nested_scales(const QuantView& q, int64_t at, int64_t count, float* out) {
+  if (q.nested_block < 16) return q.block_scales(at, count, out);
   for (int64_t i = 0; i < count; i += 16) {
     const __mmask16 mask = lanes16(count - i);
     const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q.absmax8 + at + i));
