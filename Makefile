@@ -26,6 +26,14 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
+# $(call ctest,build folder,CMake options): builds the torch-free kernels and runs their checks.
+define ctest
+cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release -DLORA_KERNELS_TORCH=OFF $(2) \
+    >$(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }; \
+cmake --build $(1); \
+ctest --test-dir $(1) --output-on-failure --no-tests=error -j $(JOBS)
+endef
+
 .PHONY: help setup demo test test-python test-cpp bench lint format clean distclean
 
 help: ## this list
@@ -76,11 +84,8 @@ test-python: setup
 
 test-cpp: setup
 	@if command -v $${CXX:-c++} >/dev/null; then \
-	    cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	        -DLORA_KERNELS_TORCH=OFF >$(VENV)/cmake.log \
-	        || { cat $(VENV)/cmake.log; exit 1; }; \
-	    cmake --build $(CPP_BUILD); \
-	    ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error -j $(JOBS); \
+	    $(call ctest,$(CPP_BUILD),); \
+	    $(call ctest,$(CPP_BUILD)-sanitized,-DLORA_KERNELS_SANITIZE=ON -DLORA_KERNELS_CUDA=OFF); \
 	else echo "C++ checks skipped: no C++ compiler" >&2; fi
 
 bench: setup ## measure against every peer installed (SUITE=quick, targets or full)

@@ -33,7 +33,8 @@ constexpr int64_t kFewestRows = 96, kMostRows = 1024;
 // Products are summed in chains from zero, and the chains' sums added: a long chain loses accuracy,
 // most of all where a product is rounded before it is added. With few rows torch sums in the lanes
 // of vectors, whose error a chain of 32 matches and one of 256 exceeds three times (K = 576); the
-// additions then cost 5 to 8 per cent, of a time that decoding dominates.
+// additions then cost 5 to 8 per cent, of a time that decoding dominates. The inner product, whose
+// errors the outer one multiplies, is a small part of the work and always gets the short ones.
 constexpr int64_t kShortChain = LK_AVX2 || LK_NEON ? 32 : 16;
 constexpr int64_t kLongChain = LK_AVX2 || LK_NEON ? kDepth : 16;
 constexpr int64_t kShortChainRows = 64;
@@ -64,7 +65,8 @@ struct Product {
 template <int R, int V>
 void multiply_tile(const float* left, const float* right, int64_t depth, int64_t chain, float* c,
                    int64_t c_stride, bool add) {
-  for (int64_t begin = 0; begin < depth; begin += chain, add = true) {
+  Vec total[R][V];
+  for (int64_t begin = 0; begin < depth; begin += chain) {
     const int64_t end = min64(begin + chain, depth);
     Vec sum[R][V];
 #pragma GCC unroll 16
@@ -84,11 +86,13 @@ void multiply_tile(const float* left, const float* right, int64_t depth, int64_t
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        float* to = c + i * c_stride + v * kLanes;
-        put(to, add ? load(to) + sum[i][v] : sum[i][v]);
-      }
+      for (int v = 0; v < V; ++v) total[i][v] = begin == 0 ? sum[i][v] : total[i][v] + sum[i][v];
   }
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < V; ++v) {
+      float* to = c + i * c_stride + v * kLanes;
+      put(to, add ? load(to) + total[i][v] : total[i][v]);
+    }
 }
 
 template <int V>
@@ -99,7 +103,8 @@ void multiply_rows(int64_t rows, const float* left, const float* right, int64_t 
   case R:           \
     return multiply_tile<R, V>(left, right, depth, chain, c, c_stride, add);
     LK_ROWS_(1)
-    LK_ROWS_(2) LK_ROWS_(3) LK_ROWS_(4) LK_ROWS_(5) LK_ROWS_(6)
+    LK_ROWS_(2)
+    LK_ROWS_(3) LK_ROWS_(4) LK_ROWS_(5) LK_ROWS_(6)
 #if LK_AVX512
         LK_ROWS_(7) LK_ROWS_(8) LK_ROWS_(9) LK_ROWS_(10) LK_ROWS_(11) LK_ROWS_(12)
 #endif
@@ -227,7 +232,7 @@ inline bool pack_tile(const Product& p, const Packed& packed, const Tiles& tiles
         apply_mask(p.left_dropout, m0 + i, d0, depth, dropped + i * kDepth);
       left = dropped;
     }
-    multiply(rows, left, packed.shrink_at(chunk), p.r, depth, p.chain(), sums, width, chunk > 0);
+    multiply(rows, left, packed.shrink_at(chunk), p.r, depth, kShortChain, sums, width, chunk > 0);
   }
   if (p.r == 0) return true;
   if (packed.chunks == 0) zero(sums, rows * width);
