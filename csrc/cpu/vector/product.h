@@ -101,12 +101,20 @@ void multiply_rows(int64_t rows, const float* left, const float* right, int64_t 
   switch (rows) {
 #define LK_ROWS_(R) \
   case R:           \
-    return multiply_tile<R, V>(left, right, depth, chain, c, c_stride, add);
-    LK_ROWS_(1)
-    LK_ROWS_(2)
-    LK_ROWS_(3) LK_ROWS_(4) LK_ROWS_(5) LK_ROWS_(6)
+    return multiply_tile<R, V>(left, right, depth, chain, c, c_stride, add)
+    LK_ROWS_(1);
+    LK_ROWS_(2);
+    LK_ROWS_(3);
+    LK_ROWS_(4);
+    LK_ROWS_(5);
+    LK_ROWS_(6);
 #if LK_AVX512
-        LK_ROWS_(7) LK_ROWS_(8) LK_ROWS_(9) LK_ROWS_(10) LK_ROWS_(11) LK_ROWS_(12)
+    LK_ROWS_(7);
+    LK_ROWS_(8);
+    LK_ROWS_(9);
+    LK_ROWS_(10);
+    LK_ROWS_(11);
+    LK_ROWS_(12);
 #endif
 #undef LK_ROWS_
   }

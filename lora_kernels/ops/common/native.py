@@ -42,9 +42,7 @@ def refuse_dtypes(*tensors: Tensor | None, expected: Sequence[torch.dtype] = DTY
     return None
 
 
-def refuse_linear(
-    op: str, activations: Sequence[Tensor], *parameters: Tensor | None
-) -> str | None:
+def refuse_linear(op: str, activations: Sequence[Tensor], *parameters: Tensor | None) -> str | None:
     """Why the linear kernels cannot take these activations (x, dy, s) and parameters, or None.
 
     Which kernel runs is chosen in C++, by dtype, instruction set and shape (csrc/cpu/linear.cpp).
