@@ -82,10 +82,9 @@ def test_merged_model_is_the_trained_one(finetune, pairs, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
     assert not any("lora" in name for name, _ in merged.named_parameters())
     assert AutoTokenizer.from_pretrained(out / "merged").chat_template
-    # Merging rounds W + BA once per weight in fp32.
-    assert summary["held_out_merged"] == pytest.approx(summary["held_out_after"], rel=1e-4)
-    base = summary["held_out_before"]
-    assert abs(summary["held_out_merged"] - base) > 100 * 1e-4 * base
+    # Merging rounds W + BA once per weight in fp32: nothing beside what training changed.
+    before, after = summary["held_out_before"], summary["held_out_after"]
+    assert 100 * abs(summary["held_out_merged"] - after) < abs(before - after)
 
 
 def test_adapter_loads_in_peft(finetune, pairs, tmp_path, tiny):
@@ -93,6 +92,7 @@ def test_adapter_loads_in_peft(finetune, pairs, tmp_path, tiny):
     from transformers import AutoModelForCausalLM
 
     from lora_kernels.adapters import load_adapter
+    from lora_kernels.testing import assert_within_budget
 
     finetune("--data", pairs, *SHORT, "--max-steps", 3, "--quantize", "none", "--rslora")
     adapter = tmp_path / "out" / "adapter"
@@ -103,8 +103,8 @@ def test_adapter_loads_in_peft(finetune, pairs, tmp_path, tiny):
     load_adapter(ours, adapter)
     with torch.no_grad():
         mine, other = ours.eval()(ids).logits, theirs.eval()(ids).logits
-    # fp32 both, added in another order
-    torch.testing.assert_close(mine, other)
+        exact = theirs.double()(ids).logits
+    assert_within_budget(mine, exact, other)
     assert (mine - base).abs().max() > 100 * (mine - other).abs().max()
 
 
