@@ -43,6 +43,11 @@ def test_examples_are_clean(built):
         assert "\n" not in example.response and ">>>" not in example.response[:4]
 
 
+def test_nothing_of_this_machine(built):
+    texts = [text for part in built for example in part for text in map(str, example)]
+    assert not any(sys.executable in text or sys.prefix in text for text in texts)
+
+
 def test_the_same_in_another_process(built):
     code = (
         "from lora_kernels.cli.finetune import docstrings; import hashlib, sys; "
