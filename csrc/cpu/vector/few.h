@@ -118,8 +118,11 @@ struct QuantWeights {
   LK_INLINE Group group(int64_t w, int64_t g) const {
     return Group(packed + (w * groups + g) * (kGroup / 2), codes, scales[w * groups + g], T{});
   }
+  // 4096 x 4096 out of cache, one row of x: 1.04 ms fetching just the next rows into L1, 0.75 like
+  // this, 1.8 without; reading the bytes takes 0.62.
   LK_INLINE void fetch(int64_t w, int64_t g) const {
-    __builtin_prefetch(packed + (w * groups + g) * (kGroup / 2));
+    constexpr int64_t kAhead = 2048;
+    if (g % 2 == 0) __builtin_prefetch(packed + (w * groups + g) * (kGroup / 2) + kAhead, 0, 2);
   }
   LK_INLINE float tail(int64_t, const float*) const { return 0.0f; }
 };

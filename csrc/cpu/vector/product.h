@@ -28,7 +28,7 @@ static_assert(kUnit % kPanel == 0 && kDepth <= kMaxPiece && kDepth % 64 == 0, "b
 
 // A packed block of rows takes this many bytes at most (or kFewestRows rows).
 constexpr int64_t kPackedBytes = 16 << 20;
-constexpr int64_t kFewestRows = 96, kMostRows = 1024;
+constexpr int64_t kFewestRows = 96, kMostRows = 768;
 
 // Products are summed in chains from zero, and the chains' sums added: a long chain loses accuracy,
 // most of all where a product is rounded before it is added. With few rows torch sums in the lanes
@@ -61,10 +61,11 @@ struct Product {
   int64_t chain() const { return m <= kShortChainRows ? kShortChain : kLongChain; }
 };
 
-// c[rows, V kLanes] (+)= left[rows, depth] · right[depth, V kLanes]
+// c[rows, V kLanes] (+)= left[rows, depth] · right[depth, V kLanes]. `next` is what left will be
+// next: fetched on the way, a line a step, as it may have to come from L3.
 template <int R, int V>
-void multiply_tile(const float* left, const float* right, int64_t depth, int64_t chain, float* c,
-                   int64_t c_stride, bool add) {
+void multiply_tile(const float* left, const float* next, const float* right, int64_t depth,
+                   int64_t chain, float* c, int64_t c_stride, bool add) {
   Vec total[R][V];
   for (int64_t begin = 0; begin < depth; begin += chain) {
     const int64_t end = min64(begin + chain, depth);
@@ -76,6 +77,7 @@ void multiply_tile(const float* left, const float* right, int64_t depth, int64_t
     for (int64_t k = begin; k < end; ++k) {
       Vec w[V];
       for (int v = 0; v < V; ++v) w[v] = load(right + k * kPanel + v * kLanes);
+      __builtin_prefetch(next + k * 16, 0, 2);
 #pragma GCC unroll 16
       for (int i = 0; i < R; ++i) {
         const Vec x = splat(left[i * kDepth + k]);
@@ -96,12 +98,12 @@ void multiply_tile(const float* left, const float* right, int64_t depth, int64_t
 }
 
 template <int V>
-void multiply_rows(int64_t rows, const float* left, const float* right, int64_t depth,
-                   int64_t chain, float* c, int64_t c_stride, bool add) {
+void multiply_rows(int64_t rows, const float* left, const float* next, const float* right,
+                   int64_t depth, int64_t chain, float* c, int64_t c_stride, bool add) {
   switch (rows) {
 #define LK_ROWS_(R) \
   case R:           \
-    return multiply_tile<R, V>(left, right, depth, chain, c, c_stride, add)
+    return multiply_tile<R, V>(left, next, right, depth, chain, c, c_stride, add)
     LK_ROWS_(1);
     LK_ROWS_(2);
     LK_ROWS_(3);
@@ -121,14 +123,15 @@ void multiply_rows(int64_t rows, const float* left, const float* right, int64_t 
 }
 
 // c[rows, columns] (+)= left · panels, whose columns beyond `columns` are zeros.
-inline void multiply(int64_t rows, const float* left, const float* panels, int64_t columns,
-                     int64_t depth, int64_t chain, float* c, int64_t c_stride, bool add) {
+inline void multiply(int64_t rows, const float* left, const float* next, const float* panels,
+                     int64_t columns, int64_t depth, int64_t chain, float* c, int64_t c_stride,
+                     bool add) {
   for (int64_t j = 0; j < columns; j += kPanel) {
     const float* panel = panels + j * kDepth;
     if (columns - j > kLanes)
-      multiply_rows<kTileVectors>(rows, left, panel, depth, chain, c + j, c_stride, add);
+      multiply_rows<kTileVectors>(rows, left, next, panel, depth, chain, c + j, c_stride, add);
     else
-      multiply_rows<1>(rows, left, panel, depth, chain, c + j, c_stride, add);
+      multiply_rows<1>(rows, left, next, panel, depth, chain, c + j, c_stride, add);
   }
 }
 
@@ -240,7 +243,8 @@ inline bool pack_tile(const Product& p, const Packed& packed, const Tiles& tiles
         apply_mask(p.left_dropout, m0 + i, d0, depth, dropped + i * kDepth);
       left = dropped;
     }
-    multiply(rows, left, packed.shrink_at(chunk), p.r, depth, kShortChain, sums, width, chunk > 0);
+    multiply(rows, left, left, packed.shrink_at(chunk), p.r, depth, kShortChain, sums, width,
+             chunk > 0);
   }
   if (p.r == 0) return true;
   if (packed.chunks == 0) zero(sums, rows * width);
@@ -270,8 +274,8 @@ inline bool block(const Product& p, const Packed& packed, const Tiles& tiles, in
     const int64_t d0 = chunk * kDepth, depth = min64(p.r - d0, kDepth);
     pack(p.expand, d0, depth, c0, columns, panels, stage);
     for (int64_t t = t0; t < t1; ++t)
-      multiply(tiles.size(t), packed.inner_at(tiles, t, chunk), panels, columns, depth, p.chain(),
-               tile_c(t), kColumns, add);
+      multiply(tiles.size(t), packed.inner_at(tiles, t, chunk), packed.inner_at(tiles, t, chunk),
+               panels, columns, depth, p.chain(), tile_c(t), kColumns, add);
   }
   if (add && p.out_dropout.threshold != 0)
     for (int64_t i = 0; i < rows; ++i)
@@ -281,7 +285,8 @@ inline bool block(const Product& p, const Packed& packed, const Tiles& tiles, in
     pack(p.base, d0, depth, c0, columns, panels, stage);
     for (int64_t j = 0; j < columns; j += kPanel)  // a panel stays in L1 while the tiles pass by
       for (int64_t t = t0; t < t1; ++t)
-        multiply(tiles.size(t), packed.left_at(tiles, t, chunk), panels + j * kDepth,
+        multiply(tiles.size(t), packed.left_at(tiles, t, chunk),
+                 packed.left_at(tiles, t + 1 < t1 ? t + 1 : t0, chunk), panels + j * kDepth,
                  min64(columns - j, kPanel), depth, p.chain(), tile_c(t) + j, kColumns, add);
   }
   if (!add) zero(c, rows * kColumns);

@@ -144,6 +144,16 @@ LK_INLINE Vec load(const BFloat16* p) {
 }
 LK_INLINE Vec load(const Half* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
 LK_INLINE Vec round_half(Vec v) { return vcvt_f32_f16(vcvt_f16_f32(v)); }
+LK_INLINE void put(Half* p, Vec v) { vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v))); }
+
+LK_INLINE void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  const float32x4x2_t a = vtrnq_f32(load(in), load(in + in_stride));
+  const float32x4x2_t b = vtrnq_f32(load(in + 2 * in_stride), load(in + 3 * in_stride));
+  for (int i = 0; i < 2; ++i) {
+    put(out + i * out_stride, vcombine_f32(vget_low_f32(a.val[i]), vget_low_f32(b.val[i])));
+    put(out + (2 + i) * out_stride, vcombine_f32(vget_high_f32(a.val[i]), vget_high_f32(b.val[i])));
+  }
+}
 #else
 LK_INLINE Vec splat(float f) { return Vec{f, f, f, f}; }
 LK_INLINE Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
@@ -156,15 +166,16 @@ LK_INLINE Vec round_half(Vec v) {
   for (int i = 0; i < kLanes; ++i) v[i] = to_float(to_half(v[i]));
   return v;
 }
-#endif
-template <class T>
-LK_INLINE void put(T* p, Vec v) {
-  for (int i = 0; i < kLanes; ++i) store(p + i, v[i]);
-}
 
 LK_INLINE void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
   for (int c = 0; c < kLanes; ++c)
     for (int i = 0; i < kLanes; ++i) out[c * out_stride + i] = in[i * in_stride + c];
+}
+#endif
+
+template <class T>
+LK_INLINE void put(T* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) store(p + i, v[i]);
 }
 
 #endif
