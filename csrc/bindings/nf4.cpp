@@ -1,7 +1,11 @@
-// lora_kernels_native::nf4_quantize, nf4_dequantize on the CPU.
+// lora_kernels_native::nf4_quantize, nf4_quantize_scales, nf4_dequantize on the CPU.
 #include "lora_kernels/nf4.h"
 
 #include "bindings/common.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace lora_kernels {
 namespace {
@@ -15,6 +19,24 @@ float element(const Tensor& t, Dtype dtype, int64_t i) {
     default:
       return data<float>(t)[i];
   }
+}
+
+// Whether a large tensor lies in memory that was in use before, as far as a few pages tell.
+bool has_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr size_t kLarge = 16 << 20, kPage = 4096, kSamples = 4;
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes < kLarge) return false;
+  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  for (size_t i = 0; i < kSamples; ++i) {
+    const uintptr_t page = (begin + bytes / kSamples * i + bytes / 8) / kPage * kPage;
+    unsigned char there = 0;
+    if (mincore(reinterpret_cast<void*>(page), 1, &there) != 0 || (there & 1) == 0) return false;
+  }
+  return true;
+#else
+  return false;
+#endif
 }
 
 std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& w, int64_t block_size, int64_t quant_type) {
@@ -32,13 +54,36 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& w, int64_t block_size, int
   return {packed, absmax};
 }
 
+std::tuple<Tensor, Tensor> nf4_quantize_scales(const Tensor& absmax, const Tensor& nested_map,
+                                               const Tensor& nested_offset,
+                                               int64_t nested_block_size) {
+  check_cpu("absmax", absmax, ScalarType::Float, {-1});
+  check_cpu("nested_map", nested_map, ScalarType::Float, {256});
+  check_cpu("nested_offset", nested_offset, ScalarType::Float, {1});
+  LK_CHECK(nested_block_size > 0, "nested_block_size: got ", nested_block_size, ", expected > 0");
+  const float* map = data<float>(nested_map);
+  for (int i = 1; i < 256; ++i)
+    LK_CHECK(map[i - 1] <= map[i], "nested_map: got ", map[i - 1], " before ", map[i],
+             ", expected rising values");
+  const int64_t blocks = absmax.numel();
+  Tensor codes = new_tensor(absmax, {blocks}, ScalarType::Byte);
+  Tensor nested_absmax = new_tensor(
+      absmax, {blocks / nested_block_size + (blocks % nested_block_size > 0)}, ScalarType::Float);
+  const int64_t bad = nf4_kernels().quantize_scales(
+      data<float>(absmax), blocks, nested_block_size, map, *data<float>(nested_offset),
+      mutable_data<uint8_t>(codes), mutable_data<float>(nested_absmax), torch_parallel());
+  LK_CHECK(bad < 0, "absmax: element ", bad, " is ", element(absmax, Dtype::f32, bad),
+           ", expected finite values");
+  return {codes, nested_absmax};
+}
+
 Tensor nf4_dequantize(const std::vector<Tensor>& base, const std::vector<int64_t>& meta_list,
                       ScalarType dtype) {
   const Meta meta = parse_meta(meta_list);
   const QuantView q = quant_view(base, meta);
   const Dtype out_dtype = kernel_dtype("dtype", dtype);
   Tensor out = new_tensor(base[0], {meta.n, meta.k}, dtype);
-  nf4_kernels().dequantize[static_cast<int>(out_dtype)](q, out.mutable_data_ptr(),
+  nf4_kernels().dequantize[static_cast<int>(out_dtype)](q, out.mutable_data_ptr(), has_pages(out),
                                                         torch_parallel());
   return out;
 }
@@ -47,6 +92,7 @@ Tensor nf4_dequantize(const std::vector<Tensor>& base, const std::vector<int64_t
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
+  m.impl("nf4_quantize_scales", TORCH_BOX(&nf4_quantize_scales));
   m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
 }
 

@@ -66,12 +66,18 @@ Quantised quantize(Isa isa, const std::vector<uint8_t>& x, Dtype dtype, int64_t 
   return q;
 }
 
+// Also past the caches, with the same result.
 std::vector<uint8_t> dequantize(Isa isa, const QuantView& q, Dtype dtype,
                                 const Parallel& parallel) {
   set_for_testing(isa);
-  std::vector<uint8_t> out(q.n * kSize[static_cast<int>(dtype)] + 1, kGuard);
-  nf4_kernels().dequantize[static_cast<int>(dtype)](q, out.data(), parallel);
-  CHECK(out.back() == kGuard, "%s wrote past the end", isa_name(isa));
+  const size_t bytes = q.n * kSize[static_cast<int>(dtype)];
+  std::vector<uint8_t> out(bytes + 1, kGuard), room(bytes + 65, kGuard);
+  uint8_t* aligned = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) % 64;
+  const auto kernel = nf4_kernels().dequantize[static_cast<int>(dtype)];
+  kernel(q, out.data(), false, parallel);
+  kernel(q, aligned, true, parallel);
+  CHECK(out.back() == kGuard && aligned[bytes] == kGuard, "%s wrote past the end", isa_name(isa));
+  CHECK(std::memcmp(out.data(), aligned, bytes) == 0, "%s past the caches", isa_name(isa));
   return out;
 }
 
@@ -171,6 +177,51 @@ void check_round_trip(Dtype dtype, int64_t n, int64_t block, int type, Random& r
       CHECK(quantize(isa, x, dtype, n, block, type, parallel).bad == bad, "%s", isa_name(isa));
 }
 
+// Scales that some paths round otherwise: subnormal products, infinities, NaN, among plain ones.
+void check_special_scales(Dtype dtype, int64_t block, int type, Random& random) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kSpecial[] = {0.0f,      -0.0f,         0x1p-149f, 0x1.8p-133f, 0x1p-126f,
+                                0x1p-119f, -0x1.fep-119f, 0x1p-110f, 0x1p-111f,   0x1.fffffep127f,
+                                kInfinity, -kInfinity,    kNan,      -kNan};
+  constexpr int64_t kBlocks = 301;  // an odd number, and more than are taken at a time
+  const int64_t n = kBlocks * block - 3;
+  std::vector<uint8_t> packed((n + 1) / 2);
+  for (int64_t i = 0; i < int64_t(packed.size()); ++i)
+    packed[i] = static_cast<uint8_t>(i < 8 * block ? 17 * i + i / 16 : random.next());
+
+  const size_t size = kSize[static_cast<int>(dtype)];
+  std::vector<float> scales(kBlocks);
+  const auto check = [&](const char* what) {
+    const QuantView view{packed.data(), scales.data(), nullptr, nullptr, nullptr, 0.0f, n, block, 0,
+                         type};
+    std::vector<uint8_t> expected(n * size + 1, kGuard);
+    for (int64_t i = 0; i < n; ++i) {
+      const volatile float code = kCodeTable[type][view.code(i)];
+      store_as(dtype, expected.data(), i, code * scales[i / block]);
+    }
+    for (const Isa isa : usable_isas())
+      for (const Parallel& parallel : {serial(), kThreads})
+        CHECK(dequantize(isa, view, dtype, parallel) == expected,
+              "%s, %s: dtype %d, block = %ld, type %d", isa_name(isa), what,
+              static_cast<int>(dtype), long(block), type);
+  };
+
+  for (float& s : scales) s = random.uniform();
+  check("plain scales");
+  for (const float special : kSpecial) {
+    const int64_t at = int64_t(random.next() % uint64_t(kBlocks));
+    const float before = scales[at];
+    scales[at] = special;
+    check("one special scale");
+    scales[at] = before;
+  }
+  for (float& s : scales) s = bits_float(uint32_t(random.next()));
+  check("scales of any bits");
+  for (float& s : scales) s = bits_float(uint32_t(random.next()) & 0x88ffffffu);
+  check("small scales");
+}
+
 // Conversions against their definition, over every 16-bit pattern and the halfway points between.
 void check_conversions() {
   for (uint32_t i = 0; i < 0x10000; ++i) {
@@ -203,6 +254,7 @@ int main() {
                                 block + 1, 5 * block, 9 * block + 17, int64_t(4100)})
           check_round_trip(dtype, n, block, type, random);
       }
+      for (const int64_t block : {32, 64, 128}) check_special_scales(dtype, block, type, random);
     }
   }
   return 0;

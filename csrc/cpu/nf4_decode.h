@@ -44,22 +44,39 @@ LK_INLINE __m512 scaled_table(const float* table, float scale, const float*) {
   return _mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(scale));
 }
 
+// The 16 bytes as 32 words, each byte twice: its high nibble first, and rubbish from bit 8 - shift
+// up.
+LK_INLINE __m512i spread_words(const uint8_t* packed) {
+  const __m512i pairs = _mm512_set_epi64(INT64_C(0x800f800f800e800e), INT64_C(0x800d800d800c800c),
+                                         INT64_C(0x800b800b800a800a), INT64_C(0x8009800980088008),
+                                         INT64_C(0x8007800780068006), INT64_C(0x8005800580048004),
+                                         INT64_C(0x8003800380028002), INT64_C(0x8001800180008000));
+  const __m512i bytes =
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+  return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, pairs), _mm512_set1_epi32(4));
+}
+
+// 8 bytes as 16 32-bit lanes, likewise.
+LK_INLINE __m512i spread_lanes(const uint8_t* packed) {
+  const __m512i pairs =
+      _mm512_set_epi32(int(0x80808007), int(0x80808007), int(0x80808006), int(0x80808006),
+                       int(0x80808005), int(0x80808005), int(0x80808004), int(0x80808004),
+                       int(0x80808003), int(0x80808003), int(0x80808002), int(0x80808002),
+                       int(0x80808001), int(0x80808001), int(0x80808000), int(0x80808000));
+  int64_t eight;
+  __builtin_memcpy(&eight, packed, 8);
+  return _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi64(eight), pairs),
+                           _mm512_set1_epi64(4));
+}
+
 template <class Out>
 LK_INLINE void decode32(const uint8_t* packed, WordTable table, Out* out) {
-  // Byte b in a 32-bit lane: the low word indexes with b >> 4, the high word with b.
-  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-  const __m512i index = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table.words));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(spread_words(packed), table.words));
 }
 
 LK_INLINE void decode32(const uint8_t* packed, __m512 table, float* out) {
-  // The look-up takes the lowest four bits of an index, whatever is above them.
-  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed));
-  const __m128i high = _mm_srli_epi16(b, 4);
-  const __m512i i0 = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(high, b));
-  const __m512i i1 = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(high, b));
-  _mm512_storeu_ps(out, _mm512_permutexvar_ps(i0, table));
-  _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(i1, table));
+  _mm512_storeu_ps(out, _mm512_permutexvar_ps(spread_lanes(packed), table));
+  _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(spread_lanes(packed + 8), table));
 }
 
 #elif LK_AVX2

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bench.cases import BOTH, LAYERS, OPS, SUITES, Case, suite
+from bench.costmodel import saved_bytes
 from bench.providers import PROVIDERS, select
-from bench.targets import FLOOR, STEP_OURS, TARGETS, reached
+from bench.targets import FLOOR, NEEDED, STEP_OURS, TARGETS, reached
 from lora_kernels.dispatch.registry import ops
 
 CPU = torch.device("cpu")
@@ -101,18 +102,19 @@ def test_provider_names_are_unique_and_selectable() -> None:
 
 
 def test_every_op_of_the_package_is_benched() -> None:
-    """A new op family must bring a case. dropout_mask is part of every case with dropout."""
+    """A new op family must bring a case."""
     families = {name.removesuffix("_fwd").removesuffix("_bwd") for name in ops()}
-    assert families - {"dropout_mask"} <= set(OPS) | {"lora_linear"}
+    parts = {"dropout_mask", "nf4_quantize_scales"}  # of every case with dropout, of nf4_quantize
+    assert families - parts <= set(OPS) | {"lora_linear"}
 
 
 def test_targets_name_measured_cases_and_providers() -> None:
     measured = {c.name for c in suite("targets")}
     assert {t.case.name for t in TARGETS} == measured
-    names = {p.name for p in PROVIDERS} | {FLOOR, "peft", "peft+bnb"}
+    names = {p.name for p in PROVIDERS} | {FLOOR, NEEDED, "peft", "peft+bnb"}
     assert {t.peer for t in TARGETS} <= names
     for target in TARGETS:
-        if target.ours != STEP_OURS and target.peer != FLOOR:
+        if target.ours != STEP_OURS and target.peer not in (FLOOR, NEEDED):
             peer = next(p for p in PROVIDERS if p.name == target.peer)
             assert target.case.op in peer.ops, target
             assert peer.refuses(target.case, CPU) is None, target
@@ -132,3 +134,21 @@ def test_reached_takes_the_median_of_paired_ratios() -> None:
     assert found[target].met
     others = [r for t, r in found.items() if t != target]
     assert all(r.ratio is None and r.met is None for r in others)
+
+
+def test_saved_bytes_are_promised_for_every_adapter_case() -> None:
+    promised = {t.case.name for t in TARGETS if t.what == "saved"}
+    assert promised == {c.name for c in suite("targets") if c.op.endswith("lora_linear")}
+    assert len(promised) == 8
+
+
+@pytest.mark.parametrize(("more", "met"), [(0, True), (-8, True), (1, False), (None, None)])
+def test_reached_compares_saved_bytes_with_x_and_s(more: int | None, met: bool | None) -> None:
+    """To the byte, and without a peer or a time."""
+    target = next(t for t in TARGETS if t.what == "saved")
+    kept = None if more is None else saved_bytes(target.case) + more
+    row = {"case": target.case.name, "provider": "ours:native", "samples": [], "saved_bytes": kept}
+    found = next(r for r in reached({"rows": [row]}) if r.target == target)
+    assert found.met is met
+    if more == 0:
+        assert found.ratio == 1.0

@@ -57,7 +57,7 @@ def test_an_unknown_tier_is_refused() -> None:
 @needs_extension
 def test_every_op_of_the_extension_is_defined() -> None:
     """A registration for a name that Python does not define would stay without effect."""
-    for op in ("nf4_quantize", "nf4_dequantize", "dropout_mask"):
+    for op in ("nf4_quantize", "nf4_quantize_scales", "nf4_dequantize", "dropout_mask"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lora_kernels_native::{op}", "CPU")
         assert getattr(torch.ops.lora_kernels_native, op)
 

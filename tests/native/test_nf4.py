@@ -9,6 +9,8 @@ import torch
 
 from lora_kernels.ops.nf4 import reference
 from lora_kernels.ops.nf4.base import BLOCK_SIZES
+from lora_kernels.ops.nf4.double_quant import dynamic_map
+from lora_kernels.ops.nf4.tables import code_bounds
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
@@ -103,6 +105,43 @@ def test_dequantize_every_code_and_scale(isa: str, dtype: torch.dtype, quant_typ
     assert same_bits(native_ops.nf4_dequantize(base, meta, dtype), expected)
 
 
+@functools.cache
+def every_exponent(dtype: torch.dtype, quant_type: int):
+    """Blocks of every magnitude, with elements at and next to the thresholds."""
+    bounds = code_bounds(quant_type, torch.device("cpu"))[0]
+    near = [bounds, bounds.nextafter(torch.tensor(9.0)), bounds.nextafter(torch.tensor(-9.0))]
+    block = torch.cat([*near, torch.tensor([1.0, 0.0, -0.0]), torch.rand(80) * 2 - 1])
+    powers = torch.arange(-140, 127, dtype=torch.float64).exp2()
+    scales = torch.cat([powers, powers * 1.37, -powers * 1.996])
+    w = (block.double() * scales[:, None]).to(dtype)
+    w = w[w.isfinite().all(dim=1)]
+    return w, *reference.quantize(w, 128, quant_type)
+
+
+@pytest.mark.parametrize("quant_type", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantize_every_exponent(isa: str, dtype: torch.dtype, quant_type: int) -> None:
+    w, *expected = every_exponent(dtype, quant_type)
+    packed, absmax = native_ops.nf4_quantize(w, 128, quant_type)
+    assert torch.equal(packed, expected[0])
+    assert torch.equal(absmax, expected[1])
+
+
+@functools.cache
+def large_case():
+    n = (8 << 20) + 77
+    base = nested_base(n, 64, 256)
+    meta = [1, n, 64, 0, 256]
+    return base, meta, reference.dequantize(base, meta, torch.bfloat16)
+
+
+def test_dequantize_large(isa: str) -> None:
+    """From 16 MiB on the stores depend on whether the memory was in use before."""
+    base, meta, expected = large_case()
+    for _ in range(4):
+        assert same_bits(native_ops.nf4_dequantize(base, meta, torch.bfloat16), expected)
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [64, 256, 4096])
@@ -133,6 +172,15 @@ def test_results_do_not_depend_on_threads(isa: str, threads: int) -> None:
     meta = [1, n, 64, 0, 0]
     out = native_ops.nf4_dequantize([packed, absmax], meta, torch.bfloat16)
     assert same_bits(out, reference.dequantize([packed, absmax], meta, torch.bfloat16))
+
+    scales = [absmax, dynamic_map(), absmax.mean().reshape(1), 256]
+    codes, nested_absmax = native_ops.nf4_quantize_scales(*scales)
+    expected = reference.quantize_scales(*scales)
+    assert torch.equal(codes, expected[0])
+    assert same_bits(nested_absmax, expected[1])
+    base, meta = [packed, codes, nested_absmax, *scales[1:3]], [1, n, 64, 0, 256]
+    out = native_ops.nf4_dequantize(base, meta, torch.bfloat16)
+    assert same_bits(out, reference.dequantize(base, meta, torch.bfloat16))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -192,6 +240,21 @@ def test_bad_arguments_touch_no_memory() -> None:
         ),
         r"w: got dtype float64": lambda: native_ops.nf4_quantize(torch.ones(4).double(), 64, 0),
         r"w: is not contiguous": lambda: native_ops.nf4_quantize(torch.ones(4, 4).t()[1:], 64, 0),
+        r"nested_map: got shape \[255\], expected \[256\]": lambda: native_ops.nf4_quantize_scales(
+            absmax, nested[3][:255], nested[4], 256
+        ),
+        r"nested_map: got .* before .*, expected rising": lambda: native_ops.nf4_quantize_scales(
+            absmax, -dynamic_map(), nested[4], 256
+        ),
+        r"nested_offset: got shape \[2\]": lambda: native_ops.nf4_quantize_scales(
+            absmax, dynamic_map(), absmax, 256
+        ),
+        r"nested_block_size: got 0": lambda: native_ops.nf4_quantize_scales(
+            absmax, dynamic_map(), nested[4], 0
+        ),
+        r"absmax: element 1 is inf": lambda: native_ops.nf4_quantize_scales(
+            torch.tensor([1.0, float("inf")]), dynamic_map(), nested[4], 256
+        ),
         r"block_size: got 0": lambda: native_ops.nf4_quantize(torch.ones(4), 0, 0),
     }
     for message, call in cases.items():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import NF4Weight, use_backend
+from lora_kernels.ops.nf4.double_quant import dynamic_map
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -133,6 +134,44 @@ def _nf4_quantize() -> Iterator[Case]:
     )
     # Scales below 1e-38, where 1 / absmax would overflow.
     yield Case("nf4_quantize", "subnormal", lambda r: (r.normal(5, 64) * 1e-40, 64, 0), exact=True)
+
+
+def _nf4_quantize_scales() -> Iterator[Case]:
+    def make(r: Source, scales: Callable[[Source], Tensor], block: int) -> tuple[Any, ...]:
+        absmax = scales(r)
+        return absmax, dynamic_map().clone(), absmax.mean().reshape(1), block
+
+    kinds: dict[str, Callable[[Source], Tensor]] = {
+        "one": lambda r: r.normal(1).abs(),
+        "short": lambda r: r.normal(100).abs(),
+        "several": lambda r: r.normal(1200).abs(),
+        "narrow": lambda r: 1 + r.normal(777) * 1e-6,
+        "subnormal": lambda r: r.normal(300).abs() * 1e-40,
+        "huge": lambda r: r.normal(300).abs().clamp(max=3) * 1e36,
+        "equal": lambda r: torch.full((512,), 0.25),
+        "one-differs": lambda r: torch.full((512,), 0.25).index_fill(0, torch.tensor(7), 9.0),
+        "zeros": lambda r: torch.zeros(300),
+    }
+    for (name, scales), block in itertools.product(kinds.items(), (256, 64, 7)):
+        yield Case(
+            "nf4_quantize_scales",
+            f"{name}-block{block}",
+            lambda r, s=scales, b=block: make(r, s, b),
+            exact=True,
+            core=block == 256 and name in ("one", "several", "equal"),
+        )
+    yield Case(  # every point of the grid that values are rounded to, and a map of another range
+        "nf4_quantize_scales",
+        "grid",
+        lambda r: (torch.linspace(-1, 1, 140001), dynamic_map() * 0.7, torch.zeros(1), 1 << 20),
+        exact=True,
+    )
+    yield Case(
+        "nf4_quantize_scales",
+        "empty",
+        lambda r: (torch.empty(0), dynamic_map().clone(), torch.zeros(1), 256),
+        exact=True,
+    )
 
 
 def _nf4_dequantize() -> Iterator[Case]:
@@ -330,6 +369,7 @@ def _dropout_mask() -> Iterator[Case]:
 
 GENERATORS: dict[str, Callable[[], Iterator[Case]]] = {
     "nf4_quantize": _nf4_quantize,
+    "nf4_quantize_scales": _nf4_quantize_scales,
     "nf4_dequantize": _nf4_dequantize,
     "nf4_linear_fwd": _nf4_linear_fwd,
     "nf4_linear_bwd": _nf4_linear_bwd,

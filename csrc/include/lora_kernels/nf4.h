@@ -67,8 +67,15 @@ struct Nf4Kernels {
   // of 0.
   int64_t (*quantize[kDtypes])(const void* x, int64_t n, int64_t block_size, int quant_type,
                                uint8_t* packed, float* absmax, const Parallel& parallel);
-  // q -> out[q.n]
-  void (*dequantize[kDtypes])(const QuantView& q, void* out, const Parallel& parallel);
+  // q -> out[q.n]. `past_caches` writes straight to memory where the tier can: twice as fast where
+  // the pages of `out` are there but not in a cache, much slower where they are yet to be made.
+  void (*dequantize[kDtypes])(const QuantView& q, void* out, bool past_caches,
+                              const Parallel& parallel);
+  // absmax[blocks] -> codes[blocks] into map[256], which ascends, of (absmax - offset) /
+  // nested_absmax[ceil(blocks / nested_block)]. Returns as quantize does.
+  int64_t (*quantize_scales)(const float* absmax, int64_t blocks, int64_t nested_block,
+                             const float* map, float offset, uint8_t* codes, float* nested_absmax,
+                             const Parallel& parallel);
 };
 
 LK_DECLARE_FAMILY(Nf4Kernels, nf4)

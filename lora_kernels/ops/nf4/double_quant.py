@@ -43,26 +43,10 @@ def quantize_scales(absmax: Tensor) -> NestedScales:
     Args:
         absmax: fp32 [blocks].
     """
-    offset = absmax.mean()
-    centred = absmax - offset
-    blocks = torch.nn.functional.pad(centred, (0, -centred.numel() % NESTED_BLOCK_SIZE))
-    blocks = blocks.view(-1, NESTED_BLOCK_SIZE)
-    nested_absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / nested_absmax)[:, None]).flatten()[: centred.numel()]
+    offset = absmax.mean().reshape(1)
     # A copy: the weight owns its map, which loading a checkpoint may overwrite.
     code_map = dynamic_map().to(absmax.device, copy=True)
-    return NestedScales(_encode(scaled, code_map), nested_absmax, code_map, offset.reshape(1))
-
-
-def _encode(x: Tensor, code_map: Tensor) -> Tensor:
-    """The code nearest to x after rounding x to a grid of 65536 points on [-1, 1].
-
-    The grid is bitsandbytes' (its CPU path looks codes up by it): without it one code in six
-    hundred would be another, closer one.
-    """
-    x = x.nan_to_num(-1.0)  # 0 * (1 / 0), in a block of equal scales
-    grid = torch.floor((x + 1.0) * 32767.5 + 0.5).clamp(0, 65535)
-    x = grid / 32767.5 - 1.0
-    upper = torch.searchsorted(code_map, x).clamp(1, 255)
-    below, above = code_map[upper - 1], code_map[upper]
-    return torch.where((above - x).abs() < (x - below).abs(), upper, upper - 1).to(torch.uint8)
+    codes, nested_absmax = torch.ops.lora_kernels.nf4_quantize_scales(
+        absmax, code_map, offset, NESTED_BLOCK_SIZE
+    )
+    return NestedScales(codes, nested_absmax, code_map, offset)

@@ -19,6 +19,14 @@ def _quantize(w: Tensor, block_size: int, quant_type: int) -> str | None:
     return refuse_device("nf4_quantize", w.device) or refuse_dtypes(w)
 
 
+def _quantize_scales(
+    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
+) -> str | None:
+    return refuse_device("nf4_quantize_scales", absmax.device) or refuse_dtypes(
+        absmax, nested_map, nested_offset, expected=[torch.float32]
+    )
+
+
 def _dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> str | None:
     reason = refuse_device("nf4_dequantize", base[0].device)
     if reason is None and dtype == torch.float64:
@@ -37,6 +45,7 @@ def _linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> str 
 
 
 register_native("nf4_quantize", _quantize)
+register_native("nf4_quantize_scales", _quantize_scales)
 register_native("nf4_dequantize", _dequantize)
 register_native("nf4_linear_fwd", _linear_fwd)
 register_native("nf4_linear_bwd", _linear_bwd)

@@ -33,6 +33,34 @@ def quantize(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tenso
     return codes[::2] << 4 | codes[1::2], absmax
 
 
+def quantize_scales(
+    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
+) -> tuple[Tensor, Tensor]:
+    """codes = nearest map entry of (absmax - offset) * (1 / nested_absmax), nested_absmax = max
+    |absmax - offset| of each nested block."""
+    check_finite("absmax", absmax)
+    centred = absmax - nested_offset
+    blocks = torch.nn.functional.pad(centred, (0, -centred.numel() % nested_block_size))
+    blocks = blocks.view(-1, nested_block_size)
+    nested_absmax = blocks.abs().amax(dim=1) if blocks.shape[0] else absmax.new_empty(0)
+    scaled = (blocks * (1.0 / nested_absmax)[:, None]).flatten()[: centred.numel()]
+    return _encode_scales(scaled, nested_map), nested_absmax
+
+
+def _encode_scales(x: Tensor, code_map: Tensor) -> Tensor:
+    """The code nearest to x after rounding x to a grid of 65536 points on [-1, 1].
+
+    The grid is bitsandbytes' (its CPU path looks codes up by it): without it one code in six
+    hundred would be another, closer one.
+    """
+    x = x.nan_to_num(-1.0)  # 0 * (1 / 0), in a block of equal scales
+    grid = torch.floor((x + 1.0) * 32767.5 + 0.5).clamp(0, 65535)
+    x = grid / 32767.5 - 1.0
+    upper = torch.searchsorted(code_map, x).clamp(1, 255)
+    below, above = code_map[upper - 1], code_map[upper]
+    return torch.where((above - x).abs() < (x - below).abs(), upper, upper - 1).to(torch.uint8)
+
+
 def block_scales(base: Sequence[Tensor], m: Meta) -> Tensor:
     """The fp32 scale of every block: nested scales are map[code] * nested_absmax + offset."""
     if not m.is_nested:
@@ -77,6 +105,7 @@ def _accepts(*args: object, **kwargs: object) -> str | None:
 
 _OPS: dict[str, Callable[..., Any]] = {
     "nf4_quantize": quantize,
+    "nf4_quantize_scales": quantize_scales,
     "nf4_dequantize": dequantize,
     "nf4_linear_fwd": linear_fwd,
     "nf4_linear_bwd": linear_bwd,

@@ -28,6 +28,16 @@ def _quantize_fake(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor,
     )
 
 
+def _quantize_scales_fake(
+    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
+) -> tuple[Tensor, Tensor]:
+    blocks = absmax.numel()
+    return (
+        absmax.new_empty(blocks, dtype=torch.uint8),
+        absmax.new_empty((blocks + nested_block_size - 1) // nested_block_size),
+    )
+
+
 def _dequantize_fake(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> Tensor:
     m = Meta(*meta)
     return base[0].new_empty((m.n, m.k), dtype=dtype)
@@ -47,6 +57,12 @@ define(
     "nf4_quantize",
     "(Tensor w, int block_size, int quant_type) -> (Tensor packed, Tensor absmax)",
     _quantize_fake,
+)
+define(
+    "nf4_quantize_scales",
+    "(Tensor absmax, Tensor nested_map, Tensor nested_offset, int nested_block_size)"
+    " -> (Tensor codes, Tensor nested_absmax)",
+    _quantize_scales_fake,
 )
 define(
     "nf4_dequantize",
