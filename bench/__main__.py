@@ -54,7 +54,11 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("--rotate-mib", type=int, default=1024, help="default: %(default)s")
         return p
 
-    run = measuring("run", "check every provider, then time the right ones")
+    run = measuring(
+        "run",
+        "check every provider, then time the right ones; quantisers and decoders into a fresh "
+        "tensor, whose pages the system has to provide first",
+    )
     run.add_argument("--seconds", type=float, default=Settings.seconds, help="of each provider")
     run.add_argument("--output", type=Path, help="default: bench/results/<device>-<suite>")
     run.set_defaults(command=_run)

@@ -55,6 +55,10 @@ class Case:
 
     `direction` is "fwd" (no gradients asked, as in inference) or "fwd+bwd": y, then the gradients
     of x and, with an adapter, of A and B. `scale` is the LoRA scale, 2 throughout.
+
+    A quantiser or decoder is timed into a fresh tensor (`fresh`): on a CPU every call takes pages
+    that the system has to provide first, as loading a model does, whatever the allocator would
+    have recycled.
     """
 
     op: str
@@ -106,6 +110,10 @@ class Case:
         return self.op.startswith("nf4")
 
     @property
+    def fresh(self) -> bool:
+        return self.op in ("nf4_quantize", "nf4_dequantize")
+
+    @property
     def backward(self) -> bool:
         return self.direction == BOTH
 
@@ -115,7 +123,7 @@ class Case:
         parts = [self.op]
         if self.op == "step":
             parts += [self.layer, f"M{self.m}"]
-        elif self.op in ("nf4_quantize", "nf4_dequantize"):
+        elif self.fresh:
             parts += [self.layer, self.dtype]
         else:
             parts += [self.direction, self.layer, f"M{self.m}", self.dtype]

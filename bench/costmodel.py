@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from bench.cases import DTYPES, Case
 
 NESTED_BLOCK = 256
+SEED_BYTES = 8
 _NESTED_TABLE_BYTES = 4 * 256 + 4  # code map and offset, fp32
 
 
@@ -65,6 +66,13 @@ def weight_bytes(case: Case) -> int:
     if case.is_quantised:
         return quantised_bytes(case.n, case.k, case.block_size, case.nested)
     return case.n * case.k * DTYPES[case.dtype].itemsize
+
+
+def saved_bytes(case: Case) -> int:
+    """What the backward of an adapter cannot do without, weights and adapters left out: x and s in
+    their own type, and with dropout the seed (int64) that makes the mask again."""
+    kept = case.m * (case.k + case.r) * DTYPES[case.dtype].itemsize
+    return kept + (SEED_BYTES if case.dropout else 0)
 
 
 def cost(case: Case) -> Cost:

@@ -1,4 +1,4 @@
-"""Memory of one call: the peak above what stood before, and what is kept for the backward."""
+"""Memory of one call: the peak above what stood before, what is kept, whether it is fresh."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import gc
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,11 +28,20 @@ def resident_bytes() -> tuple[int, int] | None:
     return int(values["VmRSS"]) * 1024, int(values["VmHWM"]) * 1024
 
 
+def release_freed() -> None:
+    """Give freed heap back to the system: what is allocated next comes in pages not touched yet.
+
+    Without it the allocator may hand a call the pages of the result before, or may not: by size
+    and history. Only glibc can be told to; elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def reset_peak() -> bool:
     """Give freed heap back to the system and restart the peak from the present size."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # AttributeError: not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    release_freed()
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
@@ -70,15 +79,16 @@ def saved_for_backward(forward: Callable[[], object], parameters: Iterable[Tenso
         forward: runs the forward with gradients on.
         parameters: tensors whose storages do not count.
     """
-    known = {_storage(p) for p in parameters}
+    known = {_address(t) for p in parameters for t in _parts(p)}
     saved: dict[int, int] = {}
     alive: list[Tensor] = []  # an address must not be used again while counting
 
     def pack(t: Tensor) -> Tensor:
-        if isinstance(t, torch.Tensor) and _storage(t) not in known:
-            # The part in use: a view of a large buffer keeps all of it alive.
-            saved[_storage(t)] = t.untyped_storage().nbytes()
-            alive.append(t)
+        for part in _parts(t) if isinstance(t, torch.Tensor) else ():
+            if _address(part) not in known:
+                # Not the part in use: a view of a large buffer keeps all of it alive.
+                saved[_address(part)] = part.untyped_storage().nbytes()
+                alive.append(part)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -87,5 +97,15 @@ def saved_for_backward(forward: Callable[[], object], parameters: Iterable[Tenso
     return sum(saved.values())
 
 
-def _storage(t: Tensor) -> int:
+def _parts(t: Tensor) -> Iterator[Tensor]:
+    """The tensors with storage that a wrapper, such as torchao's NF4 tensor, is made of."""
+    flatten = getattr(t, "__tensor_flatten__", None)
+    if flatten is None:
+        yield t
+        return
+    for name in flatten()[0]:
+        yield from _parts(getattr(t, name))
+
+
+def _address(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()

@@ -109,8 +109,10 @@ def _percent(value: float | None) -> str:
 
 def case_table(rows: list[Row]) -> Table:
     """The providers of one case; no time of a result that is not right."""
-    table = Table(title=rows[0].case.name, title_justify="left", title_style="bold")
-    base = STEP_BASELINE if rows[0].case.op == "step" else BASELINE
+    case = rows[0].case
+    title = f"{case.name} (into a fresh tensor)" if case.fresh else case.name
+    table = Table(title=title, title_justify="left", title_style="bold")
+    base = STEP_BASELINE if case.op == "step" else BASELINE
     headings = ["p20", "p50", "p80", "rounds"]
     headings += [
         f"× {base}",

@@ -1,4 +1,5 @@
-"""What this package promises on a CPU: ratios of medians within one run, declared once."""
+"""What this package promises on a CPU, declared once: ratios of medians within one run, and
+what a layer keeps for its backward over what it must keep."""
 
 from __future__ import annotations
 
@@ -8,17 +9,21 @@ from typing import Any
 from rich.table import Table
 
 from bench.cases import BOTH, FWD, STEP, Case
+from bench.costmodel import saved_bytes
 
 OURS = "ours:native"
 STEP_OURS = "ours"
 FLOOR = "floor"
+NEEDED = "x and s"
 
 
 @dataclass(frozen=True)
 class Target:
     """`ours` on the case takes at most `at_most` times the peer's time (or memory).
 
-    `peer` is a provider, or "floor": the least time by the cost model and the machine's limits.
+    `peer` is a provider, or "floor": the least time by the cost model and the machine's limits, or
+    "x and s": of what autograd keeps between forward and backward ("saved", counted by hooks), what
+    the cost model says cannot be left out.
     """
 
     case: Case
@@ -69,6 +74,16 @@ TARGETS: tuple[Target, ...] = (
     *(Target(_lora("lora_linear", 2048, 0.05, a), "dense", 1.15) for a in ("bf16", "fp32")),
     *(Target(_lora("nf4_lora_linear", 512, 0.05, a), "peft+bnb", 0.35) for a in ("bf16", "fp32")),
     *(Target(_lora("nf4_lora_linear", 2048, 0.05, a), "peft+bnb", 0.45) for a in ("bf16", "fp32")),
+    *(
+        Target(_lora("lora_linear", 2048, p, a), NEEDED, 1.00, what="saved")
+        for p in (0.0, 0.05)
+        for a in ("bf16", "fp32")
+    ),
+    *(
+        Target(_lora("nf4_lora_linear", m, 0.05, a), NEEDED, 1.00, what="saved")
+        for m in (512, 2048)
+        for a in ("bf16", "fp32")
+    ),
     Target(Case("nf4_dequantize", "square-4096", 0), "bnb-dequantize", 0.40),
     Target(Case("nf4_quantize", "square-4096", 0), "bnb-quantize", 0.05),
     Target(STEP, "peft+bnb", 0.50, STEP_OURS),
@@ -90,6 +105,9 @@ def reached(doc: dict[str, Any]) -> list[Reached]:
         ratio = None
         if ours is not None and target.peer == FLOOR:
             ratio = ours["over_floor"]
+        elif ours is not None and target.peer == NEEDED:
+            kept = ours["saved_bytes"]
+            ratio = None if kept is None else kept / saved_bytes(target.case)
         elif ours is not None and peer is not None:
             if target.what == "memory":
                 mine, theirs = ours["peak_bytes"], peer["peak_bytes"]

@@ -5,9 +5,13 @@ Every layer holds the same 4-bit bytes as ours, handed over in bitsandbytes' own
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import importlib.util
 from collections.abc import Callable
+from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -213,24 +217,41 @@ def peft_bnb_refuses(case: Case, device: torch.device) -> str | None:
 # --------------------------------------------------------------------------------- torchao
 
 
+_TORCHAO_NF4 = (
+    "torchao.quantization.quantize_.workflows.nf4.nf4_tensor",  # 0.18
+    "torchao.dtypes.nf4tensor",
+)
+
+
+@functools.cache
+def _torchao() -> ModuleType | None:
+    """The module with torchao's NF4 tensor, which has moved; None where there is none."""
+    for name in _TORCHAO_NF4:
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None
+
+
 def torchao_refuses(case: Case, device: torch.device) -> str | None:
     if case.quant_type != "nf4" or not case.nested or case.block_size != 64:
         return "has one NF4 layout only: block size 64, nested"
     if (case.n * case.k // 64) % 256:
         return f"needs N·K to be a multiple of 16384, N·K = {case.n * case.k}"
-    return installed("torchao")(case, device)
+    reason = installed("torchao")(case, device)
+    if reason is None and _torchao() is None:
+        reason = f"torchao {version('torchao')} has no NF4 tensor where it is known to have been"
+    return reason
 
 
 def torchao_nf4(data: CaseData) -> Prepared:
     """Its own format, quantised from the decoded weight, which it reproduces up to its scales."""
-    from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
-
+    nf4: Any = _torchao()
     copies = data.copies(data.quantised.nbytes)
-    weights = [to_nf4(data.weight.clone(), 64, 256) for _ in range(copies)]
+    weights = [nf4.to_nf4(data.weight.clone(), 64, 256) for _ in range(copies)]
     bias = data.bias
 
     def forward(i: int, x: Tensor) -> Tensor:
-        y = linear_nf4(x, weights[i])
+        y = nf4.linear_nf4(x, weights[i])
         return y if bias is None else y + bias
 
-    return linear_call(data, forward, copies)
+    return linear_call(data, forward, copies, parameters=weights)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bench.cases import BOTH, STEP, Case
-from bench.costmodel import Cost, cost, quantised_bytes, weight_bytes
+from bench.costmodel import Cost, cost, quantised_bytes, saved_bytes, weight_bytes
 from lora_kernels import NF4Weight
 
 
@@ -47,6 +49,14 @@ def test_lora_forward_and_backward() -> None:
 def test_inference_keeps_no_s() -> None:
     forward = cost(Case("nf4_lora_linear", "tiny", 2, r=8))
     assert forward.bytes_written == 2 * 2 * 96
+
+
+def test_saved_are_x_and_s_and_a_seed() -> None:
+    """M=7, K=128, r=4, bf16, whatever the adapters are: 7 (128 + 4) elements; the seed is int64."""
+    case = Case("lora_linear", "tiny", 7, BOTH, 4, adapter_dtype="fp32")
+    assert saved_bytes(case) == 2 * 7 * 132
+    assert saved_bytes(replace(case, dropout=0.1)) == 2 * 7 * 132 + 8
+    assert saved_bytes(replace(case, op="nf4_lora_linear", dtype="fp32")) == 4 * 7 * 132
 
 
 def test_bias_is_read_once() -> None:

@@ -15,7 +15,6 @@ from bench import compare, report
 from bench.__main__ import main
 from bench.cases import Case
 from bench.machine import Limits, describe, measure_limits
-from bench.memory import peak_extra, saved_for_backward
 from bench.providers import PROVIDERS, Prepared
 from bench.runner import (
     Row,
@@ -196,24 +195,6 @@ def test_derived_numbers() -> None:
     assert row.flops_per_s == pytest.approx(2 * 4096**2 / 2e-3)
     assert row.floor == pytest.approx(8_672_260e-10, rel=0.01)
     assert row.over_floor == pytest.approx(2e-3 / row.floor)
-
-
-def test_saved_bytes_count_a_storage_once_and_no_parameter() -> None:
-    x = torch.randn(8, 16, requires_grad=True)
-    w = torch.randn(4, 16, requires_grad=True)
-    assert saved_for_backward(lambda: x @ w.T, [w]) == 8 * 16 * 4
-    assert saved_for_backward(lambda: (x * x) @ w.T, [x, w]) == 8 * 16 * 4
-    assert saved_for_backward(lambda: x @ w.T, [x, w]) == 0
-
-
-@pytest.mark.skipif(
-    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc/self/clear_refs"
-)
-def test_peak_sees_what_is_freed_again() -> None:
-    size = 64 << 20
-    peak = peak_extra(lambda: torch.ones(size // 4).sum(), torch.device("cpu"))
-    assert peak is not None
-    assert 0.9 * size < peak < 1.5 * size
 
 
 def test_limits_and_machine() -> None:
