@@ -6,7 +6,8 @@ namespace lora_kernels {
 MatrixView matrix_view(const char* name, const Tensor& t, int64_t rows, int64_t columns) {
   check_shape(name, t, {rows, columns});
   LK_CHECK(t.is_cpu(), name, ": is not on the CPU");
-  LK_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": has stride ", t.stride(1),
+  // A tensor without elements may have any strides, and contiguous() leaves it as it is.
+  LK_CHECK(t.size(0) == 0 || t.size(1) <= 1 || t.stride(1) == 1, name, ": has stride ", t.stride(1),
            " along its rows, expected 1");
   return {t.const_data_ptr(), kernel_dtype(name, t), t.size(0), t.size(1), t.stride(0)};
 }

@@ -1,7 +1,12 @@
-// The linear kernels of every tier against sums in double. The allowed error is the a-priori bound
-// of a sum of K rounded products, gamma_K Σ|x||w|, and one rounding of the result.
+// The linear kernels of every tier against sums in double, over shapes that divide nothing. The
+// allowed error is the a-priori bound of a sum of K rounded products, gamma_K Σ|x||w|, one rounding
+// of the result, and one of each adapter element, which kernels may round to the type of x.
+//
+// Results start as NaN, as does what lies between the rows of operands: an element that nobody
+// wrote, or one that nobody may read, shows.
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <thread>
 
 #include "check.h"
@@ -12,7 +17,8 @@ using namespace lora_kernels;
 namespace {
 
 constexpr float kGuard = -7.0f;
-constexpr int64_t kPad = 3;  // columns between rows, which no kernel may touch
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr int64_t kPad = 3;  // columns between rows
 
 float round_as(Dtype dtype, float v) {
   return dtype == Dtype::f16    ? to_float(to_half(v))
@@ -24,28 +30,50 @@ double unit_roundoff(Dtype dtype) {
   return dtype == Dtype::f16 ? 0x1p-11 : dtype == Dtype::bf16 ? 0x1p-8 : 0x1p-24;
 }
 
-// Numbers of a type, with the fp32 value of each.
+// Rows of numbers of a type, `stride` apart, NaN between them; nothing lies behind the last one.
 struct Array {
   Dtype dtype;
-  std::vector<float> value;
-  std::vector<uint16_t> bits;
+  int64_t rows, columns, stride;
+  std::vector<float> wide;
+  std::vector<uint16_t> narrow;
 
-  Array(Dtype type, int64_t count, Random& random) : dtype(type), value(count), bits(count) {
-    for (int64_t i = 0; i < count; ++i) set(i, random.uniform());
+  Array(Dtype type, int64_t m, int64_t n, int64_t pad)
+      : dtype(type), rows(m), columns(n), stride(n + pad) {
+    const size_t size = m > 0 ? size_t(m * stride - pad) : 0;
+    (type == Dtype::f32 ? wide.resize(size) : narrow.resize(size));
+    for (size_t i = 0; i < size; ++i) set(int64_t(i), kNan);
+  }
+  static Array random(Dtype type, int64_t m, int64_t n, int64_t pad, Random& random) {
+    Array out(type, m, n, pad);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) out.set(i * out.stride + j, random.uniform());
+    return out;
+  }
+  // A result [m, n], all NaN, and a guard behind it.
+  static Array result(Dtype type, int64_t m, int64_t n) {
+    Array out(type, 1, m * n + 1, 0);
+    out.set(m * n, kGuard);
+    out.stride = n;
+    return out;
   }
   void set(int64_t i, float v) {
-    value[i] = round_as(dtype, v);
-    bits[i] = dtype == Dtype::f16 ? to_half(v).bits : to_bfloat16(v).bits;
+    if (dtype == Dtype::f32) wide[i] = v;
+    if (dtype == Dtype::f16) narrow[i] = to_half(v).bits;
+    if (dtype == Dtype::bf16) narrow[i] = to_bfloat16(v).bits;
   }
   float get(int64_t i) const {
-    return dtype == Dtype::f16    ? to_float(Half{bits[i]})
-           : dtype == Dtype::bf16 ? to_float(BFloat16{bits[i]})
-                                  : value[i];
+    return dtype == Dtype::f16    ? to_float(Half{narrow[i]})
+           : dtype == Dtype::bf16 ? to_float(BFloat16{narrow[i]})
+                                  : wide[i];
   }
-  void* data() { return dtype == Dtype::f32 ? (void*)value.data() : (void*)bits.data(); }
-  MatrixView view(int64_t rows, int64_t columns, int64_t stride) {
-    return {data(), dtype, rows, columns, stride};
+  float at(int64_t i, int64_t j) const { return get(i * stride + j); }
+  void* data() { return dtype == Dtype::f32 ? (void*)wide.data() : (void*)narrow.data(); }
+  MatrixView view() { return {data(), dtype, rows, columns, stride}; }
+  void check_guard(const char* what) const {
+    CHECK(get(int64_t(wide.size() + narrow.size()) - 1) == kGuard, "%s: %s: wrote past the end",
+          isa_name(current()), what);
   }
+  bool operator==(const Array& other) const { return wide == other.wide && narrow == other.narrow; }
 };
 
 // Three pieces in reverse order, on threads.
@@ -59,34 +87,39 @@ void run_threads(int64_t begin, int64_t end, int64_t, Parallel::Body body, void*
 const Parallel kThreads{3, run_threads};
 
 struct Sum {
-  double value = 0, magnitude = 0;
+  double value = 0, magnitude = 0, rounded = 0;  // rounded: products of a factor that may be
+  int64_t terms = 0;
   void add(double product) {
     value += product;
     magnitude += std::fabs(product);
+    ++terms;
+  }
+  void add_rounded(double product) {
+    add(product);
+    rounded += std::fabs(product);
+  }
+  void check(Dtype dtype, float got, const char* what, int64_t i, int64_t j) const {
+    const double n = double(terms + 4), gamma = n * 0x1p-24 / (1 - n * 0x1p-24);
+    const double u = 1.01 * unit_roundoff(dtype);
+    const double allowed = gamma * magnitude + u * rounded + u * std::fabs(value) +
+                           (dtype == Dtype::f16 ? 0x1p-24 : 0.0);
+    CHECK(std::fabs(got - value) <= allowed, "%s: %s[%ld, %ld] = %g, expected %g within %g",
+          isa_name(current()), what, long(i), long(j), got, value, allowed);
   }
 };
 
-void check_sum(const Sum& sum, int64_t terms, Dtype dtype, float got, const char* what, int64_t i,
-               int64_t j) {
-  const double u = 0x1p-24, gamma = terms * u / (1 - terms * u);
-  const double allowed = gamma * sum.magnitude +
-                         unit_roundoff(dtype) * std::fabs(sum.value) * 1.01 +
-                         (dtype == Dtype::f16 ? 0x1p-24 : 0.0);
-  CHECK(std::fabs(got - sum.value) <= allowed, "%s: %s[%ld, %ld] = %g, expected %g within %g",
-        isa_name(current()), what, long(i), long(j), got, sum.value, allowed);
-}
-
-struct Weight {
+// A 4-bit weight of any bytes, decoded.
+struct Quantised {
   std::vector<uint8_t> packed, absmax8;
   std::vector<float> absmax, map, nested;
   QuantView q;
 
-  Weight(int64_t n, int64_t block, int64_t nested_block, int type, Random& random)
+  Quantised(int64_t n, int64_t block, int64_t nested_block, int type, Random& random)
       : packed((n + 1) / 2),
         absmax8((n + block - 1) / block),
         absmax(absmax8.size()),
         map(256),
-        nested(nested_block > 0 ? absmax8.size() / nested_block + 1 : 0) {
+        nested(nested_block > 0 ? (absmax8.size() + nested_block - 1) / nested_block : 0) {
     for (uint8_t& b : packed) b = static_cast<uint8_t>(random.next());
     for (uint8_t& b : absmax8) b = static_cast<uint8_t>(random.next());
     for (std::vector<float>* values : {&absmax, &map, &nested})
@@ -100,101 +133,224 @@ struct Weight {
   }
 };
 
-void check_forward(Isa isa, Dtype dtype, int64_t m, int64_t n, int64_t k, const QuantView* q,
-                   const Weight& weight, const Parallel& parallel, Array* y, Random& random) {
-  set_for_testing(isa);
-  Array x(dtype, m * (k + kPad), random), bias(dtype, n, random),
-      dense(dtype, n * (k + kPad), random);
-  *y = Array(dtype, m * n + 1, random);
-  y->set(m * n, kGuard);
-  BaseView base{{nullptr, Dtype::f32, 0, 0, 0}, q, n, k};
-  if (q == nullptr) base.dense = dense.view(n, k, k + kPad);
-  const LinearForward call{
-      x.view(m, k, k + kPad), base, bias.view(1, n, n), LoraView{}, y->data(), nullptr};
-  CHECK(linear_kernels().forward(call, parallel), "out of memory");
-  CHECK(y->get(m * n) == kGuard, "%s wrote past the end", isa_name(isa));
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      Sum sum;
-      for (int64_t d = 0; d < k; ++d) {
-        const float w = q != nullptr ? weight.get(j * k + d, dtype) : dense.get(j * (k + kPad) + d);
-        sum.add(double(x.get(i * (k + kPad) + d)) * w);
+struct Shape {
+  int64_t m, n, k, r;     // r = 0: no adapter
+  int64_t block, nested;  // block 0: dense
+  double p;
+  bool diagonals;
+};
+
+// The operands of one layer; sums over the base, which no adapter changes, are computed once.
+struct Layer {
+  Shape shape;
+  Dtype dtype;
+  Quantised quantised;
+  Array x, dy, bias, dense, a, b, d, g;
+  BaseView base;
+  LoraView lora{};
+  double keep_scale = 1.0;
+  std::vector<float> w;  // [N, K] as the products take it
+  std::vector<Sum> y, dx;
+
+  Layer(const Shape& s, Dtype type, Dtype adapters, Random& random)
+      : shape(s),
+        dtype(type),
+        quantised(s.block > 0 ? s.n * s.k : 0, s.block > 0 ? s.block : 64, s.nested,
+                  int(s.m + s.n) % 2, random),
+        x(Array::random(type, s.m, s.k, kPad, random)),
+        dy(Array::random(type, s.m, s.n, kPad, random)),
+        bias(Array::random(type, 1, s.n, 0, random)),
+        dense(Array::random(type, s.block > 0 ? 0 : s.n, s.k, kPad, random)),
+        a(Array::random(adapters, s.r, s.k, kPad, random)),
+        b(Array::random(adapters, s.n, s.r, kPad, random)),
+        d(Array::random(adapters, 1, s.r, 0, random)),
+        g(Array::random(adapters, 1, s.n, 0, random)),
+        base{{nullptr, Dtype::f32, 0, 0, 0}, nullptr, s.n, s.k},
+        w(s.n * s.k),
+        y(s.m * s.n),
+        dx(s.m * s.k) {
+    if (s.block > 0)
+      base.quant = &quantised.q;
+    else
+      base.dense = dense.view();
+    if (s.r > 0) {
+      lora.a = a.view();
+      lora.b = b.view();
+      if (s.diagonals) lora.rank_diag = d.view(), lora.out_diag = g.view();
+      lora.scale = 1.5f;
+      lora.dropout = {7, 0, dropout_threshold(s.p)};
+      if (lora.dropout.threshold != 0) keep_scale = dropout_scale(lora.dropout.threshold);
+    }
+    for (int64_t j = 0; j < s.n; ++j)
+      for (int64_t i = 0; i < s.k; ++i)
+        w[j * s.k + i] = s.block > 0 ? quantised.get(j * s.k + i, type) : dense.at(j, i);
+    for (int64_t i = 0; i < s.m; ++i)
+      for (int64_t j = 0; j < s.n; ++j) {
+        const double grad = dy.at(i, j);
+        Sum& sum = y[i * s.n + j];
+        for (int64_t l = 0; l < s.k; ++l) {
+          sum.add(double(x.at(i, l)) * w[j * s.k + l]);
+          dx[i * s.k + l].add(grad * w[j * s.k + l]);
+        }
+        sum.add(bias.get(j));
       }
-      sum.add(bias.get(j));
-      check_sum(sum, k + 1, dtype, y->get(i * n + j), "y", i, j);
-    }
   }
-}
+  bool keeps(int64_t m, int64_t k) const {
+    return keep_bits8(lora.dropout, uint32_t(m), uint32_t(k / 8)) >> (k % 8) & 1;
+  }
+  double rank_factor(int64_t r) const { return shape.diagonals ? d.get(r) : 1.0; }
+  double out_factor(int64_t n) const { return shape.diagonals ? g.get(n) : 1.0; }
+  double expand(int64_t n, int64_t r) const {
+    return double(lora.scale) * out_factor(n) * rank_factor(r) * b.at(n, r);
+  }
+};
 
-void check_backward(Isa isa, Dtype dtype, int64_t m, int64_t n, int64_t k, const Weight& weight,
-                    Random& random) {
-  set_for_testing(isa);
-  Array dy(dtype, m * (n + kPad), random), dx(dtype, m * k + 1, random);
-  dx.set(m * k, kGuard);
-  const LinearBackward call{dy.view(m, n, n + kPad),
-                            {{nullptr, Dtype::f32, 0, 0, 0}, &weight.q, n, k},
-                            LoraView{},
-                            dx.data(),
-                            nullptr};
-  CHECK(linear_kernels().backward(call, kThreads), "out of memory");
-  CHECK(dx.get(m * k) == kGuard, "%s wrote past the end", isa_name(isa));
+// y and s; the sums of y take s as the kernel rounded it.
+std::vector<Array> check_forward(Layer& f, const Parallel& parallel) {
+  const auto& [m, n, k, r, block, nested, p, diagonals] = f.shape;
+  Array y = Array::result(f.dtype, m, n), s = Array::result(f.dtype, m, r);
+  const LinearForward call{f.x.view(), f.base,   f.bias.view(),
+                           f.lora,     y.data(), r > 0 ? s.data() : nullptr};
+  CHECK(linear_kernels().forward(call, parallel), "out of memory");
+  y.check_guard("y");
+  s.check_guard("s");
   for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < k; ++j) {
+    for (int64_t j = 0; j < r; ++j) {
       Sum sum;
-      for (int64_t d = 0; d < n; ++d)
-        sum.add(double(dy.get(i * (n + kPad) + d)) * weight.get(d * k + j, dtype));
-      check_sum(sum, n, dtype, dx.get(i * k + j), "dx", i, j);
+      for (int64_t l = 0; l < k; ++l)
+        if (f.keeps(i, l)) sum.add_rounded(f.keep_scale * f.x.at(i, l) * f.a.at(j, l));
+      sum.check(f.dtype, s.at(i, j), "s", i, j);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      Sum sum = f.y[i * n + j];
+      for (int64_t l = 0; l < r; ++l) sum.add_rounded(s.at(i, l) * f.expand(j, l));
+      sum.check(f.dtype, y.at(i, j), "y", i, j);
     }
   }
+  return {y, s};
 }
 
-void check_outer_sum(Isa isa, Dtype dtype, int64_t m, int64_t r, int64_t c, Random& random) {
-  set_for_testing(isa);
-  Array left(dtype, m * r, random), right(dtype, m * (c + kPad), random);
-  const Dropout dropout{7, 0, dropout_threshold(0.3)};
-  std::vector<float> out(r * c + 1, kGuard);
-  const OuterSum call{left.view(m, r, r), right.view(m, c, c + kPad), dropout, out.data()};
-  CHECK(linear_kernels().outer_sum(call, kThreads), "out of memory");
-  CHECK(out.back() == kGuard, "%s wrote past the end", isa_name(isa));
-  for (int64_t i = 0; i < r; ++i) {
-    for (int64_t j = 0; j < c; ++j) {
+std::vector<Array> check_backward(Layer& f, const Parallel& parallel, bool wants_dx) {
+  const auto& [m, n, k, r, block, nested, p, diagonals] = f.shape;
+  Array dx = Array::result(f.dtype, m, k), ds = Array::result(f.dtype, m, r);
+  const LinearBackward call{f.dy.view(), f.base, f.lora, wants_dx ? dx.data() : nullptr,
+                            r > 0 ? ds.data() : nullptr};
+  CHECK(linear_kernels().backward(call, parallel), "out of memory");
+  dx.check_guard("dx");
+  ds.check_guard("ds");
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < r; ++j) {
       Sum sum;
-      for (int64_t d = 0; d < m; ++d)
-        if (keep_bits8(dropout, uint32_t(d), uint32_t(j / 8)) >> (j % 8) & 1)
-          sum.add(double(left.get(d * r + i)) * right.get(d * (c + kPad) + j));
-      check_sum(sum, m, Dtype::f32, out[i * c + j], "outer", i, j);
+      for (int64_t l = 0; l < n; ++l) sum.add_rounded(f.dy.at(i, l) * f.expand(l, j));
+      sum.check(f.dtype, ds.at(i, j), "ds", i, j);
     }
+    for (int64_t j = 0; wants_dx && j < k; ++j) {
+      Sum sum = f.dx[i * k + j];
+      for (int64_t l = 0; l < r && f.keeps(i, j); ++l)
+        sum.add_rounded(f.keep_scale * ds.at(i, l) * f.a.at(l, j));
+      sum.check(f.dtype, dx.at(i, j), "dx", i, j);
+    }
+  }
+  return {dx, ds};
+}
+
+// The sums over M of both adapters' gradients, and what is made of one of them.
+std::vector<Array> check_gradients(Layer& f, const Parallel& parallel, Random random) {
+  const auto& [m, n, k, r, block, nested, p, diagonals] = f.shape;
+  Array left = Array::random(f.dtype, m, r, kPad, random);
+  std::vector<Array> outs;
+  for (const bool of_a : {true, false}) {
+    Array& right = of_a ? f.x : f.dy;
+    const Dropout dropout = of_a ? f.lora.dropout : Dropout{};
+    Array out = Array::result(Dtype::f32, r, right.columns);
+    const OuterSum call{left.view(), right.view(), dropout, out.wide.data()};
+    CHECK(linear_kernels().outer_sum(call, parallel), "out of memory");
+    out.check_guard("outer");
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t j = 0; j < right.columns; ++j) {
+        Sum sum;
+        for (int64_t l = 0; l < m; ++l)
+          if (!of_a || f.keeps(l, j)) sum.add(double(left.at(l, i)) * right.at(l, j));
+        sum.check(Dtype::f32, out.at(i, j), "outer", i, j);
+      }
+    outs.push_back(out);
+  }
+  const Array& outer = outs[1];  // [R, N]
+  const Dtype adapters = f.b.dtype;
+  Array db = Array::result(adapters, n, r), dd = Array::result(Dtype::f32, 1, r),
+        dg = Array::result(Dtype::f32, 1, n);
+  const AdapterGrads call{outer.wide.data(), f.lora, db.data(), dd.wide.data(), dg.wide.data()};
+  linear_kernels().adapter_grads(call, parallel);
+  std::vector<Sum> rank_sums(r);
+  for (int64_t i = 0; i < n; ++i) {
+    Sum out_sum;
+    for (int64_t j = 0; j < r; ++j) {
+      const double scaled = double(f.lora.scale) * outer.at(j, i), b = f.b.at(i, j);
+      Sum sum;
+      sum.add(scaled * f.out_factor(i) * f.rank_factor(j));
+      sum.check(adapters, db.at(i, j), "db", i, j);
+      rank_sums[j].add(scaled * f.out_factor(i) * b);
+      out_sum.add(scaled * f.rank_factor(j) * b);
+    }
+    out_sum.check(Dtype::f32, dg.get(i), "dout_diag", 0, i);
+  }
+  for (int64_t j = 0; j < r; ++j) rank_sums[j].check(Dtype::f32, dd.get(j), "drank_diag", 0, j);
+
+  Array scaled = Array::result(adapters, r, n);
+  linear_kernels().scale_into(outer.wide.data(), r * n, 0.3f, adapters, scaled.data());
+  for (int64_t i = 0; i < r * n; ++i) {
+    Sum sum;
+    sum.add(double(0.3f) * outer.wide[i]);
+    sum.check(adapters, scaled.get(i), "scaled", 0, i);
+  }
+  for (const Array* out : {&db, &dd, &dg, &scaled}) {
+    out->check_guard("a gradient");
+    outs.push_back(*out);
+  }
+  return outs;
+}
+
+void check_layer(const Shape& shape, Dtype dtype, Dtype adapters, Random& random) {
+  Layer layer(shape, dtype, adapters, random);
+  for (const Isa isa : usable_isas()) {
+    set_for_testing(isa);
+    const auto same = [&](const std::vector<Array>& serially, const std::vector<Array>& threaded) {
+      CHECK(serially == threaded, "%s: depends on threads", isa_name(isa));
+    };
+    same(check_forward(layer, serial()), check_forward(layer, kThreads));
+    same(check_backward(layer, serial(), true), check_backward(layer, kThreads, true));
+    if (shape.r == 0) continue;
+    check_backward(layer, kThreads, false);
+    same(check_gradients(layer, serial(), random), check_gradients(layer, kThreads, random));
   }
 }
 
 }  // namespace
 
 int main() {
-  const int64_t shapes[][2] = {{1, 1}, {3, 64}, {5, 128}, {7, 77}, {34, 192}, {130, 320}, {9, 1}};
-  const int64_t layouts[][2] = {{64, 0}, {64, 256}, {32, 16}, {128, 16}, {4096, 16}};
-  Random seeds;
-  for (const Isa isa : usable_isas()) {
-    for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
-      for (const int64_t m : {1, 2, 7, 8, 9, 16, 17, 40}) {
-        for (const auto& [n, k] : shapes) {
-          Random random = seeds;
-          for (const auto& [block, nested] : layouts) {
-            const Weight weight(n * k, block, nested, int(m % 2), random);
-            Array serially(dtype, 1, random), threaded(dtype, 1, random);
-            Random again = random;
-            check_forward(isa, dtype, m, n, k, &weight.q, weight, serial(), &serially, random);
-            check_forward(isa, dtype, m, n, k, &weight.q, weight, kThreads, &threaded, again);
-            CHECK(serially.value == threaded.value && serially.bits == threaded.bits,
-                  "%s depends on threads", isa_name(isa));
-            check_backward(isa, dtype, m, n, k, weight, random);
-          }
-          const Weight unused(0, 64, 0, 0, random);
-          Array y(dtype, 1, random);
-          check_forward(isa, dtype, m, n, k, nullptr, unused, kThreads, &y, random);
-          check_outer_sum(isa, dtype, m, n < 70 ? n : 70, k, random);
-        }
+  const int64_t sizes[][2] = {{1, 1},    {3, 64},   {5, 128},   {7, 77}, {16, 33},
+                              {34, 192}, {65, 127}, {130, 320}, {9, 1},  {257, 15}};
+  const int64_t layouts[][2] = {{0, 0},    {64, 0},    {64, 256}, {32, 16},
+                                {128, 16}, {4096, 16}, {64, 3}};
+  const int64_t ranks[] = {0, 1, 8, 15, 16, 17, 33};
+  const double dropouts[] = {0.0, 0.1, 0.5};
+  Random random;
+  uint32_t turn = 0;  // every layout meets every rank, and so on, but not all of them at once
+  for (const Dtype dtype : {Dtype::f32, Dtype::f16, Dtype::bf16}) {
+    const auto check = [&](int64_t m, int64_t n, int64_t k, const int64_t (&layout)[2], int64_t r) {
+      const Dtype adapters = random.next() % 2 ? Dtype::f32 : dtype;
+      const Shape shape{
+          m, n, k, r, layout[0], layout[1], dropouts[random.next() % 3], random.next() % 2 == 1};
+      check_layer(shape, dtype, adapters, random);
+    };
+    for (const int64_t m : {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 40})
+      for (const auto& [n, k] : sizes) {
+        for (int i = 0; i < 2; ++i, ++turn) check(m, n, k, layouts[turn % 7], ranks[turn / 7 % 7]);
       }
-    }
+    // More than one block of K, of N and of R.
+    check(5, 70, 2368, layouts[2], 17);
+    check(35, 340, 1100, layouts[0], 65);
+    check(67, 1100, 130, layouts[1], 300);
   }
   return 0;
 }

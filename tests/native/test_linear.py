@@ -7,137 +7,48 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from lora_kernels.ops.lora import reference as lora
-from lora_kernels.ops.nf4 import reference as nf4
-from lora_kernels.testing import assert_within_budget
-from tests.ops.variants import as_tuple, bits, oracle_args
+from tests.native import linear_cases
+from tests.native.linear_cases import DTYPES, REFERENCE, Base, Branch, Case, check
+from tests.ops.variants import bits
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 native_ops = torch.ops.lora_kernels_native
-REFERENCE = {
-    "nf4_linear_fwd": nf4.linear_fwd,
-    "nf4_linear_bwd": nf4.linear_bwd,
-    "lora_linear_fwd": lora.lora_linear_fwd,
-    "lora_linear_bwd": lora.lora_linear_bwd,
-}
 
 # Either side of the crossovers between kernels, of a tile of rows, of a block of rows.
 ROWS = (0, 1, 2, 7, 8, 9, 16, 17, 33, 130)
 
-# N, K, block size (0: dense), nested block (0: not nested), quant type. Blocks that straddle rows,
-# rows that begin in the middle of a byte, one block for many rows, more than one chunk of K and N.
+# Blocks that straddle rows, rows that begin in the middle of a byte, one block for many rows, more
+# than one chunk of K and N.
 BASES = (
-    (65, 67, 0, 0, 0),
-    (131, 320, 0, 0, 0),
-    (66, 128, 64, 256, 0),
-    (37, 129, 64, 0, 0),
-    (300, 576, 64, 256, 0),
-    (9, 96, 32, 4, 1),
-    (21, 192, 4096, 0, 0),
-    (33, 4160, 4096, 4, 1),
-    (1, 77, 64, 256, 1),
-    (130, 1, 64, 0, 0),
+    Base(65, 67),
+    Base(131, 320),
+    Base(66, 128, block=64, nested=256),
+    Base(37, 129, block=64),
+    Base(300, 576, block=64, nested=256),
+    Base(9, 96, block=32, nested=4, quant_type=1),
+    Base(21, 192, block=4096),
+    Base(33, 4160, block=4096, nested=4, quant_type=1),
+    Base(1, 77, block=64, nested=256, quant_type=1),
+    Base(130, 1, block=64),
 )
-# rank, dropout p, rank_diag, out_diag, bias, adapters in fp32
 BRANCHES = (
-    (16, 0.0, False, False, False, True),
-    (1, 0.5, False, True, True, False),
-    (17, 0.1, True, False, True, True),
-    (64, 0.05, True, True, False, False),
+    Branch(16, adapters=torch.float32),
+    Branch(1, 0.5, out_diag=True, bias=True),
+    Branch(17, 0.1, rank_diag=True, bias=True, adapters=torch.float32),
+    Branch(64, 0.05, rank_diag=True, out_diag=True),
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    m: int
-    base: tuple[int, int, int, int, int]
-    branch: tuple[int, float, bool, bool, bool, bool]
-    dtype: torch.dtype
-
-    def args(self, draw: int = 0) -> list[Any]:
-        """The op's arguments; x and dy are views with a row stride of their own."""
-        n, k, *_ = self.base
-        rank, p, rank_diag, out_diag, bias, wide = self.branch
-        generator = torch.Generator().manual_seed(1000 * self.m + n + k + draw)
-
-        def normal(*shape: int, dtype: torch.dtype = self.dtype, std: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * std).to(dtype)
-
-        def rows(columns: int) -> Tensor:
-            return normal(self.m, columns + 5)[:, 2 : columns + 2]
-
-        base, meta = make_base(self.base, self.dtype, generator)
-        x, dy = rows(k), rows(n)
-        b_ = normal(n) if bias else None
-        if self.op == "nf4_linear_fwd":
-            return [x, base, meta, b_]
-        if self.op == "nf4_linear_bwd":
-            return [dy, base, meta]
-        adapters = torch.float32 if wide else self.dtype
-        a = normal(rank, k, dtype=adapters, std=k**-0.5)
-        b = normal(n, rank, dtype=adapters, std=rank**-0.5)
-        seed = torch.tensor([self.m - 77]) if p else None
-        d = normal(rank, dtype=adapters) if rank_diag else None
-        g = normal(n, dtype=adapters) if out_diag else None
-        if self.op == "lora_linear_fwd":
-            return [x, base, meta, a, b, 0.75, b_, p, seed, d, g]
-        s = normal(self.m, rank)
-        needs = [True, True, True, bias, rank_diag, out_diag, len(base) == 1]
-        return [dy, x, s, base, meta, a, b, 0.75, p, seed, d, g, needs]
-
-    @functools.cached_property
-    def draws(self) -> int:
-        """A budget of few random elements is decided by luck: at least 256 of each result."""
-        sizes = [t.numel() for t in as_tuple(REFERENCE[self.op](*self.args())) if t.numel()]
-        return min(256, -(-256 // min(sizes, default=256)))
-
-
-def make_base(
-    base: tuple[int, int, int, int, int], dtype: torch.dtype, generator: torch.Generator
-) -> tuple[list[Tensor], list[int]]:
-    n, k, block, nested, quant_type = base
-    if block == 0:
-        w = torch.randn(n, k + 3, generator=generator) * k**-0.5
-        return [w.to(dtype)[:, :k]], [n, k]
-    blocks = -(-n * k // block)
-    packed = torch.randint(0, 256, ((n * k + 1) // 2,), dtype=torch.uint8, generator=generator)
-    scale = 2 * k**-0.5
-    meta = [n, k, block, quant_type, nested]
-    if nested == 0:
-        return [packed, torch.rand(blocks, generator=generator) * scale], meta
-    codes = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
-    absmax = torch.rand(-(-blocks // nested), generator=generator) * scale
-    code_map = torch.rand(256, generator=generator)
-    return [packed, codes, absmax, code_map, torch.tensor([0.1 * scale])], meta
+ALL = Branch(8, 0.1, rank_diag=True, out_diag=True, bias=True, adapters=torch.float32)
 
 
 # Cached: every tier is compared with the same expectation.
-@functools.cache
-def expected(case: Case) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """plain, oracle: every result, stacked over the draws."""
-    reference = REFERENCE[case.op]
-    plain, oracle = [], []
-    for draw in range(case.draws):
-        args = case.args(draw)
-        plain.append(as_tuple(reference(*args)))
-        oracle.append(as_tuple(reference(*oracle_args(case.op, args))))
-    return _stack(plain), _stack(oracle)
-
-
-def _stack(draws: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.stack(t) for t in zip(*draws, strict=True))
+expected = functools.cache(linear_cases.expected)
 
 
 def cases(op: str, dtype: torch.dtype):
-    bases = [b for b in BASES if b[2] or op.startswith("lora")]
+    bases = [b for b in BASES if b.block or op.startswith("lora")]
     for i, (m, base) in enumerate(itertools.product(ROWS, bases)):
         yield Case(op, m, base, BRANCHES[(i + i // len(bases)) % len(BRANCHES)], dtype)
 
@@ -145,20 +56,15 @@ def cases(op: str, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", REFERENCE)
 def test_within_the_budget(isa: str, op: str, dtype: torch.dtype) -> None:
-    names = [r.name or "output" for r in getattr(native_ops, op).default._schema.returns]
     for case in cases(op, dtype):
-        call = getattr(native_ops, op)
-        actual = _stack([as_tuple(call(*case.args(i))) for i in range(case.draws)])
-        for name, *results in zip(names, actual, *reversed(expected(case)), strict=True):
-            assert_within_budget(*results, f"{case}: {name}")
+        check(case, *expected(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_do_not_depend_on_threads(isa: str, dtype: torch.dtype) -> None:
-    branch = (24, 0.1, True, True, True, True)
-    for m, base in itertools.product((1, 8, 9, 300), (BASES[1], BASES[4], (70, 1040, 64, 256, 0))):
+    for m, base in itertools.product((1, 8, 9, 300), (BASES[1], BASES[4], Base(70, 1040, 64, 256))):
         for op in ("lora_linear_fwd", "lora_linear_bwd"):
-            args = Case(op, m, base, branch, dtype).args()
+            args = Case(op, m, base, ALL._replace(rank=24), dtype).args()
             if op == "lora_linear_bwd":
                 args[-1][6] = False  # dense weights' own gradient is left to torch
             results = []
@@ -173,7 +79,7 @@ def test_results_do_not_depend_on_threads(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("m", [3, 40])
 def test_one_gradient_at_a_time(isa: str, m: int, dtype: torch.dtype) -> None:
     for base in (BASES[0], BASES[4]):
-        args = Case("lora_linear_bwd", m, base, (8, 0.1, True, True, True, True), dtype).args()
+        args = Case("lora_linear_bwd", m, base, ALL, dtype).args()
         together = native_ops.lora_linear_bwd(*args)
         for i, need in enumerate(args[-1]):
             alone = native_ops.lora_linear_bwd(*args[:-1], [need and i == j for j in range(7)])
@@ -183,15 +89,14 @@ def test_one_gradient_at_a_time(isa: str, m: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_of_any_strides(isa: str, dtype: torch.dtype) -> None:
-    branch = (8, 0.1, True, True, True, True)
     for m, base in itertools.product((5, 20), (BASES[0], BASES[2])):
-        x, *rest = Case("lora_linear_fwd", m, base, branch, dtype).args()
+        x, *rest = Case("lora_linear_fwd", m, base, ALL, dtype).args()
         contiguous = native_ops.lora_linear_fwd(x.contiguous(), *rest)
         spread = x.new_zeros(m, 2 * x.shape[1])[:, ::2].copy_(x)
         for other in (x.T.contiguous().T, spread, x):
             got = native_ops.lora_linear_fwd(other, *rest)
             assert all(torch.equal(bits(a), bits(b)) for a, b in zip(got, contiguous, strict=True))
-        dy, *rest = Case("lora_linear_bwd", m, base, branch, dtype).args()
+        dy, *rest = Case("lora_linear_bwd", m, base, ALL, dtype).args()
         ones = torch.ones(m, dy.shape[1], dtype=dtype)
         expanded = native_ops.lora_linear_bwd(ones[:1, :1].expand_as(ones), *rest)
         whole = native_ops.lora_linear_bwd(ones, *rest)
@@ -216,3 +121,23 @@ def test_bad_arguments_touch_no_memory(isa: str) -> None:
     x, base, meta, *rest = Case("lora_linear_fwd", 4, BASES[0], BRANCHES[3], torch.float32).args()
     with pytest.raises(ValueError, match=r"weight: has stride 65 along its rows"):
         native_ops.lora_linear_fwd(x, [base[0].T.contiguous().T], meta, *rest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_row_meets_the_weight_that_dequantize_gives(isa: str, dtype: torch.dtype) -> None:
+    """One rounding rule for every M: x that picks a column brings out exactly its weights."""
+    n, k = 512, 128
+    generator = torch.Generator().manual_seed(7)
+    codes = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, generator=generator)
+    mantissa = 1 + torch.rand(n * k // 64, generator=generator)
+    for low, high in ((-8, 8), (-90, 90), (-126, -101), (101, 120)):
+        if dtype is torch.float16 and high > 14:
+            continue
+        exponent = torch.randint(low, high, mantissa.shape, generator=generator)
+        base, meta = [codes, torch.ldexp(mantissa, exponent)], [n, k, 64, 0, 0]
+        w = native_ops.nf4_dequantize(base, meta, dtype)
+        for column in range(k):
+            x = torch.zeros(1, k, dtype=dtype)
+            x[0, column] = 1
+            y = native_ops.nf4_linear_fwd(x, base, meta, None)
+            assert torch.equal(y[0], w[:, column]), (low, high, column)

@@ -58,7 +58,7 @@ struct Product {
   void* out = nullptr;  // [M, C], contiguous; null: only inner
   Dtype out_dtype = Dtype::f32;
 
-  int64_t chain() const { return m <= kShortChainRows ? kShortChain : kLongChain; }
+  int64_t chain() const { return min64(m, c) <= kShortChainRows ? kShortChain : kLongChain; }
 };
 
 // c[rows, V kLanes] (+)= left[rows, depth] · right[depth, V kLanes]. `next` is what left will be
