@@ -104,10 +104,15 @@ DenseRows<Order::natural> dense_rows(const BaseView& base) {
   return {base.dense.data, base.dense.dtype, base.dense.stride, base.k};
 }
 
+// Up to here decoding into registers beats decoding into tiles.
+constexpr int64_t kVectorRows = 2;
+
 bool forward(const LinearForward& f, const Parallel& parallel) {
   if (f.x.dtype != Dtype::bf16) return vector::forward(f, parallel);
   const BaseView& base = f.base;
   const bool small = f.x.rows <= kSmallRows;
+  if (f.x.rows <= kVectorRows && base.quant != nullptr && vector::grouped(base))
+    return vector::forward(f, parallel);
   if (base.quant == nullptr) return forward_blocks(dense_rows(base), f, parallel);
   if (!Nf4Rows::takes(*base.quant, base.k))
     return forward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);

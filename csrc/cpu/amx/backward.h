@@ -11,9 +11,6 @@
 namespace lora_kernels {
 namespace {
 
-// A block of W for dx: up to this many chunks of columns by as many rows as fill kBlockBytes.
-constexpr int64_t kGradChunks = 2;
-
 struct BackwardPacked {
   char* dy;        // [M / 16] A strips of `depth` tiles
   char* ds;        // [M / 16] A strips of rank_tiles
@@ -108,15 +105,6 @@ bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Paral
       pack_b_for_ds(f.lora, i * kTile, n, p.depth() * 16, p.b + i * p.strip());
   });
 
-  const int64_t share = ceil_div(k_chunks, parallel.threads);
-  const int64_t block_chunks = min64(kGradChunks, share);
-  const int64_t strips = block_chunks * kChunkStrips;
-  const int64_t fit = kBlockBytes / (strips * kTileBytes);
-  const int64_t n_blocks = ceil_div(ceil_div(n, kTileDepth), fit);
-  const int64_t block_depth = ceil_div(ceil_div(n, kTileDepth), n_blocks);
-  // The strips are written side by side: a line's offset keeps them out of each other's cache sets.
-  const int64_t strip_bytes = block_depth * kTileBytes + 64;
-  const int64_t k_blocks = ceil_div(k_chunks, block_chunks);
   bool ok = true;
 
   for (int64_t m0 = 0; m0 < m_all; m0 += piece) {
@@ -127,65 +115,57 @@ bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Paral
       for (int64_t i = begin; i < end; ++i) pack_dy(f, p, i, m0 + i * kTile, m_end);
     });
     if (f.dx == nullptr) continue;
-    const int64_t m_groups = clamp64(ceil_div(parallel.threads, k_blocks), 1, m_pairs);
-    const int64_t group_pairs = ceil_div(m_pairs, m_groups);
-    parallel(0, k_blocks * m_groups, 1, [&](int64_t begin, int64_t end) {
+    const Blocks blocks(k_chunks * kChunkStrips, kChunkStrips, ceil_div(n, kTileDepth), 1, m_pairs,
+                        parallel.threads);
+    const int64_t expand_bytes = blocks.strips * depth * kTileBytes;
+    parallel(0, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
       TileScope tiles;
-      Rows even = prototype, odd = prototype;
-      const int64_t pairs_per_block = strips / 2;
-      char* block = static_cast<char*>(
-          thread_scratch(kBlock, size_t(strips * (strip_bytes + depth * kTileBytes))));
-      // The last 8 KiB x 4 floats: a chunk's LoRA terms where a mask keeps them apart.
-      float* sums = static_cast<float*>(thread_scratch(
-          kAccumulators,
-          size_t(4 * kTileBytes * (group_pairs * pairs_per_block + (masked ? 4 : 0)))));
-      if (block == nullptr || sums == nullptr) return void(ok = false);
-      char* a = block + strips * strip_bytes;
-      float* lora_sums = masked ? sums + 1024 * group_pairs * pairs_per_block : nullptr;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t c0 = task / m_groups * block_chunks, c1 = min64(c0 + block_chunks, k_chunks);
-        const int64_t pair0 = task % m_groups * group_pairs;
-        const int64_t pair_end = min64(pair0 + group_pairs, m_pairs);
-        if (depth > 0) {
-          DenseRows<order> first{f.lora.a.data, f.lora.a.dtype, f.lora.a.stride, f.base.k};
-          DenseRows<order> second = first;
-          pack_b_pairs(first, second, 0, depth * kTileDepth, f.lora.r(), c0, c1, a,
-                       depth * kTileBytes);
+      PairFeeder<Rows> feeder(prototype, n);
+      char* memory = static_cast<char*>(
+          thread_scratch(kBlock, size_t(2 * (blocks.part_bytes() + expand_bytes))));
+      // After the sums, where a mask keeps a chunk's LoRA terms apart: these. Where a block has one
+      // part, the sums of a chunk.
+      const int64_t chunk_bytes = kChunkStrips * 2 * kTileBytes;
+      const int64_t sum_bytes = max64(blocks.sum_bytes(), chunk_bytes);
+      float* sums = static_cast<float*>(
+          thread_scratch(kAccumulators, size_t(sum_bytes + (masked ? chunk_bytes : 0))));
+      if (memory == nullptr || sums == nullptr) return void(ok = false);
+      float* lora_sums = masked ? sums + sum_bytes / 4 : nullptr;
+      char* expand = memory + 2 * blocks.part_bytes();
+      const auto load = [&](const Stage& stage, char* to) {
+        const int64_t strip0 = stage.block * blocks.strips;
+        const int64_t c0 = strip0 / kChunkStrips;
+        const int64_t c1 = c0 + blocks.strips_of(stage.block) / kChunkStrips;
+        if (stage.first && depth > 0) {
+          const DenseRows<order> a{f.lora.a.data, f.lora.a.dtype, f.lora.a.stride, f.base.k};
+          pack_b_pairs(a, 0, depth * kTileDepth, f.lora.r(), c0, c1,
+                       expand + stage.task % 2 * expand_bytes, depth * kTileBytes);
         }
-        for (int64_t d0 = 0; d0 * kTileDepth < n; d0 += block_depth) {
-          const int64_t d1 = min64(d0 + block_depth, ceil_div(n, kTileDepth));
-          pack_b_pairs(even, odd, d0 * kTileDepth, d1 * kTileDepth, n, c0, c1, block, strip_bytes);
-          const bool last = d1 * kTileDepth >= n;
-          for (int64_t mp = pair0; mp < pair_end; ++mp) {
-            const char* dy = p.dy + 2 * mp * p.strip() + d0 * kTileBytes;
-            const char* ds = p.ds + 2 * mp * depth * kTileBytes;
-            for (int64_t i = 0; i < (c1 - c0) * kChunkStrips; i += 2) {
-              float* c = sums + 1024 * ((mp - pair0) * pairs_per_block + i / 2);
-              if (d0 == 0)
-                zero_accumulators();
-              else
-                load_accumulators(c);
-              const char* w = block + i * strip_bytes;
-              multiply(dy, dy + p.strip(), w, w + strip_bytes, d1 - d0);
-              const char* a_strip = a + i * depth * kTileBytes;
-              const auto add_lora = [&] {
-                multiply(ds, ds + depth * kTileBytes, a_strip, a_strip + depth * kTileBytes, depth);
-              };
-              if (last && depth > 0 && !masked) add_lora();
-              store_accumulators(c);
-              if (!last) continue;
-              if (masked) {
-                zero_accumulators();
-                add_lora();
-                store_accumulators(lora_sums + 1024 * (i / 2 % 4));
-              }
-              if (i % kChunkStrips == kChunkStrips - 2)
-                store_dx<order>(f, c - 3 * 1024, lora_sums, c0 + i / kChunkStrips,
-                                m0 + 2 * mp * kTile, m_end);
-            }
-          }
+        feeder.begin(blocks.begin(stage.part) * kTileDepth, blocks.end(stage.part) * kTileDepth, c0,
+                     c1, to, blocks.strip_bytes());
+      };
+      const auto finish = [&](const Stage& stage, int64_t pair, int64_t strip, float* c) {
+        const int64_t in_chunk = strip % kChunkStrips / 2;
+        const auto add_lora = [&] {
+          const char* ds = p.ds + 2 * pair * depth * kTileBytes;
+          const char* a = expand + stage.task % 2 * expand_bytes + strip * depth * kTileBytes;
+          multiply(ds, ds + depth * kTileBytes, a, a + depth * kTileBytes, depth);
+        };
+        float* sum = blocks.parts > 1 ? c : sums + 1024 * in_chunk;
+        if (depth > 0 && !masked) add_lora();
+        store_accumulators(sum);
+        if (masked) {
+          zero_accumulators();
+          add_lora();
+          store_accumulators(lora_sums + 1024 * in_chunk);
         }
-      }
+        if (in_chunk == kChunkStrips / 2 - 1)
+          store_dx<order>(f, sum - 3 * 1024, lora_sums,
+                          (stage.block * blocks.strips + strip) / kChunkStrips,
+                          m0 + 2 * pair * kTile, m_end);
+      };
+      multiply_blocks<Stream::b>(blocks, Strips{p.dy, p.strip()}, begin, end, memory, sums, feeder,
+                                 load, finish);
     });
   }
   return ok;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "amx/adapters.h"
+#include "amx/blocks.h"
 
 #if LK_AMX
 
@@ -17,10 +18,6 @@ enum Scratch { kActivations, kAdapters, kBlock, kAccumulators, kScales };
 
 // x is packed at most this many bytes at a time; W is decoded again for each piece.
 constexpr int64_t kActivationBytes = int64_t(32) << 20;
-// A block of W stays in the L2 cache (2 MiB on Sapphire Rapids) while x streams past it.
-constexpr int64_t kBlockBytes = int64_t(1) << 20;
-constexpr int64_t kBlockChunks = 18;
-
 LK_INLINE int64_t round_up(int64_t v, int64_t to) { return ceil_div(v, to) * to; }
 
 // Rows of activations in one piece: a multiple of 32.
@@ -133,21 +130,12 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
   const int64_t m_all = f.x.rows, n = f.base.n, chunks = ceil_div(f.base.k, kChunk);
   const int64_t depth = rank_tiles(f.lora);
   const int64_t piece = piece_rows(m_all, chunks);
-  ForwardPacked p{nullptr, nullptr, nullptr, chunks, 16};
+  ForwardPacked p{nullptr, nullptr, nullptr, chunks, kTile};
   const int64_t x_bytes = piece / kTile * p.x_strip();
   p.x = static_cast<char*>(
       thread_scratch(kActivations, size_t(x_bytes + piece / kTile * depth * kTileBytes)));
   if (p.x == nullptr || !pack_adapters<order>(f, &p)) return false;
   p.s = p.x + x_bytes;
-
-  // Equal blocks of the reduction, so that no last one is a stub.
-  const int64_t k_blocks = ceil_div(chunks, kBlockChunks);
-  const int64_t block_chunks = ceil_div(chunks, k_blocks);
-  const int64_t strip_bytes = block_chunks * kChunkTiles * kTileBytes;
-  const int64_t n_strips = round_up(ceil_div(n, kTile), 2);
-  const int64_t share = round_up(ceil_div(n_strips, parallel.threads), 2);
-  const int64_t block_strips = clamp64(kBlockBytes / strip_bytes / 2 * 2, 2, share);
-  const int64_t n_blocks = ceil_div(n_strips, block_strips);
   bool ok = true;
 
   for (int64_t m0 = 0; m0 < m_all; m0 += piece) {
@@ -159,58 +147,39 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
       if (dropped == nullptr) return void(ok = false);
       for (int64_t i = begin; i < end; ++i) pack_x<order>(f, p, i, m0 + i * kTile, m_end, dropped);
     });
-    // Few blocks of W: share each between threads by rows of x.
-    const int64_t m_groups = clamp64(ceil_div(parallel.threads, n_blocks), 1, m_pairs);
-    const int64_t group_pairs = ceil_div(m_pairs, m_groups);
-    parallel(0, n_blocks * m_groups, 1, [&](int64_t begin, int64_t end) {
+    const Blocks blocks(round_up(ceil_div(n, kTile), 2), 2, chunks * kChunkTiles, kChunkTiles,
+                        m_pairs, parallel.threads);
+    const int64_t expand_bytes = blocks.strips * depth * kTileBytes;
+    parallel(0, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
       TileScope tiles;
-      Strip<Rows> rows(prototype);
-      const int64_t pairs_per_block = block_strips / 2;
-      char* block = static_cast<char*>(
-          thread_scratch(kBlock, size_t(block_strips * (strip_bytes + depth * kTileBytes))));
-      float* sums = static_cast<float*>(thread_scratch(
-          kAccumulators,
-          size_t(4 * kTileBytes * (k_blocks > 1 ? group_pairs * pairs_per_block : 1))));
-      if (block == nullptr || sums == nullptr) return void(ok = false);
-      char* expand = block + block_strips * strip_bytes;
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t strip0 = task / m_groups * block_strips;
-        const int64_t strips = min64(block_strips, n_strips - strip0);
-        const int64_t pair0 = task % m_groups * group_pairs;
-        const int64_t pair_end = min64(pair0 + group_pairs, m_pairs);
-        if (depth > 0) pack_b_for_expand(f.lora, strip0 * kTile, strips, n, expand);
-        for (int64_t c0 = 0; c0 < chunks; c0 += block_chunks) {
-          const int64_t c1 = min64(c0 + block_chunks, chunks);
-          for (int64_t i = 0; i < strips; ++i)
-            pack_a_strip(rows, (strip0 + i) * kTile, n, c0, c1, block + i * strip_bytes);
-          for (int64_t mp = pair0; mp < pair_end; ++mp) {
-            const char* x0 = p.x + 2 * mp * p.x_strip() + c0 * kChunkTiles * kTileBytes;
-            for (int64_t i = 0; i < strips; i += 2) {
-              float* c =
-                  k_blocks > 1 ? sums + 1024 * ((mp - pair0) * pairs_per_block + i / 2) : sums;
-              if (c0 == 0)
-                zero_accumulators();
-              else
-                load_accumulators(c);
-              const char* w = block + i * strip_bytes;
-              const int64_t step = (c1 - c0) * kChunkTiles;
-              const char* next = x0 + (2 + (i / 2) % 2) * p.x_strip() + i / 4 * 256 * step;
-              multiply_ahead(w, w + strip_bytes, x0, x0 + p.x_strip(), step, next);
-              const bool last = c1 == chunks;
-              if (last && depth > 0) {
-                const char* b = expand + i * depth * kTileBytes;
-                const char* s = p.s + 2 * mp * depth * kTileBytes;
-                multiply(b, b + depth * kTileBytes, s, s + depth * kTileBytes, depth);
-              }
-              store_accumulators(c);
-              if (!last) continue;
-              const int64_t row = (strip0 + i) * kTile, m = m0 + 2 * mp * kTile;
-              store_y(f, c, c + 512, row, m, m_end);
-              store_y(f, c + 256, c + 768, row, m + kTile, m_end);
-            }
-          }
+      StripFeeder<Rows> feeder(prototype, n);
+      char* memory = static_cast<char*>(
+          thread_scratch(kBlock, size_t(2 * (blocks.part_bytes() + expand_bytes))));
+      float* sums = static_cast<float*>(thread_scratch(kAccumulators, size_t(blocks.sum_bytes())));
+      if (memory == nullptr || sums == nullptr) return void(ok = false);
+      char* expand = memory + 2 * blocks.part_bytes();
+      const auto load = [&](const Stage& stage, char* to) {
+        const int64_t row = stage.block * blocks.strips * kTile;
+        const int64_t strips = blocks.strips_of(stage.block);
+        if (stage.first && depth > 0)
+          pack_b_for_expand(f.lora, row, strips, n, expand + stage.task % 2 * expand_bytes);
+        feeder.begin(row, strips, blocks.begin(stage.part) / kChunkTiles,
+                     blocks.end(stage.part) / kChunkTiles, to, blocks.strip_bytes());
+      };
+      const auto finish = [&](const Stage& stage, int64_t pair, int64_t strip, float* c) {
+        if (depth > 0) {
+          const char* b = expand + stage.task % 2 * expand_bytes + strip * depth * kTileBytes;
+          const char* s = p.s + 2 * pair * depth * kTileBytes;
+          multiply(b, b + depth * kTileBytes, s, s + depth * kTileBytes, depth);
         }
-      }
+        store_accumulators(c);
+        const int64_t row = (stage.block * blocks.strips + strip) * kTile;
+        const int64_t m = m0 + 2 * pair * kTile;
+        store_y(f, c, c + 512, row, m, m_end);
+        store_y(f, c + 256, c + 768, row, m + kTile, m_end);
+      };
+      multiply_blocks<Stream::a>(blocks, Strips{p.x, p.x_strip()}, begin, end, memory, sums, feeder,
+                                 load, finish);
     });
   }
   return ok;

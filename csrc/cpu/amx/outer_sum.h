@@ -47,7 +47,7 @@ LK_INLINE void store_columns(__m512 low, __m512 high, float* out, int64_t left) 
 }
 
 template <class Rows>
-LK_INLINE void outer_sum_task(const OuterSum& f, Rows even, Rows odd, const char* left_tiles,
+LK_INLINE void outer_sum_task(const OuterSum& f, const Rows& right, const char* left_tiles,
                               int64_t c0, int64_t c1, char* block, float* sums) {
   const int64_t m = f.right.rows, r = f.left.columns;
   const int64_t depth = ceil_div(m, kTileDepth), r_strips = ceil_div(r, kTile);
@@ -57,7 +57,7 @@ LK_INLINE void outer_sum_task(const OuterSum& f, Rows even, Rows odd, const char
   for (int64_t m0 = 0; m0 < m; m0 += kOuterRows) {
     const int64_t rows = min64(kOuterRows, round_up(m - m0, kTileDepth));
     for (int64_t c = c0; c < c1; ++c) {
-      pack_b_pairs(even, odd, m0, m0 + rows, m, c, c + 1, block, kStripBytes);
+      pack_b_pairs(right, m0, m0 + rows, m, c, c + 1, block, kStripBytes);
       for (int64_t rp = 0; rp < r_pairs; ++rp) {
         const char* l0 = left_tiles + (2 * rp * depth + m0 / kTileDepth) * kTileBytes;
         const char* l1 = 2 * rp + 1 < r_strips ? l0 + depth * kTileBytes : l0;
@@ -107,10 +107,10 @@ inline bool outer_sum_bf16(const OuterSum& f, const Parallel& parallel) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c0 = task * block_chunks, c1 = min64(c0 + block_chunks, chunks);
       if (f.dropout.threshold == 0) {
-        outer_sum_task(f, rows, rows, left, c0, c1, block, sums);
+        outer_sum_task(f, rows, left, c0, c1, block, sums);
       } else {
         const MaskedRows<Order::natural> masked{rows, f.dropout};
-        outer_sum_task(f, masked, masked, left, c0, c1, block, sums);
+        outer_sum_task(f, masked, left, c0, c1, block, sums);
       }
     }
   });

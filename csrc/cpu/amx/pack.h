@@ -179,27 +179,119 @@ LK_INLINE void pack_b_strip(Rows& rows, int64_t first, int64_t count, int64_t co
 // `unpackhi` the four after them, l = 0 .. 3. eight_columns (below) and kept16 know this order.
 constexpr int64_t kChunkStrips = kChunk / kTile;
 
-// Eight B strips for the columns of chunk c, from rows [first, last) as the reduction. Rows from
-// `rows_end` on are zeros. `strip_bytes` lies between the strips.
-template <class Rows>
-LK_INLINE void pack_b_pairs(Rows& even, Rows& odd, int64_t first, int64_t last, int64_t rows_end,
-                            int64_t c0, int64_t c1, char* strips, int64_t strip_bytes) {
-  for (int64_t r = first; r < last; r += 2) {
-    const int64_t pair = (r - first) / 2;
-    char* to = strips + pair / 16 * kTileBytes + pair % 16 * 64;
-    if (r < rows_end) even.begin(r, c0, c1);
-    if (r + 1 < rows_end) odd.begin(r + 1, c0, c1);
-    for (int64_t c = c0; c < c1; ++c) {
-      __m512i v[4] = {}, w[4] = {};
-      if (r < rows_end) even.chunk(c, v);
-      if (r + 1 < rows_end) odd.chunk(c, w);
-      for (int t = 0; t < 4; ++t) {
-        char* strip = to + ((c - c0) * kChunkStrips + 2 * t) * strip_bytes;
-        _mm512_store_si512(strip, _mm512_unpacklo_epi16(v[t], w[t]));
-        _mm512_store_si512(strip + strip_bytes, _mm512_unpackhi_epi16(v[t], w[t]));
-      }
-    }
+// A chunk of the rows 2p and 2p + 1 into its eight strips, `strip_bytes` apart.
+LK_INLINE void store_pair(const __m512i v[4], const __m512i w[4], char* to, int64_t strip_bytes) {
+  for (int t = 0; t < 4; ++t) {
+    char* strip = to + 2 * t * strip_bytes;
+    _mm512_store_si512(strip, _mm512_unpacklo_epi16(v[t], w[t]));
+    _mm512_store_si512(strip + strip_bytes, _mm512_unpackhi_epi16(v[t], w[t]));
   }
+}
+
+// Feeders write the tiles of a part of a weight in steps small enough to hide between products.
+// Rows from `rows_end` on are zeros. They fetch kRowsAhead rows ahead, as the rows' pieces are too
+// short for the hardware to do it.
+constexpr int64_t kRowsAhead = 8;
+
+// Sixteen rows a strip, as A tiles; a step is one chunk of one row.
+template <class Rows>
+class StripFeeder {
+ public:
+  int64_t left = 0;  // steps
+
+  StripFeeder(const Rows& prototype, int64_t end) : rows(prototype), rows_end(end) {}
+
+  // Chunks [first, last) of the rows [first_row, first_row + 16 * strips).
+  LK_INLINE void begin(int64_t first_row, int64_t strips, int64_t first, int64_t last, char* memory,
+                       int64_t bytes) {
+    row = first_row;
+    c0 = c = first;
+    c1 = last;
+    to = memory;
+    strip_bytes = bytes;
+    left = strips * kTile * (c1 - c0);
+  }
+
+  LK_INLINE void step() {
+    const bool inside = row < rows_end;
+    if (c == c0 && inside) rows.begin(row, c0, c1);
+    __m512i v[4] = {};
+    if (inside) rows.chunk(c, v);
+    if (row + kRowsAhead < rows_end) rows.prefetch(row + kRowsAhead, c);
+    char* tile = to + (c - c0) * kChunkTiles * kTileBytes;
+    for (int t = 0; t < 4; ++t) _mm512_store_si512(tile + t * kTileBytes, v[t]);
+    --left;
+    if (++c < c1) return;
+    c = c0;
+    to += ++row % kTile == 0 ? strip_bytes - (kTile - 1) * 64 : 64;
+  }
+
+  void finish() {
+    while (left > 0) step();
+  }
+
+ private:
+  Rows rows;
+  int64_t rows_end, row = 0, c0 = 0, c1 = 0, c = 0, strip_bytes = 0;
+  char* to = nullptr;
+};
+
+// Pairs of rows, interleaved as B tiles; a step is one chunk of a pair.
+template <class Rows>
+class PairFeeder {
+ public:
+  int64_t left = 0;
+
+  PairFeeder(const Rows& prototype, int64_t end) : even(prototype), odd(prototype), rows_end(end) {}
+
+  // Chunks [first, last) of the rows [first_row, last_row).
+  LK_INLINE void begin(int64_t first_row, int64_t last_row, int64_t first, int64_t last,
+                       char* memory, int64_t bytes) {
+    row = row0 = first_row;
+    c0 = c = first;
+    c1 = last;
+    to = memory;
+    strip_bytes = bytes;
+    left = (last_row - first_row) / 2 * (c1 - c0);
+  }
+
+  LK_INLINE void step() {
+    if (c == c0) {
+      if (row < rows_end) even.begin(row, c0, c1);
+      if (row + 1 < rows_end) odd.begin(row + 1, c0, c1);
+    }
+    __m512i v[4] = {}, w[4] = {};
+    if (row < rows_end) even.chunk(c, v);
+    if (row + 1 < rows_end) odd.chunk(c, w);
+    for (int64_t ahead = row + kRowsAhead; ahead < min64(row + kRowsAhead + 2, rows_end); ++ahead)
+      even.prefetch(ahead, c);
+    const int64_t pair = (row - row0) / 2;
+    store_pair(v, w,
+               to + (c - c0) * kChunkStrips * strip_bytes + pair / 16 * kTileBytes + pair % 16 * 64,
+               strip_bytes);
+    --left;
+    if (++c < c1) return;
+    c = c0;
+    row += 2;
+  }
+
+  void finish() {
+    while (left > 0) step();
+  }
+
+ private:
+  Rows even, odd;
+  int64_t rows_end, row0 = 0, row = 0, c0 = 0, c1 = 0, c = 0, strip_bytes = 0;
+  char* to = nullptr;
+};
+
+// Eight B strips for the columns of each chunk, from rows [first, last) as the reduction.
+template <class Rows>
+LK_INLINE void pack_b_pairs(const Rows& rows, int64_t first, int64_t last, int64_t rows_end,
+                            int64_t c0, int64_t c1, char* strips, int64_t strip_bytes) {
+  PairFeeder<Rows> feeder(rows, rows_end);
+  feeder.begin(first, last, c0, c1, strips, strip_bytes);
+  feeder.finish();
 }
 
 // The keep bits of the 16 columns of strip 2 t + half of a chunk, out of the chunk's 128.

@@ -98,6 +98,12 @@ struct DenseRows {
 
   LK_INLINE void begin(int64_t r, int64_t, int64_t) { row = r; }
 
+  LK_INLINE void prefetch(int64_t r, int64_t c) const {
+    const int64_t size = dtype == Dtype::f32 ? 4 : 2;
+    const char* p = static_cast<const char*>(data) + (r * stride + c * kChunk) * size;
+    for (int64_t i = 0; i < kChunk * size; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
+  }
+
   LK_INLINE void chunk(int64_t c, __m512i v[4]) const {
     const int64_t k = c * kChunk;
     if (dtype == Dtype::bf16) {
@@ -124,6 +130,7 @@ struct MaskedRows {
   Dropout dropout;
 
   LK_INLINE void begin(int64_t r, int64_t first, int64_t last) { rows.begin(r, first, last); }
+  LK_INLINE void prefetch(int64_t r, int64_t c) const { rows.prefetch(r, c); }
 
   LK_INLINE void chunk(int64_t c, __m512i v[4]) const {
     rows.chunk(c, v);
@@ -197,6 +204,10 @@ struct Nf4Rows {
       for (int64_t i = 0; i < groups; ++i) decoded[i] = q->block_scale((at + i) >> group_shift);
   }
 
+  LK_INLINE void prefetch(int64_t row, int64_t c) const {
+    _mm_prefetch(q->packed + (row * columns + c * kChunk) / 2, _MM_HINT_T1);
+  }
+
   LK_INLINE void chunk(int64_t c, __m512i v[4]) const {
     const __m512 codes = _mm512_loadu_ps(kCodeTable[q->quant_type]);
     const uint8_t* p = packed + c * (kChunk / 2);
@@ -238,6 +249,10 @@ struct AnyNf4Rows {
     }
     const int64_t padded = (last_chunk - first_chunk) * kChunk;
     for (int64_t i = max64(end - begin, 0); i < padded; ++i) decoded[i] = BFloat16{0};
+  }
+
+  LK_INLINE void prefetch(int64_t row, int64_t c) const {
+    _mm_prefetch(q->packed + (row * columns + c * kChunk) / 2, _MM_HINT_T1);
   }
 
   LK_INLINE void chunk(int64_t c, __m512i v[4]) const {

@@ -7,18 +7,21 @@
 // first.
 #pragma once
 
+#include "scale_maps.h"
 #include "vector/rows.h"
 
 namespace lora_kernels {
 namespace {
 namespace vector {
 
+constexpr bool kFused = LK_AVX2 || LK_NEON;  // multiply_add rounds once
 constexpr int64_t kGroup = 64;
 constexpr int kGroupVectors = kGroup / kLanes;
 // As many rows at once as sums fit the registers; more rows in turns, decoding again, up to where
 // decoding into a panel takes over: 4096 x 4096, 16 rows: 6.0 against 8.0 ms with AVX-512, 9.4
 // against 11.1 with AVX2; at 24 rows they are level.
 constexpr int64_t kTurnRows = 8, kFewRows = 16;
+constexpr int64_t kRowsAtOnce = 4;  // of W, at most
 
 // Slots of thread_scratch.
 enum FewScratch { kFewInput, kFewWeights, kFewScales };
@@ -29,9 +32,8 @@ constexpr int kLaneCodes = 4;
 struct Group {
   __m512i words;
   Vec table;
-  template <class T>
-  LK_INLINE Group(const uint8_t* packed, const float* codes, float scale, T type)
-      : words(_mm512_cvtepu16_epi32(words16(packed))), table(rounded_table(codes, scale, type)) {}
+  LK_INLINE Group(const uint8_t* packed, Vec values)
+      : words(_mm512_cvtepu16_epi32(words16(packed))), table(values) {}
   LK_INLINE Vec operator()(int t) const {  // the look-up takes the lowest four bits
     return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * t), table);
   }
@@ -43,10 +45,8 @@ constexpr int kLaneCodes = 8;
 struct Group {
   __m256i words;
   FloatTable table;
-  template <class T>
-  LK_INLINE Group(const uint8_t* packed, const float* codes, float scale, T type)
-      : words(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))),
-        table(rounded_table(codes, scale, type)) {}
+  LK_INLINE Group(const uint8_t* packed, const FloatTable& values)
+      : words(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed))), table(values) {}
   LK_INLINE Vec operator()(int t) const {  // the look-up takes three bits; the fourth is a sign
     const __m256i index = _mm256_srli_epi32(words, 4 * t);
     const __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * t));
@@ -60,9 +60,8 @@ struct Group {
 constexpr int kLaneCodes = 1;  // in order
 struct Group {
   float values[kGroup];
-  template <class T>
-  LK_INLINE Group(const uint8_t* packed, const float* codes, float scale, T type) {
-    const auto table = rounded_table(codes, scale, type);
+  template <class Table>
+  LK_INLINE Group(const uint8_t* packed, const Table& table) {
     decode32(packed, table, values);
     decode32(packed + 16, table, values + 32);
   }
@@ -74,7 +73,12 @@ struct Group {
 LK_INLINE float dot(const float* a, const float* b, int64_t count) {
   Vec total = splat(0.0f);
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) total = multiply_add(load(a + i), load(b + i), total);
+  while (i + kLanes <= count) {
+    Vec part = splat(0.0f);
+    const int64_t end = min64(i + kLanes * (kFused ? kMaxPiece : 16), count);
+    for (; i + kLanes <= end; i += kLanes) part = multiply_add(load(a + i), load(b + i), part);
+    total += part;
+  }
   if (i < count) {
     float rest[2][kLanes] = {};
     for (int64_t j = 0; i + j < count; ++j) rest[0][j] = a[i + j], rest[1][j] = b[i + j];
@@ -92,45 +96,88 @@ inline void arrange(const float* in, int64_t k, float* out) {
             in[g + (kLaneCodes > 1 ? i * kLaneCodes + (t ^ 1) : t * kLanes + i)];
 }
 
-// Rows of a 4-bit weight that are whole groups, each with one scale, rounded to T.
-template <class T>
+// Rows of a 4-bit weight that are whole groups, each with one scale, rounded to T. The scales are
+// plain, or `mapped`: looked up as they are quantised.
+template <class T, bool mapped>
 struct QuantWeights {
+  static constexpr bool kPlainDiffers = sizeof(T) == sizeof(BFloat16) && LK_AVX2;
   const QuantView& q;
   const float* codes;
-  int64_t groups, each;
-  float* scales;  // of the rows in work, [2, groups]
+  int64_t groups;
+  int each_shift;  // log2 of the groups of one scale
+  ScaleMaps maps;
+  int64_t first = 0;  // the first group in work
   const uint8_t* packed = nullptr;
+  bool plain = true;
 
-  static int64_t scratch(int64_t k) { return 2 * (k / kGroup) + kLanes; }
-  QuantWeights(const BaseView& base, float* scratch)
+  static int64_t blocks(const BaseView& base) {
+    return kRowsAtOnce * base.k / base.quant->block_size + 2;
+  }
+  static int64_t scratch(const BaseView& base) {
+    return mapped ? ScaleMaps::scratch(*base.quant, blocks(base)) : 1;
+  }
+  QuantWeights(const BaseView& base, float* memory)
       : q(*base.quant),
         codes(kCodeTable[q.quant_type]),
         groups(base.k / kGroup),
-        each(q.block_size / kGroup),
-        scales(scratch) {}
+        each_shift(__builtin_ctzll(uint64_t(q.block_size / kGroup))),
+        maps(q, blocks(base), memory) {}
 
   LK_INLINE void begin(int64_t row, int64_t count) {
-    packed = q.packed + row * groups * (kGroup / 2);
-    if (each == 1) return block_scales(q, row * groups, count * groups, scales);
-    for (int64_t i = 0; i < count * groups; ++i)
-      scales[i] = q.block_scale((row * groups + i) / each);
+    first = row * groups;
+    packed = q.packed + first * (kGroup / 2);
+    const int64_t block = first >> each_shift;
+    const int64_t size = ((first + count * groups - 1) >> each_shift) - block + 1;
+    if (mapped) maps.begin(block, size);
+    plain = mapped ? maps.plain() : are_plain(q.absmax + block, size);
   }
-  LK_INLINE Group group(int64_t w, int64_t g) const {
-    return Group(packed + (w * groups + g) * (kGroup / 2), codes, scales[w * groups + g], T{});
-  }
-  // 4096 x 4096 out of cache, one row of x: 1.04 ms fetching just the next rows into L1, 0.75 like
-  // this, 1.8 without; reading the bytes takes 0.62.
-  LK_INLINE void fetch(int64_t w, int64_t g) const {
-    constexpr int64_t kAhead = 2048;
-    if (g % 2 == 0) __builtin_prefetch(packed + (w * groups + g) * (kGroup / 2) + kAhead, 0, 2);
-  }
+
+  // W rows from w0 on, in the groups from g on up to `end`, where the table of scales changes.
+  template <int W, bool is_plain>
+  struct Piece {
+    const QuantWeights& all;
+    const uint8_t* packed[W];
+    int64_t group[W];
+    const float* scales[W];
+    int64_t end;
+
+    LK_INLINE Piece(const QuantWeights& weights, int64_t w0, int64_t g, int64_t limit)
+        : all(weights), end(limit) {
+      for (int w = 0; w < W; ++w) {
+        const int64_t row = (w0 + w) * all.groups;
+        packed[w] = all.packed + row * (kGroup / 2);
+        group[w] = all.first + row;
+        scales[w] = all.q.absmax;
+        if (!mapped) continue;
+        const int64_t block = (group[w] + g) >> all.each_shift;
+        scales[w] = all.maps.table(block);
+        end = min64(end, (all.maps.table_end(block) << all.each_shift) - group[w]);
+      }
+    }
+    LK_INLINE Group operator()(int w, int64_t g) const {
+      const int64_t block = (group[w] + g) >> all.each_shift;
+      const float scale = scales[w][mapped ? int64_t(all.q.absmax8[block]) : block];
+      const uint8_t* p = packed[w] + g * (kGroup / 2);
+      if (is_plain) return Group(p, plain_table(all.codes, scale, T{}));
+      return Group(p, rounded_table(all.codes, scale, T{}));
+    }
+    // Two groups are a cache line. The hardware's prefetcher stops at the end of a page.
+    LK_INLINE void fetch(int w, int64_t g) const {
+      constexpr int64_t kNear = 2048, kFar = 16384;
+      const uint8_t* p = packed[w] + g * (kGroup / 2);
+      __builtin_prefetch(p + kNear, 0, 3);
+      __builtin_prefetch(p + kFar, 0, 2);
+    }
+  };
+
   LK_INLINE float tail(int64_t, const float*) const { return 0.0f; }
 };
 
 // Rows in their own order.
 template <class T>
 struct DenseWeights {
-  struct Group {
+  static constexpr bool kPlainDiffers = false, plain = true;
+  struct Values {
     const T* p;
     LK_INLINE Vec operator()(int t) const { return load(p + t * kLanes); }
   };
@@ -142,11 +189,22 @@ struct DenseWeights {
       : data(static_cast<const T*>(base.dense.data)), stride(base.dense.stride), k(base.k) {}
 
   LK_INLINE void begin(int64_t row, int64_t) { row0 = data + row * stride; }
-  LK_INLINE Group group(int64_t w, int64_t g) const { return {row0 + w * stride + g * kGroup}; }
-  LK_INLINE void fetch(int64_t w, int64_t g) const {
-    for (size_t i = 0; i < kGroup * sizeof(T); i += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(row0 + w * stride + g * kGroup) + i);
-  }
+  template <int W, bool>
+  struct Piece {
+    const DenseWeights& all;
+    const T* first;
+    int64_t end;
+
+    LK_INLINE Piece(const DenseWeights& weights, int64_t w0, int64_t, int64_t limit)
+        : all(weights), first(weights.row0 + w0 * weights.stride), end(limit) {}
+    LK_INLINE Values operator()(int w, int64_t g) const {
+      return {first + w * all.stride + g * kGroup};
+    }
+    LK_INLINE void fetch(int w, int64_t g) const {  // two groups of the next rows
+      const auto* p = reinterpret_cast<const char*>(first + (W + w) * all.stride + g * kGroup);
+      for (size_t i = 0; i < 2 * kGroup * sizeof(T); i += 64) __builtin_prefetch(p + i);
+    }
+  };
   LK_INLINE float tail(int64_t w, const float* x) const {
     const int64_t whole = k / kGroup * kGroup;
     if (whole == k) return 0.0f;
@@ -161,7 +219,7 @@ struct DecodedWeights : DenseWeights<float> {
   Rows rows;
   float* decoded;
 
-  static int64_t scratch(int64_t k) { return 2 * k + 1; }
+  static int64_t scratch(int64_t k) { return kRowsAtOnce * k + 1; }
   DecodedWeights(const BaseView& base, Dtype dtype, float* scratch)
       : DenseWeights<float>(base, nullptr), decoded(scratch) {
     rows.quant = base.quant;
@@ -175,38 +233,49 @@ struct DecodedWeights : DenseWeights<float> {
       for (int64_t i = 0; i < k; i += kMaxPiece)
         rows.piece(row + w, i, min64(k - i, kMaxPiece), decoded + w * k + i);
   }
-  LK_INLINE void fetch(int64_t, int64_t) const {}
 };
 
 // c[w M + m] = x[m] · row w0 + w of the weights in work, w < W
-template <class Weights, int M, int W>
+template <class Weights, int M, int W, bool plain>
 void dot_rows(const Weights& weights, const float* x, int64_t k, int64_t w0, float* c) {
+  using Piece = typename Weights::template Piece<W, plain>;
   constexpr int kChains = M * W <= 4 ? 2 : 1;  // enough sums to hide the latency of one
-  constexpr int64_t kStretch = 4 * kLanes;     // groups in one sum: 256 products a lane
+  // Groups in one sum: 256 products a lane, 16 where every product is rounded too.
+  constexpr int64_t kStretch = kFused ? 4 * kLanes : 1;
   Vec total[W][M];
   for (int w = 0; w < W; ++w)
     for (int m = 0; m < M; ++m) total[w][m] = splat(0.0f);
   const int64_t groups = k / kGroup;
   for (int64_t begin = 0; begin < groups; begin += kStretch) {
+    const int64_t end = min64(begin + kStretch, groups);
     Vec sums[kChains][W][M];
 #pragma GCC unroll 32
     for (int i = 0; i < kChains * W * M; ++i) sums[i / (W * M)][i / M % W][i % M] = splat(0.0f);
-    for (int64_t g = begin; g < min64(begin + kStretch, groups); ++g) {
-      // The next rows: the hardware's prefetcher stops at the end of a page.
-      for (int w = 0; w < W; ++w) weights.fetch(w0 + W + w, g);
-      const auto first = weights.group(w0, g), second = weights.group(w0 + W - 1, g);
+    const auto add = [&](const Piece& piece, int64_t g, bool fetch) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) {
+        if (fetch) piece.fetch(w, g);
+        const auto group = piece(w, g);
 #pragma GCC unroll 16
-      for (int t = 0; t < kGroupVectors; ++t) {
-        const Vec a = first(t), b = W > 1 ? second(t) : a;
+        for (int t = 0; t < kGroupVectors; ++t) {
+          const Vec a = group(t);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const Vec v = load(x + m * k + g * kGroup + t * kLanes);
-          sums[t % kChains][0][m] = multiply_add(a, v, sums[t % kChains][0][m]);
-          if (W > 1) sums[t % kChains][W - 1][m] = multiply_add(b, v, sums[t % kChains][W - 1][m]);
+          for (int m = 0; m < M; ++m) {
+            const Vec v = load(x + m * k + g * kGroup + t * kLanes);
+            sums[t % kChains][w][m] = multiply_add(a, v, sums[t % kChains][w][m]);
+          }
         }
       }
+    };
+    for (int64_t g = begin; g < end;) {
+      const Piece piece(weights, w0, g, end);
+      for (; g + 2 <= piece.end; g += 2) {
+        add(piece, g, true);
+        add(piece, g + 1, false);
+      }
+      if (g < piece.end) add(piece, g++, true);
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int w = 0; w < W; ++w)
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
@@ -216,22 +285,32 @@ void dot_rows(const Weights& weights, const float* x, int64_t k, int64_t w0, flo
     for (int m = 0; m < M; ++m) c[w * M + m] = sum(total[w][m]) + weights.tail(w0 + w, x + m * k);
 }
 
-// Two rows share the loads of x while their sums fit the registers.
+// Rows in work together while their sums fit the registers. c[count, M]
 template <class Weights, int M>
-void dot_pair(const Weights& weights, const float* x, int64_t k, float* c) {
-  constexpr bool kShare = LK_AVX512 || LK_NEON || M <= 3;
-  if (kShare) return dot_rows<Weights, M, kShare ? 2 : 1>(weights, x, k, 0, c);
-  dot_rows<Weights, M, 1>(weights, x, k, 0, c);
-  dot_rows<Weights, M, 1>(weights, x, k, 1, c + M);
+void dot_all(const Weights& weights, const float* x, int64_t k, int64_t count, float* c) {
+  constexpr int kMost = LK_AVX512 && M == 1 ? 4 : LK_AVX512 || LK_NEON || M <= 3 ? 2 : 1;
+  constexpr bool kAny = !Weights::kPlainDiffers;
+  int64_t w = 0;
+  for (; w + kMost <= count; w += kMost) {
+    if (kAny || weights.plain)
+      dot_rows<Weights, M, kMost, true>(weights, x, k, w, c + w * M);
+    else
+      dot_rows<Weights, M, kMost, kAny>(weights, x, k, w, c + w * M);
+  }
+  for (; w < count; ++w) {
+    if (kAny || weights.plain)
+      dot_rows<Weights, M, 1, true>(weights, x, k, w, c + w * M);
+    else
+      dot_rows<Weights, M, 1, kAny>(weights, x, k, w, c + w * M);
+  }
 }
 
 template <class Weights>
 void dots(const Weights& weights, const float* x, int64_t m, int64_t k, int64_t count, float* c) {
   switch (m) {
-#define LK_FEW_(M)                                             \
-  case M:                                                      \
-    return count == 2 ? dot_pair<Weights, M>(weights, x, k, c) \
-                      : dot_rows<Weights, M, 1>(weights, x, k, 0, c);
+#define LK_FEW_(M) \
+  case M:          \
+    return dot_all<Weights, M>(weights, x, k, count, c);
     LK_FEW_(1) LK_FEW_(2) LK_FEW_(3) LK_FEW_(4) LK_FEW_(5) LK_FEW_(6) LK_FEW_(7) LK_FEW_(8)
 #undef LK_FEW_
   }
@@ -258,19 +337,19 @@ struct FewOperands {
   const float *x, *inner;
 };
 
-// y of the rows [2 begin, 2 end) of W.
+// y of the rows [4 begin, 4 end) of W.
 template <class Weights>
 void few_columns(const LinearForward& f, const Lora& lora, const FewOperands& operands,
                  Weights weights, int64_t begin, int64_t end) {
   const int64_t m = f.x.rows, k = f.base.k, n = f.base.n, r = f.lora.r();
-  for (int64_t row = 2 * begin; row < min64(2 * end, n); row += 2) {
-    const int64_t count = min64(n - row, 2);
-    float c[2 * kFewRows];  // [count, m]
+  for (int64_t row = kRowsAtOnce * begin; row < min64(kRowsAtOnce * end, n); row += kRowsAtOnce) {
+    const int64_t count = min64(n - row, kRowsAtOnce);
+    float c[kRowsAtOnce * kFewRows];  // [count, m]
     weights.begin(row, count);
     const int64_t turn = ceil_div(m, ceil_div(m, kTurnRows));
     for (int64_t i = 0; i < m; i += turn) {
       const int64_t size = min64(turn, m - i);
-      float part[2 * kTurnRows];
+      float part[kRowsAtOnce * kTurnRows];
       dots(weights, operands.x + i * k, size, k, count, part);
       for (int64_t w = 0; w < count; ++w)
         __builtin_memcpy(c + w * m + i, part + w * size, sizeof(float) * size);
@@ -301,12 +380,20 @@ template <class T>
 bool few_columns_as(const LinearForward& f, const Lora& lora, const FewOperands& operands,
                     int64_t begin, int64_t end) {
   const BaseView& base = f.base;
-  const int64_t size = max64(QuantWeights<T>::scratch(base.k), DecodedWeights::scratch(base.k));
+  using Mapped = QuantWeights<T, true>;
+  using Plain = QuantWeights<T, false>;
+  const bool quantised = base.quant != nullptr, groups = grouped(base);
+  const bool mapped = groups && base.quant->absmax == nullptr;
+  const int64_t size = mapped                 ? Mapped::scratch(base)
+                       : quantised && !groups ? DecodedWeights::scratch(base.k)
+                                              : 1;
   float* scratch = static_cast<float*>(thread_scratch(kFewWeights, sizeof(float) * size_t(size)));
   if (scratch == nullptr) return false;
-  if (grouped(base))
-    few_columns(f, lora, operands, QuantWeights<T>(base, scratch), begin, end);
-  else if (base.quant != nullptr)
+  if (mapped)
+    few_columns(f, lora, operands, Mapped(base, scratch), begin, end);
+  else if (groups)
+    few_columns(f, lora, operands, Plain(base, scratch), begin, end);
+  else if (quantised)
     few_columns(f, lora, operands, DecodedWeights(base, f.x.dtype, scratch), begin, end);
   else
     few_columns(f, lora, operands, DenseWeights<T>(base, scratch), begin, end);
@@ -330,7 +417,7 @@ inline bool forward_few(LinearForward f, const Parallel& parallel) {
   const int64_t m = f.x.rows, k = f.base.k, r = f.lora.r();
   const bool masked = r > 0 && f.lora.dropout.threshold != 0;
   QuantView plain;
-  if (f.base.quant != nullptr && !grouped(f.base)) {
+  if (f.base.quant != nullptr && !(grouped(f.base) && ScaleMaps::takes(*f.base.quant))) {
     plain = plain_scales(*f.base.quant, kFewScales, parallel);
     if (plain.absmax == nullptr) return false;
     f.base.quant = &plain;
@@ -354,8 +441,8 @@ inline bool forward_few(LinearForward f, const Parallel& parallel) {
   }
   const FewOperands operands{x, inner};
   bool ok = true;
-  constexpr int64_t kPairsAtLeast = 8;
-  parallel(0, ceil_div(f.base.n, 2), kPairsAtLeast, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kAtLeast = 4;
+  parallel(0, ceil_div(f.base.n, kRowsAtOnce), kAtLeast, [&](int64_t begin, int64_t end) {
     if (!few_columns(f, lora, operands, begin, end)) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
   });
   return ok;

@@ -34,6 +34,30 @@ LK_INLINE auto rounded_table(const float* codes, float scale, T type) {
 }
 #endif
 
+// The same for scales that `are_plain` (scale_maps.h). For bf16, which keeps 8 of 24 bits, two
+// operations instead of eight: 65536 p - round(65535 p) is p with its lower 16 bits rounded away,
+// as the products' last bit is worth 2^-7 of p's first one; ties go to even, as 65536 p is even
+// then.
+template <class T>
+LK_INLINE auto plain_table(const float* codes, float scale, T type) {
+  return rounded_table(codes, scale, type);
+}
+#if LK_AVX2
+LK_INLINE Vec plain_round(Vec p) {
+  return multiply_add(p, splat(65536.0f), -(p * splat(65535.0f)));
+}
+#if LK_AVX512
+LK_INLINE __m512 plain_table(const float* codes, float scale, BFloat16) {
+  return plain_round(load(codes) * splat(scale));
+}
+#else
+LK_INLINE FloatTable plain_table(const float* codes, float scale, BFloat16) {
+  const Vec s = splat(scale);
+  return {plain_round(load(codes) * s), plain_round(load(codes + 8) * s)};
+}
+#endif
+#endif
+
 // Scales of the blocks [first, first + count): QuantView::block_scales, with the look-ups gathered.
 LK_INLINE void block_scales(const QuantView& q, int64_t first, int64_t count, float* out) {
 #if LK_AVX2
