@@ -115,14 +115,14 @@ bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Paral
       for (int64_t i = begin; i < end; ++i) pack_dy(f, p, i, m0 + i * kTile, m_end);
     });
     if (f.dx == nullptr) continue;
-    const Blocks blocks(k_chunks * kChunkStrips, kChunkStrips, ceil_div(n, kTileDepth), 1, m_pairs,
-                        parallel.threads);
+    const Blocks blocks(Rows::kBlocking, k_chunks * kChunkStrips, kChunkStrips,
+                        ceil_div(n, kTileDepth), 1, m_pairs, parallel.threads);
     const int64_t expand_bytes = blocks.strips * depth * kTileBytes;
     parallel(0, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
       TileScope tiles;
       PairFeeder<Rows> feeder(prototype, n);
       char* memory = static_cast<char*>(
-          thread_scratch(kBlock, size_t(2 * (blocks.part_bytes() + expand_bytes))));
+          thread_scratch(kBlock, size_t(blocks.all_part_bytes() + 2 * expand_bytes)));
       // After the sums, where a mask keeps a chunk's LoRA terms apart: these. Where a block has one
       // part, the sums of a chunk.
       const int64_t chunk_bytes = kChunkStrips * 2 * kTileBytes;
@@ -131,7 +131,7 @@ bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Paral
           thread_scratch(kAccumulators, size_t(sum_bytes + (masked ? chunk_bytes : 0))));
       if (memory == nullptr || sums == nullptr) return void(ok = false);
       float* lora_sums = masked ? sums + sum_bytes / 4 : nullptr;
-      char* expand = memory + 2 * blocks.part_bytes();
+      char* expand = memory + blocks.all_part_bytes();
       const auto load = [&](const Stage& stage, char* to) {
         const int64_t strip0 = stage.block * blocks.strips;
         const int64_t c0 = strip0 / kChunkStrips;

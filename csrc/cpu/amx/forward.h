@@ -147,17 +147,17 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
       if (dropped == nullptr) return void(ok = false);
       for (int64_t i = begin; i < end; ++i) pack_x<order>(f, p, i, m0 + i * kTile, m_end, dropped);
     });
-    const Blocks blocks(round_up(ceil_div(n, kTile), 2), 2, chunks * kChunkTiles, kChunkTiles,
-                        m_pairs, parallel.threads);
+    const Blocks blocks(Rows::kBlocking, round_up(ceil_div(n, kTile), 2), 2, chunks * kChunkTiles,
+                        kChunkTiles, m_pairs, parallel.threads);
     const int64_t expand_bytes = blocks.strips * depth * kTileBytes;
     parallel(0, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
       TileScope tiles;
       StripFeeder<Rows> feeder(prototype, n);
       char* memory = static_cast<char*>(
-          thread_scratch(kBlock, size_t(2 * (blocks.part_bytes() + expand_bytes))));
+          thread_scratch(kBlock, size_t(blocks.all_part_bytes() + 2 * expand_bytes)));
       float* sums = static_cast<float*>(thread_scratch(kAccumulators, size_t(blocks.sum_bytes())));
       if (memory == nullptr || sums == nullptr) return void(ok = false);
-      char* expand = memory + 2 * blocks.part_bytes();
+      char* expand = memory + blocks.all_part_bytes();
       const auto load = [&](const Stage& stage, char* to) {
         const int64_t row = stage.block * blocks.strips * kTile;
         const int64_t strips = blocks.strips_of(stage.block);
