@@ -3,6 +3,7 @@
 
 #include "lora_kernels/linear.h"
 #include "lora_kernels/philox.h"
+#include "nf4_scales.h"
 #include "philox_simd.h"
 #include "vector/vec.h"
 
@@ -58,37 +59,6 @@ LK_INLINE FloatTable plain_table(const float* codes, float scale, BFloat16) {
 #endif
 #endif
 
-// Scales of the blocks [first, first + count): QuantView::block_scales, with the look-ups gathered.
-LK_INLINE void block_scales(const QuantView& q, int64_t first, int64_t count, float* out) {
-#if LK_AVX2
-  if (q.absmax == nullptr) {
-    for (int64_t i = 0; i < count;) {
-      const int64_t group = (first + i) / q.nested_block;
-      const int64_t end = min64((group + 1) * q.nested_block - first, count);
-      const float scale = q.nested_absmax[group];
-      for (; i + kLanes <= end; i += kLanes) {
-        const void* at = q.absmax8 + first + i;
-#if LK_AVX512
-        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(at)));
-        const Vec value = _mm512_i32gather_ps(code, q.nested_map, 4);
-#else
-        const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(at)));
-        const Vec value = _mm256_i32gather_ps(q.nested_map, code, 4);
-#endif
-        const Vec product = value * splat(scale);
-        put(out + i, product + splat(q.nested_offset));
-      }
-      for (; i < end; ++i) {
-        const float product = q.nested_map[q.absmax8[first + i]] * scale;
-        out[i] = product + q.nested_offset;
-      }
-    }
-    return;
-  }
-#endif
-  q.block_scales(first, count, out);
-}
-
 // The view with its nested scales decoded, in `slot` of the calling thread's scratch: a product
 // reads a scale once for every block of rows. Null absmax: out of memory.
 inline QuantView plain_scales(const QuantView& q, int slot, const Parallel& parallel) {
@@ -100,7 +70,7 @@ inline QuantView plain_scales(const QuantView& q, int slot, const Parallel& para
   plain.absmax = scales;
   if (scales == nullptr) return plain;
   parallel(0, blocks, 1 << 15, [&](int64_t begin, int64_t end) {
-    block_scales(q, begin, end - begin, scales + begin);
+    gather_scales(q, begin, end - begin, scales + begin);
   });
   return plain;
 }
