@@ -2,9 +2,8 @@
 // before, against pairs of strips of the activations, packed beforehand.
 //
 // The weight is cut into blocks of strips (16 outputs wide), and these into parts of the reduction
-// of at most kResidentDepth tiles, so that a pair of activation strips stays in the L1 cache while
-// a part streams past it from L2 (tiles.h). Sums wait in L2 between the parts. 16 strips to a block
-// read the activations, which are in no private cache, at 7 GB/s a core; 8 would at 14.
+// (rows.h says how long), so that a pair of activation strips stays in the L1 cache while a part
+// streams past it from L2 (tiles.h). Sums wait in L2 between the parts.
 #pragma once
 
 #include "amx/pack.h"
@@ -14,8 +13,8 @@
 namespace lora_kernels {
 namespace {
 
-// 16 strips to a block read the activations, which are in no private cache, at 7 GB/s a core; 8
-// would at 14.
+// The activations, which are in no private cache, are read once a block. NF4 4096 x 4096, 512 and
+// 2048 rows, one thread: 14.5 and 59 ms; 8 strips 14.9 and 68.
 constexpr int64_t kBlockStrips = 16;
 
 struct Stage {

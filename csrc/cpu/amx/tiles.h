@@ -94,8 +94,8 @@ LK_INLINE void multiply(const char* a0, const char* a1, const char* b0, const ch
 }
 
 // 2 x 32 tiles are 32 KiB of the 48 KiB of L1. One thread, strips of 8 to 16 tiles, by depth, in
-// TFLOP/s: 12 1.75, 16 1.86, 20 1.87, 24 1.5, 64 1.3; nothing streaming 1.5 at most; tiles that
-// are already loaded 2.55.
+// TFLOP/s: 12 1.75, 16 1.86, 20 1.87, 24 1.5, 64 1.3; nothing streaming 1.6 at most; tiles that
+// are already loaded 2.55. With other work between the products 16 is ahead of 20 (rows.h).
 constexpr int64_t kResidentDepth = 16;
 
 #undef LK_TILE_LOAD
