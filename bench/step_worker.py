@@ -73,13 +73,16 @@ def load_model(spec: StepSpec, device: torch.device) -> nn.Module:
 def adapt(model: nn.Module, provider: str, spec: StepSpec) -> nn.Module:
     """Freeze the model and put adapters on every linear layer but the head.
 
-    Adapters are fp32, PEFT's default and ours. Both 4-bit providers hold the same bytes.
+    Adapters are fp32, PEFT's default and ours. Both 4-bit providers hold the same bytes. Ours
+    computes the loss without the logits, as `lora-kernels finetune` does.
     """
     if provider in ("ours", "ours-dense"):
+        from lora_kernels import fuse_loss
         from lora_kernels.adapters import apply_lora
 
         quantize = "nf4" if provider == "ours" else None
         apply_lora(model, spec.r, spec.alpha, spec.dropout, quantize=quantize)  # type: ignore[arg-type]
+        fuse_loss(model)
         return model
     from peft import LoraConfig, get_peft_model
 

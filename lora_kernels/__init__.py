@@ -14,6 +14,7 @@ from lora_kernels.adapters import (
     unmerge_adapters,
 )
 from lora_kernels.dispatch import explain, use_backend
+from lora_kernels.integrations.fused_loss import fuse_loss
 from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
 from lora_kernels.ops.nf4 import NF4Weight
 
@@ -30,6 +31,7 @@ __all__ = [
     "disable_adapters",
     "explain",
     "functional",
+    "fuse_loss",
     "load_adapter",
     "merge_adapters",
     "merge_and_unload",

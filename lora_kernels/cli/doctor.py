@@ -158,6 +158,7 @@ def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     adapter = {"lora_a": a, "lora_b": b, "scale": 2.0, "dropout_p": 0.05}
     quantized = NF4Weight.quantize(w)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
+    labels = torch.zeros(M, dtype=torch.int64, device=device)
     return {
         "quantise": lambda: _discard(NF4Weight.quantize(w)),
         "dequantise": lambda: _discard(quantized.dequantize()),
@@ -167,6 +168,12 @@ def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         ),
         "dense base + adapter": lambda: _train(
             functional.lora_linear, dtype, device, weight=w, **adapter
+        ),
+        "loss": lambda: _train(
+            functional.linear_cross_entropy, dtype, device, weight=w, labels=labels
+        ),
+        "loss of logits": lambda: _discard(
+            torch.ops.lora_kernels.cross_entropy(w[:M], labels, -100, True)
         ),
         "dropout mask": lambda: _discard(functional.dropout_mask((M, K), 0.05, seed)),
     }

@@ -7,7 +7,6 @@ A new op adds one generator to `GENERATORS`. A case holds the op's positional ar
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.nf4.double_quant import dynamic_map
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from tests.ops.case import BASES, DTYPES, Case, Source, dtype_name, size_name, strided
+from tests.ops.cross_entropy_inputs import cross_entropy, linear_cross_entropy
 
 # M, N, K, R: nothing divides anything, single rows and columns, no rows at all.
 SHAPES = (
@@ -33,81 +32,6 @@ SHAPES = (
 )
 SMALL = (5, 12, 20, 3)
 
-# name -> block size, double quantisation, quant_type; None is a dense weight
-BASES: dict[str, tuple[int, bool, str] | None] = {
-    "dense": None,
-    "nf4": (64, False, "nf4"),
-    "nf4-nested": (64, True, "nf4"),
-    "fp4-nested-b32": (32, True, "fp4"),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One labelled call of an op. `core` cases are the few that slow contract checks take."""
-
-    op: str
-    label: str
-    make: Callable[[Source], tuple[Any, ...]]
-    exact: bool = False
-    core: bool = False
-
-    def build(self, device: str = "cpu", draw: int = 0) -> tuple[Any, ...]:
-        """The arguments; another `draw` has other values and the same metadata."""
-        seed = zlib.crc32(f"{self.op}/{self.label}/{draw}".encode())
-        return move(self.make(Source(seed)), device)
-
-
-class Source:
-    """Random tensors from a case's own generator."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=self.generator) * std).to(dtype)
-
-    def base(self, name: str, n: int, k: int, dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
-        """W [N, K] of a kind in `BASES`, as the ops take it."""
-        w = self.normal(n, k, dtype=dtype, std=k**-0.5)
-        if BASES[name] is None:
-            return [w], [n, k]
-        with use_backend("reference"):
-            q = NF4Weight.quantize(w, *BASES[name])
-        return q.base, q.meta
-
-
-def move(value: Any, device: str) -> Any:
-    """The arguments on another device, strides kept."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (list, tuple)):
-        return type(value)(move(v, device) for v in value)
-    return value
-
-
-def strided(t: Tensor, kind: str) -> Tensor:
-    """The same values [M, K] in other memory."""
-    rows, cols = t.shape
-    if kind == "transposed":
-        return t.T.contiguous().T
-    if kind == "padded-rows":
-        return t.new_zeros(rows, cols + 3)[:, 1 : cols + 1].copy_(t)
-    if kind == "every-other-column":
-        return t.new_zeros(rows, 2 * cols)[:, ::2].copy_(t)
-    if kind == "expanded":  # what `y.sum().backward()` sends
-        return t[:1, :1].expand(rows, cols)
-    raise ValueError(kind)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _size(*sizes: int) -> str:
-    return "x".join(map(str, sizes))
-
-
 # --- NF4 ------------------------------------------------------------------------------------------
 
 
@@ -116,7 +40,7 @@ def _nf4_quantize() -> Iterator[Case]:
     for dtype, (label, size), quant_type in itertools.product(DTYPES, sizes.items(), (0, 1)):
         yield Case(
             "nf4_quantize",
-            f"{_name(dtype)}-{label}-type{quant_type}",
+            f"{dtype_name(dtype)}-{label}-type{quant_type}",
             lambda r, d=dtype, s=size, q=quant_type: (r.normal(*s, dtype=d), 64, q),
             exact=True,
             core=label == "odd" and quant_type == 0,
@@ -180,7 +104,7 @@ def _nf4_dequantize() -> Iterator[Case]:
     for dtype, kind, (n, k) in itertools.product(DTYPES, kinds, shapes):
         yield Case(
             "nf4_dequantize",
-            f"{_name(dtype)}-{kind}-{_size(n, k)}",
+            f"{dtype_name(dtype)}-{kind}-{size_name(n, k)}",
             lambda r, a=(kind, n, k, dtype): (*r.base(*a), a[3]),
             exact=True,
             core=(n, k) == (7, 31) and dtype == torch.bfloat16,
@@ -212,7 +136,7 @@ def _nf4_linear_fwd() -> Iterator[Case]:
 
             yield Case(
                 "nf4_linear_fwd",
-                f"{_name(dtype)}-{_size(m, n, k)}-{kind}{'-bias' * bias}",
+                f"{dtype_name(dtype)}-{size_name(m, n, k)}-{kind}{'-bias' * bias}",
                 make,
                 core=(m, n, k) == SMALL[:3] and dtype != torch.float16 and bias,
             )
@@ -234,7 +158,7 @@ def _nf4_linear_bwd() -> Iterator[Case]:
     for dtype, (m, n, k, _), kind in itertools.product(DTYPES, (*SHAPES, SMALL), kinds):
         yield Case(
             "nf4_linear_bwd",
-            f"{_name(dtype)}-{_size(m, n, k)}-{kind}",
+            f"{dtype_name(dtype)}-{size_name(m, n, k)}-{kind}",
             lambda r, a=(m, n, k, dtype, kind): (
                 r.normal(a[0], a[1], dtype=a[3]),
                 *r.base(a[4], a[1], a[2], a[3]),
@@ -301,16 +225,16 @@ def _lora(case: tuple[int, int, int, int], dtype: torch.dtype, base: str, o: Opt
 def _lora_calls() -> Iterator[tuple[str, tuple, bool, Options]]:
     """label, the arguments of `_lora` before the source, core, options"""
     for dtype, shape, (name, o) in itertools.product(DTYPES, SHAPES, OPTIONS.items()):
-        label = f"{_name(dtype)}-{_size(*shape)}-{name}"
+        label = f"{dtype_name(dtype)}-{size_name(*shape)}-{name}"
         yield label, (shape, dtype, "dense", o), False, o
     for dtype, base, (name, o) in itertools.product(DTYPES, BASES, (OPTIONS | STRIDED).items()):
         core = dtype == torch.float32 or name == "all"
-        label = f"{_name(dtype)}-{_size(*SMALL)}-{base}-{name}"
+        label = f"{dtype_name(dtype)}-{size_name(*SMALL)}-{base}-{name}"
         yield label, (SMALL, dtype, base, o), core and base in ("dense", "nf4-nested"), o
     for shape in SHAPES:
         o = OPTIONS["all"]
         yield (
-            f"bfloat16-{_size(*shape)}-nf4-nested-all",
+            f"bfloat16-{size_name(*shape)}-nf4-nested-all",
             (shape, torch.bfloat16, "nf4-nested", o),
             False,
             o,
@@ -361,7 +285,7 @@ def _dropout_mask() -> Iterator[Case]:
     for p, shape in itertools.product(ps, shapes):
         yield Case(
             "dropout_mask",
-            f"{_size(*shape)}-p{p:.6f}",
+            f"{size_name(*shape)}-p{p:.6f}",
             lambda r, p=p, s=shape: (torch.tensor([42]), *s, p, 3),
             exact=True,
         )
@@ -376,6 +300,8 @@ GENERATORS: dict[str, Callable[[], Iterator[Case]]] = {
     "lora_linear_fwd": _lora_linear_fwd,
     "lora_linear_bwd": _lora_linear_bwd,
     "dropout_mask": _dropout_mask,
+    "cross_entropy": cross_entropy,
+    "linear_cross_entropy": linear_cross_entropy,
 }
 
 

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lora_kernels import NF4Weight
 from lora_kernels import functional as F
 from lora_kernels.testing import assert_within_budget
-from tests.ops.inputs import GENERATORS, Case, cases
+from tests.ops.case import Case
+from tests.ops.inputs import GENERATORS, cases
 
 N, K, R = 12, 20, 3
 

@@ -11,7 +11,8 @@ import torch
 from lora_kernels import use_backend
 from lora_kernels.dispatch import ops
 from lora_kernels.testing import assert_within_budget
-from tests.ops.inputs import GENERATORS, Case, cases
+from tests.ops.case import Case
+from tests.ops.inputs import GENERATORS, cases
 from tests.ops.variants import DEVICES, Variant, accepts, all_variants, as_tuple, bits, oracle_args
 
 

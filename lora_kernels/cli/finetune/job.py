@@ -34,6 +34,7 @@ from lora_kernels.cli.finetune.trainer import (
     token_losses,
     training_arguments,
 )
+from lora_kernels.integrations.fused_loss import fuse_loss
 
 DEMO_HELD_OUT = (
     96  # examples of the held-out modules that are measured; the rest would only take time
@@ -196,6 +197,7 @@ class Finetune:
         self.reporter = Reporter(self.folder, self.console)
         self.stopper = StopOnSignal(self.console)
         held_out = self.data.held_out or None
+        fuse_loss(self.model)
         self.collator = Collator(self.tokenizer.pad_token_id, can_trim_logits(self.model))
         return AdapterTrainer(
             run=self.folder,

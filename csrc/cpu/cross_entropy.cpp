@@ -1,0 +1,147 @@
+// Cross-entropy and its gradient, a row of logits at a time: the row stays in the private caches
+// through its three passes (maximum, sum, gradient), so memory is read once and written once.
+//
+// Bytes at least: the logits once, the gradient once. An exponential is 12 operations a vector and
+// is computed twice, which costs less than keeping fp32 results would.
+#include "lora_kernels/cross_entropy.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+
+#include "vector/vec.h"
+
+namespace lora_kernels {
+namespace {
+
+using vector::kLanes;
+using vector::load;
+using vector::multiply_add;
+using vector::put;
+using vector::splat;
+using vector::Vec;
+using vector::Words;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// Lanes of a comparison are all ones or zeros.
+LK_INLINE Vec select(Words mask, Vec yes, Vec no) {
+  return (Vec)((mask & (Words)yes) | (~mask & (Words)no));
+}
+
+// exp of x <= 0, within 2 units in the last place; 0 below -87. Cody and Waite's reduction to
+// |r| <= ln 2 / 2, then the Taylor polynomial of degree 7.
+LK_INLINE Vec exponential(Vec x) {
+  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = multiply_add(x, splat(kLog2e), splat(kRound));
+  const Vec n = shifted - splat(kRound);
+  Vec r = multiply_add(n, splat(-kLn2High), x);
+  r = multiply_add(n, splat(-kLn2Low), r);
+  Vec p = splat(1.0f / 5040);
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    p = multiply_add(p, r, splat(c));
+  const Vec value = (Vec)((Words)p + ((Words)shifted << 23));
+  return (Vec)((Words)value & (Words)(x > splat(-87.0f)));
+}
+
+LK_INLINE float largest(Vec v) {
+  float lanes[kLanes], most = -kInfinity;
+  put(lanes, v);
+  for (const float lane : lanes) most = lane > most ? lane : most;
+  return most;
+}
+
+// Calls fn(i, v) for the row's vectors; missing elements of the last one are -inf.
+template <class T, class Fn>
+LK_INLINE void each(const T* row, int64_t count, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) fn(i, load(row + i));
+  if (i == count) return;
+  float rest[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) rest[j] = i + j < count ? to_float(row[i + j]) : -kInfinity;
+  fn(i, load(rest));
+}
+
+// The maximum; NaN where the row holds a NaN, or is all -inf, or holds +inf.
+template <class T>
+float maximum(const T* row, int64_t count) {
+  Vec most = splat(-kInfinity);
+  Words numbers = ~Words{};
+  each(row, count, [&](int64_t, Vec v) {
+    most = select((Words)(v > most), v, most);
+    numbers &= (Words)(v == v);
+  });
+  const float value = largest(most);
+  for (int i = 0; i < kLanes; ++i)
+    if (numbers[i] == 0) return kNan;
+  return std::fabs(value) < kInfinity ? value : kNan;
+}
+
+// Σ exp(x - most), in sums of a few vectors so that no chain of additions grows long.
+template <class T>
+float sum_of_exponentials(const T* row, int64_t count, float most) {
+  constexpr int64_t kStretch = 64 * kLanes;
+  Vec total = splat(0.0f);
+  for (int64_t i = 0; i < count; i += kStretch) {
+    Vec part = splat(0.0f);
+    each(row + i, vector::min64(kStretch, count - i),
+         [&](int64_t, Vec v) { part += exponential(v - splat(most)); });
+    total += part;
+  }
+  return vector::sum(total);
+}
+
+template <class T>
+void gradient(const T* row, int64_t count, int64_t label, float most, float log_sum, T* out) {
+  each(row, count, [&](int64_t i, Vec v) {
+    const Vec p = exponential(v - splat(most) - splat(log_sum));
+    if (i + kLanes <= count) return put(out + i, p);
+    float rest[kLanes];
+    put(rest, p);
+    for (int64_t j = i; j < count; ++j) store(out + j, rest[j - i]);
+  });
+  float p[kLanes];
+  put(p, exponential(splat(to_float(row[label]) - most - log_sum)));
+  store(out + label, p[0] - 1.0f);
+}
+
+template <class T>
+void rows_as(const CrossEntropy& c, int64_t begin, int64_t end) {
+  for (int64_t m = begin; m < end; ++m) {
+    const T* row = static_cast<const T*>(c.logits) + m * c.stride;
+    T* out = c.dlogits != nullptr ? static_cast<T*>(c.dlogits) + m * c.columns : nullptr;
+    const int64_t label = c.labels[m];
+    const bool ignored = label == c.ignored;
+    const float most = ignored ? 0.0f : maximum(row, c.columns);
+    if (ignored || most != most) {
+      c.losses[m] = ignored ? 0.0f : kNan;
+      for (int64_t i = 0; out != nullptr && i < c.columns; ++i) store(out + i, c.losses[m]);
+      continue;
+    }
+    const float log_sum = std::log(sum_of_exponentials(row, c.columns, most));  // less `most`
+    c.losses[m] = log_sum - (to_float(row[label]) - most);
+    if (out != nullptr) gradient(row, c.columns, label, most, log_sum, out);
+  }
+}
+
+void rows(const CrossEntropy& c, const Parallel& parallel) {
+  constexpr int64_t kGrain = 1 << 14;  // elements that a thread takes at least
+  parallel(0, c.rows, vector::ceil_div(kGrain, c.columns), [&](int64_t begin, int64_t end) {
+    switch (c.dtype) {
+      case Dtype::f16:
+        return rows_as<Half>(c, begin, end);
+      case Dtype::bf16:
+        return rows_as<BFloat16>(c, begin, end);
+      default:
+        return rows_as<float>(c, begin, end);
+    }
+  });
+}
+
+}  // namespace
+
+LK_TABLE(CrossEntropyKernels, cross_entropy) = {rows};
+
+}  // namespace lora_kernels

@@ -1,0 +1,108 @@
+"""The training loss of a transformers model without its logits."""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_kernels.functional import linear_cross_entropy
+from lora_kernels.integrations.transformers import output_layer
+
+# Causal language models whose forward is: body, output layer, loss. Others do more to the logits
+# (soft caps, scales) or to the loss (routers).
+FUSED_LOSS_MODELS = frozenset(
+    f"{family}ForCausalLM"
+    for family in (
+        *("Gemma", "Llama", "Ministral", "Mistral", "Olmo", "Olmo2", "Olmo3", "Phi3", "Qwen2"),
+        *("Qwen3", "SmolLM3", "Starcoder2"),
+    )
+)
+
+
+def fuse_loss(model: nn.Module) -> bool:
+    """Compute a causal language model's training loss without its logits.
+
+    While the model trains on labels, its output layer and its loss become one
+    `functional.linear_cross_entropy`: the same loss, and the output's `logits` are None. In
+    evaluation mode and without labels nothing changes. The model's class and state stay as they
+    are; `del model.forward` undoes it.
+
+    Args:
+        model: a transformers model (of a PEFT model: `model.get_base_model()`).
+
+    Returns:
+        True if the loss is fused now. False, and nothing was changed, if the model's class is none
+        of `FUSED_LOSS_MODELS`, its output layer is no plain `nn.Linear` without bias, or its
+        `forward` or its loss is not transformers' own.
+    """
+    if isinstance(getattr(vars(model).get("forward"), "__func__", None), _FusedForward):
+        return True
+    head, loss = output_layer(model), getattr(model, "loss_function", None)
+    if (
+        type(model).__name__ not in FUSED_LOSS_MODELS
+        or type(head) is not nn.Linear
+        or head.bias is not None
+        or getattr(loss, "__name__", None) != "ForCausalLMLoss"
+        or "forward" in vars(model)
+    ):
+        return False
+    # A bound method follows the model when it is deep-copied, a closure over it would not.
+    model.forward = MethodType(_FusedForward(type(model).forward), model)  # type: ignore[method-assign]
+    return True
+
+
+class _FusedForward:
+    """The class's forward, but for training on labels."""
+
+    def __init__(self, unfused: Any) -> None:
+        functools.update_wrapper(self, unfused)
+        self.unfused = unfused
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
+        as_tuple = kwargs.get("return_dict", model.config.return_dict) is False
+        if args or as_tuple or not labels or not model.training:
+            return self.unfused(model, *args, **kwargs)
+        return _forward_with_loss(model, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> _FusedForward:
+        return self  # as functions are
+
+
+def _forward_with_loss(
+    model: Any,
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    logits_to_keep: int | Tensor = 0,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    outputs = getattr(model, model.base_model_prefix)(**kwargs)
+    hidden = outputs.last_hidden_state
+    if isinstance(logits_to_keep, Tensor):
+        hidden = hidden[:, logits_to_keep]
+    elif logits_to_keep > 0:
+        hidden = hidden[:, -logits_to_keep:]
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    loss = linear_cross_entropy(
+        hidden,
+        model.get_output_embeddings().weight,
+        shift_labels.to(hidden.device).view(hidden.shape[:-1]),
+        ignore_index=ignore_index,
+        num_items=num_items_in_batch,
+    )
+    return CausalLMOutputWithPast(
+        loss=loss,
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )

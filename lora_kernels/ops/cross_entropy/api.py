@@ -1,0 +1,86 @@
+"""L = Σ_m (log Σ_v exp(z[m, v]) - z[m, label[m]]) / n with z = x·Wᵀ, over rows with a label.
+
+The logits z [M, V] are the largest tensor of a language model's training step; here they exist a
+few rows at a time. Their gradient p - one-hot(label), p = softmax(z), is known as soon as they are,
+so the forward turns it at once into
+    dx = (p - one-hot)·W / n,   dW = (p - one-hot)ᵀ·x / n
+and keeps these, without 1 / n and the gradient of L, for the backward.
+
+Source: Hsu et al., 2024, "Liger Kernel"; Wijmans et al., 2025, "Cut Your Losses".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_kernels.ops.common.flatten import autocast, to_rows
+from lora_kernels.ops.cross_entropy.schema import check_linear_cross_entropy
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, divisor: Tensor
+    ) -> Tensor:
+        needs = list(ctx.needs_input_grad[:2])
+        losses, dx, dw = torch.ops.lora_kernels.linear_cross_entropy(
+            x, weight, labels, ignore_index, needs
+        )
+        ctx.save_for_backward(dx, dw, divisor)
+        return losses.sum() / divisor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx, dw, divisor = ctx.saved_tensors
+        factor = dloss / divisor
+        dx = (dx * factor).to(dx.dtype) if ctx.needs_input_grad[0] else None
+        dw = (dw * factor).to(dw.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    num_items: Tensor | float | None = None,
+) -> Tensor:
+    """The mean cross-entropy of the logits x·Wᵀ, which never exist as a whole.
+
+    Equal to `torch.nn.functional.cross_entropy((x @ weight.T).float(), labels)`: logits are rounded
+    to x's dtype, losses computed in fp32. Differentiable in x and weight; between forward and
+    backward their gradients are kept, nothing else. Under autocast x and weight are cast.
+
+    Args:
+        x: [..., K]; fp32, fp16, bf16 (fp64 on the reference).
+        weight: W [V, K] in x's dtype, V the size of the vocabulary.
+        labels: [...] int64, each in 0 .. V - 1 or `ignore_index`; already shifted.
+        ignore_index: the label of rows that count for nothing.
+        num_items: divides the sum of the losses; by default the number of rows that have a label
+            (NaN if there are none, as torch has it). A one-element tensor or a number.
+
+    Returns:
+        fp32 scalar.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+
+    Source: Hsu et al., 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training".
+    """
+    x, weight = autocast(x, weight)
+    check_linear_cross_entropy(x, weight, labels)
+    labels = labels.reshape(-1)
+    if num_items is None:
+        num_items = (labels != ignore_index).sum()
+    divisor = torch.as_tensor(num_items, device=x.device)
+    if divisor.numel() != 1:
+        raise ValueError(f"num_items: got shape {list(divisor.shape)}, expected one element")
+    return LinearCrossEntropyFunction.apply(
+        to_rows(x), weight, labels, ignore_index, divisor.reshape(())
+    )
