@@ -21,12 +21,14 @@ from lora_kernels.adapters.targets import Targets, find_targets, is_excluded, ke
 from lora_kernels.integrations.peft import ALL_LINEAR, pattern_value
 from lora_kernels.integrations.transformers import forget_quantizer
 from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
-from lora_kernels.nn.common import check_linear_layer
-from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
+from lora_kernels.nn.common import check_finite_weight, check_linear_layer
+from lora_kernels.nn.linear4bit import check_linear4bit, check_not_repacked, is_linear4bit
+from lora_kernels.nn.lora import check_adapter_dtype
 from lora_kernels.ops.nf4.base import check_block_size
 from lora_kernels.ops.nf4.weight import check_quant_type
 
 Progress = Callable[[int, int, str], None]
+BAR_AFTER = 2.0  # seconds; a bar that nobody asked for waits so long
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,20 @@ def apply_lora(
     adapter_dtype: torch.dtype | None = None,
     block_size: int = 64,
     double_quant: bool = True,
-    progress: bool | Progress = False,
+    progress: bool | Progress | None = None,
 ) -> LoRAReport:
     """Put adapters on a model's linear layers, in place, and freeze everything else.
 
     nn.Linear becomes LoRALinear (QLoRALinear with `quantize`); bitsandbytes' Linear4bit and
     NF4Linear become QLoRALinear over the same bytes (a Linear4bit without an adapter becomes
     NF4Linear). With `quantize` the linear layers that get no adapter become NF4Linear too, except
-    excluded ones and output layers; each dense weight is freed before the next is quantised. A
-    weight that another module shares (a tied embedding) stays dense, for quantising it would free
-    nothing. The options are kept as `model.lora_config`, for `save_adapter`.
+    excluded ones and output layers. A weight that another module shares (a tied embedding) stays
+    dense, for quantising it would free nothing. The options are kept as `model.lora_config`, for
+    `save_adapter`.
+
+    Every layer is checked before the first is replaced: an error leaves the model as it was. They
+    are quantised one after the other, each on all of torch's threads, and each dense weight is
+    freed before the next one's turn: the peak is the model and what one layer takes.
 
     Args:
         model: any module that holds linear layers; not compiled yet.
@@ -107,15 +113,17 @@ def apply_lora(
         exclude_modules: as `target_modules`; what is excluded is neither adapted nor quantised.
         adapter_dtype: dtype of A and B; fp32 over a 16-bit base by default.
         block_size, double_quant: of `quantize`.
-        progress: True for a bar (needs tqdm), or a function of (done, total, name).
+        progress: True for a bar (needs tqdm), False for none, or a function of (done, total,
+            name). None shows the bar after two seconds, if standard error is a terminal and tqdm
+            is installed.
 
     Returns:
         A report; `print` it.
 
     Raises:
         ValueError: no layer matches, a target is unknown or cannot be adapted (the message lists
-            the candidates), the model has adapters already, or an option is out of its range. The
-            model is unchanged then, but for a non-finite weight met while quantising.
+            the candidates), the model has adapters already, an option is out of its range, or a
+            weight to quantise holds non-finite values (the message names the layer).
         TypeError: an option has the wrong type.
     """
     config = LoRAConfig(
@@ -153,19 +161,24 @@ def apply_config(
     adapter_dtype: torch.dtype | None = None,
     block_size: int = 64,
     double_quant: bool = True,
-    progress: bool | Progress = False,
+    progress: bool | Progress | None = None,
 ) -> LoRAReport:
     """Put the configuration's adapters on the targets, which are known to take one."""
     if quantize is not None:
         check_quant_type(quantize)
         check_block_size("block_size", block_size)
+    if adapter_dtype is not None:
+        check_adapter_dtype(adapter_dtype)
     dense, kept = _plan_quantisation(model, config, targets.names) if quantize else (set(), [])
-    theirs = [(n, m) for n, m in model.named_modules() if is_linear4bit(m)]
-    for name, layer4bit in theirs:
-        check_not_repacked(name, layer4bit)
-    bare = dense | {name for name, _ in theirs if not is_excluded(config, name)}
     # The plan holds names only: a reference to a layer would keep its dense weight alive.
+    theirs = [name for name, module in model.named_modules() if is_linear4bit(module)]
+    bare = dense | {name for name in theirs if not is_excluded(config, name)}
     work = list(targets.names) + sorted(bare - set(targets.names))
+    for name in theirs:
+        check_not_repacked(name, model.get_submodule(name))
+    for name in work:
+        _check_layer(name, model.get_submodule(name), quantised=name in dense)
+    steps = _with_progress(work, progress)
     fmt: dict[str, Any] = {
         "block_size": block_size,
         "double_quant": double_quant,
@@ -173,17 +186,14 @@ def apply_config(
     }
     bytes_before = count_bytes(model)
     model.requires_grad_(False)
-    for name in _with_progress(work, progress):
+    for name in steps:
         layer: Any = model.get_submodule(name)
         new: nn.Module
         form = fmt if name in dense else {}
-        try:
-            if name in targets.names:
-                new = _adapted(layer, config, name, adapter_dtype, form)
-            else:
-                new = _without_adapter(layer, form)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
+        if name in targets.names:
+            new = _adapted(layer, config, name, adapter_dtype, form)
+        else:
+            new = _without_adapter(layer, form)
         replace_module(model, layer, new)
         del layer
     _leave_fast_path(model)
@@ -201,6 +211,21 @@ def apply_config(
         bytes_after=count_bytes(model),
         layers=tuple(layer_row(name, module) for name, module in adapter_layers(model)),
     )
+
+
+def _check_layer(name: str, layer: Any, *, quantised: bool) -> None:
+    """Raise what converting the layer would raise, without converting it."""
+    try:
+        if isinstance(layer, NF4Linear):
+            layer.weight.check()
+        elif is_linear4bit(layer):
+            check_linear4bit(layer)
+        else:
+            check_linear_layer(layer)
+            if quantised:
+                check_finite_weight(layer.weight)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _adapted(
@@ -314,15 +339,25 @@ def _leave_fast_path(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-def _with_progress(names: list[str], progress: bool | Progress) -> Iterator[str]:
-    if progress is True:
+def _with_progress(names: list[str], progress: bool | Progress | None) -> Iterable[str]:
+    if callable(progress):
+        return _telling(names, progress)
+    if progress is False:
+        return names
+    try:
         from tqdm import tqdm
+    except ImportError:
+        if progress:
+            raise
+        return names
+    # disable=None: where standard error is no terminal
+    unasked = {} if progress else {"delay": BAR_AFTER, "disable": None}
+    return tqdm(names, desc="adapters", unit="layer", **unasked)
 
-        yield from tqdm(names, desc="adapters", unit="layer")
-        return
+
+def _telling(names: list[str], progress: Progress) -> Iterator[str]:
     for done, name in enumerate(names):
-        if callable(progress):
-            progress(done, len(names), name)
+        progress(done, len(names), name)
         yield name
-    if callable(progress) and names:
+    if names:
         progress(len(names), len(names), names[-1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lora_kernels.ops.common.checks import FLOATS, names
+from lora_kernels.ops.common.checks import FLOATS, check_finite, names
 
 
 def check_linear_layer(linear: nn.Module) -> None:
@@ -34,6 +34,17 @@ def check_linear_layer(linear: nn.Module) -> None:
     shape = [linear.out_features, linear.in_features]
     if list(weight.shape) != shape:
         raise ValueError(f"linear.weight: got shape {list(weight.shape)}, expected {shape}")
+
+
+def check_finite_weight(weight: Tensor) -> None:
+    """Raise ValueError for values that are not finite in fp32, in which weights are quantised.
+
+    It costs one pass over the weight, and memory only where it raises.
+    """
+    if weight.numel() > 0:
+        extremes = torch.stack(torch.aminmax(weight.detach()))  # of any NaN, both are NaN
+        if not bool(torch.isfinite(extremes.float()).all()):
+            check_finite("weight", weight.detach().float())
 
 
 def check_features(in_features: int, out_features: int) -> None:

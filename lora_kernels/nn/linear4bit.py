@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from lora_kernels.nn.common import check_finite_weight
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 
@@ -31,17 +32,36 @@ def weight_from_linear4bit(layer: nn.Module) -> NF4Weight:
     if not is_linear4bit(layer):
         raise TypeError(f"layer: got {type(layer).__name__}, expected bitsandbytes.nn.Linear4bit")
     weight: Any = layer.weight
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    state = _quant_state(layer)
     if state is None:
-        if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
-            raise ValueError(
-                f"layer.weight: is {list(weight.shape)} {weight.dtype} on {weight.device} without "
-                "a quantisation state, expected a loaded Linear4bit"
-            )
-        return NF4Weight.quantize(
-            weight.data, weight.blocksize, weight.compress_statistics, weight.quant_type
-        )
+        return _quantize(weight, weight.data)
     return weight_from_quant_state(weight.data, state)
+
+
+def check_linear4bit(layer: nn.Module) -> None:
+    """Raise what `weight_from_linear4bit` would; what is not quantised yet stays so."""
+    weight: Any = layer.weight
+    if _quant_state(layer) is None:
+        _quantize(weight, weight.data[:0])  # the settings alone
+        check_finite_weight(weight.data)
+    else:
+        weight_from_linear4bit(layer)
+
+
+def _quant_state(layer: nn.Module) -> Any:
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
+def _quantize(weight: Any, values: Tensor) -> NF4Weight:
+    """`values` with the settings of a Params4bit that holds no codes yet."""
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+        raise ValueError(
+            f"layer.weight: is {list(weight.shape)} {weight.dtype} on {weight.device} without "
+            "a quantisation state, expected a loaded Linear4bit"
+        )
+    return NF4Weight.quantize(
+        values, weight.blocksize, weight.compress_statistics, weight.quant_type
+    )
 
 
 def check_not_repacked(name: str, layer: Any) -> None:

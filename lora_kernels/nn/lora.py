@@ -37,6 +37,11 @@ def check_adapter_options(r: int, alpha: float, dropout: float, init: str) -> No
         raise ValueError(f"init: got {init!r}, expected one of {', '.join(INITS)}")
 
 
+def check_adapter_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"adapter_dtype: got {names([dtype])}, expected {names(FLOATS)}")
+
+
 def default_adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
     """The base's own, but fp32 over a 16-bit base, as in PEFT: small updates vanish in 16 bits."""
     return torch.float32 if base_dtype in (torch.float16, torch.bfloat16) else base_dtype
@@ -99,8 +104,7 @@ class LoRAMixin(nn.Module):
     ) -> None:
         check_adapter_options(r, alpha, dropout, init)
         dtype = dtype or default_adapter_dtype(self._base_dtype())
-        if dtype not in FLOATS:
-            raise TypeError(f"adapter_dtype: got {names([dtype])}, expected {names(FLOATS)}")
+        check_adapter_dtype(dtype)
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.use_rslora, self.init = bool(use_rslora), init
         self.adapter_enabled = True

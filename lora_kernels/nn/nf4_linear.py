@@ -37,6 +37,9 @@ class NF4Linear(nn.Module):
     (`weight`, `weight.absmax`, ...). Such a state dict loads with the block size and format that
     it says; a dense weight [N, K] is quantised on loading with this layer's own.
 
+    Being buffers, they are sent anew with every forward under DistributedDataParallel, unless it
+    gets `broadcast_buffers=False`; FSDP leaves them whole in every process.
+
     Args:
         in_features, out_features: K and N.
         bias: whether there is a bias (frozen).
@@ -188,11 +191,7 @@ class NF4Linear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self.weight
-        if weight.is_nested and weight.device.type == "meta":
-            # The offset is saved as a number, which a meta tensor does not have.
-            weight = weight.with_tensors({"nested_offset": torch.zeros(1)})
-        destination.update(weight.state_dict_entries(prefix))
+        destination.update(self.weight.state_dict_entries(prefix))
 
     def _load_from_state_dict(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 
 import pytest
@@ -283,12 +284,37 @@ def test_the_fused_encoder_path_does_not_pass_the_adapters_by():
     assert_within_budget(fused[~mask], slow[~mask].double(), slow[~mask])
 
 
-def test_a_non_finite_weight_is_named():
+@pytest.mark.parametrize(
+    ("value", "options", "error", "match"),
+    [
+        (float("nan"), {}, ValueError, r"^head: weight: holds 1 non-finite .* flat index 70$"),
+        (float("-inf"), {"target_modules": ["up"]}, ValueError, "^head: weight: holds 1 non-"),
+        (1e39, {}, ValueError, "^head: weight: holds 1 non-finite"),  # finite in fp64 alone
+        (0.0, {"adapter_dtype": torch.int8}, TypeError, "^adapter_dtype: got int8"),
+        (0.0, {"progress": True}, ImportError, "tqdm"),
+    ],
+)
+def test_an_error_comes_before_any_change(value, options, error, match, monkeypatch):
+    model = mlp().double()
+    with torch.no_grad():
+        model.head.weight[1, 6] = value
+    modules, state = dict(model.named_modules()), dict(model.state_dict(keep_vars=True))
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # not installed
+    with pytest.raises(error, match=match):
+        apply_lora(model, r=2, quantize="nf4", **options)
+    assert dict(model.named_modules()) == modules
+    after = model.state_dict(keep_vars=True)
+    assert after.keys() == state.keys() and all(after[name] is p for name, p in state.items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "lora_config")
+
+
+def test_a_non_finite_weight_that_stays_dense_is_no_error():
     model = mlp()
     with torch.no_grad():
-        model.down.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"^down: .* nan, expected finite"):
-        apply_lora(model, r=2, quantize="nf4")
+        model.head.weight[0, 0] = float("nan")
+    apply_lora(model, r=2, exclude_modules=["head"], quantize="nf4")
+    assert type(model.up) is QLoRALinear and type(model.head) is nn.Linear
 
 
 def test_the_report():
@@ -308,13 +334,6 @@ def test_the_report():
     for part in (f"{trainable:,} of {count + trainable:,}", "q_proj", "nf4/64 nested", "lm_head"):
         assert part in text
     assert len(text.splitlines()) == 11
-
-
-def test_progress():
-    calls = []
-    apply_lora(mlp(), r=2, progress=lambda *call: calls.append(call))
-    assert calls == [(0, 3, "up"), (1, 3, "down"), (2, 3, "head"), (3, 3, "head")]
-    apply_lora(mlp(), r=2, progress=True)
 
 
 def test_training_moves_the_adapters_only():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -133,6 +136,33 @@ def test_a_repacked_layer_is_refused():
     with pytest.raises(ValueError, match=r"1.weight: .*repacked it in place"):
         apply_lora(model)
     assert not list(adapter_layers(model))
+
+
+def test_layers_that_are_not_quantised_yet_are_freed_one_by_one():
+    model = nn.Sequential(*(linear4bit(quantise=False) for _ in range(3)))
+    alive = [weakref.ref(layer) for layer in model]
+    seen = []
+
+    def watch(done: int, total: int, name: str) -> None:
+        gc.collect()
+        seen.append(sum(ref() is not None for ref in alive))
+
+    apply_lora(model, r=4, progress=watch)
+    assert seen == [3, 2, 1, 0]
+
+
+def test_a_layer_that_cannot_be_converted_is_met_before_any_change():
+    model = nn.Sequential(nn.Linear(K, K), linear4bit(), linear4bit(quantise=False))
+    layers = list(model)
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"^2: weight: holds 1 non-finite"):
+        apply_lora(model, r=4)
+    model[2] = layers[2] = bnb.nn.Linear4bit(K, N, quant_type="int4")
+    with pytest.raises(ValueError, match=r"^2: quant_type: got 'int4'"):
+        apply_lora(model, r=4)
+    assert list(model) == layers
+    assert all(p.requires_grad for p in model[0].parameters())
 
 
 def test_what_is_no_4_bit_layer():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 
 import pytest
 import torch
@@ -84,6 +85,20 @@ def test_meta_and_back(cls, form):
     layer.load_state_dict(made.state_dict(), assign=True)
     x = torch.randn(2, K)
     assert torch.equal(layer(x), made(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@classes
+@formats
+def test_every_key_is_a_path_of_attributes(cls, form, device):
+    """torch.distributed.checkpoint looks the keys of a state dict up this way."""
+    layer = cls(K, N, **form, device=device)
+    for key, value in layer.state_dict().items():
+        found = attrgetter(key)(layer)
+        if key == "weight":
+            assert isinstance(found, NF4Weight)
+        elif device == "cpu":
+            assert torch.equal(found, value), key
 
 
 def test_loading_into_meta_without_assign_warns():

@@ -34,11 +34,11 @@ def refuse_device(op: str, device: torch.device) -> str | None:
     return _missing(op, device.type)
 
 
-def refuse_dtypes(*tensors: Tensor | None, expected: Sequence[torch.dtype] = DTYPES) -> str | None:
+def refuse_dtypes(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot take the tensors' dtypes, or None."""
     for t in tensors:
-        if t is not None and t.dtype not in expected:
-            return f"takes {names(expected)}, not {names([t.dtype])}"
+        if t is not None and t.dtype not in DTYPES:
+            return f"takes {names(DTYPES)}, not {names([t.dtype])}"
     return None
 
 
