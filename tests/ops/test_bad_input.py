@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_kernels import NF4Weight
+from lora_kernels import NF4Weight, use_backend
 from lora_kernels import functional as F
 
 M, N, K, R = 4, 6, 10, 3
@@ -136,6 +136,20 @@ def test_quantised_weight_on_another_device(call):
 def test_quantize(args, error, message):
     with pytest.raises(error, match=f"^{message}"):
         NF4Weight.quantize(*args)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("backend", [None, "native", "reference"])
+@pytest.mark.parametrize("name", ["absmax", "nested_map", "nested_offset"])
+def test_quantize_scales(name, backend, device):
+    sizes = {"absmax": 3, "nested_map": 256, "nested_offset": 1}
+    tensors = {k: _ones(n, device=device) for k, n in sizes.items()}
+    tensors[name] = tensors[name].double()
+    with (
+        use_backend(backend),
+        pytest.raises(TypeError, match=f"^{name}: got dtype float64, expected float32$"),
+    ):
+        torch.ops.lora_kernels.nf4_quantize_scales(*tensors.values(), 256)
 
 
 def test_check_of_a_weight():

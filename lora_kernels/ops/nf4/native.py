@@ -13,6 +13,7 @@ from lora_kernels.ops.common.native import (
     refuse_linear,
     register_native,
 )
+from lora_kernels.ops.nf4.schema import check_scales
 
 
 def _quantize(w: Tensor, block_size: int, quant_type: int) -> str | None:
@@ -22,9 +23,8 @@ def _quantize(w: Tensor, block_size: int, quant_type: int) -> str | None:
 def _quantize_scales(
     absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
 ) -> str | None:
-    return refuse_device("nf4_quantize_scales", absmax.device) or refuse_dtypes(
-        absmax, nested_map, nested_offset, expected=[torch.float32]
-    )
+    check_scales(absmax, nested_map, nested_offset)
+    return refuse_device("nf4_quantize_scales", absmax.device)
 
 
 def _dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> str | None:

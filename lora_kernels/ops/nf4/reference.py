@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_kernels.dispatch.registry import Implementation, register
 from lora_kernels.ops.common.checks import check_finite
 from lora_kernels.ops.nf4.base import Meta
+from lora_kernels.ops.nf4.schema import check_scales
 from lora_kernels.ops.nf4.tables import code_bounds, code_values
 
 # bitsandbytes' floor for the scale that it divides by: a block of zeros encodes as zeros.
@@ -103,12 +104,19 @@ def _accepts(*args: object, **kwargs: object) -> str | None:
     return None
 
 
+def _accepts_scales(
+    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
+) -> str | None:
+    check_scales(absmax, nested_map, nested_offset)
+    return None
+
+
 _OPS: dict[str, Callable[..., Any]] = {
     "nf4_quantize": quantize,
-    "nf4_quantize_scales": quantize_scales,
     "nf4_dequantize": dequantize,
     "nf4_linear_fwd": linear_fwd,
     "nf4_linear_bwd": linear_bwd,
 }
 for _op, _fn in _OPS.items():
     register(_op, Implementation("reference", _fn, _accepts))
+register("nf4_quantize_scales", Implementation("reference", quantize_scales, _accepts_scales))

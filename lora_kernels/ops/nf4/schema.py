@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
-from lora_kernels.ops.common.checks import check_optional_vector
+from lora_kernels.ops.common.checks import check_dtype, check_optional_vector
 from lora_kernels.ops.nf4.base import Meta, check_base, check_input
 
 
@@ -18,6 +18,13 @@ def check_linear(
     check_input(x, meta[1])
     check_base(x, base, meta)
     check_optional_vector("bias", bias, meta[0], x, [x.dtype])
+
+
+def check_scales(absmax: Tensor, nested_map: Tensor, nested_offset: Tensor) -> None:
+    """Called by every backend's `supports`: no public function stands before this op."""
+    check_dtype("absmax", absmax, [torch.float32])
+    check_dtype("nested_map", nested_map, [torch.float32])
+    check_dtype("nested_offset", nested_offset, [torch.float32])
 
 
 def _quantize_fake(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tensor]:
@@ -31,6 +38,7 @@ def _quantize_fake(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor,
 def _quantize_scales_fake(
     absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
 ) -> tuple[Tensor, Tensor]:
+    check_scales(absmax, nested_map, nested_offset)
     blocks = absmax.numel()
     return (
         absmax.new_empty(blocks, dtype=torch.uint8),

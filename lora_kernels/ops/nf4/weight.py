@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -161,30 +162,46 @@ class NF4Weight:
             prefix: what stands before `weight`, such as "model.layers.0.mlp.up_proj.".
         """
         key = f"{prefix}weight"
-        quant_map = code_values(QUANT_TYPES.index(self.quant_type), self.device).clone()
         entries = {
             key: self.packed.view(-1, 1),
             f"{key}.absmax": self.absmax,
-            f"{key}.quant_map": quant_map,
+            f"{key}.quant_map": self.quant_map.clone(),
         }
+        if self.nested_absmax is not None and self.nested_map is not None:
+            entries[f"{key}.nested_absmax"] = self.nested_absmax
+            entries[f"{key}.nested_quant_map"] = self.nested_map.clone()
+        for name, value in vars(self.quant_state).items():
+            entries[f"{key}.quant_state.{name}"] = value
+        return entries
+
+    # torch.distributed.checkpoint looks every key of a state dict up as a path of attributes.
+
+    @property
+    def quant_map(self) -> Tensor:
+        """The values of the codes, fp32 [16]."""
+        return code_values(QUANT_TYPES.index(self.quant_type), self.device)
+
+    @property
+    def nested_quant_map(self) -> Tensor | None:
+        """`nested_map` by its name in a state dict."""
+        return self.nested_map
+
+    @property
+    def quant_state(self) -> SimpleNamespace:
+        """The format as JSON in bytes, u8, named as in a state dict: `bitsandbytes__nf4`."""
         state: dict[str, Any] = {
             "quant_type": self.quant_type,
             "blocksize": self.block_size,
             "dtype": names([self.dtype]),
             "shape": list(self.shape),
         }
-        if self.nested_absmax is not None:
-            assert self.nested_map is not None and self.nested_offset is not None
-            entries[f"{key}.nested_absmax"] = self.nested_absmax
-            entries[f"{key}.nested_quant_map"] = self.nested_map.clone()
+        if self.nested_offset is not None:
             state["nested_blocksize"] = self.nested_block_size
             state["nested_dtype"] = "float32"
-            state["nested_offset"] = float(self.nested_offset)
-        text = json.dumps(state).encode()
-        entries[f"{key}.quant_state.bitsandbytes__{self.quant_type}"] = torch.tensor(
-            list(text), dtype=torch.uint8, device="cpu"
-        )
-        return entries
+            meta = self.device.type == "meta"  # which has no number to save
+            state["nested_offset"] = 0.0 if meta else float(self.nested_offset)
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
+        return SimpleNamespace(**{f"bitsandbytes__{self.quant_type}": text})
 
     @classmethod
     def from_state_dict(
