@@ -1,0 +1,232 @@
+"""Adapters under torch.distributed: two processes over gloo, each with half of the batch.
+
+Every test looks at what the two processes wrote down in one run of `_work`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lora_kernels.nn import LoRALinear, QLoRALinear
+from lora_kernels.testing import assert_within_budget
+from tests.nn.layers import plain, plain_args
+
+pytestmark = pytest.mark.slow  # each process imports torch: 7 s
+
+RANKS, BATCH, K, HIDDEN, N = 2, 16, 64, 96, 48
+ADAPTERS = ("0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B")
+
+
+def build(seed: int = 0, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(seed)
+    dense = LoRALinear(K, HIDDEN, r=4, dropout=dropout, dtype=dtype)
+    quantised = QLoRALinear(HIDDEN, N, r=8, dropout=dropout, dtype=dtype)
+    for layer in (dense, quantised):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    return nn.Sequential(dense, nn.Tanh(), quantised)
+
+
+def batch(dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(BATCH, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def share(rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return batch(dtype).chunk(RANKS)[rank]
+
+
+def loss(y: Tensor) -> Tensor:
+    return y.float().square().mean()
+
+
+def adapters(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model: nn.Module, x: Tensor, steps: int = 1) -> None:
+    optimizer = torch.optim.AdamW(adapters(model).values(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model(x)).backward()
+        optimizer.step()
+
+
+# --- in the processes -----------------------------------------------------------------------------
+
+
+def _work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
+    )
+    found = {"ddp": _ddp(rank), "dropout": _dropout(rank), "fsdp": _fsdp(rank)}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _ddp(rank: int) -> dict[str, Any]:
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    # Each process draws another model: the first one's is sent to all, 4-bit codes included.
+    model = DistributedDataParallel(build(seed=rank))
+    names = {id(p): n for n, p in model.module.named_parameters()}
+    sent: list[str] = []
+
+    def average(group, bucket):  # DDP reads annotations, and would refuse strings
+        sent.extend(names[id(p)] for p in bucket.parameters())
+        return allreduce_hook(group, bucket)
+
+    model.register_comm_hook(None, average)
+    loss(model(share(rank))).backward()
+    found = {
+        "gradients": {n: p.grad for n, p in model.module.named_parameters()},
+        "sent": list(sent),
+    }
+    train(model, share(rank), steps=2)
+    return found | {"trained": model.module.state_dict()}
+
+
+def _dropout(rank: int) -> dict[str, Tensor]:
+    alone = build(dropout=0.5)
+    model = DistributedDataParallel(alone)
+    outputs = {}
+    for name, run, seed in (
+        ("same seed", model, 7),
+        ("own seed", model, 8 + rank),
+        ("alone", alone, 8 + rank),
+    ):
+        torch.manual_seed(seed)
+        outputs[name] = run(batch()).detach()
+    return outputs
+
+
+def _fsdp(rank: int) -> dict[str, Any]:
+    return {str(dtype): _fsdp_of(rank, dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def _fsdp_of(rank: int, dtype: torch.dtype) -> dict[str, Any]:
+    from torch.distributed.checkpoint import state_dict as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    model = build(dtype=dtype)
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss(model(share(rank, dtype))).backward()
+    gradients = {n: p.grad.full_tensor() for n, p in adapters(model).items()}
+    rows = model[0].lora_B.to_local().shape[0]
+    train(model, share(rank, dtype), steps=3)
+
+    full = dcp.StateDictOptions(full_state_dict=True)
+    y = model(batch(dtype)).detach()
+    trained, pieces = (
+        {name: t.clone() for name, t in dcp.get_model_state_dict(model, options=options).items()}
+        for options in (full, None)
+    )
+    restored = {}
+    for name, state, options in (("full", trained, full), ("sharded", pieces, None)):
+        with torch.no_grad():  # forget what is to come back
+            for p in adapters(model).values():
+                p.zero_()
+            model[2].packed.zero_()
+        dcp.set_model_state_dict(model, dict(state), options=options)
+        restored[name] = model(batch(dtype)).detach()
+    alone = build(seed=1, dtype=dtype)
+    alone.load_state_dict(trained)
+    restored["alone"] = alone(batch(dtype)).detach()
+    return {
+        "gradients": gradients,
+        "rows": rows,
+        "trained": trained,
+        "y": y,
+        "restored": restored,
+    }
+
+
+# --- in the test ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("needs a torch with gloo")
+    folder: Path = tmp_path_factory.mktemp("distributed")
+    torch.multiprocessing.spawn(_work, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def plain_gradients(dtype: torch.dtype, base_dtype: torch.dtype) -> dict[str, Tensor]:
+    """Of the adapters, by the plain expression on the whole batch in one process."""
+    model, x = build(dtype=base_dtype), batch(base_dtype).to(dtype)
+    leaves = []
+    for layer in (model[0], model[2]):
+        _, w, a, b, bias, scale = plain_args(layer, x)
+        if dtype == torch.float64:
+            a, b = a.double(), b.double()
+        leaves += [a.requires_grad_(), b.requires_grad_()]
+        x = plain(x, w, a, b, bias, scale)
+        if layer is model[0]:
+            x = x.tanh()
+    loss_value = x.square().mean() if dtype == torch.float64 else loss(x)
+    return dict(zip(ADAPTERS, torch.autograd.grad(loss_value, leaves), strict=True))
+
+
+def assert_gradients(actual: dict[str, Tensor], dtype: torch.dtype) -> None:
+    oracle, expected = plain_gradients(torch.float64, dtype), plain_gradients(dtype, dtype)
+    for name in ADAPTERS:
+        assert_within_budget(actual[name], oracle[name], expected[name], name)
+
+
+def test_ddp_gives_the_gradients_of_the_joined_batch(ranks):
+    for found in ranks:
+        assert_gradients(found["ddp"]["gradients"], torch.float32)
+
+
+def test_ddp_sends_no_gradient_of_the_base(ranks):
+    for found in ranks:
+        assert sorted(found["ddp"]["sent"]) == sorted(ADAPTERS)
+        frozen = {n for n, g in found["ddp"]["gradients"].items() if g is None}
+        assert frozen == {"0.weight", "0.bias", "2.bias"}
+
+
+def test_ddp_keeps_the_processes_alike(ranks):
+    first, second = (found["ddp"]["trained"] for found in ranks)
+    untrained = build().state_dict()
+    assert first.keys() == second.keys() == untrained.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+        assert torch.equal(value, untrained[name]) == (name not in ADAPTERS), name
+
+
+def test_dropout_follows_each_process_own_seed(ranks):
+    first, second = (found["dropout"] for found in ranks)
+    assert torch.equal(first["same seed"], second["same seed"])
+    assert not torch.equal(first["own seed"], second["own seed"])
+    for found in (first, second):
+        assert torch.equal(found["own seed"], found["alone"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fsdp_gives_the_gradients_of_the_joined_batch(ranks, dtype):
+    for found in ranks:
+        assert found["fsdp"][str(dtype)]["rows"] == HIDDEN // RANKS  # of lora_B: really sharded
+        assert_gradients(found["fsdp"][str(dtype)]["gradients"], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fsdp_trains_and_its_state_comes_back(ranks, dtype):
+    untrained = build(dtype=dtype).state_dict()
+    for found in (found["fsdp"][str(dtype)] for found in ranks):
+        assert found["trained"].keys() == untrained.keys()
+        for name, value in found["trained"].items():
+            assert torch.equal(value, untrained[name]) == (name not in ADAPTERS), name
+        for how, y in found["restored"].items():
+            assert torch.equal(y, found["y"]), how
