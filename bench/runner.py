@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -127,7 +128,9 @@ def run_case(
     if not verify_only:
         for entry in entries:
             entry.fresh = case.fresh and device.type == "cpu"
-            _count_memory(entry, device)
+            with _errors_in(entry.row):
+                _count_memory(entry, device)
+        entries = [entry for entry in entries if entry.row.status == OK]
         if entries:
             _time(entries, Stopwatch.on(device), settings)
         for entry in entries:
@@ -140,20 +143,25 @@ def run_case(
 
 
 def _prepare(provider: Provider, row: Row, data: CaseData, verifier: Verifier) -> _Entry | None:
-    try:
+    with _errors_in(row):
         prepared = provider.build(data)
         verdict = verifier.check(provider, prepared)
+        row.note = verdict.note
+        if verdict.ok:
+            return _Entry(row, provider, prepared, prepared.call)
+        row.status = WRONG
+    return None
+
+
+@contextmanager
+def _errors_in(row: Row) -> Iterator[None]:
+    """Whatever a provider raises is its row's result, not the end of the run."""
+    try:
+        yield
     except BackendError as error:
         row.status, row.note = REFUSED, refusal(error)
-        return None
-    except Exception as error:  # whatever a peer raises is a result, not the end of the run
+    except Exception as error:
         row.status, row.note = FAILED, f"{type(error).__name__}: {error}".splitlines()[0]
-        return None
-    row.note = verdict.note
-    if not verdict.ok:
-        row.status = WRONG
-        return None
-    return _Entry(row, provider, prepared, prepared.call)
 
 
 def refusal(error: BackendError) -> str:

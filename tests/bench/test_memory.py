@@ -18,6 +18,7 @@ from bench.providers import PROVIDERS, Outputs, Prepared, Provider
 from bench.runner import Settings, run_case
 from bench.timing import Stopwatch
 from lora_kernels.dispatch import native
+from lora_kernels.dispatch.registry import BackendError
 
 CPU = torch.device("cpu")
 OURS = {p.name: p for p in PROVIDERS if p.ours}
@@ -89,6 +90,36 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     assert before is not None
     assert after is not None
     assert before[0] - after[0] > 0.8 * size
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "note"),
+    [
+        (MemoryError("no room\nfor it"), "failed", "MemoryError: no room"),
+        (BackendError("op: no backend\n  reference takes no more"), "refused", "op: no backend"),
+    ],
+)
+def test_an_error_while_memory_is_counted_is_its_rows_result(
+    error: Exception, status: str, note: str
+) -> None:
+    inner = OURS["ours:reference"]
+
+    def failing(data: CaseData) -> Prepared:
+        prepared = inner.build(data)
+
+        def forward(i: int) -> Outputs:
+            raise error
+
+        prepared.forward = forward  # called for the bytes it saves, and for nothing else
+        return prepared
+
+    providers = [Provider("fails", inner.ops, failing), inner]
+    settings = Settings(seconds=1e-9, min_rounds=1, max_rounds=1, rotate_bytes=1)
+    first, second = run_case(
+        Case("lora_linear", "tiny", 4, BOTH, 8), providers, CPU, settings, None
+    )
+    assert (first.status, first.note, first.samples) == (status, note, [])
+    assert (second.status, second.rounds) == ("ok", 1)
 
 
 class Recorded(Stopwatch):
