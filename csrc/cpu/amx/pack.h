@@ -63,7 +63,6 @@ struct Strip {
     }
   }
 
-  LK_INLINE void prefetch(int64_t, int64_t) const {}
   LK_INLINE void prefetch_four(int64_t, int64_t) const {}
 
   int64_t count = 0;
@@ -106,6 +105,14 @@ struct Strip<Nf4Rows> {
     for (int64_t r = 0; r < kTile; r += 4) four_rows(c, r, to);
   }
 
+  // Fetches a cache line a row as well, from `next` on.
+  LK_INLINE void tiles(int64_t c, char* to, const uint8_t* next) const {
+    for (int64_t r = 0; r < kTile; r += 4) {
+      for (int64_t i = r; i < r + 4; ++i) _mm_prefetch(next + i * 64, _MM_HINT_T1);
+      four_rows(c, r, to);
+    }
+  }
+
   LK_INLINE void four_rows(int64_t c, int64_t first, char* to) const {
     const __m512 codes = _mm512_loadu_ps(kCodeTable[q->quant_type]);
     const uint8_t* p = packed + c * (kChunk / 2) + first * row_bytes;
@@ -128,12 +135,6 @@ struct Strip<Nf4Rows> {
         decode_half_chunk(p, codes, s, v);
       for (int t = 0; t < 4; ++t) _mm512_store_si512(to + t * kTileBytes + r * 64, v[t]);
     }
-  }
-
-  // Fetches the chunk of every row `bytes` further on.
-  LK_INLINE void prefetch(int64_t c, int64_t bytes) const {
-    const char* p = reinterpret_cast<const char*>(packed) + c * (kChunk / 2) + bytes;
-    for (int r = 0; r < kTile; ++r) _mm_prefetch(p + r * row_bytes, _MM_HINT_T1);
   }
 
   // The chunk of four rows of the next strip.

@@ -37,9 +37,9 @@ LK_INLINE void add_tiles(float* to, const float* from) {
     _mm512_store_ps(to + i, _mm512_add_ps(_mm512_load_ps(to + i), _mm512_load_ps(from + i)));
 }
 
-template <class Rows>
-bool forward_small(const Rows& prototype, const LinearForward& f, const Parallel& parallel) {
-  constexpr Order order = Rows::kOrder;
+inline bool forward_small(const Nf4Rows& prototype, const LinearForward& f,
+                          const Parallel& parallel) {
+  constexpr Order order = Nf4Rows::kOrder;
   const int64_t m = f.x.rows, n = f.base.n, chunks = ceil_div(f.base.k, kChunk);
   const int64_t depth = rank_tiles(f.lora);
   const bool wide = m > kTile;
@@ -61,8 +61,7 @@ bool forward_small(const Rows& prototype, const LinearForward& f, const Parallel
     char* stage = static_cast<char*>(
         thread_scratch(kBlock, size_t(2 * kGroupChunkBytes + 2 * depth * kTileBytes)));
     if (stage == nullptr) return void(ok = false);
-    Strip<Rows> upper(prototype), lower(prototype);
-    const int64_t ahead = kGroupRows * f.base.k / 2;  // bytes to the next group
+    Strip<Nf4Rows> upper(prototype), lower(prototype);
     char* expand = stage + 2 * kGroupChunkBytes;
     const auto consume = [&](int64_t c_index) {
       const char* w = stage + c_index % 2 * kGroupChunkBytes;
@@ -74,17 +73,19 @@ bool forward_small(const Rows& prototype, const LinearForward& f, const Parallel
     };
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * kGroupRows;
+      const uint8_t* next = f.base.quant->packed + (row + kGroupRows) * f.base.k / 2;
       zero_accumulators();
-      for (int64_t c0 = 0; c0 < chunks; c0 += Rows::kMaxChunks) {
-        const int64_t c1 = min64(c0 + Rows::kMaxChunks, chunks);
+      for (int64_t c0 = 0; c0 < chunks; c0 += Nf4Rows::kMaxChunks) {
+        const int64_t c1 = min64(c0 + Nf4Rows::kMaxChunks, chunks);
         upper.begin(row, n, c0, c1);
         lower.begin(row + kTile, n, c0, c1);
         for (int64_t i = c0; i < c1; ++i) {
           char* to = stage + i % 2 * kGroupChunkBytes;
-          upper.prefetch(i, ahead);
-          upper.tiles(i, to);
-          lower.prefetch(i, ahead);
-          lower.tiles(i, to + kChunkTiles * kTileBytes);
+          // As many lines of the next group, in the order they lie in memory, in which the
+          // hardware fetches along: 8 rows of x took 10 % longer when rows were fetched as used.
+          upper.tiles(i, to, next);
+          lower.tiles(i, to + kChunkTiles * kTileBytes, next + kTile * 64);
+          next += kGroupRows * 64;
           if (i > 0) consume(i - 1);
         }
       }

@@ -153,12 +153,12 @@ struct QuantWeights {
       if (is_plain) return Group(p, plain_table(all.codes, scale, T{}));
       return Group(p, rounded_table(all.codes, scale, T{}));
     }
-    // Two groups are a cache line. The hardware's prefetcher stops at the end of a page.
+    // Two groups are a cache line. The hardware's prefetcher stops at the end of a page; what is
+    // far comes in the order it lies in memory, in which that one fetches along.
     LK_INLINE void fetch(int w, int64_t g) const {
-      constexpr int64_t kNear = 2048, kFar = 16384;
-      const uint8_t* p = packed[w] + g * (kGroup / 2);
-      __builtin_prefetch(p + kNear, 0, 3);
-      __builtin_prefetch(p + kFar, 0, 2);
+      constexpr int64_t kNear = 2048, kFar = 16384, kLine = kGroup;
+      __builtin_prefetch(packed[w] + g * (kGroup / 2) + kNear, 0, 3);
+      __builtin_prefetch(packed[0] + kFar + (g / 2 * W + w) * kLine, 0, 2);
     }
   };
 
