@@ -10,7 +10,15 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear", "lora_linear", "nf4_lora_linear", "step")
+OPS = (
+    "nf4_quantize",
+    "nf4_dequantize",
+    "nf4_linear",
+    "lora_linear",
+    "nf4_lora_linear",
+    "linear_cross_entropy",
+    "step",
+)
 FWD, BOTH = "fwd", "fwd+bwd"
 
 
@@ -44,6 +52,9 @@ LAYERS: dict[str, Layer] = {
     **_model("qwen2.5-0.5b", 896, 128, 4864, qkv_bias=True),
     **_model("qwen2.5-7b", 3584, 512, 18944, qkv_bias=True),
     **_model("smollm2-135m", 576, 192, 1536),
+    # Output layers: the vocabulary.
+    "smollm2-135m.lm_head": Layer("smollm2-135m.lm_head", 49152, 576),
+    "qwen2.5-0.5b.lm_head": Layer("qwen2.5-0.5b.lm_head", 151936, 896),
     "tiny": Layer("tiny", 96, 128),
     "tiny-bias": Layer("tiny-bias", 64, 64, bias=True),
 }
@@ -54,7 +65,8 @@ class Case:
     """One measurement: y[M, N] of x[M, K] and w[N, K], with r > 0 where there is an adapter.
 
     `direction` is "fwd" (no gradients asked, as in inference) or "fwd+bwd": y, then the gradients
-    of x and, with an adapter, of A and B. `scale` is the LoRA scale, 2 throughout.
+    of x and, with an adapter, of A and B. `scale` is the LoRA scale, 2 throughout. The layer of a
+    cross-entropy is an output layer; its result is the loss, and the gradient of x.
 
     A quantiser or decoder is timed into a fresh tensor (`fresh`): on a CPU every call takes pages
     that the system has to provide first, as loading a model does, whatever the allocator would
@@ -175,6 +187,7 @@ def _quick() -> Iterator[Case]:
     yield Case("lora_linear", "llama-3.1-8b.k_proj", 512, BOTH, 16)
     yield Case("lora_linear", "llama-3.1-8b.k_proj", 512, BOTH, 16, 0.05)
     yield Case("nf4_lora_linear", "llama-3.1-8b.k_proj", 512, BOTH, 16, 0.05)
+    yield Case("linear_cross_entropy", "smollm2-135m.lm_head", 512, BOTH)
     yield Case("nf4_dequantize", "llama-3.1-8b.k_proj", 0)
     yield Case("nf4_quantize", "llama-3.1-8b.k_proj", 0)
 
@@ -187,6 +200,8 @@ def _smoke() -> Iterator[Case]:
     yield Case("lora_linear", "tiny-bias", 7, BOTH, 8, 0.25, dtype="fp32", adapter_dtype="fp32")
     yield Case("nf4_lora_linear", "tiny", 9, BOTH, 8, 0.25)
     yield Case("nf4_lora_linear", "tiny", 2, FWD, 8, nested=False)
+    yield Case("linear_cross_entropy", "tiny", 6, BOTH)
+    yield Case("linear_cross_entropy", "tiny", 5, dtype="fp32")
     yield Case("nf4_dequantize", "tiny", 0)
     yield Case("nf4_quantize", "tiny", 0, dtype="fp32")
 
@@ -208,6 +223,10 @@ def _models() -> Iterator[Case]:
     """Every distinct layer of the models, at one token, a small batch and a training batch."""
     seen: set[tuple[int, int, bool]] = set()
     for layer in LAYERS.values():
+        if layer.name.endswith("lm_head"):
+            for direction in (FWD, BOTH):
+                yield Case("linear_cross_entropy", layer.name, 1024, direction)
+            continue
         shape = (layer.n, layer.k, layer.bias)
         if shape in seen or layer.name.startswith("tiny"):
             continue

@@ -90,6 +90,11 @@ def cost(case: Case) -> Cost:
         return Cost(case.n * case.k, weight_bytes(case), dense)
     if case.op == "nf4_quantize":
         return Cost(case.n * case.k, dense, weight_bytes(case))
+    if case.op == "linear_cross_entropy":
+        # One pass: dx is known as soon as the loss is, nothing stands between them.
+        x, labels = case.m * case.k * size, 8 * case.m
+        passes = 2 if case.backward else 1
+        return Cost(2 * passes * case.m * case.n * case.k, dense + x + labels, (passes - 1) * x + 4)
     total = _linear_fwd(case, size)
     return total + _linear_bwd(case, size) if case.backward else total
 

@@ -40,13 +40,24 @@ class CaseData:
         self.source = self._normal(n, k, std=k**-0.5, dtype=self.dtype)
         self.bias = self._normal(n, std=0.1, dtype=self.dtype) if case.bias else None
         self.x = [self._normal(m, k, dtype=self.dtype) for _ in range(INPUT_COPIES)]
-        self.dy = [self._normal(m, n, dtype=self.dtype) for _ in range(INPUT_COPIES)]
         for x in self.x:
             x.requires_grad_(case.backward)
         self.a = self._normal(r, k, std=k**-0.5, dtype=self.adapter_dtype)
         self.b = self._normal(n, r, std=0.1, dtype=self.adapter_dtype)
         for adapter in (self.a, self.b):
             adapter.requires_grad_(case.backward)
+
+    @functools.cached_property
+    def dy(self) -> list[Tensor]:
+        c, generator = self.case, torch.Generator().manual_seed(1)
+        drawn = (torch.randn(c.m, c.n, generator=generator) for _ in range(INPUT_COPIES))
+        return [t.to(self.dtype).to(self.device) for t in drawn]
+
+    @functools.cached_property
+    def labels(self) -> Tensor:
+        """A token of the vocabulary for each row of x."""
+        generator = torch.Generator().manual_seed(2)
+        return torch.randint(self.case.n, (self.case.m,), generator=generator).to(self.device)
 
     def _normal(self, *shape: int, dtype: torch.dtype, std: float = 1.0) -> Tensor:
         values = torch.randn(*shape, generator=self._generator) * std

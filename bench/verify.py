@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from bench.data import CaseData
 from bench.providers.base import BASE, Outputs, Prepared, Provider
+from bench.providers.plain import loss_of_logits
 from lora_kernels import use_backend
 from lora_kernels.testing import assert_within_budget
 
@@ -71,6 +72,11 @@ class Verifier:
                 self._quantised_right(got, provider.ours)
             elif self.data.case.op == "nf4_dequantize":
                 self._decoded_right(got["w"], provider.ours)
+            elif self.data.case.op == "linear_cross_entropy":
+                x = self.data.x[copy % len(self.data.x)]
+                _compare(
+                    got, self._loss(torch.float64, x), self._loss(self.data.dtype, x), provider.ours
+                )
             else:
                 x, dy = self.data.x[copy % len(self.data.x)], self.data.dy[copy % len(self.data.dy)]
                 oracle = self._expression(torch.float64, x, dy, mask, prepared.computes)
@@ -113,6 +119,14 @@ class Verifier:
                 return {"y": y}
             grads = torch.autograd.grad(y, (x, *adapters), dy.to(dtype))
         return {"y": y.detach(), **dict(zip(("dx", "da", "db"), grads, strict=False))}
+
+    def _loss(self, dtype: torch.dtype, x: Tensor) -> Outputs:
+        """The same of a cross-entropy."""
+        x = x.detach().to(dtype).requires_grad_(self.data.case.backward)
+        loss = loss_of_logits(x, self.data.weight.to(dtype), self.data.labels)
+        if not self.data.case.backward:
+            return {"loss": loss.detach()}
+        return {"loss": loss.detach(), "dx": torch.autograd.grad(loss, x)[0]}
 
     def _quantised_right(self, got: Outputs, ours: bool) -> None:
         case = self.data.case

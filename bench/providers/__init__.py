@@ -11,6 +11,7 @@ __all__ = ["BASE", "FULL", "PROVIDERS", "Outputs", "Prepared", "Provider", "sele
 
 _LINEAR = ("nf4_linear", "lora_linear", "nf4_lora_linear")
 _LORA = ("lora_linear", "nf4_lora_linear")
+_LOSS = ("linear_cross_entropy",)
 _BNB = peers.installed("bitsandbytes")
 
 PROVIDERS: tuple[Provider, ...] = (
@@ -18,9 +19,9 @@ PROVIDERS: tuple[Provider, ...] = (
     ours.provider("triton"),
     ours.provider("reference", suites="short"),
     Provider("dense", _LINEAR, plain.frozen_linear),
-    Provider("torch", _LORA, plain.eager),
+    Provider("torch", (*_LORA, *_LOSS), plain.eager),
     Provider("addmm", _LORA, plain.addmm, plain.addmm_refuses),
-    Provider("compile", _LORA, plain.compiled, suites="long"),
+    Provider("compile", (*_LORA, *_LOSS), plain.compiled, suites="long"),
     Provider("peft", _LORA, peers.peft_dense, peers.installed("peft")),
     Provider("peft+bnb", ("nf4_lora_linear",), peers.peft_bnb, peers.peft_bnb_refuses),
     Provider("bnb-eval", ("nf4_linear",), peers.bnb_eval, peers.bnb_eval_refuses),

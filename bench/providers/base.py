@@ -23,7 +23,8 @@ class Prepared:
 
     Attributes:
         call: runs copy i of the weight and returns the results by name: `y`, with gradients also
-            `dx` and, with an adapter, `da` and `db`; `w`, or `packed` and `absmax`, for codecs.
+            `dx` and, with an adapter, `da` and `db`; `loss` and `dx` of a cross-entropy; `w`, or
+            `packed` and `absmax`, for codecs.
         copies: how many weight copies there are; `call` takes any i and wraps around.
         computes: "full", or "base" where the adapter is left out (the frozen linear).
         forward: the forward alone with gradients on, for counting what it keeps; else None.
@@ -99,4 +100,25 @@ def linear_call(
         forward=(lambda i: forward(i % copies, x[i % len(x)])) if backward else None,
         grad=prepared.pop("grad", backward),
         **prepared,
+    )
+
+
+def loss_call(data: CaseData, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepared:
+    """A cross-entropy of x, W and the labels, or that and the gradient of x, as the case asks."""
+    weights, x, labels = data.dense_copies, data.x, data.labels
+
+    def forward(i: int) -> Tensor:
+        return loss(x[i % len(x)], weights[i % len(weights)], labels)
+
+    def call_both(i: int) -> Outputs:
+        value = forward(i)
+        return {"loss": value, "dx": torch.autograd.grad(value, x[i % len(x)])[0]}
+
+    backward = data.case.backward
+    return Prepared(
+        call=call_both if backward else lambda i: {"loss": forward(i)},
+        copies=len(weights),
+        forward=forward if backward else None,
+        parameters=weights,
+        grad=backward,
     )

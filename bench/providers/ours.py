@@ -9,17 +9,15 @@ from torch import Tensor
 
 import lora_kernels.functional as lkf
 from bench.data import CaseData
-from bench.providers.base import Outputs, Prepared, Provider, linear_call
+from bench.providers.base import Outputs, Prepared, Provider, linear_call, loss_call
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.lora.api import draw_seed
-
-OPS = ("nf4_quantize", "nf4_dequantize", "nf4_linear", "lora_linear", "nf4_lora_linear")
 
 
 def provider(backend: str, suites: str = "all") -> Provider:
     """The provider that runs every op on one backend."""
     build = functools.partial(_build, backend)
-    return Provider(f"ours:{backend}", OPS, build, ours=True, suites=suites)
+    return Provider(f"ours:{backend}", tuple(_BUILDERS), build, ours=True, suites=suites)
 
 
 def _build(backend: str, data: CaseData) -> Prepared:
@@ -93,6 +91,10 @@ def _nf4_lora_linear(data: CaseData) -> Prepared:
     )
 
 
+def _linear_cross_entropy(data: CaseData) -> Prepared:
+    return loss_call(data, lkf.linear_cross_entropy)
+
+
 def _mask(data: CaseData) -> Tensor:
     p = data.case.dropout
     keep = lkf.dropout_mask((data.case.m, data.case.k), p, draw_seed(data.device))
@@ -105,4 +107,5 @@ _BUILDERS = {
     "nf4_linear": _nf4_linear,
     "lora_linear": _lora_linear,
     "nf4_lora_linear": _nf4_lora_linear,
+    "linear_cross_entropy": _linear_cross_entropy,
 }

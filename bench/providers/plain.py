@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import cross_entropy, dropout, linear
 
 from bench.cases import Case
 from bench.data import CaseData
-from bench.providers.base import BASE, FULL, Prepared, linear_call
+from bench.providers.base import BASE, FULL, Prepared, linear_call, loss_call
 
 
 def frozen_linear(data: CaseData) -> Prepared:
@@ -54,12 +54,22 @@ def torch_mask(data: CaseData, dtype: torch.dtype) -> Tensor:
     return (dropout(ones, p) != 0).to(torch.float64) / (1 - p)
 
 
+def loss_of_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+    """As transformers writes it: logits in x's dtype, the loss in fp32."""
+    logits = linear(x, w)
+    return cross_entropy(logits if x.dtype == torch.float64 else logits.float(), labels)
+
+
 def eager(data: CaseData) -> Prepared:
+    if data.case.op == "linear_cross_entropy":
+        return loss_call(data, loss_of_logits)
     return _plain_call(data, plain_lora, mask=lambda: torch_mask(data, data.adapter_dtype))
 
 
 def compiled(data: CaseData) -> Prepared:
     torch._dynamo.reset()
+    if data.case.op == "linear_cross_entropy":
+        return loss_call(data, torch.compile(loss_of_logits, fullgraph=True, dynamic=False))
     # inductor's dropout draws its own numbers: no mask to compare with.
     return _plain_call(data, torch.compile(plain_lora, fullgraph=True, dynamic=False))
 
