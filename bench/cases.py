@@ -52,9 +52,8 @@ LAYERS: dict[str, Layer] = {
     **_model("qwen2.5-0.5b", 896, 128, 4864, qkv_bias=True),
     **_model("qwen2.5-7b", 3584, 512, 18944, qkv_bias=True),
     **_model("smollm2-135m", 576, 192, 1536),
-    # Output layers: the vocabulary.
+    # An output layer: the vocabulary.
     "smollm2-135m.lm_head": Layer("smollm2-135m.lm_head", 49152, 576),
-    "qwen2.5-0.5b.lm_head": Layer("qwen2.5-0.5b.lm_head", 151936, 896),
     "tiny": Layer("tiny", 96, 128),
     "tiny-bias": Layer("tiny-bias", 64, 64, bias=True),
 }
