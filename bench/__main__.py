@@ -1,4 +1,4 @@
-"""`python -m bench run | verify | plot | compare | targets`."""
+"""`python -m bench run | verify | tune | plot | compare | targets`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import compare, report, targets
+from bench import compare, report, targets, tune
 from bench.cases import SHORT, SUITES, Case, suite
 from bench.machine import Limits, describe, measure_limits, summary
 from bench.providers import PROVIDERS, Provider, select
@@ -39,6 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    def threads(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--threads", type=int, help="CPU threads (default: torch's own number)")
+
     def measuring(name: str, help: str) -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=help)
         p.add_argument("--suite", default="quick", choices=SUITES)
@@ -50,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
             help=f"only providers whose name it matches from the start ({names})",
         )
         p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
-        p.add_argument("--threads", type=int, help="CPU threads (default: torch's own number)")
+        threads(p)
         p.add_argument("--rotate-mib", type=int, default=1024, help="default: %(default)s")
         return p
 
@@ -65,6 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     verify = measuring("verify", "check every provider and time nothing")
     verify.set_defaults(command=_verify, output=None)
 
+    p = commands.add_parser(
+        "tune",
+        help="find the CPU kernels' fastest block sizes on this machine and write them to a file, "
+        "which LORA_KERNELS_TUNING=FILE puts in force; minutes",
+    )
+    threads(p)
+    p.add_argument(
+        "--seconds", type=float, default=Settings.seconds, help="of each value in each case"
+    )
+    p.add_argument("--output", type=Path, default=Path("tuning.json"), help="default: %(default)s")
+    p.set_defaults(command=_tune)
     p = commands.add_parser("plot", help="draw a result file as PNG")
     p.add_argument("results", type=Path)
     p.add_argument("--output", type=Path, help="folder (default: beside the results)")
@@ -92,11 +106,16 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, list[Case], list[Pr
         raise ValueError(f"device: got {args.device!r}, expected cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: this torch sees no CUDA device")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"threads: got {args.threads}, expected 1 or more")
-        torch.set_num_threads(args.threads)
+    _set_threads(args)
     return device, suite(args.suite, args.only), select(args.providers, short=args.suite in SHORT)
+
+
+def _set_threads(args: argparse.Namespace) -> None:
+    if args.threads is None:
+        return
+    if args.threads < 1:
+        raise ValueError(f"threads: got {args.threads}, expected 1 or more")
+    torch.set_num_threads(args.threads)
 
 
 def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool) -> int:
@@ -194,15 +213,35 @@ def _settings(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    settings = Settings(seconds=_seconds(args), rotate_bytes=args.rotate_mib << 20)
+    return _measure(args, settings, verify_only=False)
+
+
+def _seconds(args: argparse.Namespace) -> float:
     if args.seconds <= 0:
         raise ValueError(f"seconds: got {args.seconds}, expected more than 0")
-    settings = Settings(seconds=args.seconds, rotate_bytes=args.rotate_mib << 20)
-    return _measure(args, settings, verify_only=False)
+    return float(args.seconds)
 
 
 def _verify(args: argparse.Namespace) -> int:
     # Two copies: the second stands for the others.
     return _measure(args, Settings(rotate_bytes=1), verify_only=True)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    settings = Settings(seconds=_seconds(args))
+    _set_threads(args)
+    console = report.console()
+    console.print(summary(describe(torch.device("cpu"))), style="bold", highlight=False)
+    found = tune.tune(settings, tune.CASES, tell=lambda t: console.print(tune.table(t)))
+    tune.save(args.output, found)
+    for name, value in found.values.items():
+        console.print(f"{name} = {value}: {found.gains[name]:.1%} less time", highlight=False)
+    together = found.gains.get("all")
+    if together is not None:
+        console.print(f"together: {together:.1%} less time", highlight=False)
+    console.print(f"written: {os.path.relpath(args.output)}", highlight=False)
+    return _status(found.rows)
 
 
 def _plot(args: argparse.Namespace) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lora_kernels.dispatch.cpu import cpu_model, cpuinfo
+
 _ISA_FLAGS = (
     *("avx2", "fma", "avx512f", "avx512vbmi", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_bf16", "amx_fp16", "asimd", "fphp", "bf16", "i8mm", "sve"),
@@ -50,22 +52,8 @@ def summary(machine: dict[str, Any]) -> str:
     )
 
 
-def _cpuinfo(key: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
-
-
-def cpu_model() -> str:
-    name = _cpuinfo("model name") or platform.processor() or platform.machine()
-    family, model = _cpuinfo("cpu family"), _cpuinfo("model\t")
-    return f"{name} (family {family}, model {model})" if model else name
-
-
 def isa_flags() -> list[str]:
-    present = (_cpuinfo("flags") or _cpuinfo("Features")).split()
+    present = (cpuinfo("flags") or cpuinfo("Features")).split()
     return [f for f in _ISA_FLAGS if f in present]
 
 

@@ -1,5 +1,5 @@
 // lora_kernels._C: importing it registers the ops of the other files; the module itself holds build
-// information and the control of the instruction set.
+// information and the control of the instruction set and of the block sizes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lora_kernels/isa.h"
+#include "lora_kernels/tuning.h"
 
 namespace py = pybind11;
 namespace lk = lora_kernels;
@@ -49,6 +50,41 @@ void set_isa(const std::string& name) {
   }
 }
 
+py::dict as_dict(const lk::Tuning& tuning) {
+  py::dict values;
+  for (const lk::Knob& knob : lk::kKnobs) values[knob.name] = tuning.*knob.value;
+  return values;
+}
+
+const lk::Knob& knob_named(const py::handle& key) {
+  for (const lk::Knob& knob : lk::kKnobs)
+    if (py::str(knob.name).equal(key)) return knob;
+  std::string text = "tuning: got key " + std::string(py::repr(key)) + ", expected one of";
+  for (const lk::Knob& knob : lk::kKnobs) text += std::string(" ") + knob.name;
+  throw py::value_error(text);
+}
+
+int64_t value_for(const lk::Knob& knob, const py::handle& value) {
+  const bool whole = py::isinstance<py::int_>(value) && !py::isinstance<py::bool_>(value);
+  int overflow = 0;
+  const int64_t v = whole ? PyLong_AsLongLongAndOverflow(value.ptr(), &overflow) : 0;
+  if (whole && overflow == 0 && knob.takes(v)) return v;
+  const std::string kind =
+      knob.unit == 1 ? "an integer" : "a multiple of " + std::to_string(knob.unit);
+  throw py::value_error(std::string(knob.name) + ": got " + std::string(py::repr(value)) +
+                        ", expected " + kind + " from " + std::to_string(knob.least) + " to " +
+                        std::to_string(knob.most));
+}
+
+void set_tuning(const py::dict& values) {
+  lk::Tuning tuning = lk::tuning();
+  for (const auto& [key, value] : values) {
+    const lk::Knob& knob = knob_named(key);
+    tuning.*knob.value = value_for(knob, value);
+  }
+  lk::set_tuning(tuning);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -61,4 +97,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("current_isa", [] { return std::string(lk::isa_name(lk::current())); });
   m.def("set_isa", set_isa, py::arg("name"),
         "Use another tier, process-wide. ValueError where it cannot run here.");
+  m.def("l2_bytes", lk::l2_bytes, "Of a core of this machine; 0 where that is unknown.");
+  m.def(
+      "default_tuning", [](int64_t l2) { return as_dict(lk::default_tuning(l2)); }, py::arg("l2"),
+      "Block sizes for an L2 cache of so many bytes, 0 being unknown.");
+  m.def(
+      "tuning", [] { return as_dict(lk::tuning()); },
+      "The block sizes in use. They change no bit of a result.");
+  m.def("set_tuning", set_tuning, py::arg("values"),
+        "Use other block sizes, process-wide; those not named stay. ValueError, and no change, for "
+        "a name or a value that does not fit.");
 }

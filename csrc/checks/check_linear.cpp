@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "lora_kernels/linear.h"
+#include "lora_kernels/tuning.h"
 
 using namespace lora_kernels;
 
@@ -310,18 +311,32 @@ std::vector<Array> check_gradients(Layer& f, const Parallel& parallel, Random ra
   return outs;
 }
 
+// Blocks as small as they get, or as large.
+Tuning extreme(bool large) {
+  Tuning t;
+  for (const Knob& knob : kKnobs) t.*knob.value = large ? knob.most : knob.least;
+  return t;
+}
+
 void check_layer(const Shape& shape, Dtype dtype, Dtype adapters, Random& random) {
   Layer layer(shape, dtype, adapters, random);
+  bool large = random.next() % 2 == 1;
   for (const Isa isa : usable_isas()) {
     set_for_testing(isa);
-    const auto same = [&](const std::vector<Array>& serially, const std::vector<Array>& threaded) {
-      CHECK(serially == threaded, "%s: depends on threads", isa_name(isa));
+    // On one thread with the default sizes, and on several with extreme ones.
+    const auto same = [&](const auto& check) {
+      set_tuning(Tuning{});
+      const std::vector<Array> usual = check(serial());
+      set_tuning(extreme(large));
+      CHECK(usual == check(kThreads), "%s: depends on threads or %s blocks", isa_name(isa),
+            large ? "large" : "small");
+      large = !large;
     };
-    same(check_forward(layer, serial()), check_forward(layer, kThreads));
-    same(check_backward(layer, serial(), true), check_backward(layer, kThreads, true));
+    same([&](const Parallel& parallel) { return check_forward(layer, parallel); });
+    same([&](const Parallel& parallel) { return check_backward(layer, parallel, true); });
     if (shape.r == 0) continue;
     check_backward(layer, kThreads, false);
-    same(check_gradients(layer, serial(), random), check_gradients(layer, kThreads, random));
+    same([&](const Parallel& parallel) { return check_gradients(layer, parallel, random); });
   }
 }
 

@@ -11,17 +11,24 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lora_kernels import NF4Weight, functional
 from lora_kernels.dispatch import Explanation, explain, native, ops
+from lora_kernels.dispatch.cpu import cpuinfo
 from lora_kernels.dispatch.registry import BACKEND_VARIABLE
+from lora_kernels.dispatch.tuning import VARIABLE as TUNING_VARIABLE
 
 # Every variable the package reads, so that a surprising path has its reason on the screen.
-VARIABLES = (BACKEND_VARIABLE, "LORA_KERNELS_NO_NATIVE", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+VARIABLES = (
+    BACKEND_VARIABLE,
+    TUNING_VARIABLE,
+    "LORA_KERNELS_NO_NATIVE",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+)
 PACKAGES = [
     "lora_kernels",
     "torch",
@@ -79,8 +86,8 @@ def machine() -> list[str]:
     rows = [
         ("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
     ]
-    rows.append(("CPU", _cpu_field("model name") or platform.processor() or "unknown"))
-    flags = (_cpu_field("flags") or _cpu_field("Features") or "").split()
+    rows.append(("CPU", cpuinfo("model name") or platform.processor() or "unknown"))
+    flags = (cpuinfo("flags") or cpuinfo("Features")).split()
     rows.append(("instructions", " ".join(f for f in CPU_FLAGS if f in flags) or "unknown"))
     rows.append(("threads", f"{torch.get_num_threads()} of {_usable_cpus()} usable CPUs"))
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -101,18 +108,6 @@ def machine() -> list[str]:
         rows.append(("GPU", "none found" if built else "none (torch is built for the CPU alone)"))
     rows += [(name, os.environ[name]) for name in VARIABLES if name in os.environ]
     return _rows(rows)
-
-
-def _cpu_field(field: str) -> str | None:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == field:
-            return value.strip()
-    return None
 
 
 def _usable_cpus() -> int:
@@ -138,6 +133,9 @@ def extension() -> list[str]:
         return [f"not loaded: {native.why_unavailable()}"]
     rows = [("state", f"loaded, uses {native.current_isa()}")]
     rows.append(("usable here", ", ".join(native.isas())))
+    default = native.default_tuning()
+    tuned = [f"{name} {size}" for name, size in native.tuning().items() if size != default[name]]
+    rows.append(("block sizes", ", ".join(tuned) or "the defaults"))
     for key, value in native.build_info().items():
         text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value).strip()
         rows.append((f"built: {key}", text or "none"))

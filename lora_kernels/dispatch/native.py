@@ -2,7 +2,8 @@
 
 Importing it registers the CPU (and, where torch has CUDA, CUDA) implementations of
 `lora_kernels_native::<op>`. A missing or broken extension is no error here: `why_unavailable` says
-what is wrong and the other backends run.
+what is wrong and the other backends run. Loading also reads the file that `LORA_KERNELS_TUNING`
+names (tuning.py).
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+from lora_kernels.dispatch import tuning as tuning_file
 
 _MODULE = "lora_kernels._C"
 # The floor of the stable ABI functions that the extension calls.
@@ -40,7 +43,7 @@ def _load() -> _Loaded:
         oldest = ".".join(map(str, _OLDEST_TORCH))
         return _Loaded(None, f"torch {torch.__version__} is older than {oldest}")
     try:
-        return _Loaded(importlib.import_module(_MODULE), None)
+        module = importlib.import_module(_MODULE)
     except ModuleNotFoundError as error:
         if error.name != _MODULE:
             return _Loaded(None, f"{_MODULE} failed to import: {error}")
@@ -51,6 +54,8 @@ def _load() -> _Loaded:
             None,
             f"{_MODULE} does not load with torch {torch.__version__}: {error}; {_REBUILD}",
         )
+    tuning_file.apply_file(module)
+    return _Loaded(module, None)
 
 
 def _module() -> ModuleType:
@@ -102,3 +107,39 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         module.set_isa(previous)
+
+
+def tuning() -> dict[str, int]:
+    """The block sizes of the CPU kernels in use, by name; they change no bit of a result."""
+    return dict(_module().tuning())
+
+
+def default_tuning() -> dict[str, int]:
+    """The block sizes for this machine's L2 cache, whatever is in use."""
+    return dict(_module().default_tuning(l2_bytes()))
+
+
+def l2_bytes() -> int:
+    """The L2 cache of a core; 0 where the system does not tell."""
+    return int(_module().l2_bytes())
+
+
+def tuned_for() -> dict[str, Any]:
+    """What a file of block sizes made here begins with, and must begin with to be read here."""
+    return tuning_file.head(_module())
+
+
+@contextmanager
+def use_tuning(values: Mapping[str, int]) -> Iterator[None]:
+    """Run the CPU kernels with these block sizes inside the block, process-wide; those not named
+    stay as they are.
+
+    Raises ValueError for a name or a value that does not fit.
+    """
+    module = _module()
+    previous = module.tuning()
+    module.set_tuning(dict(values))
+    try:
+        yield
+    finally:
+        module.set_tuning(previous)

@@ -92,7 +92,8 @@ bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Paral
   const int64_t depth = rank_tiles(f.lora);
   const bool masked = depth > 0 && f.lora.dropout.threshold != 0;
   BackwardPacked p{nullptr, nullptr, nullptr, ceil_div(n, kChunk)};
-  const int64_t piece = piece_rows(m_all, p.chunks);
+  const Tuning& sizes = tuning();
+  const int64_t piece = piece_rows(m_all, p.chunks, sizes.activation_bytes);
   const int64_t dy_bytes = piece / kTile * p.strip();
   p.dy = static_cast<char*>(
       thread_scratch(kActivations, size_t(dy_bytes + piece / kTile * depth * kTileBytes)));
@@ -115,7 +116,7 @@ bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Paral
       for (int64_t i = begin; i < end; ++i) pack_dy(f, p, i, m0 + i * kTile, m_end);
     });
     if (f.dx == nullptr) continue;
-    const Blocks blocks(Rows::kBlocking, k_chunks * kChunkStrips, kChunkStrips,
+    const Blocks blocks(Rows::blocking(sizes), k_chunks * kChunkStrips, kChunkStrips,
                         ceil_div(n, kTileDepth), 1, m_pairs, parallel.threads);
     const int64_t expand_bytes = blocks.strips * depth * kTileBytes;
     parallel(0, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {

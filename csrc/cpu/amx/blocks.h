@@ -2,7 +2,7 @@
 // before, against pairs of strips of the activations, packed beforehand.
 //
 // The weight is cut into blocks of strips (16 outputs wide), and these into parts of the reduction
-// (rows.h says how long), so that a pair of activation strips stays in the L1 cache while a part
+// (tuning.h says how long), so that a pair of activation strips stays in the L1 cache while a part
 // streams past it from L2 (tiles.h). Sums wait in L2 between the parts.
 #pragma once
 
@@ -12,10 +12,6 @@
 
 namespace lora_kernels {
 namespace {
-
-// The activations, which are in no private cache, are read once a block. NF4 4096 x 4096, 512 and
-// 2048 rows, one thread: 14.5 and 59 ms; 8 strips 14.9 and 68.
-constexpr int64_t kBlockStrips = 16;
 
 struct Stage {
   int64_t task, block;
@@ -41,7 +37,7 @@ struct Blocks {
         ahead(by.ahead) {
     parts = ceil_div(depth, by.depth);
     const int64_t grains = all_strips / grain;
-    const int64_t least = ceil_div(grains * grain, kBlockStrips);
+    const int64_t least = ceil_div(grains * grain, by.strips);
     strips = ceil_div(grains, min64(ceil_div(least, threads) * threads, grains)) * grain;
     count = ceil_div(all_strips, strips);
     // Threads share the blocks; where these do not come out even, each takes all of them for its
@@ -49,7 +45,8 @@ struct Blocks {
     const bool even = count % threads == 0 || count >= 8 * threads;
     groups = even ? 1 : clamp64(threads, 1, all_pairs);
     const int64_t most = ceil_div(all_pairs, groups);
-    pairs = parts == 1 ? most : min64(most, by.sum_bytes / (2 * strips * kTileBytes));
+    const int64_t fit = max64(by.sum_bytes / (2 * strips * kTileBytes), 1);
+    pairs = parts == 1 ? most : min64(most, fit);
   }
 
   int64_t tasks() const { return count * groups; }

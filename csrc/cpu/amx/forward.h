@@ -16,13 +16,11 @@ namespace {
 // block of W, 3 accumulators; of the calling thread: 4 decoded scales.
 enum Scratch { kActivations, kAdapters, kBlock, kAccumulators, kScales };
 
-// x is packed at most this many bytes at a time; W is decoded again for each piece.
-constexpr int64_t kActivationBytes = int64_t(32) << 20;
 LK_INLINE int64_t round_up(int64_t v, int64_t to) { return ceil_div(v, to) * to; }
 
-// Rows of activations in one piece: a multiple of 32.
-LK_INLINE int64_t piece_rows(int64_t m, int64_t chunks) {
-  const int64_t fit = kActivationBytes / (chunks * kChunk * 2) / 32 * 32;
+// Rows of activations in one piece, which takes so many bytes packed: a multiple of 32.
+LK_INLINE int64_t piece_rows(int64_t m, int64_t chunks, int64_t bytes) {
+  const int64_t fit = bytes / (chunks * kChunk * 2) / 32 * 32;
   return min64(round_up(m, 32), max64(fit, 512));
 }
 
@@ -129,7 +127,8 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
   constexpr Order order = Rows::kOrder;
   const int64_t m_all = f.x.rows, n = f.base.n, chunks = ceil_div(f.base.k, kChunk);
   const int64_t depth = rank_tiles(f.lora);
-  const int64_t piece = piece_rows(m_all, chunks);
+  const Tuning& sizes = tuning();
+  const int64_t piece = piece_rows(m_all, chunks, sizes.activation_bytes);
   ForwardPacked p{nullptr, nullptr, nullptr, chunks, kTile};
   const int64_t x_bytes = piece / kTile * p.x_strip();
   p.x = static_cast<char*>(
@@ -147,8 +146,8 @@ bool forward_blocks(const Rows& prototype, const LinearForward& f, const Paralle
       if (dropped == nullptr) return void(ok = false);
       for (int64_t i = begin; i < end; ++i) pack_x<order>(f, p, i, m0 + i * kTile, m_end, dropped);
     });
-    const Blocks blocks(Rows::kBlocking, round_up(ceil_div(n, kTile), 2), 2, chunks * kChunkTiles,
-                        kChunkTiles, m_pairs, parallel.threads);
+    const Blocks blocks(Rows::blocking(sizes), round_up(ceil_div(n, kTile), 2), 2,
+                        chunks * kChunkTiles, kChunkTiles, m_pairs, parallel.threads);
     const int64_t expand_bytes = blocks.strips * depth * kTileBytes;
     parallel(0, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
       TileScope tiles;

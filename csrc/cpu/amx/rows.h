@@ -14,6 +14,7 @@
 #include "lora_kernels/dtype.h"
 #include "lora_kernels/linear.h"
 #include "lora_kernels/nf4.h"
+#include "lora_kernels/tuning.h"
 #include "nf4_decode.h"
 #include "philox_simd.h"
 
@@ -91,24 +92,26 @@ LK_INLINE void nested_scales(const QuantView& q, int64_t at, int64_t count, floa
 struct Blocking {
   int64_t depth;      // tiles of a part of the reduction
   int64_t sum_bytes;  // rows whose sums fit meet a block together; others read the weight again
+  int64_t strips;     // of a block
   bool ahead;         // whether a part is written beside the products of the part before
 };
-// Tiles that are cheap to make. NF4 4096 x 4096, 512 and 2048 rows, one thread: 14.4 and 59 ms;
-// parts of 20 tiles 15.3 and 64, of 32 tiles 18.6 and 76.
-constexpr Blocking kCheapRows{kResidentDepth, int64_t(512) << 10, true};
-// Tiles whose making reads four times the bytes or takes a detour. A dense weight: 18.4 and 68 ms;
-// with the blocking of cheap ones 18.8 and 78.
-constexpr Blocking kDearRows{72, int64_t(4) << 20, false};
+LK_INLINE Blocking cheap_rows(const Tuning& t) {
+  return {t.cheap_depth, t.cheap_sum_bytes, t.block_strips, true};
+}
+LK_INLINE Blocking dear_rows(const Tuning& t) {
+  return {t.dear_depth, t.dear_sum_bytes, t.block_strips, false};
+}
 
 // A row-major matrix of any float type, rounded to bf16 on the way.
 template <Order order>
 struct DenseRows {
   static constexpr Order kOrder = order;
-  static constexpr const Blocking& kBlocking = kDearRows;
   const void* data;
   Dtype dtype;
   int64_t stride, columns;
   int64_t row = 0;
+
+  static LK_INLINE Blocking blocking(const Tuning& t) { return dear_rows(t); }
 
   LK_INLINE void begin(int64_t r, int64_t, int64_t) { row = r; }
 
@@ -185,9 +188,9 @@ LK_INLINE void decode_half_chunk(const uint8_t* packed, __m512 codes, const floa
 // A 4-bit weight whose rows are whole numbers of 64-element groups that share one scale.
 struct Nf4Rows {
   static constexpr Order kOrder = Order::strided;
-  static constexpr const Blocking& kBlocking = kCheapRows;
   static constexpr int64_t kGroup = 64;
   static constexpr int64_t kMaxChunks = 128;
+  static_assert(kMostDepth <= kMaxChunks * kChunkTiles, "a part of a row");
   const QuantView* q;
   int64_t columns;
   int group_shift;                    // log2(block_size / 64)
@@ -199,6 +202,7 @@ struct Nf4Rows {
   static bool takes(const QuantView& q, int64_t columns) {
     return columns % kGroup == 0 && q.block_size % kGroup == 0;
   }
+  static LK_INLINE Blocking blocking(const Tuning& t) { return cheap_rows(t); }
 
   Nf4Rows(const QuantView& view, int64_t k)
       : q(&view), columns(k), group_shift(__builtin_ctzll(uint64_t(view.block_size / kGroup))) {}
@@ -237,14 +241,20 @@ struct Nf4Rows {
 // Any other 4-bit weight, decoded a row piece at a time into natural order.
 struct AnyNf4Rows {
   static constexpr Order kOrder = Order::natural;
-  static constexpr const Blocking& kBlocking = kDearRows;
   static constexpr int64_t kMaxChunks = 18;
+  static_assert(kMostBlockStrips <= kMaxChunks * kChunk / kTile, "a row of a block");
   const QuantView* q;
   int64_t columns;
   int64_t first = 0;
   alignas(64) BFloat16 decoded[kMaxChunks * kChunk];
 
   AnyNf4Rows(const QuantView& view, int64_t k) : q(&view), columns(k) {}
+
+  static LK_INLINE Blocking blocking(const Tuning& t) {
+    Blocking by = dear_rows(t);
+    by.depth = min64(by.depth, kMaxChunks * kChunkTiles);
+    return by;
+  }
 
   LK_INLINE void begin(int64_t r, int64_t first_chunk, int64_t last_chunk) {
     first = first_chunk;

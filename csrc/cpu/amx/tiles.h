@@ -74,8 +74,8 @@ struct NoStep {
 
 // 2 x 2 accumulators over `depth` tiles: four loads for four products, the best ratio that eight
 // tile registers allow. Four loads from the L2 cache take 105 cycles, four products 64: where many
-// strips meet, one pair stays in L1 and the others stream past it, at most kResidentDepth tiles
-// deep. `step` does other work between the products.
+// strips meet, one pair stays in L1 and the others stream past it (tuning.h says how deep).
+// `step` does other work between the products.
 template <Stream stream = Stream::none, class Step = NoStep>
 LK_INLINE void multiply(const char* a0, const char* a1, const char* b0, const char* b1,
                         int64_t depth, const Step& step = Step()) {
@@ -92,11 +92,6 @@ LK_INLINE void multiply(const char* a0, const char* a1, const char* b0, const ch
     _tile_dpbf16ps(3, 5, 7);
   }
 }
-
-// 2 x 32 tiles are 32 KiB of the 48 KiB of L1. One thread, strips of 8 to 16 tiles, by depth, in
-// TFLOP/s: 12 1.75, 16 1.86, 20 1.87, 24 1.5, 64 1.3; nothing streaming 1.6 at most; tiles that
-// are already loaded 2.55. With other work between the products 16 is ahead of 20 (rows.h).
-constexpr int64_t kResidentDepth = 16;
 
 #undef LK_TILE_LOAD
 

@@ -13,6 +13,7 @@
 // panels that stay in L2, one panel at a time in L1, and every tile of rows passes by.
 #pragma once
 
+#include "lora_kernels/tuning.h"
 #include "vector/rows.h"
 
 namespace lora_kernels {
@@ -25,10 +26,6 @@ constexpr int64_t kUnit = 64;  // threads share the columns in units of this: a 
 constexpr int64_t kPanel = kLanes * kTileVectors;
 constexpr int64_t kPanels = kColumns / kPanel;
 static_assert(kUnit % kPanel == 0 && kDepth <= kMaxPiece && kDepth % 64 == 0, "block sizes");
-
-// A packed block of rows takes this many bytes at most (or kFewestRows rows).
-constexpr int64_t kPackedBytes = 16 << 20;
-constexpr int64_t kFewestRows = 96, kMostRows = 768;
 
 // Products are summed in chains from zero, and the chains' sums added: a long chain loses accuracy,
 // most of all where a product is rounded before it is added. With few rows torch sums in the lanes
@@ -334,8 +331,9 @@ inline bool run(const Product& p, const Parallel& parallel) {
   const int64_t inner_chunks = p.out != nullptr ? ceil_div(p.r, kDepth) : 0;
   Packed packed{nullptr, nullptr, nullptr, chunks, inner_chunks, ceil_div(p.r, kPanel)};
   const int64_t row_floats = (chunks + inner_chunks) * kDepth;
-  const int64_t most = min64(
-      max64(kPackedBytes / int64_t(sizeof(float)) / max64(row_floats, 1), kFewestRows), kMostRows);
+  const Tuning& sizes = tuning();
+  const int64_t fit = sizes.packed_bytes / int64_t(sizeof(float)) / max64(row_floats, 1);
+  const int64_t most = min64(max64(fit, sizes.packed_fewest_rows), sizes.packed_most_rows);
   const int64_t blocks = ceil_div(p.m, most);
   const int64_t rows = min64(ceil_div(ceil_div(p.m, blocks), kRowTile) * kRowTile, p.m);
   if (p.out != nullptr) {
