@@ -26,8 +26,8 @@ void check(Isa isa, Dtype dtype, double roundoff, int64_t m, int64_t v, float sh
     labels[i] = i % 3 == 1 ? kIgnored : int64_t(random.next() % uint32_t(v));
   }
   for (T& g : grad) store(&g, kNan);
-  const CrossEntropy call{logits.data(), dtype,    m,             v,          stride,
-                          labels.data(), kIgnored, losses.data(), grad.data()};
+  const CrossEntropy call{logits.data(), dtype,         m,          v, stride, labels.data(),
+                          kIgnored,      losses.data(), grad.data()};
   cross_entropy_kernels().rows(call, serial());
   CHECK(losses[m] != losses[m], "%s wrote past the losses", isa_name(isa));
   CHECK(to_float(grad[m * v]) != to_float(grad[m * v]), "%s wrote past the gradient",
