@@ -117,7 +117,7 @@ bool forward(const LinearForward& f, const Parallel& parallel) {
   if (!Nf4Rows::takes(*base.quant, base.k))
     return forward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);
   if (small) return forward_small(Nf4Rows(*base.quant, base.k), f, parallel);
-  const QuantView q = plain_scales(*base.quant, parallel);
+  const QuantView q = plain_scales(*base.quant, kScales, parallel);
   return forward_blocks(Nf4Rows(q, base.k), f, parallel);
 }
 
@@ -127,7 +127,7 @@ bool backward(const LinearBackward& f, const Parallel& parallel) {
   if (base.quant == nullptr) return backward_blocks(dense_rows(base), f, parallel);
   if (!Nf4Rows::takes(*base.quant, base.k))
     return backward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);
-  const QuantView q = plain_scales(*base.quant, parallel);
+  const QuantView q = plain_scales(*base.quant, kScales, parallel);
   return backward_blocks(Nf4Rows(q, base.k), f, parallel);
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "lora_kernels/nf4.h"
+#include "lora_kernels/parallel.h"
 #include "target.h"
 
 namespace lora_kernels {
@@ -19,13 +20,16 @@ LK_INLINE void gather_scales(const QuantView& q, int64_t first, int64_t count, f
       const int64_t end = group_end < count ? group_end : count;
       const float scale = q.nested_absmax[group];
 #if LK_AVX512
-      for (; i + 16 <= end; i += 16) {
-        const void* at = q.absmax8 + first + i;
-        const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(at)));
+      for (; i < end; i += 16) {
+        const __mmask16 mask = end - i < 16 ? __mmask16((1u << (end - i)) - 1) : __mmask16(0xffff);
+        const __m512i code =
+            _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q.absmax8 + first + i));
         const __m512 product =
             _mm512_mul_ps(_mm512_i32gather_ps(code, q.nested_map, 4), _mm512_set1_ps(scale));
-        _mm512_storeu_ps(out + i, _mm512_add_ps(product, _mm512_set1_ps(q.nested_offset)));
+        _mm512_mask_storeu_ps(out + i, mask,
+                              _mm512_add_ps(product, _mm512_set1_ps(q.nested_offset)));
       }
+      i = end;
 #else
       for (; i + 8 <= end; i += 8) {
         const void* at = q.absmax8 + first + i;
@@ -34,16 +38,30 @@ LK_INLINE void gather_scales(const QuantView& q, int64_t first, int64_t count, f
             _mm256_mul_ps(_mm256_i32gather_ps(q.nested_map, code, 4), _mm256_set1_ps(scale));
         _mm256_storeu_ps(out + i, _mm256_add_ps(product, _mm256_set1_ps(q.nested_offset)));
       }
-#endif
       for (; i < end; ++i) {
         const float product = q.nested_map[q.absmax8[first + i]] * scale;
         out[i] = product + q.nested_offset;
       }
+#endif
     }
     return;
   }
 #endif
   q.block_scales(first, count, out);
+}
+
+// The same weight with its scales decoded, if they are quantised: where a weight is read in pieces,
+// a look-up per piece costs more than 4 bytes per block once. Without absmax: out of memory.
+inline QuantView plain_scales(const QuantView& q, int slot, const Parallel& parallel) {
+  if (q.absmax != nullptr) return q;
+  float* scales = static_cast<float*>(thread_scratch(slot, sizeof(float) * size_t(q.blocks())));
+  QuantView plain = q;
+  plain.absmax = scales;
+  if (scales == nullptr) return plain;
+  parallel(0, q.blocks(), 1 << 14, [&](int64_t begin, int64_t end) {
+    gather_scales(q, begin, end - begin, scales + begin);
+  });
+  return plain;
 }
 
 // The codes of 8 bits by bitsandbytes' grid: a scaled value is rounded to one of 65536 points on

@@ -24,21 +24,6 @@ LK_INLINE int64_t piece_rows(int64_t m, int64_t chunks, int64_t bytes) {
   return min64(round_up(m, 32), max64(fit, 512));
 }
 
-// The same weight with its scales decoded, if they are quantised: where W is read in pieces, a
-// look-up per piece costs more than 4 bytes per block once.
-inline QuantView plain_scales(QuantView q, const Parallel& parallel) {
-  if (q.absmax != nullptr) return q;
-  float* scales = static_cast<float*>(thread_scratch(kScales, size_t(q.blocks()) * 4));
-  if (scales == nullptr) return q;
-  constexpr int64_t kUnit = 16384;
-  parallel(0, ceil_div(q.blocks(), kUnit), 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kUnit;
-    nested_scales(q, first, min64(end * kUnit, q.blocks()) - first, scales + first);
-  });
-  q.absmax = scales;
-  return q;
-}
-
 struct ForwardPacked {
   char* x;  // [M / 16] strips of `chunks` chunks
   char* s;  // [M / 16] strips of rank_tiles

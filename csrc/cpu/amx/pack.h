@@ -94,7 +94,7 @@ struct Strip<Nf4Rows> {
       const int64_t at = (first + r) * groups + 2 * c0;
       float* to = decoded + r * kStride;
       if (q->block_size == Nf4Rows::kGroup)
-        nested_scales(*q, at, here, to);
+        gather_scales(*q, at, here, to);
       else
         for (int64_t i = 0; i < here; ++i)
           to[i] = q->block_scale((at + i) * Nf4Rows::kGroup / q->block_size);

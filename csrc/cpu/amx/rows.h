@@ -16,6 +16,7 @@
 #include "lora_kernels/nf4.h"
 #include "lora_kernels/tuning.h"
 #include "nf4_decode.h"
+#include "nf4_scales.h"
 #include "philox_simd.h"
 
 namespace lora_kernels {
@@ -68,24 +69,6 @@ LK_INLINE __m512 load_floats(const void* p, Dtype dtype, int64_t i, __mmask16 ma
   const __m256i v = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p) + i);
   if (dtype == Dtype::f16) return _mm512_cvtph_ps(v);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
-}
-
-// The scales of blocks [at, at + count) of a doubly quantised weight.
-LK_INLINE void nested_scales(const QuantView& q, int64_t at, int64_t count, float* out) {
-  if (q.nested_block < 16) return q.block_scales(at, count, out);
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 mask = lanes16(count - i);
-    const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, q.absmax8 + at + i));
-    const __m512 value = _mm512_i32gather_ps(code, q.nested_map, 4);
-    const int64_t group = (at + i) / q.nested_block;
-    __m512 outer = _mm512_set1_ps(q.nested_absmax[group]);
-    const int64_t inside = (group + 1) * q.nested_block - (at + i);
-    if (inside < min64(count - i, 16))
-      outer =
-          _mm512_mask_mov_ps(_mm512_set1_ps(q.nested_absmax[group + 1]), lanes16(inside), outer);
-    const __m512 scaled = _mm512_mul_ps(value, outer);
-    _mm512_mask_storeu_ps(out + i, mask, _mm512_add_ps(scaled, _mm512_set1_ps(q.nested_offset)));
-  }
 }
 
 // How a long product (blocks.h) cuts a weight.
@@ -218,7 +201,7 @@ struct Nf4Rows {
     const int64_t groups = min64(2 * last_chunk, columns / kGroup) - first_group;
     row_scales = decoded;
     if (group_shift == 0)
-      nested_scales(*q, at, groups, decoded);
+      gather_scales(*q, at, groups, decoded);
     else
       for (int64_t i = 0; i < groups; ++i) decoded[i] = q->block_scale((at + i) >> group_shift);
   }

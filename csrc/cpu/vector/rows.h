@@ -59,22 +59,6 @@ LK_INLINE FloatTable plain_table(const float* codes, float scale, BFloat16) {
 #endif
 #endif
 
-// The view with its nested scales decoded, in `slot` of the calling thread's scratch: a product
-// reads a scale once for every block of rows. Null absmax: out of memory.
-inline QuantView plain_scales(const QuantView& q, int slot, const Parallel& parallel) {
-  if (q.absmax != nullptr) return q;
-  const int64_t blocks = q.blocks();
-  float* scales =
-      static_cast<float*>(thread_scratch(slot, sizeof(float) * size_t(blocks + kLanes)));
-  QuantView plain = q;
-  plain.absmax = scales;
-  if (scales == nullptr) return plain;
-  parallel(0, blocks, 1 << 15, [&](int64_t begin, int64_t end) {
-    gather_scales(q, begin, end - begin, scales + begin);
-  });
-  return plain;
-}
-
 // Elements [first, first + count) of a 4-bit weight with plain scales, rounded to T. Divisions of
 // 64 bits would take longer than the decoding.
 template <class T>
