@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -38,7 +39,8 @@ def fuse_loss(model: nn.Module) -> bool:
         of `FUSED_LOSS_MODELS`, its output layer is no plain `nn.Linear` without bias, or its
         `forward` or its loss is not transformers' own.
     """
-    if isinstance(getattr(vars(model).get("forward"), "__func__", None), _FusedForward):
+    own = vars(model).get("forward")
+    if hasattr(own, "fuses_loss"):
         return True
     head, loss = output_layer(model), getattr(model, "loss_function", None)
     if (
@@ -46,30 +48,27 @@ def fuse_loss(model: nn.Module) -> bool:
         or type(head) is not nn.Linear
         or head.bias is not None
         or getattr(loss, "__name__", None) != "ForCausalLMLoss"
-        or "forward" in vars(model)
+        or own is not None
     ):
         return False
     # A bound method follows the model when it is deep-copied, a closure over it would not.
-    model.forward = MethodType(_FusedForward(type(model).forward), model)  # type: ignore[method-assign]
+    model.forward = MethodType(_fused(type(model).forward), model)  # type: ignore[method-assign]
     return True
 
 
-class _FusedForward:
+def _fused(unfused: Callable[..., Any]) -> Callable[..., Any]:
     """The class's forward, but for training on labels."""
 
-    def __init__(self, unfused: Any) -> None:
-        functools.update_wrapper(self, unfused)
-        self.unfused = unfused
-
-    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(unfused)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
-        as_tuple = kwargs.get("return_dict", model.config.return_dict) is False
-        if args or as_tuple or not labels or not model.training:
-            return self.unfused(model, *args, **kwargs)
-        return _forward_with_loss(model, **kwargs)
+        as_tuple = kwargs.get("return_dict", self.config.return_dict) is False
+        if args or as_tuple or not labels or not self.training:
+            return unfused(self, *args, **kwargs)
+        return _forward_with_loss(self, **kwargs)
 
-    def __deepcopy__(self, memo: dict) -> _FusedForward:
-        return self  # as functions are
+    forward.fuses_loss = True  # type: ignore[attr-defined]
+    return forward
 
 
 def _forward_with_loss(

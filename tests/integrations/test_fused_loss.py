@@ -119,6 +119,15 @@ def test_adapters_and_bf16():
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
+def test_compiles_as_one_graph():
+    model = llama().train()
+    assert fuse_loss(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for want, got in zip(_step(model, _batch()), _step(compiled, _batch()), strict=True):
+        assert torch.equal(want, got)
+
+
 def test_nothing_changes_without_labels_or_in_evaluation():
     model = llama().train()
     batch = _batch()
