@@ -1,8 +1,9 @@
 // Cross-entropy and its gradient, a row of logits at a time: the row stays in the private caches
 // through its three passes (maximum, sum, gradient), so memory is read once and written once.
 //
-// Bytes at least: the logits once, the gradient once. An exponential is 12 operations a vector and
-// is computed twice, which costs less than keeping fp32 results would.
+// Bytes at least: the logits once, the gradient once. Exponentials are
+// computed twice, for the sum and for the gradient: kept, they would take fp32's room in the
+// caches.
 #include "lora_kernels/cross_entropy.h"
 
 #include <cmath>
@@ -30,7 +31,7 @@ LK_INLINE Vec select(Words mask, Vec yes, Vec no) {
   return (Vec)((mask & (Words)yes) | (~mask & (Words)no));
 }
 
-// exp of x <= 0, within 2 units in the last place; 0 below -87. Cody and Waite's reduction to
+// exp of x <= 0, within 1.2 units in the last place; 0 below -87. Cody and Waite's reduction to
 // |r| <= ln 2 / 2, then the Taylor polynomial of degree 7.
 LK_INLINE Vec exponential(Vec x) {
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;

@@ -38,7 +38,12 @@ def fuse_loss(model: nn.Module) -> bool:
         True if the loss is fused now. False, and nothing was changed, if the model's class is none
         of `FUSED_LOSS_MODELS`, its output layer is no plain `nn.Linear` without bias, or its
         `forward` or its loss is not transformers' own.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     own = vars(model).get("forward")
     if hasattr(own, "fuses_loss"):
         return True

@@ -31,7 +31,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             x, weight, labels, ignore_index, needs
         )
         ctx.save_for_backward(dx, dw, divisor)
-        return losses.sum() / divisor
+        # In fp32 the sum of many losses alone would take the result's last bits.
+        return (losses.sum(dtype=torch.float64) / divisor).to(losses.dtype)
 
     @staticmethod
     @once_differentiable
@@ -78,6 +79,8 @@ def linear_cross_entropy(
     labels = labels.reshape(-1)
     if num_items is None:
         num_items = (labels != ignore_index).sum()
+    if not isinstance(num_items, (Tensor, int, float)):
+        raise TypeError(f"num_items: got {type(num_items).__name__}, expected a number or a tensor")
     divisor = torch.as_tensor(num_items, device=x.device)
     if divisor.numel() != 1:
         raise ValueError(f"num_items: got shape {list(divisor.shape)}, expected one element")
