@@ -34,7 +34,8 @@ Base::Base(const std::vector<Tensor>& base, const std::vector<int64_t>& meta_lis
 
 LoraView lora_view(const Base& base, const Tensor& a, const Tensor& b, double scale,
                    double dropout_p, const std::optional<Tensor>& seed,
-                   const std::optional<Tensor>& rank_diag, const std::optional<Tensor>& out_diag) {
+                   const std::optional<Tensor>& rank_diag, const std::optional<Tensor>& out_diag,
+                   int64_t stream) {
   LoraView lora{};
   lora.a = matrix_view("lora_a", a, -1, base.meta.k);
   const int64_t r = lora.a.rows;
@@ -44,9 +45,12 @@ LoraView lora_view(const Base& base, const Tensor& a, const Tensor& b, double sc
   lora.scale = static_cast<float>(scale);
   LK_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p: got ", dropout_p,
            ", expected 0 <= dropout_p < 1");
+  LK_CHECK(stream >= 0 && stream <= INT64_C(0xffffffff), "stream: got ", stream,
+           ", expected 0 to 2^32 - 1");
   if (seed.has_value() && dropout_threshold(dropout_p) > 0) {
     check_cpu("seed", *seed, ScalarType::Long, {1});
-    lora.dropout = {static_cast<uint64_t>(*data<int64_t>(*seed)), 0, dropout_threshold(dropout_p)};
+    lora.dropout = {static_cast<uint64_t>(*data<int64_t>(*seed)), static_cast<uint32_t>(stream),
+                    dropout_threshold(dropout_p)};
   }
   return lora;
 }
@@ -103,9 +107,9 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const std::vector<Te
                                            const std::optional<Tensor>& bias, double dropout_p,
                                            const std::optional<Tensor>& seed,
                                            const std::optional<Tensor>& rank_diag,
-                                           const std::optional<Tensor>& out_diag) {
+                                           const std::optional<Tensor>& out_diag, int64_t stream) {
   const Base base(base_tensors, meta);
-  const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, out_diag);
+  const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, out_diag, stream);
   Tensor s = new_tensor(x, {x.size(0), lora.r()}, x.scalar_type());
   Tensor y = forward(x, base, bias, lora, &s);
   return {y, s};
@@ -134,11 +138,12 @@ Grads lora_linear_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
                       const std::vector<Tensor>& base_tensors, const std::vector<int64_t>& meta,
                       const Tensor& a, const Tensor& b, double scale, double dropout_p,
                       const std::optional<Tensor>& seed, const std::optional<Tensor>& rank_diag,
-                      const std::optional<Tensor>& out_diag, const std::vector<bool>& needs) {
+                      const std::optional<Tensor>& out_diag, const std::vector<bool>& needs,
+                      int64_t stream) {
   enum { kX, kA, kB, kBias, kRankDiag, kOutDiag, kWeight };
   LK_CHECK(needs.size() == 7, "needs: got ", needs.size(), " flags, expected 7");
   const Base base(base_tensors, meta);
-  const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, out_diag);
+  const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, out_diag, stream);
   const Tensor dy = rows_of("dy", any_dy, base.meta.n), x = rows_of("x", any_x, base.meta.k);
   const Tensor s = rows_of("s", any_s, lora.r());
   const MatrixView dy_view = matrix_view("dy", dy, -1, base.meta.n);

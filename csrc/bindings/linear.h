@@ -22,6 +22,7 @@ struct Base {
 
 LoraView lora_view(const Base& base, const Tensor& a, const Tensor& b, double scale,
                    double dropout_p, const std::optional<Tensor>& seed,
-                   const std::optional<Tensor>& rank_diag, const std::optional<Tensor>& out_diag);
+                   const std::optional<Tensor>& rank_diag, const std::optional<Tensor>& out_diag,
+                   int64_t stream);
 
 }  // namespace lora_kernels

@@ -188,6 +188,7 @@ class Options:
     adapter_dtype: torch.dtype | None = None
     strides: str = ""
     needs: tuple[bool, ...] | None = None
+    stream: int = 0
 
 
 OPTIONS = {
@@ -200,10 +201,11 @@ OPTIONS = {
     "all": Options(True, 0.5, True, True, torch.float32),
 }
 STRIDED = {s: Options(True, 0.25, strides=s) for s in ("transposed", "padded-rows")}
+STREAMS = {f"stream{s}": Options(dropout_p=0.5, stream=s) for s in (3, 2**32 - 1)}
 
 
 def _lora(case: tuple[int, int, int, int], dtype: torch.dtype, base: str, o: Options, r: Source):
-    """x, base, meta, a, b, scale, bias, dropout_p, seed, rank_diag, out_diag"""
+    """x, base, meta, a, b, scale, bias, dropout_p, seed, rank_diag, out_diag, stream"""
     m, n, k, rank = case
     x = r.normal(m, k, dtype=dtype)
     x = strided(x, o.strides) if o.strides and o.strides != "expanded" else x
@@ -219,6 +221,7 @@ def _lora(case: tuple[int, int, int, int], dtype: torch.dtype, base: str, o: Opt
         torch.tensor([-1234567890123456789]) if o.dropout_p else None,
         r.normal(rank, dtype=adapters) if o.rank_diag else None,
         r.normal(n, dtype=adapters) if o.out_diag else None,
+        o.stream,
     )
 
 
@@ -227,7 +230,8 @@ def _lora_calls() -> Iterator[tuple[str, tuple, bool, Options]]:
     for dtype, shape, (name, o) in itertools.product(DTYPES, SHAPES, OPTIONS.items()):
         label = f"{dtype_name(dtype)}-{size_name(*shape)}-{name}"
         yield label, (shape, dtype, "dense", o), False, o
-    for dtype, base, (name, o) in itertools.product(DTYPES, BASES, (OPTIONS | STRIDED).items()):
+    small = OPTIONS | STRIDED | STREAMS
+    for dtype, base, (name, o) in itertools.product(DTYPES, BASES, small.items()):
         core = dtype == torch.float32 or name == "all"
         label = f"{dtype_name(dtype)}-{size_name(*SMALL)}-{base}-{name}"
         yield label, (SMALL, dtype, base, o), core and base in ("dense", "nf4-nested"), o
@@ -248,13 +252,13 @@ def _lora_linear_fwd() -> Iterator[Case]:
 
 def _lora_linear_bwd() -> Iterator[Case]:
     def make(call: tuple, o: Options, r: Source) -> tuple[Any, ...]:
-        x, base, meta, a, b, scale, bias, *rest = _lora(*call, r)
+        x, base, meta, a, b, scale, bias, *rest, stream = _lora(*call, r)
         dy = r.normal(x.shape[0], meta[0], dtype=x.dtype)
         dy = strided(dy, o.strides) if o.strides and dy.numel() else dy
         s = r.normal(x.shape[0], a.shape[0], dtype=x.dtype)
         diagonals = [t is not None for t in rest[2:]]
         needs = o.needs or (True, True, True, bias is not None, *diagonals, len(base) == 1)
-        return dy, x, s, base, meta, a, b, scale, *rest, list(needs)
+        return dy, x, s, base, meta, a, b, scale, *rest, list(needs), stream
 
     for label, call, core, o in _lora_calls():
         yield Case("lora_linear_bwd", label, lambda r, c=call, o=o: make(c, o, r), core=core)

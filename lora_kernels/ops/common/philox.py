@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 ROUNDS = 7
-_M0, _M1 = 0xD2511F53, 0xCD9E8D57
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)  # what the key grows by from round to round
 _WORD = 0xFFFFFFFF
 _HALVES = 65536
 
@@ -41,11 +41,11 @@ def philox4x32(
     k0, k1 = key
     for _ in range(rounds):
         # int64 multiplication wraps, which leaves all 64 product bits right.
-        p0, p1 = c0 * _M0, c2 * _M1
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         hi0, lo0 = (p0 >> 32) & _WORD, p0 & _WORD
         hi1, lo1 = (p1 >> 32) & _WORD, p1 & _WORD
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
+        k0, k1 = (k0 + WEYL[0]) & _WORD, (k1 + WEYL[1]) & _WORD
     return c0, c1, c2, c3
 
 

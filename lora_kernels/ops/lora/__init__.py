@@ -3,7 +3,15 @@
 from lora_kernels.ops.lora import schema  # defines the ops that the others implement
 
 # isort: split
-from lora_kernels.ops.lora import native, reference
+from lora_kernels.ops.lora import native, reference, triton
 from lora_kernels.ops.lora.api import dropout_mask, lora_linear, nf4_lora_linear
 
-__all__ = ["dropout_mask", "lora_linear", "native", "nf4_lora_linear", "reference", "schema"]
+__all__ = [
+    "dropout_mask",
+    "lora_linear",
+    "native",
+    "nf4_lora_linear",
+    "reference",
+    "schema",
+    "triton",
+]

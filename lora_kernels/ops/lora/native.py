@@ -25,6 +25,7 @@ def _fwd(
     seed: Tensor | None,
     rank_diag: Tensor | None,
     out_diag: Tensor | None,
+    stream: int = 0,
 ) -> str | None:
     return refuse_linear("lora_linear_fwd", [x], _dense(base), a, b, bias, rank_diag, out_diag)
 
@@ -43,6 +44,7 @@ def _bwd(
     rank_diag: Tensor | None,
     out_diag: Tensor | None,
     needs: Sequence[bool],
+    stream: int = 0,
 ) -> str | None:
     return refuse_linear("lora_linear_bwd", [dy, x, s], _dense(base), a, b, rank_diag, out_diag)
 

@@ -35,10 +35,11 @@ def lora_linear_fwd(
     seed: Tensor | None,
     rank_diag: Tensor | None,
     out_diag: Tensor | None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """s = drop(x)·Aᵀ;  y = x·Wᵀ + g ∘ (scale·(d ∘ s)·Bᵀ) + bias."""
     dtype = x.dtype
-    s = drop(x, dropout_p, seed) @ a.to(dtype).T  # [M, R]
+    s = drop(x, dropout_p, seed, stream) @ a.to(dtype).T  # [M, R]
     t = s if rank_diag is None else s * rank_diag.to(dtype)
     z = scale * (t @ b.to(dtype).T)  # [M, N]
     if out_diag is not None:
@@ -61,6 +62,7 @@ def lora_linear_bwd(
     rank_diag: Tensor | None,
     out_diag: Tensor | None,
     needs: Sequence[bool],
+    stream: int = 0,
 ) -> tuple[Tensor, ...]:
     """The derivation stands in `api.py`."""
     dtype = x.dtype
@@ -74,9 +76,9 @@ def lora_linear_bwd(
     dys = dy.to(wide).T @ s.to(wide)  # [N, R]
     if needs[0]:
         w = dense_weight(base, meta, dtype)
-        grads[0] = dy @ w + drop(ds @ a.to(dtype), dropout_p, seed)
+        grads[0] = dy @ w + drop(ds @ a.to(dtype), dropout_p, seed, stream)
     if needs[1]:
-        grads[1] = ds.to(wide).T @ drop(x.to(wide), dropout_p, seed)
+        grads[1] = ds.to(wide).T @ drop(x.to(wide), dropout_p, seed, stream)
     if needs[2]:
         grads[2] = scale * g[:, None] * dys * d
     if needs[3]:

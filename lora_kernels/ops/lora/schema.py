@@ -69,6 +69,7 @@ def _fwd_fake(
     seed: Tensor | None,
     rank_diag: Tensor | None,
     out_diag: Tensor | None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty((x.shape[0], meta[0])), x.new_empty((x.shape[0], a.shape[0]))
 
@@ -87,6 +88,7 @@ def _bwd_fake(
     rank_diag: Tensor | None,
     out_diag: Tensor | None,
     needs: Sequence[bool],
+    stream: int = 0,
 ) -> tuple[Tensor, ...]:
     n, k = meta[0], meta[1]
     grads = (
@@ -111,15 +113,16 @@ def _mask_fake(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> Ten
 define(
     "lora_linear_fwd",
     "(Tensor x, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale, Tensor? bias, "
-    "float dropout_p, Tensor? seed, Tensor? rank_diag, Tensor? out_diag) -> (Tensor y, Tensor s)",
+    "float dropout_p, Tensor? seed, Tensor? rank_diag, Tensor? out_diag, int stream=0) -> "
+    "(Tensor y, Tensor s)",
     _fwd_fake,
 )
 define(
     "lora_linear_bwd",
     "(Tensor dy, Tensor x, Tensor s, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale, "
-    "float dropout_p, Tensor? seed, Tensor? rank_diag, Tensor? out_diag, bool[] needs) -> "
-    "(Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor drank_diag, Tensor dout_diag, "
-    "Tensor dw)",
+    "float dropout_p, Tensor? seed, Tensor? rank_diag, Tensor? out_diag, bool[] needs, "
+    "int stream=0) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor drank_diag, "
+    "Tensor dout_diag, Tensor dw)",
     _bwd_fake,
 )
 define(

@@ -1,0 +1,357 @@
+"""Configurations of the Triton kernels and the cost model that chooses among them.
+
+The model counts: FLOPs against the tensor cores' peak, bytes that DRAM must move, bytes that tiles
+ask of L2, waves of programs over the multiprocessors, and launches. What it says is modelled, not
+measured; its inputs are the makers' data sheets. A table written by `python -m bench tune` comes
+first where it has an answer (`tuned.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil
+
+import torch
+
+from lora_kernels.ops.common.checks import names
+
+MAX_BLOCK_RANK = 256
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the cost model knows of a GPU.
+
+    Attributes:
+        name: as torch names it, or a part of that.
+        multiprocessors: streaming multiprocessors (compute units on AMD).
+        shared_bytes: shared memory that one program may ask for.
+        bandwidth, l2_bandwidth: bytes/s of DRAM and of L2.
+        matrix_flops: of 16-bit tensor cores, dense, FLOP/s.
+        fp32_flops: of fp32 multiply-adds, FLOP/s; integer operations are taken at half of it.
+        tma: whether tensor descriptors are copied by hardware.
+        launch_seconds: between two dependent launches.
+    """
+
+    name: str
+    multiprocessors: int
+    shared_bytes: int
+    bandwidth: float
+    l2_bandwidth: float
+    matrix_flops: float
+    fp32_flops: float
+    tma: bool = False
+    launch_seconds: float = 3e-6
+
+
+# Data sheets; L2 from bytes a clock and the boost clock. The generic row is a small Ampere card.
+GENERIC = Device("generic", 80, 101376, 0.7e12, 2e12, 140e12, 18e12)
+DEVICES = (
+    Device("A100", 108, 166912, 1.55e12, 5e12, 312e12, 19.5e12),
+    Device("H100", 132, 232448, 3.35e12, 7e12, 989e12, 67e12, tma=True),
+    Device("H200", 132, 232448, 4.8e12, 7e12, 989e12, 67e12, tma=True),
+    Device("B200", 148, 232448, 8.0e12, 10e12, 2250e12, 75e12, tma=True),
+    Device("MI300", 304, 65536, 5.3e12, 10e12, 1307e12, 163e12),
+)
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """The row of a torch device; an unknown one is the generic row with its own sizes."""
+    if device.type != "cuda":
+        return GENERIC
+    properties = torch.cuda.get_device_properties(device)
+    row = next((d for d in DEVICES if d.name in properties.name), None)
+    shared = getattr(properties, "shared_memory_per_block_optin", 0)
+    if row is None:
+        capability = torch.cuda.get_device_capability(device)
+        tma = torch.version.hip is None and capability >= (9, 0)
+        row = replace(GENERIC, name=properties.name, tma=tma)
+    return replace(
+        row,
+        multiprocessors=properties.multi_processor_count,
+        shared_bytes=shared or row.shared_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of a kernel with a full product in it: [block_m, block_n] over steps of block_k."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+    tma: bool = False
+
+    def __str__(self) -> str:
+        kind = " tma" if self.tma else ""
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{tile} warps {self.warps} stages {self.stages}{kind}"
+
+    def shared_bytes(self, size: int, block_r: int = 0) -> int:
+        """Of the tiles in flight; block_r > 0 where a third operand [block_k, block_r] is."""
+        depth = self.stages if self.tma else max(1, self.stages - 1)
+        tile = (self.block_m + self.block_n + block_r) * self.block_k * size
+        # The epilogue exchanges a tile of y between the threads.
+        return max(depth * tile, self.block_m * self.block_n * size)
+
+    def registers(self, block_r: int, masked: bool) -> int:
+        """Of a thread's sums; a mask over the tile takes as many again while it is made."""
+        sums = self.block_m * (self.block_n * (2 if masked else 1) + block_r)
+        return sums // (32 * self.warps)
+
+
+@dataclass(frozen=True)
+class ThinConfig:
+    """Tiles of a pass over x or dy with a rank-wide partner.
+
+    `block` runs along what stays (rows of s, columns of dy), `step` along the sum; `spans` cuts
+    the sum into parts that are added in order afterwards.
+    """
+
+    block: int
+    step: int
+    warps: int
+    stages: int
+    spans: int = 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.block}x{self.step} warps {self.warps} stages {self.stages} spans {self.spans}"
+        )
+
+    def shared_bytes(self, size: int, block_r: int) -> int:
+        depth = max(1, self.stages - 1)
+        return depth * (self.block + block_r) * self.step * size
+
+
+GEMM_CONFIGS = (
+    GemmConfig(128, 256, 64, 8, 3, tma=True),
+    GemmConfig(256, 128, 64, 8, 3, tma=True),
+    GemmConfig(128, 128, 64, 8, 4, tma=True),
+    GemmConfig(64, 128, 64, 4, 4, tma=True),
+    GemmConfig(64, 64, 64, 4, 4, tma=True),
+    GemmConfig(128, 256, 32, 8, 3),
+    GemmConfig(256, 128, 32, 8, 3),
+    GemmConfig(128, 128, 32, 8, 4),
+    GemmConfig(128, 128, 64, 8, 2),
+    GemmConfig(128, 64, 32, 4, 4),
+    GemmConfig(64, 128, 32, 4, 4),
+    GemmConfig(64, 64, 64, 4, 3),
+    GemmConfig(32, 64, 64, 4, 4),
+    GemmConfig(16, 64, 128, 4, 4),
+    GemmConfig(16, 32, 128, 4, 4),
+    GemmConfig(16, 16, 256, 4, 3),
+    GemmConfig(64, 32, 32, 4, 2),
+    GemmConfig(32, 32, 32, 4, 2),
+    GemmConfig(16, 16, 32, 2, 2),
+)
+# Philox4x32-7 for eight elements, an element's share, selection included: integer operations.
+PHILOX_OPERATIONS = 14.0
+# Sums that a thread can hold beside its addresses and operands, of 255 registers.
+_MAX_SUM_REGISTERS = 144
+# fp32 products are unrolled into multiply-adds: a larger tile takes minutes to compile.
+_MAX_FP32_TILE = 64 * 64 * 32
+
+
+def is_valid(
+    config: GemmConfig,
+    device: Device,
+    size: int,
+    block_r: int = 0,
+    masked: bool = False,
+    tma: bool = False,
+) -> bool:
+    """The whole set of constraints on a tile: hardware copies, shared memory and registers.
+
+    Args:
+        size: bytes of an element of x.
+        block_r: rank columns that the main loop carries (single_pass), else 0.
+        masked: whether the dropout mask of a tile of the result is regenerated.
+        tma: whether x and w allow tensor descriptors.
+    """
+    if size == 4 and config.block_m * config.block_n * config.block_k > _MAX_FP32_TILE:
+        return False
+    return (
+        ((tma and device.tma) or not config.tma)
+        and config.shared_bytes(size, block_r) <= device.shared_bytes
+        and config.registers(block_r, masked) <= _MAX_SUM_REGISTERS
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the model says of one way to run an op.
+
+    Attributes:
+        dram_bytes: each operand once, per launch that reads it.
+        asked_bytes: what the tiles ask of L2.
+        flops: matrix FLOPs issued, padding included.
+        waves: programs over multiprocessors, rounded up, of the largest launch.
+        seconds: modelled.
+    """
+
+    strategy: str
+    config: GemmConfig | None
+    launches: int
+    dram_bytes: float
+    asked_bytes: float
+    flops: float
+    waves: int
+    seconds: float
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class ConfigExplanation:
+    """Every strategy with its best tile and the model's figures; `str()` is a table."""
+
+    title: str
+    device: Device
+    estimates: tuple[Estimate, ...]
+
+    @property
+    def chosen(self) -> Estimate:
+        return min((e for e in self.estimates if e.refusal is None), key=lambda e: e.seconds)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.title} on {self.device.name} (modelled, not measured)",
+            f"  {'strategy':<13}{'launches':>9}{'DRAM MB':>10}{'asked MB':>10}{'GFLOP':>9}"
+            f"{'waves':>7}{'µs':>9}  tile",
+        ]
+        for e in self.estimates:
+            mark = "*" if e is self.chosen else " "
+            if e.refusal is not None:
+                lines.append(f" {mark}{e.strategy:<13}{e.refusal}")
+                continue
+            lines.append(
+                f" {mark}{e.strategy:<13}{e.launches:>9}{e.dram_bytes / 1e6:>10.1f}"
+                f"{e.asked_bytes / 1e6:>10.1f}{e.flops / 1e9:>9.1f}{e.waves:>7}"
+                f"{e.seconds * 1e6:>9.1f}  {e.config or 'vendor GEMM'}"
+            )
+        return "\n".join(lines)
+
+
+def best_gemm(
+    m: int,
+    n: int,
+    k: int,
+    device: Device,
+    size: int,
+    *,
+    configs: Sequence[GemmConfig] = GEMM_CONFIGS,
+    block_r: int = 0,
+    branch: int = 0,
+    masked_x: bool = False,
+    masked_y: bool = False,
+    tma: bool = False,
+) -> tuple[GemmConfig, float, int] | None:
+    """The tile of the least modelled time, that time in seconds and its waves; None if none fits.
+
+    Args:
+        m, n, k: of the product.
+        size: bytes of an element.
+        block_r: rank columns that the main loop carries; each tile of columns repeats them.
+        branch: rank columns of the low-rank product that is added.
+        masked_x, masked_y: whether the mask of x, or of the result, is regenerated.
+        tma: whether the operands allow tensor descriptors.
+    """
+    found = None
+    for config in configs:
+        if not is_valid(config, device, size, block_r, masked_y, tma):
+            continue
+        mask = config.block_m * (k if masked_x else config.block_n if masked_y else 0)
+        seconds, waves = _gemm_seconds(m, n, k, device, size, config, block_r, branch, mask)
+        if found is None or seconds < found[1]:
+            found = config, seconds, waves
+    return found
+
+
+def gemm_tiles(config: GemmConfig, m: int, n: int) -> int:
+    return ceil(m / config.block_m) * ceil(n / config.block_n)
+
+
+def gemm_asked_bytes(config: GemmConfig, m: int, n: int, k: int, size: int) -> float:
+    """What the tiles of a product ask of L2, y included."""
+    across, down = ceil(n / config.block_n), ceil(m / config.block_m)
+    return size * (across * m * k + down * n * k + m * n)
+
+
+def mask_seconds(elements: float, device: Device) -> float:
+    """To regenerate mask elements; integers run at half the rate of fp32 multiply-adds."""
+    return elements * PHILOX_OPERATIONS / (device.fp32_flops / 4)
+
+
+def _gemm_seconds(
+    m: int,
+    n: int,
+    k: int,
+    device: Device,
+    size: int,
+    config: GemmConfig,
+    block_r: int,
+    branch: int,
+    mask: int,
+) -> tuple[float, int]:
+    """Waves of tiles, each bound by the tensor cores, the mask's integers or its bytes from L2."""
+    waves = ceil(gemm_tiles(config, m, n) / device.multiprocessors)
+    share = device.multiprocessors
+    peak = device.matrix_flops if size == 2 else device.fp32_flops
+    flops = 2.0 * config.block_m * ((config.block_n + block_r) * k + branch * config.block_n)
+    asked = size * (config.block_m + config.block_n + block_r) * k
+    busy = flops / peak + mask_seconds(mask, device)
+    tile_seconds = share * max(busy, asked / device.l2_bandwidth)
+    dram = size * (m * k + n * k + m * n) / device.bandwidth
+    return max(waves * tile_seconds, dram) + device.launch_seconds, waves
+
+
+def thin_rows(m: int, k: int, device: Device, block_r: int, size: int = 2) -> ThinConfig:
+    """Tiles of s[m, r] = x[m, k]·q: rows stay, k is summed.
+
+    Rows are cut until every multiprocessor has one, then k is.
+    """
+    if size == 4:
+        return ThinConfig(16, 32, 4, 2)
+    block = 64 if m > 64 else max(16, next_power_of_2(m))
+    smallest = 64 if device.tma else 16  # below 64 rows Hopper falls back to older instructions
+    while block > smallest and ceil(m / block) < device.multiprocessors:
+        block //= 2
+    step = 128 if block <= 32 and block_r <= 64 else 64
+    blocks = ceil(m / block)
+    spans = 1
+    while spans < 16 and blocks * spans * 2 <= device.multiprocessors and k // (spans * 2) >= 512:
+        spans *= 2
+    return ThinConfig(block, step, 4, 3 if block_r > 64 else 4, spans)
+
+
+def thin_columns(m: int, columns: int, device: Device, block_r: int, size: int = 2) -> ThinConfig:
+    """Tiles of out[columns, r] = xᵀ·t: columns stay, m is summed."""
+    if size == 4:
+        return ThinConfig(32, 32, 4, 2)
+    block = 64 if block_r <= 64 else 32
+    blocks = ceil(columns / block)
+    spans = 1
+    # Parts cost their own bytes, and a launch to add them: only where few programs would run.
+    while spans < 16 and blocks * spans * 4 <= device.multiprocessors and m // (spans * 2) >= 1024:
+        spans *= 2
+    return ThinConfig(block, 64, 4, 3 if block_r > 64 else 4, spans)
+
+
+def span_of(total: int, spans: int, step: int) -> int:
+    """Elements of one of `spans` parts, in whole steps."""
+    return ceil(ceil(total / spans) / step) * step
+
+
+def title(op: str, sizes: Iterable[tuple[str, int]], dtype: torch.dtype, dropout: bool) -> str:
+    text = " ".join(f"{name}={value}" for name, value in sizes)
+    return f"{op} {text} {names([dtype])}{' dropout' if dropout else ''}"

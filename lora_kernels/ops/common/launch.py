@@ -1,0 +1,148 @@
+"""How kernels are launched: through one executor, so that tests can run them elsewhere.
+
+The usual executor is Triton's own JIT. The same host code is proven without a GPU by executors that
+interpret the compiled PTX, compile ahead of time, or count bytes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.ops.common.checks import names
+from lora_kernels.ops.common.configs import Device, device_of
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GPU_TYPES = ("cuda",)  # also what torch calls AMD's
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel.
+
+    Attributes:
+        kernel: the jitted function.
+        grid: programs along x (and y).
+        args: every argument by name: tensors, descriptors, numbers, and the constexprs.
+        warps, stages: of the compiled kernel.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    warps: int
+    stages: int
+
+
+class Executor:
+    """Runs launches, and the vendor's products between them.
+
+    Attributes:
+        on_cpu: whether CPU tensors are taken.
+        device: what the cost model plans for; None is the tensors' own device.
+    """
+
+    on_cpu: bool = False
+    device: Device | None = None
+
+    def run(self, launch: Launch) -> None:
+        launch.kernel[launch.grid](**launch.args, num_warps=launch.warps, num_stages=launch.stages)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """left·right by the vendor's GEMM."""
+        return left @ right
+
+
+class _Interpreter(Executor):
+    on_cpu = True
+
+
+@cache
+def _interpreting() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+_executor: Executor | None = None
+
+
+@contextmanager
+def use_executor(executor: Executor | None) -> Iterator[None]:
+    """Run every launch of the process through another executor until the block ends."""
+    global _executor
+    before, _executor = _executor, executor
+    try:
+        yield
+    finally:
+        _executor = before
+
+
+def executor() -> Executor:
+    """The executor in use."""
+    global _executor
+    if _executor is None:
+        _executor = _Interpreter() if _interpreting() else Executor()
+    return _executor
+
+
+def planned_device(device: torch.device) -> Device:
+    """What the cost model plans for when tensors are on a torch device."""
+    return executor().device or device_of(device)
+
+
+def refuse_device(device: torch.device) -> str | None:
+    """Why Triton cannot run on a device, or None."""
+    reason = _missing()
+    if reason is not None:
+        return reason
+    if device.type not in GPU_TYPES and not (device.type == "cpu" and executor().on_cpu):
+        return f"takes CUDA and ROCm tensors, not {device.type} (but under TRITON_INTERPRET=1)"
+    return None
+
+
+def refuse_triton(
+    tensors: Sequence[Tensor | None], base: Sequence[Tensor] | None = None
+) -> str | None:
+    """Why the Triton kernels cannot take these tensors (x first), or None."""
+    assert tensors[0] is not None
+    reason = refuse_device(tensors[0].device)
+    if reason is not None:
+        return reason
+    for t in tensors:
+        if t is not None and t.dtype not in DTYPES:
+            return f"takes {names(DTYPES)}, not {names([t.dtype])}"
+    if base is not None and len(base) != 1:
+        return "takes a dense base, not a 4-bit one"
+    return None
+
+
+def register_triton(op: str, module: str, supports: Callable[..., str | None]) -> None:
+    """Register function `op` of a module as the op's Triton implementation; the module, and with it
+    triton, is imported at the first call."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device = next(t.device for t in args if isinstance(t, Tensor))
+        function = getattr(importlib.import_module(module), op)
+        if device.type == "cpu":
+            return function(*args, **kwargs)
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return function(*args, **kwargs)
+
+    register(op, Implementation("triton", call, supports))

@@ -1,0 +1,79 @@
+"""Triton primitives that every kernel of this package is made of.
+
+Names: `b_` a block's values, `p_` a pointer, `o_` offsets, `m_` a mask.
+"""
+
+import triton
+import triton.language as tl
+
+from lora_kernels.ops.common.philox import MULTIPLIERS, ROUNDS, WEYL
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_MULTIPLIER_0, _MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
+_WEYL_0, _WEYL_1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
+_ROUNDS = tl.constexpr(ROUNDS)
+
+
+@triton.jit
+def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
+    """b_sum + b_left·b_right, summed in fp32.
+
+    PRECISION concerns fp32 operands: "ieee", or "tf32" where torch allows it. The interpreter
+    would multiply the raw bits of bf16, so there the operands are widened, which is exact.
+    """
+    if _INTERPRETED:
+        b_left = b_left.to(tl.float32)
+        b_right = b_right.to(tl.float32)
+    return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(b_value, dtype: tl.constexpr):
+    """b_value in another float type, rounded to nearest even.
+
+    The interpreter would cut fp32 off to bf16, so there the bits are rounded first.
+    """
+    if _INTERPRETED:
+        if dtype == tl.bfloat16 and b_value.dtype == tl.float32:
+            bits = b_value.to(tl.uint32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            b_value = tl.where(b_value == b_value, rounded, b_value)
+    return b_value.to(dtype)
+
+
+@triton.jit
+def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of a tile, numbered so that neighbours in time share rows and columns of L2:
+    GROUP tile rows are walked column by column."""
+    first = (tile // (GROUP * tiles_n)) * GROUP
+    height = min(tiles_m - first, GROUP)
+    within = tile % (GROUP * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def keep_tile(p_seed, o_m, k0, stream, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The dropout mask [ROWS, COLS] of rows o_m and columns k0.. (a multiple of 8).
+
+    Philox4x32-7 as `philox.py` states it: one call decides the eight columns of a block.
+    """
+    seed = tl.load(p_seed)
+    key_0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    key_1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = tl.full([ROWS, COLS // 8], 0, tl.uint32)  # [ROWS, COLS / 8], as all words below
+    c0 = zero + (k0 // 8 + tl.arange(0, COLS // 8))[None, :].to(tl.uint32)
+    c1 = zero + o_m[:, None].to(tl.uint32)
+    c2 = zero + tl.full([1, 1], stream, tl.uint32)
+    c3 = zero
+    by_0 = tl.full([1, 1], _MULTIPLIER_0, tl.uint32)
+    by_1 = tl.full([1, 1], _MULTIPLIER_1, tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        high_0 = tl.umulhi(c0, by_0)
+        high_1 = tl.umulhi(c2, by_1)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ key_0, c2 * by_1, high_0 ^ c3 ^ key_1, c0 * by_0
+        key_0 += _WEYL_0
+        key_1 += _WEYL_1
+    # Words in order, then their low and high halves: what a thread holds are neighbours in a row.
+    words = tl.permute(tl.join(tl.join(c0, c1), tl.join(c2, c3)), 0, 1, 3, 2)
+    halves = tl.join(words & 0xFFFF, words >> 16)  # [ROWS, COLS / 8, 2, 2, 2]
+    return tl.reshape(halves, [ROWS, COLS]) >= tl.full([1, 1], threshold, tl.uint32)

@@ -1,0 +1,158 @@
+"""lora_linear_bwd by the Triton kernels: only what is asked, nothing by atomics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.common.configs import thin_columns, thin_rows
+from lora_kernels.ops.common.launch import executor, planned_device
+from lora_kernels.ops.common.triton_host import Dropout, takes_tma
+from lora_kernels.ops.lora.triton.forward import ADD_CONFIG
+from lora_kernels.ops.lora.triton.gemm import gemm
+from lora_kernels.ops.lora.triton.grad_pass import grad_pass
+from lora_kernels.ops.lora.triton.outer import outer
+from lora_kernels.ops.lora.triton.shrink import shrink
+from lora_kernels.ops.lora.triton.strategies import (
+    MAX_ONE_READ_RANK,
+    Problem,
+    choose,
+)
+from lora_kernels.ops.lora.triton.sums import diagonals as diagonal_grads
+
+
+def lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    rank_diag: Tensor | None,
+    out_diag: Tensor | None,
+    needs: Sequence[bool],
+    stream: int = 0,
+) -> tuple[Tensor, ...]:
+    """The derivation stands in `api.py`; which launches, `strategies.py` says."""
+    w = base[0]
+    m, n, k, r = dy.shape[0], dy.shape[1], x.shape[1], a.shape[0]
+    want_x, want_a, want_b, want_bias, want_rank, want_out, want_w = needs
+    dropout = Dropout(dropout_p, seed, stream)
+    device = planned_device(dy.device)
+    size = dy.element_size()
+    problem = Problem(m, n, k, r, dy.dtype, dropout.on, takes_tma(dy, w))
+    plan = choose("lora_linear_bwd", problem, device)
+    grads = [dy.new_empty(0, dtype=t.dtype) for t in _like(x, a, b, rank_diag, out_diag)]
+    if want_a:
+        grads[1] = torch.empty_like(a, memory_format=torch.contiguous_format)
+    if want_b:
+        grads[2] = torch.empty_like(b, memory_format=torch.contiguous_format)
+    if want_bias:
+        grads[3] = dy.new_empty(n)
+
+    # dB and the diagonals' gradients share g = dyᵀ·s; with diagonals g itself is needed.
+    diagonals = want_rank or want_out or (want_b and (rank_diag, out_diag) != (None, None))
+    g = dy.new_empty((n, r), dtype=torch.float32) if diagonals else None
+    outer_b = g if diagonals else grads[2] if want_b else None
+    factor_b = 1.0 if diagonals else scale
+    dbias = grads[3] if want_bias else None
+
+    ds = dy.new_empty((m, r))
+    made_ds, made_b = not (want_x or want_a), False
+    if not made_ds and not (want_x and plan.strategy == "single_pass" and k > 0):
+        made_ds = True
+        if outer_b is not None and r <= MAX_ONE_READ_RANK and m > 0:
+            made_b = True
+            grad_pass(
+                dy,
+                s,
+                b,
+                ds,
+                outer_b,
+                dbias,
+                device=device,
+                scale=scale,
+                factor_b=factor_b,
+                rank=rank_diag,
+                col=out_diag,
+            )
+        else:
+            shrink(
+                thin_rows(m, n, device, problem.block_r, size),
+                dy,
+                b,
+                ds,
+                factor=scale,
+                dropout=Dropout(0.0, None, 0),
+                rank=rank_diag,
+                row=out_diag,
+            )
+    if want_x:
+        grads[0] = executor().product(dy, w) if plan.strategy == "addmm" else dy.new_empty((m, k))
+        gemm(
+            plan.strategy,
+            plan.config or ADD_CONFIG,
+            device,
+            dy,
+            w,
+            grads[0],
+            ds,
+            a,
+            b,
+            scale=scale,
+            dropout=dropout,
+            bias=None,
+            rank_diag=rank_diag,
+            out_diag=out_diag,
+            backward=True,
+        )
+    rest_b = None if made_b else outer_b
+    if want_a or rest_b is not None:
+        columns = (k if want_a else 0) + (n if rest_b is not None else 0)
+        outer(
+            thin_columns(m, columns, device, problem.block_r, size),
+            x if want_a else None,
+            ds if want_a else None,
+            dy if rest_b is not None else None,
+            s if rest_b is not None else None,
+            grads[1] if want_a else None,
+            rest_b,
+            dbias if rest_b is not None else None,
+            factor_b=factor_b,
+            dropout=dropout,
+        )
+    if want_bias and outer_b is None:
+        torch.sum(dy, 0, out=grads[3])
+    if g is not None:
+        if want_rank:
+            grads[4] = dy.new_empty(r, dtype=grads[4].dtype)
+        if want_out:
+            grads[5] = dy.new_empty(n, dtype=grads[5].dtype)
+        diagonal_grads(
+            g,
+            b,
+            rank_diag,
+            out_diag,
+            grads[2] if want_b else None,
+            grads[4] if want_rank else None,
+            grads[5] if want_out else None,
+            scale,
+        )
+    if want_w:
+        grads[6] = executor().product(dy.T, x)
+    return tuple(grads)
+
+
+def _like(
+    x: Tensor, a: Tensor, b: Tensor, rank_diag: Tensor | None, out_diag: Tensor | None
+) -> list[Tensor]:
+    """A tensor of each gradient's dtype, in the order of `schema.GRADS`."""
+    rank = x if rank_diag is None else rank_diag
+    out = x if out_diag is None else out_diag
+    return [x, a, b, x, rank, out, x]

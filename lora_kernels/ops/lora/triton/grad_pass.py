@@ -1,0 +1,149 @@
+"""One read of dy for both of its thin products, ds and dB."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.ops.common.configs import Device, span_of
+from lora_kernels.ops.common.tiles import cast, dot
+from lora_kernels.ops.common.triton_host import precision, run, stride
+from lora_kernels.ops.lora.triton.strategies import block_rank, one_read_parts
+from lora_kernels.ops.lora.triton.sums import sums
+
+
+@triton.jit
+def _grad_pass_kernel(
+    p_dy,
+    p_s,
+    p_b,
+    p_ds,
+    p_db,
+    p_dbias,
+    p_col,
+    M,
+    N,
+    R,
+    span,
+    stride_dym,
+    stride_dyn,
+    stride_sm,
+    stride_sr,
+    stride_bn,
+    stride_br,
+    stride_col,
+    EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Partial sums of ds = dy·(col ∘ b), db = dyᵀ·s and dbias = Σ_m dy.
+
+    Shapes: dy[M, N] s[M, R] b[N, R] col[N]; ds[N / BN, M, R], db[spans, N, R] and
+        dbias[spans, N] in fp32. R <= BR.
+    Grid: [cdiv(N, BN), spans of rows]. Sums in fp32.
+    """
+    dtype = p_dy.dtype.element_ty
+    pid_n = tl.program_id(0)
+    pid_m = tl.program_id(1)
+    o_n = (pid_n * BN + tl.arange(0, BN)).to(tl.int64)
+    o_r = tl.arange(0, BR)
+    m_n = o_n < N
+    m_r = o_r < R
+    first = pid_m * span
+    last = min(first + span, M)
+    o_b = o_n[:, None] * stride_bn + o_r[None, :] * stride_br
+    b_b = tl.load(p_b + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
+    if p_col is not None:
+        b_col = tl.load(p_col + o_n * stride_col, mask=m_n, other=0.0)  # [BN]
+        b_b = b_b.to(tl.float32) * b_col[:, None].to(tl.float32)
+    b_b = cast(b_b, dtype)
+    b_db = tl.full([BR, BN], 0.0, tl.float32)  # [BR, BN]
+    b_dbias = tl.full([BN], 0.0, tl.float32)  # [BN]
+    for m0 in range(first, last, BM):
+        o_m = (m0 + tl.arange(0, BM)).to(tl.int64)
+        m_m = o_m < last
+        o_dy = o_m[:, None] * stride_dym + o_n[None, :] * stride_dyn
+        if EVEN_N:
+            b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None], other=0.0)  # [BM, BN]
+        else:
+            b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None] & m_n[None, :], other=0.0)
+        o_s = o_m[None, :] * stride_sm + o_r[:, None] * stride_sr
+        b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
+        b_ds = dot(b_dy, b_b, tl.full([BM, BR], 0.0, tl.float32), PRECISION)  # [BM, BR]
+        o_ds = (pid_n.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
+        tl.store(p_ds + o_ds, b_ds, mask=m_m[:, None] & m_r[None, :])
+        b_db = dot(cast(b_s, dtype), b_dy, b_db, PRECISION)
+        if p_dbias is not None:
+            b_dbias += tl.sum(b_dy.to(tl.float32), axis=0)
+    o_db = (pid_m.to(tl.int64) * N + o_n[None, :]) * R + o_r[:, None]
+    tl.store(p_db + o_db, b_db, mask=m_n[None, :] & m_r[:, None])
+    if p_dbias is not None:
+        tl.store(p_dbias + pid_m.to(tl.int64) * N + o_n, b_dbias, mask=m_n)
+
+
+def grad_pass(
+    dy: Tensor,
+    s: Tensor,
+    b: Tensor,
+    ds: Tensor,
+    db: Tensor,
+    dbias: Tensor | None,
+    *,
+    device: Device,
+    scale: float,
+    factor_b: float,
+    rank: Tensor | None,
+    col: Tensor | None,
+) -> None:
+    """ds = scale · rank ∘ (dy·(col ∘ b)), db = factor_b · dyᵀ·s and dbias: one read of dy."""
+    m, n = dy.shape
+    r = b.shape[1]
+    br = block_rank(r)
+    size = dy.element_size()
+    bn = 256 if size == 2 and br <= 32 else 64 if size == 4 else 128
+    bm = 64 if size == 2 else 16
+    parts_n, parts_m = one_read_parts(max(m, 1), n, device, bn)
+    span = span_of(max(m, 1), parts_m, bm)
+    parts_m = ceil(max(m, 1) / span)
+    fp32 = torch.float32
+    parts_ds = dy.new_empty((parts_n, m, r), dtype=fp32)
+    parts_db = dy.new_empty((parts_m, n, r), dtype=fp32)
+    parts_bias = None if dbias is None else dy.new_empty((parts_m, n), dtype=fp32)
+    run(
+        _grad_pass_kernel,
+        (parts_n, parts_m),
+        8 if bn == 256 else 4,
+        2,
+        p_dy=dy,
+        p_s=s,
+        p_b=b,
+        p_ds=parts_ds,
+        p_db=parts_db,
+        p_dbias=parts_bias,
+        p_col=col,
+        M=m,
+        N=n,
+        R=r,
+        span=span,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_sm=s.stride(0),
+        stride_sr=s.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        stride_col=stride(col),
+        EVEN_N=n % bn == 0,
+        PRECISION=precision(dy.dtype),
+        BM=bm,
+        BN=bn,
+        BR=br,
+    )
+    sums([(parts_ds, ds, scale, rank), (parts_db, db, factor_b, None)])
+    if dbias is not None and parts_bias is not None:
+        sums([(parts_bias, dbias, 1.0, None)])

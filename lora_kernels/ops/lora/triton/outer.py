@@ -1,0 +1,284 @@
+"""dA = dsᵀ·keep(x) and dB = dyᵀ·s: sums over the rows, one pass over x and one over dy."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.ops.common.configs import ThinConfig, span_of
+from lora_kernels.ops.common.tiles import cast, dot, keep_tile
+from lora_kernels.ops.common.triton_host import Dropout, precision, run
+from lora_kernels.ops.lora.triton.strategies import block_rank
+from lora_kernels.ops.lora.triton.sums import sums
+
+
+@triton.jit
+def _outer(
+    p_x,
+    p_t,
+    p_out,
+    p_bias,
+    p_seed,
+    M,
+    C,
+    R,
+    pid_c,
+    pid_r,
+    first,
+    last,
+    factor,
+    threshold,
+    stream,
+    stride_xm,
+    stride_xc,
+    stride_tm,
+    stride_tr,
+    stride_oc,
+    stride_or,
+    DROPOUT: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """out[c, r] = factor · Σ_m keep(x)[m, c] · t[m, r] and bias[c] = Σ_m x[m, c], over a span of m.
+
+    One block of C and R; x[M, C] t[M, R]; sums in fp32.
+    """
+    dtype = p_x.dtype.element_ty
+    o_c = pid_c * BC + tl.arange(0, BC)
+    o_r = pid_r * BR + tl.arange(0, BR)
+    m_c = o_c < C
+    m_r = o_r < R
+    o_m = first + tl.arange(0, BM)
+    p_x_tile = p_x + o_m[None, :].to(tl.int64) * stride_xm + (o_c % C)[:, None] * stride_xc
+    p_t_tile = p_t + o_m[:, None].to(tl.int64) * stride_tm + (o_r % R)[None, :] * stride_tr
+    b_out = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
+    b_bias = tl.full([BC], 0.0, tl.float32)  # [BC]
+    for m0 in range(first, last, BM):
+        if EVEN_M:
+            b_x = tl.load(p_x_tile)  # [BC, BM]
+            b_t = tl.load(p_t_tile)  # [BM, BR]
+        else:
+            m_m = m0 + tl.arange(0, BM) < last
+            b_x = tl.load(p_x_tile, mask=m_m[None, :], other=0.0)
+            b_t = tl.load(p_t_tile, mask=m_m[:, None], other=0.0)
+        p_x_tile += BM * stride_xm
+        p_t_tile += BM * stride_tm
+        if p_bias is not None:
+            b_bias += tl.sum(b_x.to(tl.float32), axis=1)
+        if DROPOUT:
+            o_rows = m0 + tl.arange(0, BM)
+            m_keep = keep_tile(p_seed, o_rows, pid_c * BC, stream, threshold, BM, BC)
+            b_x = tl.where(m_keep.T, b_x, 0.0)
+        b_out = dot(b_x, cast(b_t, dtype), b_out, PRECISION)
+    o_out = o_c[:, None].to(tl.int64) * stride_oc + o_r[None, :].to(tl.int64) * stride_or
+    b_out *= factor
+    tl.store(p_out + o_out, cast(b_out, p_out.dtype.element_ty), mask=m_c[:, None] & m_r[None, :])
+    if p_bias is not None and pid_r == 0:
+        tl.store(p_bias + o_c, cast(b_bias, p_bias.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
+def _outer_kernel(
+    p_x,
+    p_ds,
+    p_da,
+    p_dy,
+    p_s,
+    p_db,
+    p_dbias,
+    p_seed,
+    M,
+    K,
+    N,
+    R,
+    span,
+    factor_a,
+    factor_b,
+    threshold,
+    stream,
+    stride_xm,
+    stride_xk,
+    stride_dym,
+    stride_dyn,
+    stride_sm,
+    stride_sr,
+    stride_a_span,
+    stride_ar,
+    stride_b_span,
+    stride_bn,
+    stride_bias_span,
+    blocks_a,
+    WANT_A: tl.constexpr,
+    WANT_B: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """da = factor_a · dsᵀ·keep(x), db = factor_b · dyᵀ·s and dbias = Σ_m dy: one pass over each.
+
+    Shapes: x[M, K] ds[M, R] da[R, K] dy[M, N] s[M, R] db[N, R] dbias[N]; with several spans of m
+        the results are fp32 partial sums, a span apart.
+    Grid: [blocks of K for da, then of N for db; cdiv(R, BR); spans]. Sums in fp32.
+    """
+    pid = tl.program_id(0)
+    pid_r = tl.program_id(1)
+    spans = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(2) * span
+    last = min(first + span, M)
+    if WANT_A:
+        if pid < blocks_a:
+            _outer(
+                p_x,
+                p_ds,
+                p_da + spans * stride_a_span,
+                None,
+                p_seed,
+                M,
+                K,
+                R,
+                pid,
+                pid_r,
+                first,
+                last,
+                factor_a,
+                threshold,
+                stream,
+                stride_xm,
+                stride_xk,
+                R,
+                1,
+                1,
+                stride_ar,
+                DROPOUT,
+                EVEN_M,
+                PRECISION,
+                BC,
+                BM,
+                BR,
+            )
+    if WANT_B:
+        if pid >= blocks_a:
+            p_bias = p_dbias
+            if p_dbias is not None:
+                p_bias = p_dbias + spans * stride_bias_span
+            _outer(
+                p_dy,
+                p_s,
+                p_db + spans * stride_b_span,
+                p_bias,
+                p_seed,
+                M,
+                N,
+                R,
+                pid - blocks_a,
+                pid_r,
+                first,
+                last,
+                factor_b,
+                threshold,
+                stream,
+                stride_dym,
+                stride_dyn,
+                stride_sm,
+                stride_sr,
+                stride_bn,
+                1,
+                False,
+                EVEN_M,
+                PRECISION,
+                BC,
+                BM,
+                BR,
+            )
+
+
+def outer(
+    config: ThinConfig,
+    x: Tensor | None,
+    ds: Tensor | None,
+    dy: Tensor | None,
+    s: Tensor | None,
+    da: Tensor | None,
+    db: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    factor_b: float,
+    dropout: Dropout,
+) -> None:
+    """da = dsᵀ·keep(x) (scaled), db = factor_b · dyᵀ·s and dbias = Σ_m dy, each where given."""
+    some = da if da is not None else db
+    assert some is not None
+    like = x if x is not None else dy
+    assert like is not None
+    m, dtype = like.shape[0], like.dtype
+    r = ds.shape[1] if ds is not None else s.shape[1]  # type: ignore[union-attr]
+    k = x.shape[1] if da is not None else 0  # type: ignore[union-attr]
+    n = dy.shape[1] if db is not None else 0  # type: ignore[union-attr]
+    br = block_rank(r)
+    span = span_of(m, config.spans, config.step)
+    spans = max(1, ceil(m / span)) if m else 1
+    parts_a, parts_b, parts_bias = da, db, dbias
+    if spans > 1:
+        fp32 = torch.float32
+        parts_a = None if da is None else like.new_empty((spans, r, k), dtype=fp32)
+        parts_b = None if db is None else like.new_empty((spans, n, r), dtype=fp32)
+        parts_bias = None if dbias is None else like.new_empty((spans, n), dtype=fp32)
+    blocks_a, blocks_b = ceil(k / config.block), ceil(n / config.block)
+    run(
+        _outer_kernel,
+        (blocks_a + blocks_b, ceil(r / br), spans),
+        config.warps,
+        config.stages,
+        p_x=x,
+        p_ds=ds,
+        p_da=parts_a,
+        p_dy=dy,
+        p_s=s,
+        p_db=parts_b,
+        p_dbias=parts_bias,
+        p_seed=dropout.seed,
+        M=m,
+        K=k,
+        N=n,
+        R=r,
+        span=span,
+        factor_a=dropout.keep_scale,
+        factor_b=float(factor_b),
+        threshold=dropout.threshold,
+        stream=dropout.stream,
+        stride_xm=0 if x is None else x.stride(0),
+        stride_xk=0 if x is None else x.stride(1),
+        stride_dym=0 if dy is None else dy.stride(0),
+        stride_dyn=0 if dy is None else dy.stride(1),
+        stride_sm=0 if s is None else s.stride(0),
+        stride_sr=0 if s is None else s.stride(1),
+        stride_a_span=r * k,
+        stride_ar=k,
+        stride_b_span=n * r,
+        stride_bn=r,
+        stride_bias_span=n,
+        blocks_a=blocks_a,
+        WANT_A=da is not None,
+        WANT_B=db is not None,
+        DROPOUT=dropout.on,
+        EVEN_M=m % config.step == 0,
+        PRECISION=precision(dtype),
+        BC=config.block,
+        BM=config.step,
+        BR=br,
+    )
+    if spans > 1:
+        jobs = [(parts_a, da, 1.0, None), (parts_b, db, 1.0, None)]
+        sums([(p, o, f, v) for p, o, f, v in jobs if o is not None])  # type: ignore[misc]
+        if dbias is not None:
+            sums([(parts_bias, dbias, 1.0, None)])  # type: ignore[list-item]

@@ -1,0 +1,295 @@
+"""Which way to run the LoRA products: the strategies, what each costs, and the choice.
+
+Forward  addmm        vendor GEMM; s = keep(x)·Aᵀ; y += scale·s·Bᵀ
+         epilogue     s first; one GEMM whose sums start from the branch
+         single_pass  one GEMM that makes s from the tiles of x it reads anyway
+Backward addmm        vendor GEMM; ds; dx += keep(ds·A); dA and dB
+         epilogue     one read of dy for ds and dB; one GEMM that starts from the branch; dA
+         single_pass  one GEMM that makes ds from the tiles of dy; dA and dB in one launch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil
+
+import torch
+
+from lora_kernels.ops.common.configs import (
+    ConfigExplanation,
+    Device,
+    Estimate,
+    GemmConfig,
+    best_gemm,
+    gemm_asked_bytes,
+    gemm_tiles,
+    mask_seconds,
+    next_power_of_2,
+    span_of,
+    thin_columns,
+    thin_rows,
+    title,
+)
+
+STRATEGIES = ("single_pass", "epilogue", "addmm")
+# Rank columns that fit beside a full tile of sums; more do not pay either.
+MAX_SINGLE_PASS_RANK = 64
+# Rank columns of one pass over dy that makes both ds and dB.
+MAX_ONE_READ_RANK = 64
+
+_forced: str | None = None
+
+
+@contextmanager
+def use_strategy(name: str | None) -> Iterator[None]:
+    """Run the Triton LoRA kernels by one strategy, in the whole process, until the block ends.
+
+    Raises:
+        ValueError: `name` is none of `STRATEGIES`.
+    """
+    global _forced
+    if name is not None and name not in STRATEGIES:
+        raise ValueError(f"strategy: got {name!r}, expected one of {', '.join(STRATEGIES)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def block_rank(r: int) -> int:
+    """Rank columns of a tile: tensor cores take 16 at least."""
+    return min(max(16, next_power_of_2(r)), 64)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call as the cost model sees it; sizes of 0 count as 1.
+
+    Attributes:
+        m, n, k, r: rows, output and input features, rank.
+        dtype: of x and W.
+        dropout: whether the mask is regenerated.
+        tma: whether x (or dy) and W allow tensor descriptors.
+    """
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype = torch.bfloat16
+    dropout: bool = False
+    tma: bool = True
+
+    @property
+    def size(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def block_r(self) -> int:
+        return block_rank(self.r)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Launches beside the large product."""
+
+    launches: int = 0
+    moved: float = 0.0  # bytes
+    seconds: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.launches + other.launches,
+            self.moved + other.moved,
+            self.seconds + other.seconds,
+        )
+
+
+NOTHING = Work()
+
+
+def explain_config(op: str, problem: Problem, device: Device) -> ConfigExplanation:
+    """What the cost model says of each strategy, and which one it takes.
+
+    Args:
+        op: "lora_linear_fwd" or "lora_linear_bwd".
+        device: one of `configs.DEVICES`, or `configs.device_of(...)`.
+
+    Raises:
+        ValueError: `op` is neither of the two.
+    """
+    estimate = {"lora_linear_fwd": _forward, "lora_linear_bwd": _backward}.get(op)
+    if estimate is None:
+        raise ValueError(f"op: got {op!r}, expected lora_linear_fwd or lora_linear_bwd")
+    p = replace(problem, m=max(problem.m, 1), n=max(problem.n, 1), k=max(problem.k, 1))
+    sizes = (("M", problem.m), ("N", problem.n), ("K", problem.k), ("r", problem.r))
+    return ConfigExplanation(
+        title(op, sizes, problem.dtype, problem.dropout),
+        device,
+        tuple(estimate(strategy, p, device) for strategy in STRATEGIES),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _choose(op: str, problem: Problem, device: Device, forced: str | None) -> Estimate:
+    explanation = explain_config(op, problem, device)
+    for estimate in explanation.estimates:
+        if estimate.strategy == forced and estimate.refusal is None:
+            return estimate
+    return explanation.chosen
+
+
+def choose(op: str, problem: Problem, device: Device) -> Estimate:
+    """The estimate to follow: the forced strategy's, where it can be, or the cheapest."""
+    return _choose(op, problem, device, _forced)
+
+
+def one_read_parts(m: int, n: int, device: Device, block_n: int = 256) -> tuple[int, int]:
+    """Parts of ds (blocks of n) and of dB (spans of m) when one pass over dy makes both."""
+    parts_n = ceil(n / block_n)
+    parts_m = max(1, min(ceil(m / 64), ceil(device.multiprocessors / parts_n)))
+    return parts_n, ceil(m / span_of(m, parts_m, 64))
+
+
+def _forward(strategy: str, p: Problem, device: Device) -> Estimate:
+    """y [m, n] = x [m, k]·Wᵀ with its branch."""
+    if strategy == "single_pass":
+        return _single_pass(p, p.n, p.k, device, masked_x=p.dropout)
+    config = thin_rows(p.m, p.k, device, p.block_r, p.size)
+    moved = p.size * (p.m * p.k + p.r * p.k + p.m * p.r) + _parts(config.spans, p.m * p.r)
+    mask = mask_seconds(p.m * p.k, device) if p.dropout else 0.0
+    shrink = _work(2 if config.spans > 1 else 1, moved, device, mask)
+    if strategy == "addmm":
+        return _addmm(p, p.n, p.k, device, shrink)
+    return _epilogue(p, p.n, p.k, device, shrink)
+
+
+def _backward(strategy: str, p: Problem, device: Device) -> Estimate:
+    """dx [m, k] = dy [m, n]·W with its branch, then dA and dB."""
+    alone = strategy != "single_pass"
+    columns = p.k if alone else p.k + p.n
+    config = thin_columns(p.m, columns, device, p.block_r, p.size)
+    moved: float = p.size * (p.m * columns + p.r * columns + p.m * p.r * (1 if alone else 2))
+    moved += _parts(config.spans, p.r * columns)
+    mask = mask_seconds(p.m * p.k, device) if p.dropout else 0.0
+    outer = _work(2 if config.spans > 1 else 1, moved, device, mask)
+    if strategy == "single_pass":
+        return _single_pass(p, p.k, p.n, device, masked_y=p.dropout, beside=outer)
+    if p.r <= MAX_ONE_READ_RANK:
+        parts_n, parts_m = one_read_parts(p.m, p.n, device)
+        read: float = p.size * (p.m * p.n + p.m * p.r + p.n * p.r)
+        read += _parts(parts_n, p.m * p.r, always=True) + _parts(parts_m, p.n * p.r, always=True)
+    else:
+        read = p.size * 2 * (p.m * p.n + p.m * p.r + p.n * p.r)
+    beside = outer + _work(2, read, device)
+    if strategy == "addmm":
+        return _addmm(p, p.k, p.n, device, beside)
+    return _epilogue(p, p.k, p.n, device, beside, masked_y=p.dropout)
+
+
+def _work(launches: int, moved: float, device: Device, at_least: float = 0.0) -> Work:
+    seconds = max(moved / device.bandwidth, at_least) + launches * device.launch_seconds
+    return Work(launches, moved, seconds)
+
+
+def _parts(spans: int, elements: int, always: bool = False) -> float:
+    """Bytes of fp32 parts, written and read; none where there is one part."""
+    return 0.0 if spans == 1 and not always else 8.0 * spans * elements
+
+
+def _single_pass(
+    p: Problem,
+    n: int,
+    k: int,
+    device: Device,
+    *,
+    masked_x: bool = False,
+    masked_y: bool = False,
+    beside: Work = NOTHING,
+) -> Estimate:
+    """A GEMM [m, n] over k that makes its own s or ds."""
+    br, size = p.block_r, p.size
+    if p.r > MAX_SINGLE_PASS_RANK:
+        return _refused("single_pass", f"takes ranks up to {MAX_SINGLE_PASS_RANK}")
+    found = best_gemm(
+        p.m,
+        n,
+        k,
+        device,
+        size,
+        block_r=br,
+        branch=br,
+        masked_x=masked_x,
+        masked_y=masked_y,
+        tma=p.tma,
+    )
+    if found is None:
+        return _refused("single_pass", "no tile fits the device")
+    config, seconds, waves = found
+    tiles = gemm_tiles(config, p.m, n)
+    dram = size * (p.m * k + n * k + p.m * n + p.m * p.r + p.r * (n + k))
+    asked = gemm_asked_bytes(config, p.m, n, k, size)
+    asked += size * (tiles * br * (k + config.block_n) + p.m * p.r)
+    flops = 2.0 * tiles * config.block_m * (config.block_n * (k + br) + br * k)
+    return _estimate("single_pass", config, beside, dram, asked, flops, waves, seconds)
+
+
+def _epilogue(
+    p: Problem, n: int, k: int, device: Device, beside: Work, *, masked_y: bool = False
+) -> Estimate:
+    """A GEMM [m, n] over k whose sums start from t·u, after launches that made t."""
+    size, padded = p.size, ceil(p.r / p.block_r) * p.block_r
+    found = best_gemm(p.m, n, k, device, size, branch=padded, masked_y=masked_y, tma=p.tma)
+    if found is None:
+        return _refused("epilogue", "no tile fits the device")
+    config, seconds, waves = found
+    tiles = gemm_tiles(config, p.m, n)
+    dram = size * (p.m * k + n * k + p.m * n + p.m * p.r + n * p.r)
+    asked = gemm_asked_bytes(config, p.m, n, k, size)
+    asked += size * padded * tiles * (config.block_m + config.block_n)
+    flops = 2.0 * tiles * config.block_m * config.block_n * (k + padded)
+    return _estimate("epilogue", config, beside, dram, asked, flops, waves, seconds)
+
+
+def _addmm(p: Problem, n: int, k: int, device: Device, beside: Work) -> Estimate:
+    """The vendor's GEMM [m, n] over k, taken to be as good as ours, and one more pass over y."""
+    size = p.size
+    found = best_gemm(p.m, n, k, device, size, tma=p.tma)
+    if found is None:
+        return _refused("addmm", "no tile fits the device")
+    product = size * (p.m * k + n * k + p.m * n)
+    branch = size * (2 * p.m * n + p.m * p.r + n * p.r)
+    seconds = found[1] + branch / device.bandwidth + device.launch_seconds
+    flops = 2.0 * p.m * n * (k + p.block_r)
+    beside += Work(1)
+    return _estimate("addmm", None, beside, product + branch, product + branch, flops, 1, seconds)
+
+
+def _estimate(
+    strategy: str,
+    config: GemmConfig | None,
+    beside: Work,
+    dram: float,
+    asked: float,
+    flops: float,
+    waves: int,
+    seconds: float,
+) -> Estimate:
+    return Estimate(
+        strategy,
+        config,
+        beside.launches + 1,
+        dram + beside.moved,
+        asked + beside.moved,
+        flops,
+        waves,
+        seconds + beside.seconds,
+    )
+
+
+def _refused(strategy: str, reason: str) -> Estimate:
+    return Estimate(strategy, None, 0, 0, 0, 0, 0, float("inf"), reason)
