@@ -329,7 +329,7 @@ def thin_rows(m: int, k: int, device: Device, block_r: int, size: int = 2) -> Th
     step = 128 if block <= 32 and block_r <= 64 else 64
     blocks = ceil(m / block)
     spans = 1
-    while spans < 16 and blocks * spans * 2 <= device.multiprocessors and k // (spans * 2) >= 512:
+    while spans < 16 and blocks * spans * 2 <= device.multiprocessors and k // (spans * 2) >= 1024:
         spans *= 2
     return ThinConfig(block, step, 4, 3 if block_r > 64 else 4, spans)
 
