@@ -37,6 +37,7 @@ class Device:
         fp32_flops: of fp32 multiply-adds, FLOP/s; integer operations are taken at half of it.
         tma: whether tensor descriptors are copied by hardware.
         launch_seconds: between two dependent launches.
+        tiles: the tiles to choose among where not all of `GEMM_CONFIGS`; tests force some so.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Device:
     fp32_flops: float
     tma: bool = False
     launch_seconds: float = 3e-6
+    tiles: tuple[GemmConfig, ...] | None = None
 
 
 # Data sheets; L2 from bytes a clock and the boost clock. The generic row is a small Ampere card.
@@ -249,7 +251,7 @@ def best_gemm(
     device: Device,
     size: int,
     *,
-    configs: Sequence[GemmConfig] = GEMM_CONFIGS,
+    configs: Sequence[GemmConfig] | None = None,
     block_r: int = 0,
     branch: int = 0,
     masked_x: bool = False,
@@ -267,7 +269,7 @@ def best_gemm(
         tma: whether the operands allow tensor descriptors.
     """
     found = None
-    for config in configs:
+    for config in configs or device.tiles or GEMM_CONFIGS:
         if not is_valid(config, device, size, block_r, masked_y, tma):
             continue
         mask = config.block_m * (k if masked_x else config.block_n if masked_y else 0)

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import thin_columns, thin_rows
 from lora_kernels.ops.common.launch import executor, planned_device
-from lora_kernels.ops.common.triton_host import Dropout, takes_tma
-from lora_kernels.ops.lora.triton.forward import ADD_CONFIG
-from lora_kernels.ops.lora.triton.gemm import gemm
-from lora_kernels.ops.lora.triton.grad_pass import grad_pass
-from lora_kernels.ops.lora.triton.outer import outer
-from lora_kernels.ops.lora.triton.shrink import shrink
-from lora_kernels.ops.lora.triton.strategies import (
+from lora_kernels.ops.common.strategies import (
     MAX_ONE_READ_RANK,
     Problem,
     choose,
 )
-from lora_kernels.ops.lora.triton.sums import diagonals as diagonal_grads
+from lora_kernels.ops.common.thin.grad_pass import grad_pass
+from lora_kernels.ops.common.thin.outer import outer
+from lora_kernels.ops.common.thin.shrink import shrink
+from lora_kernels.ops.common.triton_host import Dropout, takes_tma
+from lora_kernels.ops.lora.triton.diagonals import diagonals as diagonal_grads
+from lora_kernels.ops.lora.triton.forward import ADD_CONFIG
+from lora_kernels.ops.lora.triton.gemm import gemm
 
 
 def lora_linear_bwd(

@@ -11,11 +11,11 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import GemmConfig, thin_rows
 from lora_kernels.ops.common.launch import Launch, executor, planned_device
 from lora_kernels.ops.common.philox import threshold
+from lora_kernels.ops.common.strategies import Problem, choose
+from lora_kernels.ops.common.thin.shrink import shrink
 from lora_kernels.ops.common.triton_host import Dropout, takes_tma
 from lora_kernels.ops.lora.triton.dropout import _dropout_mask_kernel
 from lora_kernels.ops.lora.triton.gemm import gemm
-from lora_kernels.ops.lora.triton.shrink import shrink
-from lora_kernels.ops.lora.triton.strategies import Problem, choose
 
 # The pass that adds the branch to the vendor's product.
 ADD_CONFIG = GemmConfig(64, 64, 16, 4, 1)

@@ -13,9 +13,9 @@ from lora_kernels.ops.common.lora_tiles import (
     product_tile,
     store_tile,
 )
+from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.tiles import grouped_tile, keep_tile
 from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
-from lora_kernels.ops.lora.triton.strategies import block_rank
 
 
 @triton.jit

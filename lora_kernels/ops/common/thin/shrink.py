@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import ThinConfig, next_power_of_2, span_of
+from lora_kernels.ops.common.thin.sums import sums
 from lora_kernels.ops.common.tiles import cast, dot, keep_tile
 from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
-from lora_kernels.ops.lora.triton.sums import sums
 
 
 @triton.jit

@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device, span_of
+from lora_kernels.ops.common.strategies import block_rank, one_read_parts
+from lora_kernels.ops.common.thin.sums import sums
 from lora_kernels.ops.common.tiles import cast, dot
 from lora_kernels.ops.common.triton_host import precision, run, stride
-from lora_kernels.ops.lora.triton.strategies import block_rank, one_read_parts
-from lora_kernels.ops.lora.triton.sums import sums
 
 
 @triton.jit
