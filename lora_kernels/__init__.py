@@ -15,14 +15,17 @@ from lora_kernels.adapters import (
 )
 from lora_kernels.dispatch import explain, use_backend
 from lora_kernels.integrations.fused_loss import fuse_loss
-from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
+from lora_kernels.nn import LoRAGateUp, LoRALinear, LoRAMLP, LoRAQKV, NF4Linear, QLoRALinear
 from lora_kernels.ops.nf4 import NF4Weight
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LoRAConfig",
+    "LoRAGateUp",
     "LoRALinear",
+    "LoRAMLP",
+    "LoRAQKV",
     "LoRAReport",
     "NF4Linear",
     "NF4Weight",

@@ -7,45 +7,24 @@
 #include "lora_kernels/cross_entropy.h"
 
 #include <cmath>
-#include <initializer_list>
 #include <limits>
 
-#include "vector/vec.h"
+#include "vector/functions.h"
 
 namespace lora_kernels {
 namespace {
 
+using vector::exponential;
 using vector::kLanes;
 using vector::load;
-using vector::multiply_add;
 using vector::put;
+using vector::select;
 using vector::splat;
 using vector::Vec;
 using vector::Words;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
-// Lanes of a comparison are all ones or zeros.
-LK_INLINE Vec select(Words mask, Vec yes, Vec no) {
-  return (Vec)((mask & (Words)yes) | (~mask & (Words)no));
-}
-
-// exp of x <= 0, within 1.2 units in the last place; 0 below -87. Cody and Waite's reduction to
-// |r| <= ln 2 / 2, then the Taylor polynomial of degree 7.
-LK_INLINE Vec exponential(Vec x) {
-  constexpr float kLog2e = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = multiply_add(x, splat(kLog2e), splat(kRound));
-  const Vec n = shifted - splat(kRound);
-  Vec r = multiply_add(n, splat(-kLn2High), x);
-  r = multiply_add(n, splat(-kLn2Low), r);
-  Vec p = splat(1.0f / 5040);
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    p = multiply_add(p, r, splat(c));
-  const Vec value = (Vec)((Words)p + ((Words)shifted << 23));
-  return (Vec)((Words)value & (Words)(x > splat(-87.0f)));
-}
 
 LK_INLINE float largest(Vec v) {
   float lanes[kLanes], most = -kInfinity;

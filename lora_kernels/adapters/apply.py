@@ -83,6 +83,7 @@ def apply_lora(
     alpha_pattern: Mapping[str, float] | None = None,
     exclude_modules: str | Iterable[str] = ("lm_head",),
     *,
+    use_dora: bool = False,
     init: str = "kaiming",
     adapter_dtype: torch.dtype | None = None,
     block_size: int = 64,
@@ -104,14 +105,14 @@ def apply_lora(
 
     Args:
         model: any module that holds linear layers; not compiled yet.
-        r, alpha, dropout, use_rslora, init: as in `nn.LoRALinear`.
+        r, alpha, dropout, use_rslora, use_dora, init: as in `nn.LoRALinear`.
         target_modules: names that a layer's full name ends in; or a regular expression for the
             full name; or "all-linear": every linear layer but the output layer.
         quantize: store the base in 4 bits.
         rank_pattern, alpha_pattern: r or alpha by name, as in PEFT: a regular expression for the
             end of the full name; the first that fits counts.
         exclude_modules: as `target_modules`; what is excluded is neither adapted nor quantised.
-        adapter_dtype: dtype of A and B; fp32 over a 16-bit base by default.
+        adapter_dtype: dtype of A, B and the magnitude; fp32 over a 16-bit base by default.
         block_size, double_quant: of `quantize`.
         progress: True for a bar (needs tqdm), False for none, or a function of (done, total,
             name). None shows the bar after two seconds, if standard error is a terminal and tqdm
@@ -136,6 +137,7 @@ def apply_lora(
         alpha_pattern or {},
         exclude_modules,  # type: ignore[arg-type]
         init,
+        bool(use_dora),
     )
     check_model(model)
     targets = find_targets(model, config)
@@ -242,6 +244,7 @@ def _adapted(
         config.use_rslora,
         config.init,
         adapter_dtype,
+        config.use_dora,
     )
     if isinstance(layer, NF4Linear):
         return QLoRALinear.from_weight(layer.weight, layer.bias, *options).train(layer.training)

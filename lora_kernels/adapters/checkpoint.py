@@ -22,6 +22,7 @@ from lora_kernels.adapters.layers import adapter_layers, require_adapters, unwra
 from lora_kernels.adapters.targets import Targets, find_targets, shortest_targets
 from lora_kernels.integrations.peft import (
     CONFIG_FILE,
+    MAGNITUDE,
     PICKLED_WEIGHTS_FILE,
     WEIGHTS_FILE,
     check_config,
@@ -66,7 +67,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: the model has no adapters, they are on the meta device, or their dropout or
-            use_rslora differ (PEFT's configuration has one value for all).
+            use_rslora or use_dora differ (PEFT's configuration has one value for all).
     """
     from safetensors.torch import save_file
 
@@ -74,7 +75,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     layers = require_adapters(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers:
-        for factor, t in (("A", layer.lora_A), ("B", layer.lora_B)):
+        for factor, t in _tensors_of(layer).items():
             if t.is_meta:
                 raise ValueError(f"{name}: its adapter is on the meta device, expected values")
             tensors[key_of(name, factor)] = t.detach().to("cpu").contiguous()
@@ -89,9 +90,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def _tensors_of(layer: LoRAMixin) -> Factors:
+    """The adapter's tensors by their names in a checkpoint."""
+    factors: Factors = {"A": layer.lora_A, "B": layer.lora_B}
+    if layer.lora_magnitude_vector is not None:
+        factors[MAGNITUDE] = layer.lora_magnitude_vector
+    return factors
+
+
 def _saved_config(model: nn.Module, layers: list[tuple[str, LoRAMixin]]) -> LoRAConfig:
     """A configuration that describes the layers as they are, whatever was asked for at first."""
-    for option in ("dropout", "use_rslora"):
+    for option in ("dropout", "use_rslora", "use_dora"):
         values = {getattr(layer, option) for _, layer in layers}
         if len(values) > 1:
             raise ValueError(f"{option}: the layers have {sorted(values)}, expected one value")
@@ -111,6 +120,7 @@ def _saved_config(model: nn.Module, layers: list[tuple[str, LoRAMixin]]) -> LoRA
         asked,
         dropout=first.dropout,
         use_rslora=first.use_rslora,
+        use_dora=first.use_dora,
         target_modules=shortest_targets(model, [name for name, _ in layers]),
         exclude_modules=(),
         rank_pattern=ranks,
@@ -175,8 +185,9 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: a file is damaged, the adapter is not plain LoRA, its weights disagree with its
-            configuration or with the model, or hold non-finite values.
+        ValueError: a file is damaged, the adapter is neither LoRA nor DoRA, or not what the model's
+            layers are, its weights disagree with its configuration or with the model, or hold
+            non-finite values.
         TypeError: a tensor or an option has the wrong type.
     """
     if next(adapter_layers(model), None) is None:
@@ -189,6 +200,8 @@ def load_adapter(
     if unknown:
         _complain(strict, f"{folder / CONFIG_FILE}: {', '.join(unknown)}: not known here")
     factors, unexpected = _read_weights(folder / WEIGHTS_FILE)
+    kinds = ("A", "B", MAGNITUDE) if config.use_dora else ("A", "B")
+    unexpected += _drop_other_kinds(factors, kinds)
     with _naming(folder / WEIGHTS_FILE):
         _check_factors(config, factors)
 
@@ -203,14 +216,15 @@ def load_adapter(
         expected = set(factors) & {name for name, _ in model.named_modules()}
     for name in sorted(set(factors) - expected):
         unexpected += [key_of(name, factor) for factor in factors.pop(name)]
-    missing = [key_of(name, f) for name in sorted(expected - set(factors)) for f in "AB"]
+    # A pair without its other half was refused: what may be missing is a layer, or a magnitude.
+    missing = [key_of(n, f) for n in sorted(expected) for f in kinds if f not in factors.get(n, {})]
     for kind, keys in (("missing from", missing), ("not expected in", unexpected)):
         if keys:
             _complain(strict, f"{len(keys)} tensors {kind} {folder / WEIGHTS_FILE}: {_some(keys)}")
     if not factors:
         raise ValueError(f"{folder / WEIGHTS_FILE}: holds no adapter for {type(model).__name__}")
     for name, pair in factors.items():
-        _check_fit(name, pair, model, layers.get(name))
+        _check_fit(name, pair, model, layers.get(name), config.use_dora)
 
     if not layers:
         apply_config(
@@ -232,6 +246,11 @@ def _fill(layer: LoRAMixin, pair: Factors, alpha: float, use_rslora: bool) -> No
         layer.lora_A.copy_(pair["A"])
         layer.lora_B.copy_(pair["B"])
     layer.alpha, layer.use_rslora = alpha, use_rslora
+    if layer.lora_magnitude_vector is not None and MAGNITUDE in pair:
+        with torch.no_grad():
+            layer.lora_magnitude_vector.copy_(pair[MAGNITUDE])
+    else:
+        layer.reset_magnitude()
     layer.refresh_merged()
 
 
@@ -290,17 +309,31 @@ def _read_weights(path: Path) -> tuple[dict[str, Factors], list[str]]:
     return factors, other
 
 
+def _drop_other_kinds(factors: dict[str, Factors], kinds: tuple[str, ...]) -> list[str]:
+    """Take out tensors that the configuration has no use for; return their keys."""
+    dropped = []
+    for name in list(factors):
+        for kind in set(factors[name]) - set(kinds):
+            del factors[name][kind]
+            dropped.append(key_of(name, kind))
+        if not factors[name]:
+            del factors[name]
+    return dropped
+
+
 def _check_factors(config: LoRAConfig, factors: dict[str, Factors]) -> None:
-    """Check A and B by themselves and against the configuration's ranks."""
+    """Check the tensors by themselves and against the configuration's ranks."""
     for name, pair in factors.items():
-        if len(pair) != 2:
-            raise ValueError(f"{key_of(name, 'A' if 'B' in pair else 'B')}: is missing")
+        for factor in "AB":
+            if factor not in pair:
+                raise ValueError(f"{key_of(name, factor)}: is missing")
         for factor, t in pair.items():
             key = key_of(name, factor)
             if t.dtype not in FLOATS:
                 raise TypeError(f"{key}: got dtype {names([t.dtype])}, expected {names(FLOATS)}")
-            if t.dim() != 2:
-                raise ValueError(f"{key}: got shape {list(t.shape)}, expected 2 dimensions")
+            dims = 1 if factor == MAGNITUDE else 2
+            if t.dim() != dims:
+                raise ValueError(f"{key}: got shape {list(t.shape)}, expected {dims} dimension(s)")
             if not bool(torch.isfinite(t).all()):
                 raise ValueError(f"{key}: holds non-finite values")
         ranks = pair["A"].shape[0], pair["B"].shape[1]
@@ -311,8 +344,10 @@ def _check_factors(config: LoRAConfig, factors: dict[str, Factors]) -> None:
             )
 
 
-def _check_fit(name: str, pair: Factors, model: nn.Module, layer: LoRAMixin | None) -> None:
-    """Check A and B against the layer that they are for."""
+def _check_fit(
+    name: str, pair: Factors, model: nn.Module, layer: LoRAMixin | None, use_dora: bool
+) -> None:
+    """Check an adapter's tensors against the layer that they are for."""
     module: Any = layer or model.get_submodule(name)
     k, n = module.in_features, module.out_features
     got = pair["A"].shape[1], pair["B"].shape[0]
@@ -321,8 +356,18 @@ def _check_fit(name: str, pair: Factors, model: nn.Module, layer: LoRAMixin | No
             f"{name}: the adapter is for a layer with in_features={got[0]}, out_features={got[1]}, "
             f"the model's has {k}, {n}"
         )
+    magnitude = pair.get(MAGNITUDE)
+    if magnitude is not None and magnitude.shape[0] != n:
+        raise ValueError(
+            f"{key_of(name, MAGNITUDE)}: got shape {list(magnitude.shape)}, expected [{n}]"
+        )
     if layer is None:
         return
+    if layer.use_dora != use_dora:
+        raise ValueError(
+            f"{name}: the adapter has use_dora={use_dora}, the model's layer has "
+            f"use_dora={layer.use_dora}; load it into a model without adapters"
+        )
     if layer.lora_A.is_meta:
         raise ValueError(f"{name}: the model's adapter is on the meta device; call to_empty first")
     if layer.r != pair["A"].shape[0]:

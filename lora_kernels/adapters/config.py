@@ -28,6 +28,7 @@ class LoRAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     exclude_modules: str | tuple[str, ...] = ("lm_head",)
     init: str = "kaiming"
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         check_adapter_options(self.r, self.alpha, self.dropout, self.init)
@@ -80,7 +81,7 @@ class LoRAConfig:
             "bias": "none",
             "fan_in_fan_out": False,
             "lora_bias": False,
-            "use_dora": False,
+            "use_dora": self.use_dora,
             "modules_to_save": None,
             "layers_to_transform": None,
             "layers_pattern": None,
@@ -91,7 +92,7 @@ class LoRAConfig:
         """Read the content of PEFT's `adapter_config.json`.
 
         Raises:
-            ValueError: the configuration is not plain LoRA; the message names the option.
+            ValueError: the configuration is neither LoRA nor DoRA; the message names the option.
             TypeError: an option has the wrong type.
         """
         check_config(config)
@@ -108,6 +109,7 @@ class LoRAConfig:
             alpha_pattern=config.get("alpha_pattern") or {},
             exclude_modules=config.get("exclude_modules") or (),
             init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+            use_dora=bool(config.get("use_dora", False)),
         )
 
 

@@ -14,7 +14,9 @@ from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
 
 
 def merge_adapters(model: nn.Module, *, safe: bool = False, requantize: bool = False) -> None:
-    """Run every adapted layer as one linear layer with W + scale·B·A, until `unmerge_adapters`.
+    """Run every adapted layer as one linear layer, W + scale·B·A, until `unmerge_adapters`.
+
+    DoRA's rows are scaled to their magnitudes.
 
     The base weights stay beside the merged ones, so unmerging is exact. Layers that are merged
     already are left alone.

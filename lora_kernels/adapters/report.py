@@ -18,6 +18,7 @@ from lora_kernels.adapters.layers import (
 from lora_kernels.dispatch import chosen
 from lora_kernels.nn import LoRALinear, LoRAMixin, NF4Linear
 from lora_kernels.ops.common.checks import FLOATS, names
+from lora_kernels.ops.dora.magnitude import norm_dtype
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class LayerRow:
         shape: (N, K) of the weight.
         base: how the base weight is stored, such as "bfloat16" or "nf4/64 nested".
         r, alpha: of the adapter; None without one.
+        use_dora: whether the adapter is DoRA.
         path: the backend of the forward, "" where none was asked for; "-" when it is plain PyTorch.
         count: how many layers the row stands for.
     """
@@ -40,6 +42,7 @@ class LayerRow:
     alpha: float | None = None
     path: str = ""
     count: int = 1
+    use_dora: bool = False
 
 
 def layer_row(name: str, module: nn.Module, path: str = "") -> LayerRow:
@@ -52,6 +55,7 @@ def layer_row(name: str, module: nn.Module, path: str = "") -> LayerRow:
         adapter.r if adapter else None,
         adapter.alpha if adapter else None,
         path,
+        use_dora=adapter is not None and adapter.use_dora,
     )
 
 
@@ -66,13 +70,14 @@ def group_rows(rows: Iterable[LayerRow]) -> list[LayerRow]:
 
 def table(rows: Sequence[LayerRow]) -> str:
     """The rows as text, without the columns that say nothing."""
-    header = ["layer", "count", "N x K", "base", "r", "alpha", "path"]
+    header = ["layer", "count", "N x K", "base", "adapter", "r", "alpha", "path"]
     cells = [header] + [
         [
             row.name,
             str(row.count),
             f"{row.shape[0]} x {row.shape[1]}",
             row.base,
+            "-" if row.r is None else "DoRA" if row.use_dora else "LoRA",
             "-" if row.r is None else str(row.r),
             "-" if row.alpha is None else f"{row.alpha:g}",
             row.path,
@@ -82,6 +87,8 @@ def table(rows: Sequence[LayerRow]) -> str:
     dropped = set() if any(row.path for row in rows) else {"path"}
     if all(row.count == 1 for row in rows):
         dropped.add("count")
+    if not any(row.use_dora for row in rows):
+        dropped.add("adapter")
     columns = [c for c in zip(*cells, strict=True) if c[0] not in dropped]
     right = {"count", "r", "alpha"}
     widths = [max(map(len, column)) for column in columns]
@@ -191,6 +198,11 @@ def forward_path(layer: LoRALinear | NF4Linear, rows: int, dtype: torch.dtype | 
     p = adapter.dropout if adapter.training else 0.0
     seed = torch.zeros(1, dtype=torch.int64, device=device) if p else None
     a, b = adapter.lora_A, adapter.lora_B
+    magnitude = adapter.lora_magnitude_vector
+    if magnitude is not None:
+        factors = (magnitude, torch.empty_like(magnitude, dtype=norm_dtype(base)))
+        of_dora = (x, base, meta, a, b, adapter.scale, *factors, bias, p, seed, False)
+        return chosen("dora_linear_fwd", *of_dora) or "none"
     args = (x, base, meta, a, b, adapter.scale, bias, p, seed, None, None)
     return chosen("lora_linear_fwd", *args) or "none"
 

@@ -15,10 +15,14 @@ PICKLED_WEIGHTS_FILE = "adapter_model.bin"
 ALL_LINEAR = "all-linear"
 
 _PREFIX = "base_model.model."
+MAGNITUDE = "magnitude_vector"
 # The adapter's name stands in the key only where a whole PEFT model was saved by hand.
-_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
+_KEY = re.compile(
+    rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_"
+    rf"((?P<factor>[AB])(\.default)?\.weight|(?P<magnitude>{MAGNITUDE})(\.default\.weight)?)"
+)
 
-# Options that change what a layer computes, with the values that leave it plain LoRA.
+# Options that change what a layer computes, with the values that are LoRA or DoRA.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (),
     "arrow_config": (),
@@ -33,7 +37,7 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "target_parameters": (),
     "trainable_token_indices": (),
     "use_bdlora": (),
-    "use_dora": (),
+    "use_dora": (True,),
     "use_qalora": (),
     "velora_config": (),
 }
@@ -73,18 +77,18 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def key_of(module: str, factor: str) -> str:
-    """The tensor key of `lora_A` or `lora_B` (factor "A" or "B") of a module."""
-    return f"{_PREFIX}{module}.lora_{factor}.weight"
+    """The tensor key of `lora_A`, `lora_B` or DoRA's magnitude (factor "A", "B" or `MAGNITUDE`)."""
+    return f"{_PREFIX}{module}.lora_{factor}{'' if factor == MAGNITUDE else '.weight'}"
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(module, "A" or "B") of a LoRA tensor's key; None for any other key."""
+    """(module, "A", "B" or `MAGNITUDE`) of an adapter tensor's key; None for any other key."""
     match = _KEY.fullmatch(key)
-    return (match["module"], match["factor"]) if match else None
+    return (match["module"], match["factor"] or match["magnitude"]) if match else None
 
 
 def check_config(config: Mapping[str, Any]) -> list[str]:
-    """Refuse whatever is not plain LoRA; return the set options that are not known here.
+    """Refuse whatever is not LoRA or DoRA; return the set options that are not known here.
 
     Raises:
         ValueError: names the option, its value and what is supported.
@@ -95,7 +99,7 @@ def check_config(config: Mapping[str, Any]) -> list[str]:
     for option, plain in _PLAIN_LORA.items():
         value = config.get(option)
         if _is_set(value) and value not in plain:
-            raise ValueError(f"{option}: got {value!r}, which is not supported (plain LoRA only)")
+            raise ValueError(f"{option}: got {value!r}, which is not supported (LoRA and DoRA are)")
     init = config.get("init_lora_weights", True)
     if init not in _PLAIN_INIT:
         raise ValueError(

@@ -1,23 +1,29 @@
 """The adapter half of a linear layer, shared by the dense and the 4-bit base.
 
 y = x·Wᵀ + scale·drop(x)·Aᵀ·Bᵀ + bias, with A [r, K] and B [N, r] (Hu et al., 2021, "LoRA") and
-scale = alpha/r, or alpha/√r (Kalajdzievski, 2023, "rsLoRA").
+scale = alpha/r, or alpha/√r (Kalajdzievski, 2023, "rsLoRA"). With a magnitude [N] each output is
+multiplied by magnitude / ‖W + scale·B·A‖ of its row, bias apart (Liu et al., 2024, "DoRA").
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lora_kernels import functional
 from lora_kernels.nn.common import draw_kaiming, make_linear
 from lora_kernels.ops.common.checks import FLOATS, names
+from lora_kernels.ops.dora import dora_norm, output_scale, weight_norm_squared
+from lora_kernels.ops.nf4.weight import NF4Weight
 
 INITS = ("kaiming", "gaussian")
+ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
 
 
 def check_adapter_options(r: int, alpha: float, dropout: float, init: str) -> None:
@@ -47,15 +53,28 @@ def default_adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if base_dtype in (torch.float16, torch.bfloat16) else base_dtype
 
 
+def _key_of(weight: Tensor | NF4Weight) -> tuple[Any, ...] | None:
+    """What changes when the weight does; None for a tensor that has no memory of its own."""
+    tensors = weight.base if isinstance(weight, NF4Weight) else [weight]
+    try:
+        return tuple(
+            (t.data_ptr(), 0 if t.is_inference() else t._version, t.device, t.dtype)
+            for t in tensors
+        )
+    except RuntimeError:  # a fake tensor, or one that torch.func has wrapped
+        return None
+
+
 class LoRAMixin(nn.Module):
     """Adapter parameters, merging and checkpoint rules of a linear layer.
 
-    A class that mixes this in provides `in_features`, `out_features`, `bias` and the four methods
-    that raise NotImplementedError here.
+    A class that mixes this in provides `in_features`, `out_features`, `weight`, `bias` and the
+    methods that raise NotImplementedError here.
 
     Attributes:
         lora_A: Parameter [r, K].
         lora_B: Parameter [N, r], zero at first, so that a new adapter changes nothing.
+        lora_magnitude_vector: Parameter [N] with `use_dora`, else None; ‖W + scale·B·A‖ at first.
         r, alpha, use_rslora: what `scale` follows from; `alpha` may be set at any time.
         dropout: probability of dropping an element of x on the adapter's branch; it acts in
             training mode only, and [0, 1) is its range.
@@ -67,13 +86,18 @@ class LoRAMixin(nn.Module):
     bias: Parameter | None
     lora_A: Parameter
     lora_B: Parameter
+    lora_magnitude_vector: Parameter | None
+    weight: Any
     r: int
     alpha: float
     dropout: float
     use_rslora: bool
     init: str
     adapter_enabled: bool
+    use_dora: bool = False
     _merged_weight: Tensor | None
+    _norm_sq: Tensor | None = None  # ‖W‖² of each row
+    _norm_key: tuple[Any, ...] | None = None  # of the weight that `_norm_sq` is of
 
     def _base_dtype(self) -> torch.dtype:
         """The dtype of the dense weight, and of the merged one."""
@@ -101,26 +125,72 @@ class LoRAMixin(nn.Module):
         init: str,
         dtype: torch.dtype | None,
         device: torch.device,
+        use_dora: bool = False,
     ) -> None:
         check_adapter_options(r, alpha, dropout, init)
         dtype = dtype or default_adapter_dtype(self._base_dtype())
         check_adapter_dtype(dtype)
         self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.use_rslora, self.init = bool(use_rslora), init
+        self.use_rslora, self.use_dora, self.init = bool(use_rslora), bool(use_dora), init
         self.adapter_enabled = True
         self.lora_A = Parameter(torch.empty(r, self.in_features, device=device, dtype=dtype))
         self.lora_B = Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
+        magnitude = torch.empty(self.out_features, device=device, dtype=dtype)
+        self.register_parameter("lora_magnitude_vector", Parameter(magnitude) if use_dora else None)
         self.register_buffer("_merged_weight", None, persistent=False)
         self.reset_adapter()
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Draw A anew (Kaiming-uniform with a=√5, or normal with std 1/r) and set B to zero."""
+        """Draw A anew (Kaiming-uniform with a=√5, or normal with std 1/r), set B to zero and the
+        magnitude to what changes nothing."""
         if self.init == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / self.r)
         else:
             draw_kaiming(self.lora_A)
         nn.init.zeros_(self.lora_B)
+        self.reset_magnitude()
+
+    @torch.no_grad()
+    def reset_magnitude(self) -> None:
+        """Set the magnitude to ‖W + scale·B·A‖, with which DoRA computes what LoRA does."""
+        magnitude = self.lora_magnitude_vector
+        if magnitude is not None and not magnitude.is_meta:
+            magnitude.copy_(self._norm())
+
+    def _norm(self) -> Tensor:
+        """‖W + scale·B·A‖ of each row, in fp32 (fp64 for an fp64 base)."""
+        a, b, w_sq = self.lora_A, self.lora_B, self._weight_norm_sq()
+        return dora_norm(self.weight, a, b, scale=self.scale, weight_norm_sq=w_sq)
+
+    def _weight_norm_sq(self) -> Tensor | None:
+        """‖W‖² of each row, computed again when W has changed; None leaves it to the call.
+
+        A change is seen by the weight's version, address, device and dtype. A compiled graph
+        cannot look at those: it takes what loading and moving have left here, which is right as
+        long as W is frozen.
+        """
+        if torch.compiler.is_compiling():
+            trains = isinstance(self.weight, Tensor) and self.weight.requires_grad
+            return None if trains else self._norm_sq
+        key = _key_of(self.weight)
+        if key is None:
+            return None
+        if key != self._norm_key:
+            with torch.inference_mode(False):  # it may serve training later
+                self._norm_sq = weight_norm_squared(self.weight)
+            self._norm_key = key
+        return self._norm_sq
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._refresh_norm()
+        return self
+
+    def _refresh_norm(self) -> None:
+        self._norm_sq = self._norm_key = None
+        if self.use_dora and not self.lora_A.is_meta:
+            self._weight_norm_sq()
 
     @property
     def scale(self) -> float:
@@ -136,19 +206,36 @@ class LoRAMixin(nn.Module):
             return self._merged_forward(x)
         return self._adapter_forward(x, self.dropout if self.training else 0.0)
 
+    def _dora_forward(self, x: Tensor, bias: Tensor | None, dropout_p: float) -> Tensor:
+        assert self.lora_magnitude_vector is not None
+        return functional.dora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.lora_magnitude_vector,
+            scale=self.scale,
+            bias=bias,
+            dropout_p=dropout_p,
+            weight_norm_sq=self._weight_norm_sq(),
+        )
+
     def _refuse_to_train_merged(self) -> None:
         if (
             self.training
             and torch.is_grad_enabled()
-            and (self.lora_A.requires_grad or self.lora_B.requires_grad)
+            and any(p is not None and p.requires_grad for p in self._adapter().values())
         ):
             raise RuntimeError(
                 "the adapter is merged, so training would give it no gradient: call unmerge() "
                 "to train, or eval() (or torch.no_grad()) to run the merged layer"
             )
 
+    def _adapter(self) -> dict[str, Parameter | None]:
+        return {name: self._parameters[name] for name in ADAPTER}
+
     def delta_weight(self) -> Tensor:
-        """scale·B·A [N, K] in fp32 (fp64 for fp64 adapters)."""
+        """scale·B·A [N, K] in fp32 (fp64 for fp64 adapters), not scaled by DoRA's magnitude."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
             return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self.scale)
@@ -156,6 +243,8 @@ class LoRAMixin(nn.Module):
     @torch.no_grad()
     def merged_weight(self, *, safe: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """W + scale·B·A [N, K]: summed in fp32 (fp64 for an fp64 base or adapter), rounded once.
+
+        With `use_dora` each row is scaled to its magnitude before the rounding.
 
         Args:
             safe: refuse a result that is not finite.
@@ -168,6 +257,8 @@ class LoRAMixin(nn.Module):
         delta = self.delta_weight()
         total = delta.to(torch.promote_types(delta.dtype, base_dtype))
         total.add_(self._dense_base(total.dtype))
+        if self.lora_magnitude_vector is not None:
+            total.mul_(output_scale(self.lora_magnitude_vector, self._norm())[:, None])
         merged = total.to(dtype or base_dtype)
         if safe and not bool(torch.isfinite(merged).all()):
             raise ValueError(
@@ -242,10 +333,14 @@ class LoRAMixin(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        adapter = [prefix + "lora_A", prefix + "lora_B"]
-        # A checkpoint of the plain layer has neither: the adapter then stays as it is.
+        adapter = [prefix + name for name in ADAPTER]
+        # A checkpoint of the plain layer has none of them: A and B then stay as they are.
         if not any(key in state_dict for key in adapter):
             missing_keys[:] = [key for key in missing_keys if key not in adapter]
+        self._refresh_norm()
+        changed = any(key in state_dict for key in (prefix + "weight", *adapter))
+        if changed and adapter[-1] not in state_dict:
+            self.reset_magnitude()  # it belongs to the W, A and B that were here before
         self.refresh_merged()
 
     def extra_repr(self) -> str:
@@ -254,6 +349,8 @@ class LoRAMixin(nn.Module):
             parts.append(f"dropout={self.dropout:g}")
         if self.use_rslora:
             parts.append("use_rslora=True")
+        if self.use_dora:
+            parts.append("use_dora=True")
         if self.lora_A.dtype != self._base_dtype():
             parts.append(f"adapter_dtype={names([self.lora_A.dtype])}")
         if self.merged:

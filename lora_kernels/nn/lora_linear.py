@@ -15,8 +15,9 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
     """nn.Linear plus scale·drop(x)·Aᵀ·Bᵀ (Hu et al., 2021, "LoRA"); the base is frozen.
 
     `weight`, `bias`, `in_features`, `out_features` and their state-dict keys are nn.Linear's own;
-    `lora_A` [r, K] and `lora_B` [N, r] come beside them. A checkpoint of the plain layer loads
-    with strict=True and leaves the adapter as it is.
+    `lora_A` [r, K], `lora_B` [N, r] and with `use_dora` `lora_magnitude_vector` [N] come beside
+    them. A checkpoint of the plain layer loads with strict=True and leaves A and B as they are; the
+    magnitude becomes the norm of the loaded W + scale·B·A.
 
     Args:
         in_features, out_features: K and N.
@@ -26,6 +27,8 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
         dropout: probability of dropping an element of x on the branch, in training only.
         init: how A is drawn, "kaiming" (uniform, a=√5) or "gaussian" (std 1/r); B is zero.
         adapter_dtype: fp32 over a 16-bit base by default, else the base's dtype.
+        use_dora: learn each output's magnitude apart from its direction (Liu et al., 2024, "DoRA");
+            `functional.dora_linear` states the maths.
         device, dtype: of the base.
 
     Raises:
@@ -44,6 +47,7 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
         use_rslora: bool = False,
         init: str = "kaiming",
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -51,7 +55,9 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         frozen(self.weight)
         frozen(self.bias)
-        self._add_adapter(r, alpha, dropout, use_rslora, init, adapter_dtype, self.weight.device)
+        self._add_adapter(
+            r, alpha, dropout, use_rslora, init, adapter_dtype, self.weight.device, use_dora
+        )
 
     @classmethod
     def from_linear(
@@ -63,6 +69,7 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
         use_rslora: bool = False,
         init: str = "kaiming",
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> LoRALinear:
         """Put an adapter on an existing layer.
 
@@ -81,7 +88,7 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
         module.register_parameter("weight", frozen(linear.weight))
         module.register_parameter("bias", frozen(linear.bias))
         module._add_adapter(
-            r, alpha, dropout, use_rslora, init, adapter_dtype, linear.weight.device
+            r, alpha, dropout, use_rslora, init, adapter_dtype, linear.weight.device, use_dora
         )
         return module.train(linear.training)
 
@@ -102,6 +109,8 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
         return F.linear(x, self.weight, self.bias)
 
     def _adapter_forward(self, x: Tensor, dropout_p: float) -> Tensor:
+        if self.lora_magnitude_vector is not None:
+            return self._dora_forward(x, self.bias, dropout_p)
         return functional.lora_linear(
             x,
             self.weight,

@@ -22,9 +22,9 @@ _MERGED = "merged_"
 class QLoRALinear(LoRAMixin, NF4Linear):
     """y = x·Wᵀ + scale·drop(x)·Aᵀ·Bᵀ + bias, W in 4 bits (Dettmers et al., 2023, "QLoRA").
 
-    `lora_A` [r, K] and `lora_B` [N, r] are the only trainable parameters. State dict: NF4Linear's
-    keys (bitsandbytes' own) with `lora_A` and `lora_B`; a checkpoint of the base alone loads with
-    strict=True and leaves the adapter as it is. Arguments as in NF4Linear and LoRALinear.
+    `lora_A` [r, K], `lora_B` [N, r] and with `use_dora` `lora_magnitude_vector` [N] are the only
+    trainable parameters. State dict: NF4Linear's keys (bitsandbytes' own) and theirs; a checkpoint
+    of the base alone loads as in LoRALinear. Arguments as in NF4Linear and LoRALinear.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         use_rslora: bool = False,
         init: str = "kaiming",
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
         block_size: int = 64,
         double_quant: bool = True,
         quant_type: str = "nf4",
@@ -56,7 +57,9 @@ class QLoRALinear(LoRAMixin, NF4Linear):
             device=device,
             dtype=dtype,
         )
-        self._add_adapter(r, alpha, dropout, use_rslora, init, adapter_dtype, self.weight.device)
+        self._add_adapter(
+            r, alpha, dropout, use_rslora, init, adapter_dtype, self.weight.device, use_dora
+        )
 
     @classmethod
     def from_weight(  # type: ignore[override]
@@ -69,13 +72,16 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         use_rslora: bool = False,
         init: str = "kaiming",
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> QLoRALinear:
         """Put an adapter on an existing NF4Weight (such as `NF4Linear.weight`); it is shared."""
         check_adapter_options(r, alpha, dropout, init)
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._set_base(weight.check(), bias)
-        module._add_adapter(r, alpha, dropout, use_rslora, init, adapter_dtype, weight.device)
+        module._add_adapter(
+            r, alpha, dropout, use_rslora, init, adapter_dtype, weight.device, use_dora
+        )
         return module
 
     @classmethod
@@ -88,6 +94,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         use_rslora: bool = False,
         init: str = "kaiming",
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
         *,
         block_size: int = 64,
         double_quant: bool = True,
@@ -105,7 +112,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         check_adapter_options(r, alpha, dropout, init)
         weight = quantize_linear(linear, block_size, double_quant, quant_type)
         module = cls.from_weight(
-            weight, linear.bias, r, alpha, dropout, use_rslora, init, adapter_dtype
+            weight, linear.bias, r, alpha, dropout, use_rslora, init, adapter_dtype, use_dora
         )
         return module.train(linear.training)
 
@@ -119,6 +126,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         use_rslora: bool = False,
         init: str = "kaiming",
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> QLoRALinear:
         """Put an adapter on a bitsandbytes Linear4bit, whose weight and bias are shared.
 
@@ -136,6 +144,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
             use_rslora,
             init,
             adapter_dtype,
+            use_dora,
         )
         return module.train(layer.training)
 
@@ -204,6 +213,8 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         return NF4Linear.forward(self, x)
 
     def _adapter_forward(self, x: Tensor, dropout_p: float) -> Tensor:
+        if self.lora_magnitude_vector is not None:
+            return self._dora_forward(x, cast_like(self.bias, x), dropout_p)
         return functional.nf4_lora_linear(
             x,
             self.weight,

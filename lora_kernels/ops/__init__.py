@@ -1,5 +1,5 @@
 """The op families; importing this defines every op in torch."""
 
-from lora_kernels.ops import cross_entropy, lora, nf4
+from lora_kernels.ops import cross_entropy, dora, glu, lora, nf4, packed
 
-__all__ = ["cross_entropy", "lora", "nf4"]
+__all__ = ["cross_entropy", "dora", "glu", "lora", "nf4", "packed"]

@@ -299,7 +299,11 @@ DAMAGES = {
         ValueError,
         "lora_A has rank 2 and lora_B 4",
     ),
-    "DoRA": (lambda f: edit_config(f, use_dora=True), ValueError, "use_dora: got True"),
+    "DoRA without magnitudes": (
+        lambda f: edit_config(f, use_dora=True),
+        ValueError,
+        "2 tensors missing from .*down.lora_magnitude_vector, .*up.lora_magnitude_vector",
+    ),
     "a trained bias": (lambda f: edit_config(f, bias="all"), ValueError, "bias: got 'all'"),
     "lora_bias": (lambda f: edit_config(f, lora_bias=True), ValueError, "lora_bias: got True"),
     "transposed": (

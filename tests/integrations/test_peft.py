@@ -10,7 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lora_kernels.adapters import adapter_layers, apply_lora, load_adapter, save_adapter
-from lora_kernels.integrations.peft import check_config, key_of, pattern_value, split_key
+from lora_kernels.integrations.peft import (
+    MAGNITUDE,
+    check_config,
+    key_of,
+    pattern_value,
+    split_key,
+)
 from lora_kernels.testing import assert_within_budget
 from tests.adapters.models import llama, logits, wake
 
@@ -21,6 +27,7 @@ OPTIONS = {
         "rank_pattern": {r"layers\.0\.self_attn\.q_proj": 2, "down_proj": 6},
         "alpha_pattern": {"up_proj": 5},
     },
+    "dora": {"use_dora": True, "use_rslora": True, "rank_pattern": {"down_proj": 1}},
     "some layers": {"target_modules": ["q_proj", "1.mlp.up_proj"]},
     "regex": {"target_modules": r".*layers\.1\..*(k|gate)_proj"},
 }
@@ -90,10 +97,11 @@ def test_pefts_exclusions(tmp_path):
     assert load_adapter(model, tmp_path).modules == ("model.layers.1.self_attn.q_proj",)
 
 
-def test_the_same_tensors_after_a_round_trip(tmp_path):
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_same_tensors_after_a_round_trip(tmp_path, use_dora):
     from safetensors.torch import load_file
 
-    peft = peft_model(torch.bfloat16)
+    peft = peft_model(torch.bfloat16, use_dora=use_dora)
     peft.save_pretrained(tmp_path / "peft")
     model = llama(torch.bfloat16)
     load_adapter(model, tmp_path / "peft")
@@ -106,7 +114,6 @@ def test_the_same_tensors_after_a_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"use_dora": True}, "use_dora: got True"),
         ({"lora_bias": True}, "lora_bias: got True"),
         ({"bias": "all"}, "bias: got 'all'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save: got \['lm_head'\]"),
@@ -115,7 +122,7 @@ def test_the_same_tensors_after_a_round_trip(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_not_plain_lora_is_refused(tmp_path, options, match):
+def test_what_is_neither_lora_nor_dora_is_refused(tmp_path, options, match):
     config = LoraConfig(r=4, target_modules=["q_proj"], **options)
     get_peft_model(llama(), config).save_pretrained(tmp_path)
     model = llama()
@@ -144,6 +151,10 @@ def test_every_option_that_peft_writes_is_known(tmp_path):
 def test_keys():
     assert split_key(key_of("a.b", "A")) == ("a.b", "A")
     assert split_key("base_model.model.a.lora_B.default.weight") == ("a", "B")
+    vector = "base_model.model.a.lora_magnitude_vector"
+    assert key_of("a", MAGNITUDE) == vector
+    for key in (vector, f"{vector}.default.weight"):
+        assert split_key(key) == ("a", MAGNITUDE)
     for other in ("a.lora_A.weight", "base_model.model.a.lora_B.bias", key_of("a", "A") + "x"):
         assert split_key(other) is None
 

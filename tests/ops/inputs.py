@@ -18,6 +18,9 @@ from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.nf4.double_quant import dynamic_map
 from tests.ops.case import BASES, DTYPES, Case, Source, dtype_name, size_name, strided
 from tests.ops.cross_entropy_inputs import cross_entropy, linear_cross_entropy
+from tests.ops.dora_inputs import dora_linear_bwd, dora_linear_fwd, dora_norm
+from tests.ops.glu_inputs import glu_bwd, glu_fwd
+from tests.ops.packed_inputs import lora_packed_bwd, lora_packed_fwd
 
 # M, N, K, R: nothing divides anything, single rows and columns, no rows at all.
 SHAPES = (
@@ -306,6 +309,13 @@ GENERATORS: dict[str, Callable[[], Iterator[Case]]] = {
     "dropout_mask": _dropout_mask,
     "cross_entropy": cross_entropy,
     "linear_cross_entropy": linear_cross_entropy,
+    "dora_norm": dora_norm,
+    "dora_linear_fwd": dora_linear_fwd,
+    "dora_linear_bwd": dora_linear_bwd,
+    "lora_packed_fwd": lora_packed_fwd,
+    "lora_packed_bwd": lora_packed_bwd,
+    "glu_fwd": glu_fwd,
+    "glu_bwd": glu_bwd,
 }
 
 

@@ -177,6 +177,139 @@ def test_dropout_mask(args, error, message):
         F.dropout_mask(*args)
 
 
+def _packed(**changes):
+    given = _projections([(N, K), (N + 2, K), (2, K)])
+    return F.lora_packed_linear(**given | changes)
+
+
+def _mlp(**changes):
+    given = _projections([(N, K), (N, K), (2, N)])
+    return F.lora_mlp(**given | changes)
+
+
+def _projections(sizes):
+    return {
+        "x": torch.randn(M, K),
+        "weights": [torch.randn(n, k) for n, k in sizes],
+        "lora_a": [torch.randn(R, k) for _, k in sizes],
+        "lora_b": [torch.randn(n, R) for n, _ in sizes],
+        "scales": [1.0] * 3,
+        "biases": [torch.randn(n) for n, _ in sizes],
+        "dropout_p": 0.1,
+    }
+
+
+# argument, the entry of it that is wrong (None: all of it), and as above
+PACKED = [
+    ("x", None, _ones(()), ValueError, r"x: got shape \[\], expected \[\.\.\., K\]"),
+    ("x", None, _ones(M, K, dtype=I64), TypeError, "x: got dtype int64"),
+    (
+        "x",
+        None,
+        _ones(M, K + 1),
+        ValueError,
+        r"weights\[0\]: got shape \[6, 10\], expected \[N, 11\]",
+    ),
+    ("weights", None, [], ValueError, "weights: got (no entry|0 entries), expected"),
+    ("weights", 1, _ones(K), ValueError, r"weights\[1\]: got shape \[10\], expected \[N, K\]"),
+    (
+        "weights",
+        1,
+        _ones(N, K + 1),
+        ValueError,
+        r"weights\[1\]: got shape \[6, 11\], expected \[N, 10\]",
+    ),
+    (
+        "weights",
+        1,
+        _ones(N, K, dtype=BF16),
+        TypeError,
+        r"weights\[1\]: got dtype bfloat16, expected",
+    ),
+    ("weights", 1, _ones(N, K, **META), ValueError, rf"weights\[1\]: {META_SAYS}"),
+    ("weights", 1, "w", TypeError, r"weights\[1\]: got str, expected a Tensor or an NF4Weight"),
+    (
+        "weights",
+        1,
+        _qweight(packed=_ones(29, dtype=U8)),
+        ValueError,
+        r"weights\[1\]: qweight.packed: got",
+    ),
+    ("weights", 1, _qweight().to("meta"), ValueError, rf"weights\[1\]: {META_SAYS}"),
+    ("lora_a", None, [_ones(R, K)], ValueError, "lora_a: got 1 entries, expected 3 as weights has"),
+    ("lora_a", 1, None, TypeError, r"lora_a\[1\]: got NoneType, expected a Tensor"),
+    ("lora_a", 1, _ones(0, K), ValueError, r"lora_a\[1\]: got shape \[0, 10\], expected a rank"),
+    (
+        "lora_a",
+        1,
+        _ones(R, K + 1),
+        ValueError,
+        r"lora_a\[1\]: got shape \[3, 11\], expected \[r, 10\]",
+    ),
+    ("lora_a", 1, _ones(R, K, dtype=I32), TypeError, r"lora_a\[1\]: got dtype int32"),
+    ("lora_a", 1, _ones(R, K, dtype=BF16), TypeError, r"lora_a\[1\]: got dtype bfloat16, expected"),
+    ("lora_a", 1, _ones(R, K, **META), ValueError, rf"lora_a\[1\]: {META_SAYS}"),
+    ("lora_b", 1, _ones(1, R), ValueError, r"lora_b\[1\]: got shape \[1, 3\], expected \["),
+    ("lora_b", 1, _ones(N, R + 1), ValueError, r"lora_b\[1\]: got shape \[6, 4\], expected \["),
+    (
+        "lora_b",
+        0,
+        _ones(N, R, dtype=BF16),
+        TypeError,
+        r"lora_b\[0\]: got dtype bfloat16, expected float32",
+    ),
+    ("lora_b", 0, _ones(N, R, **META), ValueError, rf"lora_b\[0\]: {META_SAYS}"),
+    ("scales", None, [1.0, 2.0], ValueError, "scales: got 2 entries, expected 3 as weights has"),
+    ("biases", None, [None] * 4, ValueError, "biases: got 4 entries, expected 3 as weights has"),
+    ("biases", 0, _ones(N, 1), ValueError, r"biases\[0\]: got shape \[6, 1\], expected \[6\]"),
+    (
+        "biases",
+        0,
+        _ones(N, dtype=BF16),
+        TypeError,
+        r"biases\[0\]: got dtype bfloat16, expected float32",
+    ),
+    ("dropout_p", None, 1.0, ValueError, "dropout_p: got 1.0"),
+    ("seed", None, _ones(2, dtype=I64), ValueError, r"seed: got shape \[2\], expected \[1\]"),
+    ("seed", None, _ones(1, dtype=I32), TypeError, "seed: got dtype int32, expected int64"),
+    ("seed", None, _ones(1, dtype=I64, **META), ValueError, f"seed: {META_SAYS}"),
+]
+
+
+@pytest.mark.parametrize("call", [_packed, _mlp])
+@pytest.mark.parametrize(("name", "entry", "value", "error", "message"), PACKED)
+def test_packed(call, name, entry, value, error, message):
+    call()
+    if entry is not None:
+        given = _projections([(N, K), (N if call is _mlp else N + 2, K), (2, N)])[name]
+        if call is _packed:
+            given = _projections([(N, K), (N + 2, K), (2, K)])[name]
+        given[entry] = value
+        value = given
+    with pytest.raises(error, match=f"^{message}"):
+        call(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": [_ones(N, K)] * 2}, "weights: got 2 entries, expected 3: gate, up and down"),
+        ({"activation": "relu"}, "activation: got 'relu', expected one of silu, gelu, gelu_tanh"),
+        (
+            _projections([(N, K), (N + 1, K), (2, N)]),
+            r"weights\[1\]: got shape \[7, 10\], expected \[6, 10\] as weights\[0\] has",
+        ),
+        (
+            _projections([(N, K), (N, K), (2, N + 1)]),
+            r"weights\[2\]: got shape \[2, 7\], expected \[N, 6\]",
+        ),
+    ],
+)
+def test_mlp(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        _mlp(**changes)
+
+
 def test_the_error_is_the_same_when_compiled():
     """Checks run while tracing, before a graph is built."""
     torch._dynamo.reset()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,22 +14,50 @@ from torch import Tensor
 
 from lora_kernels import use_backend
 from lora_kernels.dispatch import BACKENDS, native, ops
+from lora_kernels.ops.common.configs import GENERIC, GemmConfig
+from lora_kernels.ops.common.launch import Executor, use_executor
+from lora_kernels.ops.common.strategies import STRATEGIES, use_strategy
 from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.reference import dense_weight
+from lora_kernels.ops.packed.schema import split_base
+from tests.ops.case import Case
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+# Ops whose Triton kernels know several ways (`use_strategy`).
+WITH_STRATEGIES = ("lora_linear_fwd", "lora_linear_bwd")
+# A forced strategy in the interpreter takes one case in so many, other ones for each strategy.
+THINNED = 6
+
+
+class Interpreted(Executor):
+    """Triton's interpreter, which costs a millisecond an operation whatever the tile: one large
+    tile where the cost model would take many small ones."""
+
+    on_cpu = True
+    device = replace(GENERIC, name="interpreter", tiles=(GemmConfig(64, 64, 32, 4, 2),))
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run on CPU tensors here: TRITON_INTERPRET=1."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return bool(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A backend on a device; the native one on the CPU once per instruction set."""
+    """A backend on a device; the native one on the CPU once per instruction set, Triton's also
+    once per strategy. Where a strategy refuses a case the cost model's choice runs."""
 
     backend: str
     device: str = "cpu"
     isa: str | None = None
+    strategy: str | None = None
 
     def __str__(self) -> str:
-        return "-".join(filter(None, (self.backend, self.isa, self.device)))
+        return "-".join(filter(None, (self.backend, self.strategy, self.isa, self.device)))
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -36,11 +65,31 @@ class Variant:
             stack.enter_context(use_backend(self.backend))
             if self.isa is not None:
                 stack.enter_context(native.use_isa(self.isa))
+            if self.backend == "triton":
+                stack.enter_context(use_strategy(self.strategy))
+                if self.device == "cpu" and interpreting():
+                    stack.enter_context(use_executor(Interpreted()))
             yield
+
+    def takes(self, case: Case) -> bool:
+        """Whether the grid of cases includes this one (a backend may still refuse it)."""
+        if self.strategy is None or self.device != "cpu":
+            return True
+        turn = zlib.crc32(f"{case.op}/{case.label}".encode()) % THINNED
+        return turn == STRATEGIES.index(self.strategy)
+
+
+def variants_of(op: str) -> tuple[Variant, ...]:
+    """Every way to run an op, its strategies included."""
+    found = list(all_variants())
+    if op in WITH_STRATEGIES:
+        found += [Variant("triton", d, strategy=s) for d in DEVICES for s in STRATEGIES]
+    return tuple(found)
 
 
 @functools.cache
 def all_variants() -> tuple[Variant, ...]:
+    """Every backend on every device."""
     found = []
     for backend in BACKENDS:
         for device in DEVICES:
@@ -62,8 +111,13 @@ def oracle_args(op: str, args: tuple[Any, ...]) -> list[Any]:
     rounding belongs to the format, not to the error of a kernel."""
     compute = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
     schema = getattr(torch.ops.lora_kernels, op).default._schema
-    named = dict(zip((a.name for a in schema.arguments), args, strict=True))
-    if "base" in named and not Meta(*named["meta"]).is_dense:
+    # Trailing arguments may be left to their defaults.
+    named = dict(zip((a.name for a in schema.arguments), args, strict=False))
+    if op.startswith("lora_packed"):
+        parts = [(w, m) for w, m, _ in split_base(named["base"], named["meta"])]
+        named["base"] = [dense_weight(w, m, compute) for w, m in parts]
+        named["meta"] = [size for _, m in parts for size in (*m[:2], 0, 0, 0)]
+    elif "base" in named and not Meta(*named["meta"]).is_dense:
         named["base"] = [dense_weight(named["base"], named["meta"], compute)]
         named["meta"] = named["meta"][:2]
     return [_double(a) for a in named.values()]
@@ -76,7 +130,20 @@ def _double(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> tuple[Tensor, ...]:
-    return (value,) if isinstance(value, Tensor) else tuple(value)
+    """An op's outputs, lists of them in a row."""
+    if isinstance(value, Tensor):
+        return (value,)
+    return tuple(t for v in value for t in as_tuple(v))
+
+
+def output_names(op: Any, value: Any) -> list[str]:
+    """A name for each of `as_tuple(value)`."""
+    outputs = (value,) if isinstance(value, Tensor) else value
+    names = []
+    for returned, v in zip(op._schema.returns, outputs, strict=True):
+        name = returned.name or "output"
+        names += [name] if isinstance(v, Tensor) else [f"{name}[{i}]" for i in range(len(v))]
+    return names
 
 
 def bits(t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ FIXED = [
     "alpha",
     "dropout",
     "rslora",
+    "dora",
     "target_modules",
     "quantize",
     "double_quant",
@@ -130,6 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dropout", type=_share, default=0.05, metavar="P", help="(default: %(default)s)")
     add("--rslora", action="store_true", help="scale by alpha/sqrt(rank) instead")
+    add("--dora", action="store_true", help="learn each output's magnitude as well (DoRA)")
     add(
         "--target-modules",
         nargs="+",

@@ -175,6 +175,7 @@ class Finetune:
                 dropout=args.dropout,
                 target_modules=target_modules(args),
                 use_rslora=args.rslora,
+                use_dora=args.dora,
                 **self.quantization(),
             )
         except ValueError as error:

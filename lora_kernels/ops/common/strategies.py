@@ -135,17 +135,23 @@ def explain_config(op: str, problem: Problem, device: Device) -> ConfigExplanati
 
 
 @lru_cache(maxsize=4096)
-def _choose(op: str, problem: Problem, device: Device, forced: str | None) -> Estimate:
-    explanation = explain_config(op, problem, device)
-    for estimate in explanation.estimates:
-        if estimate.strategy == forced and estimate.refusal is None:
+def _choose(
+    op: str, problem: Problem, device: Device, forced: str | None, without: str | None
+) -> Estimate:
+    estimates = [e for e in explain_config(op, problem, device).estimates if e.refusal is None]
+    for estimate in estimates:
+        if estimate.strategy == forced != without:
             return estimate
-    return explanation.chosen
+    return min((e for e in estimates if e.strategy != without), key=lambda e: e.seconds)
 
 
-def choose(op: str, problem: Problem, device: Device) -> Estimate:
-    """The estimate to follow: the forced strategy's, where it can be, or the cheapest."""
-    return _choose(op, problem, device, _forced)
+def choose(op: str, problem: Problem, device: Device, without: str | None = None) -> Estimate:
+    """The estimate to follow: the forced strategy's, where it can be, or the cheapest.
+
+    Args:
+        without: a strategy that the caller does not have.
+    """
+    return _choose(op, problem, device, _forced, without)
 
 
 def one_read_parts(m: int, n: int, device: Device, block_n: int = 256) -> tuple[int, int]:

@@ -19,8 +19,12 @@ def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
     """b_sum + b_left·b_right, summed in fp32.
 
     PRECISION concerns fp32 operands: "ieee", or "tf32" where torch allows it. The interpreter
-    would multiply the raw bits of bf16, so there the operands are widened, which is exact.
+    would multiply the raw bits of bf16, so there the operands are widened, which is exact. A step
+    of fp32 operands is summed by itself before it is added: two short chains round less than one.
     """
+    if PRECISION == "ieee" and b_left.dtype == tl.float32:
+        # Subtracted, because the compiler would make one chain of a sum.
+        return b_sum - tl.dot(-b_left, b_right, input_precision=PRECISION)
     if _INTERPRETED:
         b_left = b_left.to(tl.float32)
         b_right = b_right.to(tl.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,13 @@ def takes_tma(*tensors: Tensor) -> bool:
         and t.numel() > 0
         for t in tensors
     )
+
+
+def descriptor(t: Tensor, box: list[int]) -> Any:
+    """A tensor descriptor of a matrix that `takes_tma`, for boxes of [rows, columns]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(t, box)
 
 
 def stride(t: Tensor | None) -> int:

@@ -35,6 +35,7 @@ def _shrink_kernel(
     stride_qk,
     stride_qr,
     stride_os,
+    stride_om,
     stride_rank,
     stride_row,
     DROPOUT: tl.constexpr,
@@ -88,7 +89,7 @@ def _shrink_kernel(
         if p_rank is not None:
             b_rank = tl.load(p_rank + o_r * stride_rank, mask=m_r, other=0.0)  # [BR]
             b_s *= b_rank[None, :].to(tl.float32)
-    o_out = tl.program_id(2).to(tl.int64) * stride_os + o_m[:, None] * R + o_r[None, :]
+    o_out = tl.program_id(2).to(tl.int64) * stride_os + o_m[:, None] * stride_om + o_r[None, :]
     tl.store(p_out + o_out, cast(b_s, p_out.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
 
 
@@ -134,6 +135,7 @@ def shrink(
         stride_qk=q.stride(0),
         stride_qr=q.stride(1),
         stride_os=m * r,
+        stride_om=target.stride(-2),
         stride_rank=stride(rank),
         stride_row=stride(row),
         DROPOUT=dropout.on,
@@ -145,4 +147,7 @@ def shrink(
         BR=br,
     )
     if not final:
-        sums([(target, out, factor, rank)])
+        whole = out if out.is_contiguous() else torch.empty_like(out)
+        sums([(target, whole, factor, rank)])
+        if whole is not out:
+            out.copy_(whole)

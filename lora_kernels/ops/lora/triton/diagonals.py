@@ -57,6 +57,10 @@ def _diagonals_kernel(
         b_col = tl.load(p_col + o_n * stride_col, mask=m_n, other=0.0).to(tl.float32)  # [BN]
         b_g *= b_col[:, None]
         b_bg *= b_col[:, None]
+    # A product may be fused into the sum, its own share unrounded: lanes that share a result would
+    # differ in the last bit, and which of them is stored is undefined. A selected value is not.
+    b_bg = tl.where(m_nr, b_bg, 0.0)
+    b_col_terms = tl.where(m_nr, b_col_terms, 0.0)
     o_out = o_n[:, None] * R + o_r[None, :]
     if p_db is not None:
         tl.store(p_db + o_out, cast(b_g, p_db.dtype.element_ty), mask=m_nr)

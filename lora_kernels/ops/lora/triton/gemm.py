@@ -15,7 +15,7 @@ from lora_kernels.ops.common.lora_tiles import (
 )
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.tiles import grouped_tile, keep_tile
-from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
+from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run, stride
 
 
 @triton.jit
@@ -154,11 +154,8 @@ def gemm(
     tma = config.tma
     x_arg, w_arg = x, w
     if tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
         box = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
-        x_arg = TensorDescriptor.from_tensor(x, [config.block_m, config.block_k])
-        w_arg = TensorDescriptor.from_tensor(w, box)
+        x_arg, w_arg = descriptor(x, [config.block_m, config.block_k]), descriptor(w, box)
     wk, wn = (w.stride(0), w.stride(1)) if backward else (w.stride(1), w.stride(0))
     tiles = gemm_tiles(config, m, n)
     programs = min(tiles, device.multiprocessors) if tma else tiles

@@ -1,0 +1,220 @@
+"""Layers with adapters that read one input, run as one: q/k/v, gate/up and the gated MLP."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lora_kernels import functional
+from lora_kernels.nn.common import cast_like
+from lora_kernels.nn.lora_linear import LoRALinear
+from lora_kernels.nn.qlora_linear import QLoRALinear
+from lora_kernels.ops.glu.schema import activation_index
+
+Layer = LoRALinear | QLoRALinear
+
+
+class PackedLayers(nn.Module):
+    """LoRALinear and QLoRALinear layers as submodules, run by one packed op where that is the same.
+
+    The layers are shared, not copied: their parameters, merging and checkpoint rules are their own,
+    and this module's state dict is theirs under the names in `layer_names`. In training each layer
+    has its own dropout mask, as apart; one seed is drawn for all of them.
+
+    `why_not_packed()` says whether a forward takes the packed op, or why it calls the layers one by
+    one instead; the result is the same but for dropout's random numbers.
+    """
+
+    layer_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, *layers: Layer) -> None:
+        super().__init__()
+        if len(layers) != len(self.layer_names):
+            raise ValueError(
+                f"layers: got {len(layers)}, expected {len(self.layer_names)}: "
+                f"{', '.join(self.layer_names)}"
+            )
+        for name, layer in zip(self.layer_names, layers, strict=True):
+            if not isinstance(layer, LoRALinear | QLoRALinear):
+                raise TypeError(
+                    f"{name}: got {type(layer).__name__}, expected LoRALinear or QLoRALinear"
+                )
+            self.add_module(name, layer)
+        self._check_sizes()
+        self.training = layers[0].training
+
+    def _check_sizes(self) -> None:
+        first = self._layer(0)
+        for name, layer in self._named():
+            if layer.in_features != first.in_features:
+                raise ValueError(
+                    f"{name}: has in_features {layer.in_features}, expected "
+                    f"{first.in_features} as {self.layer_names[0]}"
+                )
+
+    def _layer(self, i: int) -> Layer:
+        return self._modules[self.layer_names[i]]  # type: ignore[return-value]
+
+    def _named(self) -> list[tuple[str, Layer]]:
+        return [(name, self._layer(i)) for i, name in enumerate(self.layer_names)]
+
+    def why_not_packed(self) -> str | None:
+        """Why a forward would call the layers one by one, or None where it takes the packed op."""
+        first_name, first = self.layer_names[0], self._layer(0)
+        for name, layer in self._named():
+            reason = _why_not_plain(layer)
+            if reason is not None:
+                return f"{name}: {reason}"
+            for what, value, expected in (
+                ("dropout", layer.dropout, first.dropout),
+                ("training", layer.training, first.training),
+                ("base dtype", layer._base_dtype(), first._base_dtype()),
+                ("adapter dtype", layer.lora_A.dtype, first.lora_A.dtype),
+                ("device", layer.lora_A.device, first.lora_A.device),
+            ):
+                if value != expected:
+                    return f"{name}: has {what} {value}, {first_name} has {expected}"
+        return None
+
+    def _packed_arguments(self, x: Tensor) -> dict[str, Any]:
+        layers = [layer for _, layer in self._named()]
+        first = layers[0]
+        return {
+            "weights": [layer.weight for layer in layers],
+            "lora_a": [layer.lora_A for layer in layers],
+            "lora_b": [layer.lora_B for layer in layers],
+            "scales": [layer.scale for layer in layers],
+            "biases": [
+                cast_like(layer.bias, x) if isinstance(layer, QLoRALinear) else layer.bias
+                for layer in layers
+            ],
+            "dropout_p": first.dropout if first.training else 0.0,
+        }
+
+    def extra_repr(self) -> str:
+        reason = self.why_not_packed()
+        return "packed" if reason is None else f"not packed: {reason}"
+
+
+def _why_not_plain(layer: Layer) -> str | None:
+    """What of the layer's own forward, or around it, the packed op would leave out."""
+    if type(layer) not in (LoRALinear, QLoRALinear):
+        return f"is a {type(layer).__name__}, expected LoRALinear or QLoRALinear"
+    if "forward" in layer.__dict__:
+        return "has a forward of its own"
+    if (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    ):
+        return "has hooks"
+    if not layer.adapter_enabled:
+        return "its adapter is disabled"
+    if layer.merged:
+        return "its adapter is merged"
+    if layer.use_dora:
+        return "its adapter has a magnitude (DoRA)"
+    return None
+
+
+class LoRAQKV(PackedLayers):
+    """The projections q, k and v of an attention layer.
+
+    forward: x [..., K] to (q [..., N_q], k [..., N_k], v [..., N_v]), as a tuple.
+    """
+
+    layer_names = ("q_proj", "k_proj", "v_proj")
+
+    @classmethod
+    def from_layers(cls, q_proj: Layer, k_proj: Layer, v_proj: Layer) -> LoRAQKV:
+        """Pack three layers, dense or 4-bit, of any output sizes and ranks. They are shared.
+
+        Raises:
+            TypeError: a layer is no LoRALinear or QLoRALinear.
+            ValueError: their `in_features` differ.
+        """
+        return cls(q_proj, k_proj, v_proj)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return _projections(self, x)
+
+
+class LoRAGateUp(PackedLayers):
+    """The projections gate and up of a gated MLP.
+
+    forward: x [..., K] to (gate [..., I], up [..., I]), as a tuple.
+    """
+
+    layer_names = ("gate_proj", "up_proj")
+
+    @classmethod
+    def from_layers(cls, gate_proj: Layer, up_proj: Layer) -> LoRAGateUp:
+        """Pack two layers, dense or 4-bit, of any output sizes and ranks. They are shared.
+
+        Raises:
+            TypeError: a layer is no LoRALinear or QLoRALinear.
+            ValueError: their `in_features` differ.
+        """
+        return cls(gate_proj, up_proj)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return _projections(self, x)
+
+
+def _projections(module: PackedLayers, x: Tensor) -> tuple[Tensor, ...]:
+    if module.why_not_packed() is None:
+        return functional.lora_packed_linear(x, **module._packed_arguments(x))
+    return tuple(layer(x) for _, layer in module._named())
+
+
+class LoRAMLP(PackedLayers):
+    """The gated MLP down(act(gate(x)) * up(x)) (Shazeer, 2020, "GLU Variants Improve Transformer").
+
+    forward: x [..., K] to y [..., N].
+
+    Attributes:
+        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU).
+    """
+
+    layer_names = ("gate_proj", "up_proj", "down_proj")
+    activation: str
+
+    def __init__(self, *layers: Layer, activation: str = "silu") -> None:
+        activation_index(activation)
+        super().__init__(*layers)
+        self.activation = activation
+
+    @classmethod
+    def from_layers(
+        cls, gate_proj: Layer, up_proj: Layer, down_proj: Layer, activation: str = "silu"
+    ) -> LoRAMLP:
+        """Join three layers, dense or 4-bit, of any ranks. They are shared.
+
+        Raises:
+            TypeError: a layer is no LoRALinear or QLoRALinear.
+            ValueError: their sizes do not fit each other, or the activation is none of the three.
+        """
+        return cls(gate_proj, up_proj, down_proj, activation=activation)
+
+    def _check_sizes(self) -> None:
+        gate, up, down = (layer for _, layer in self._named())
+        inner = gate.out_features
+        for name, what, size, expected, why in (
+            ("up_proj", "in_features", up.in_features, gate.in_features, "gate_proj"),
+            ("up_proj", "out_features", up.out_features, inner, "gate_proj"),
+            ("down_proj", "in_features", down.in_features, inner, "gate_proj's out_features"),
+        ):
+            if size != expected:
+                raise ValueError(f"{name}: has {what} {size}, expected {expected} as {why}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.why_not_packed() is None:
+            arguments = self._packed_arguments(x)
+            return functional.lora_mlp(x, **arguments, activation=self.activation)
+        gate, up, down = (layer for _, layer in self._named())
+        return down(functional.gated_activation(gate(x), up(x), self.activation))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, {super().extra_repr()}"

@@ -1,0 +1,281 @@
+"""DoRA out of the compiled LoRA and NF4 kernels, with elementwise torch around them.
+
+The norm is factored, so that W + scale·B·A never exists, and a 4-bit W is decoded inside the
+kernels alone. What is elementwise over [M, N] or [M, K] goes a few rows at a time, in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, refuse_linear
+from lora_kernels.ops.common.philox import keep_scale, threshold
+from lora_kernels.ops.dora.magnitude import (
+    base_norm_squared,
+    inverse_norm,
+    output_scale,
+    rows_at_once,
+    without_autocast,
+)
+
+# Below this |m̂| what y = m̂ ∘ z keeps of z is no longer trusted: fp16 would be among its subnormal
+# numbers, and at 0 nothing is left.
+_SMALL_SCALE = 2.0**-8
+
+
+def _native(op: str, *args: Any) -> Any:
+    return getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default(*args)
+
+
+@without_autocast
+def dora_norm(
+    weight_norm_sq: Tensor | None,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+) -> Tensor:
+    """norm² = ‖W‖² + 2c·⟨B, W·Aᵀ⟩ + c²·B·(A·Aᵀ)·Bᵀ, row by row: one read of W, summed in fp32.
+
+    The rest is small ([N, R] and [R, R]) and in fp64, so that the result is as exact as ‖W‖² is.
+    """
+    if weight_norm_sq is None:
+        weight_norm_sq = base_norm_squared(base, meta)
+    a32 = a.float()
+    if len(base) > 1:
+        wa = _native("nf4_linear_fwd", a32, base, meta, None).T  # [N, R]
+    elif base[0].dtype == torch.float32:
+        wa = base[0] @ a32.T
+    else:
+        wa = torch.cat([w.float() @ a32.T for w in base[0].split(rows_at_once(meta[1]))])
+    a64, b64, own = a.double(), b.double(), weight_norm_sq.double()
+    cross = 2 * scale * (b64 * wa.double()).sum(1)
+    branch = scale * scale * ((b64 @ (a64 @ a64.T)) * b64).sum(1)
+    squared = own + cross + branch
+    # Where W and cBA take each other away, the terms' rounding would show: there by definition.
+    opposed = squared < (own + branch) / 4
+    if bool(opposed.any()):  # on a CPU this waits for nothing
+        for rows in opposed.nonzero()[:, 0].split(rows_at_once(meta[1])):
+            total = _base_rows(rows, base, meta).double() + scale * (b64[rows] @ a64)
+            squared[rows] = total.square().sum(1)
+    return squared.sqrt().to(weight_norm_sq.dtype)
+
+
+def _base_rows(rows: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
+    """Some rows of W; 4-bit ones as the products of rows of the identity, which are exact."""
+    if len(base) == 1:
+        return base[0][rows]
+    chosen = torch.zeros(rows.shape[0], meta[0], device=rows.device)
+    chosen.scatter_(1, rows[:, None], 1.0)
+    return _native("nf4_linear_bwd", chosen, base, meta)
+
+
+@without_autocast
+def dora_linear_fwd(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = xd·Wᵀ + scale·s·Bᵀ in one kernel;  y = m̂ ∘ z + (x − xd)·Wᵀ + bias,  xd = drop(x)."""
+    mask = _mask(x, dropout_p, seed)
+    xd = _drop(x, mask, dropout_p)
+    z, s = _lora(xd, base, meta, a, b, scale)
+    rest = None if mask is None else _base_linear(x - xd, base, meta)
+    y = torch.empty_like(z) if keep_z else z
+    m = output_scale(magnitude, norm)
+    for out, part, beside in _row_blocks(meta[0], y, z, rest):
+        block = part * m  # fp32
+        if beside is not None:
+            block += beside
+        if bias is not None:
+            block += bias
+        out.copy_(block)
+    return y, s, z if keep_z else x.new_empty(0)
+
+
+@without_autocast
+def dora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    y: Tensor | None,
+    z: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """LoRA's own backward of dz = m̂ ∘ dy at xd; what the mask takes from x is added to dx."""
+    n, k = meta[0], meta[1]
+    mask = _mask(x, dropout_p, seed)
+    xd = _drop(x, mask, dropout_p)
+    dx, da, db, dw = (x.new_empty(0, dtype=t.dtype) for t in (x, a, b, x))
+    if needs[0] or needs[1] or needs[2] or needs[5]:
+        m = output_scale(magnitude, norm)
+        dz = dy.new_empty((x.shape[0], n))
+        for out, part in _row_blocks(n, dz, dy):
+            out.copy_(part * m)
+        asked = [needs[0], needs[1], needs[2], False, False, False, needs[5]]
+        dx, da, db, *_, dw = _native(
+            "lora_linear_bwd",
+            *(dz, xd, s, base, meta, a, b, scale, 0.0, None, None, None, asked),
+        )
+        if mask is not None and needs[0]:
+            kept = keep_scale(dropout_p)
+            beside = _base_linear_bwd(dy, base, meta)
+            for out, other, keep in _row_blocks(k, dx, beside, mask):
+                both = out.float() * kept + other.float() * (1 - kept)
+                out.copy_(torch.where(keep, both, other))
+        if mask is not None and needs[5]:
+            dw += dy.T @ (x - xd)
+    dmagnitude, dbias = magnitude.new_empty(0), x.new_empty(0)
+    if needs[3]:
+        if y is not None and z is None:
+            total = _dmagnitude_of_output(dy, y, x, base, meta, a, b, scale, magnitude, norm)
+        else:
+            z = _lora(xd, base, meta, a, b, scale)[0] if z is None else z
+            total = _column_dot(dy, z) * inverse_norm(norm)
+        dmagnitude = total.to(magnitude.dtype)
+    if needs[4]:
+        dbias = dy.sum(0)
+    return dx, da, db, dmagnitude, dbias, dw
+
+
+def _dmagnitude_of_output(
+    dy: Tensor,
+    y: Tensor,
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+) -> Tensor:
+    """Σ_m dy ∘ y / magnitude, or Σ_m dy ∘ z / norm where the output has lost z to a small m̂."""
+    direct = torch.where(norm > 0, _column_dot(dy, y) / magnitude, 0.0)
+    small = output_scale(magnitude, norm).abs() < _SMALL_SCALE
+    if not bool(small.any()):  # on a CPU this waits for nothing
+        return direct
+    z, _ = _lora(x, base, meta, a, b, scale)
+    return torch.where(small, _column_dot(dy, z) * inverse_norm(norm), direct)
+
+
+def _lora(
+    x: Tensor, base: Sequence[Tensor], meta: Sequence[int], a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """z = x·Wᵀ + scale·s·Bᵀ and s = x·Aᵀ."""
+    return _native("lora_linear_fwd", x, base, meta, a, b, scale, None, 0.0, None, None, None)
+
+
+def _base_linear(x: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
+    if len(base) == 1:
+        return linear(x, base[0])
+    return _native("nf4_linear_fwd", x, base, meta, None)
+
+
+def _base_linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
+    return dy @ base[0] if len(base) == 1 else _native("nf4_linear_bwd", dy, base, meta)
+
+
+def _mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor | None:
+    if seed is None or threshold(p) == 0:
+        return None
+    return _native("dropout_mask", seed, x.shape[0], x.shape[1], p, 0)
+
+
+def _drop(x: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    return x if mask is None else (x * keep_scale(p)).masked_fill_(~mask, 0)
+
+
+def _column_dot(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_m left ∘ right [N], in fp32."""
+    total = torch.zeros(left.shape[1], device=left.device)
+    for part, other in _row_blocks(left.shape[1], left, right):
+        total += (part.float() * other.float()).sum(0)
+    return total
+
+
+def _row_blocks(columns: int, *matrices: Tensor | None) -> Iterator[Any]:
+    """The matrices in blocks of the same rows; None stays None."""
+    step = rows_at_once(columns)
+    first = next(t for t in matrices if t is not None)
+    for row in range(0, first.shape[0], step):
+        yield tuple(t if t is None else t[row : row + step] for t in matrices)
+
+
+def _dense(base: Sequence[Tensor]) -> Tensor | None:
+    return base[0] if len(base) == 1 else None
+
+
+def _supports_norm(
+    weight_norm_sq: Tensor | None,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+) -> str | None:
+    op = "lora_linear_fwd" if len(base) == 1 else "nf4_linear_fwd"
+    return refuse_device(op, a.device) or refuse_dtypes(weight_norm_sq, _dense(base), a, b)
+
+
+def _supports_fwd(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    *rest: object,
+) -> str | None:
+    reason = refuse_linear("lora_linear_fwd", [x], _dense(base), a, b, bias)
+    return reason or refuse_dtypes(magnitude, norm)
+
+
+def _supports_bwd(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+    *rest: object,
+) -> str | None:
+    reason = refuse_linear("lora_linear_bwd", [dy, x, s], _dense(base), a, b)
+    return reason or refuse_dtypes(magnitude, norm)
+
+
+register("dora_norm", Implementation("native", dora_norm, _supports_norm))
+register("dora_linear_fwd", Implementation("native", dora_linear_fwd, _supports_fwd))
+register("dora_linear_bwd", Implementation("native", dora_linear_bwd, _supports_bwd))

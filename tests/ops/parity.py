@@ -1,0 +1,79 @@
+"""How a case is held against the oracle, for every way of running an op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels import use_backend
+from lora_kernels.testing import assert_within_budget
+from tests.ops.case import Case
+from tests.ops.variants import as_tuple, bits, oracle_args, output_names
+
+Active = Callable[[], AbstractContextManager[Any]]
+
+
+def assert_agrees(case: Case, device: str, active: Active, *, repeat: bool = True) -> None:
+    """The op under `active()` gives the reference's result: its bits where the case is exact, else
+    through the budget; twice the same bits where `repeat`, and its inputs as they were."""
+    args = case.build(device)
+    untouched = case.build(device)
+    op = getattr(torch.ops.lora_kernels, case.op).default
+    with active():
+        actual = op(*args)
+        again = as_tuple(op(*args)) if repeat else as_tuple(actual)
+    with use_backend("reference"):
+        plain = as_tuple(op(*args))
+
+    names, actual = output_names(op, actual), as_tuple(actual)
+    for name, got, second in zip(names, actual, again, strict=True):
+        assert torch.equal(bits(got), bits(second)), f"{name}: differs from run to run"
+    for before, after in zip(_flat(untouched), _flat(args), strict=True):
+        assert torch.equal(bits(before), bits(after)), "an input was overwritten"
+
+    if case.exact:
+        for name, got, want in zip(names, actual, plain, strict=True):
+            assert got.dtype == want.dtype, name
+            assert torch.equal(bits(got), bits(want)), name
+        return
+    first = _beside_oracle(op, case, args, actual, plain)
+    results = [first, *(_run(op, case, device, active, d) for d in range(1, _draws(plain)))]
+    for name, *outputs in zip(names, *results, strict=True):
+        assert_within_budget(*(torch.stack(t) for t in zip(*outputs, strict=True)), name)
+
+
+def _run(op: Any, case: Case, device: str, active: Active, draw: int) -> list[Any]:
+    args = case.build(device, draw)
+    with active():
+        actual = as_tuple(op(*args))
+    with use_backend("reference"):
+        plain = as_tuple(op(*args))
+    return _beside_oracle(op, case, args, actual, plain)
+
+
+def _beside_oracle(
+    op: Any, case: Case, args: tuple[Any, ...], actual: Any, plain: Any
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each output as (the one under test, the oracle's, the plain one)."""
+    with use_backend("reference"):
+        oracle = as_tuple(op(*oracle_args(case.op, args)))
+    return list(zip(actual, oracle, plain, strict=True))
+
+
+def _draws(outputs: tuple[Tensor, ...]) -> int:
+    """How often to repeat a case with other values. The budget compares two errors that are both
+    random; over a few elements the plain one can be small by luck."""
+    smallest = min((t.numel() for t in outputs if t.numel()), default=64)
+    return min(32, -(-64 // smallest))
+
+
+def _flat(args: Any) -> Iterator[Tensor]:
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, list):
+            yield from _flat(a)
