@@ -79,8 +79,10 @@ demo: setup ## fine-tune a real language model with QLoRA on this machine, a few
 
 test: test-python test-cpp ## every test, slow ones too
 
+# Twice: a process either interprets Triton's kernels, on the CPU, or compiles them.
 test-python: setup
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --ignore tests/compiled $(ARGS)
+	env -u TRITON_INTERPRET $(PY) -m pytest -n $(JOBS) tests/compiled $(ARGS)
 
 test-cpp: setup
 	@if command -v $${CXX:-c++} >/dev/null; then \

@@ -1,4 +1,4 @@
-"""`python -m bench run | verify | tune | plot | compare | targets`."""
+"""`python -m bench run | verify | tune | plot | compare | targets | traffic | resources`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 from bench import compare, report, targets, tune
 from bench.cases import SHORT, SUITES, Case, suite
+from bench.gpu import commands as gpu_commands
 from bench.machine import Limits, describe, measure_limits, summary
 from bench.providers import PROVIDERS, Provider, select
 from bench.runner import FAILED, OK, WRONG, Row, Settings, derive, run_case
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--suite", default="quick", choices=SUITES)
     p.add_argument("--only", metavar="REGEX")
     p.set_defaults(command=_list)
+    gpu_commands.add(commands)
     return parser
 
 

@@ -16,6 +16,10 @@ OPS = (
     "nf4_linear",
     "lora_linear",
     "nf4_lora_linear",
+    "lora_packed",
+    "lora_mlp",
+    "glu",
+    "dora_linear",
     "linear_cross_entropy",
     "step",
 )
@@ -59,13 +63,37 @@ LAYERS: dict[str, Layer] = {
 }
 
 
+def _groups(name: str) -> dict[str, tuple[Layer, ...]]:
+    q, k, gate, down = (LAYERS[f"{name}.{p}_proj"] for p in ("q", "k", "gate", "down"))
+    return {
+        f"{name}.qkv": (q, k, k),
+        f"{name}.gate_up": (gate, gate),
+        f"{name}.mlp": (gate, gate, down),
+    }
+
+
+# mistral-7b's are llama-3.1-8b's.
+MODELS = ("llama-3.1-8b", "llama-2-7b", "qwen2.5-0.5b", "qwen2.5-7b", "smollm2-135m")
+# Layers that are taken together: those that read one x, and a gated MLP (gate, up, down).
+GROUPS: dict[str, tuple[Layer, ...]] = {
+    **{name: layers for model in MODELS for name, layers in _groups(model).items()},
+    "tiny.qkv": (LAYERS["tiny"], *[Layer("tiny.kv", 64, 128, bias=True)] * 2),
+    "tiny.mlp": (*[Layer("tiny.gate", 160, 96)] * 2, Layer("tiny.down", 96, 160)),
+}
+_GROUPED = {"lora_packed": ("qkv", "gate_up"), "lora_mlp": ("mlp",)}
+
+
 @dataclass(frozen=True)
 class Case:
     """One measurement: y[M, N] of x[M, K] and w[N, K], with r > 0 where there is an adapter.
 
     `direction` is "fwd" (no gradients asked, as in inference) or "fwd+bwd": y, then the gradients
-    of x and, with an adapter, of A and B. `scale` is the LoRA scale, 2 throughout. The layer of a
-    cross-entropy is an output layer; its result is the loss, and the gradient of x.
+    of x and, with an adapter, of A and B (and of DoRA's magnitude). `scale` is the LoRA scale, 2
+    throughout. The layer of a cross-entropy is an output layer; its result is the loss, and the
+    gradient of x.
+
+    Packed projections and an MLP name a group of layers, each with an adapter. A gated activation
+    has no weight: it takes two outputs [M, N] of its layer, a gate projection.
 
     A quantiser or decoder is timed into a fresh tensor (`fresh`): on a CPU every call takes pages
     that the system has to provide first, as loading a model does, whatever the allocator would
@@ -87,7 +115,9 @@ class Case:
 
     def __post_init__(self) -> None:
         _expect("op", self.op, OPS)
-        _expect("layer", self.layer, LAYERS)
+        kinds = _GROUPED.get(self.op)
+        fitting = [g for g in GROUPS if kinds and g.endswith(kinds)]
+        _expect("layer", self.layer, fitting if kinds else LAYERS)
         _expect("direction", self.direction, (FWD, BOTH))
         _expect("dtype", self.dtype, DTYPES)
         _expect("adapter_dtype", self.adapter_dtype, DTYPES)
@@ -101,20 +131,40 @@ class Case:
             )
 
     @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers whose weights the op reads; of a gated activation the one that it follows."""
+        return GROUPS[self.layer] if self.op in _GROUPED else (LAYERS[self.layer],)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The width of each output."""
+        widths = tuple(layer.n for layer in self.layers)
+        return widths[-1:] if self.op == "lora_mlp" else widths
+
+    @property
     def n(self) -> int:
-        return LAYERS[self.layer].n
+        """The width of all outputs together."""
+        return sum(self.widths)
 
     @property
     def k(self) -> int:
-        return LAYERS[self.layer].k
+        """The width of x; of a gated activation that of its layer's."""
+        return self.layers[0].k
 
     @property
     def bias(self) -> bool:
-        return LAYERS[self.layer].bias
+        return any(layer.bias for layer in self.layers)
 
     @property
     def has_adapter(self) -> bool:
-        return self.op in ("lora_linear", "nf4_lora_linear", "step")
+        return self.op in (
+            *("lora_linear", "nf4_lora_linear", "lora_packed", "lora_mlp", "dora_linear"),
+            "step",
+        )
+
+    @property
+    def has_weight(self) -> bool:
+        return self.op != "glu"
 
     @property
     def is_quantised(self) -> bool:
@@ -199,6 +249,10 @@ def _smoke() -> Iterator[Case]:
     yield Case("lora_linear", "tiny-bias", 7, BOTH, 8, 0.25, dtype="fp32", adapter_dtype="fp32")
     yield Case("nf4_lora_linear", "tiny", 9, BOTH, 8, 0.25)
     yield Case("nf4_lora_linear", "tiny", 2, FWD, 8, nested=False)
+    yield Case("lora_packed", "tiny.qkv", 9, BOTH, 8, 0.25, adapter_dtype="fp32")
+    yield Case("lora_mlp", "tiny.mlp", 9, BOTH, 4, 0.25)
+    yield Case("glu", "tiny", 7, BOTH)
+    yield Case("dora_linear", "tiny-bias", 9, BOTH, 8, 0.25, adapter_dtype="fp32")
     yield Case("linear_cross_entropy", "tiny", 6, BOTH)
     yield Case("linear_cross_entropy", "tiny", 5, dtype="fp32")
     yield Case("nf4_dequantize", "tiny", 0)
@@ -219,7 +273,8 @@ def _scaling() -> Iterator[Case]:
 
 
 def _models() -> Iterator[Case]:
-    """Every distinct layer of the models, at one token, a small batch and a training batch."""
+    """Every distinct layer of the models, and those that a model takes together, at one token, a
+    small batch and a training batch."""
     seen: set[tuple[int, int, bool]] = set()
     for layer in LAYERS.values():
         if layer.name.endswith("lm_head"):
@@ -241,10 +296,47 @@ def _models() -> Iterator[Case]:
             yield Case("nf4_lora_linear", layer.name, m, BOTH, 16, p)
         yield Case("nf4_dequantize", layer.name, 0)
         yield Case("nf4_quantize", layer.name, 0)
+    for model in MODELS:
+        yield from _families(model)
+
+
+def _families(model: str) -> Iterator[Case]:
+    """Packed projections, the MLP and its gate, and DoRA: one token, and a training batch."""
+    q, gate = f"{model}.q_proj", f"{model}.gate_proj"
+    groups = ("lora_packed", "qkv"), ("lora_packed", "gate_up"), ("lora_mlp", "mlp")
+    layers = [(op, f"{model}.{group}") for op, group in groups] + [("dora_linear", q)]
+    for op, layer in layers:
+        for m in (1, 32):
+            yield Case(op, layer, m, FWD, 16)
+        for p in (0.0, 0.05):
+            yield Case(op, layer, 512, BOTH, 16, p)
+    for direction in (FWD, BOTH):
+        yield Case("glu", gate, 512, direction)
+
+
+def _lora() -> Iterator[Case]:
+    """Every op that Triton has kernels for, and DoRA, at the sizes of a large GPU: `run --device
+    cuda --suite lora`. One to 8192 tokens; training batches with PEFT's fp32 adapters too.
+    """
+    model = "llama-3.1-8b"
+    ones = ("square-4096", f"{model}.k_proj", f"{model}.gate_proj")
+    layers = [(op, layer) for op in ("lora_linear", "dora_linear") for layer in ones]
+    layers += [("lora_packed", f"{model}.qkv"), ("lora_packed", f"{model}.gate_up")]
+    layers += [("lora_mlp", f"{model}.mlp")]
+    for op, layer in layers:
+        for m, r in itertools.product((1, 16, 2048, 8192), (16, 64)):
+            yield Case(op, layer, m, FWD, r)
+        for m in (1, 16):
+            yield Case(op, layer, m, BOTH, 16)
+        for m, r, p in itertools.product((2048, 8192), (16, 64), (0.0, 0.05)):
+            yield Case(op, layer, m, BOTH, r, p)
+        yield Case(op, layer, 2048, BOTH, 16, 0.05, adapter_dtype="fp32")
+    for m, direction in itertools.product((1, 16, 2048, 8192), (FWD, BOTH)):
+        yield Case("glu", f"{model}.gate_proj", m, direction)
 
 
 def _full() -> Iterator[Case]:
-    """All of the above but the smoke cases, and the other dtypes and storage options."""
+    """All but the smoke cases and the GPU's, and the other dtypes and storage options."""
     yield from _targets()
     yield from _scaling()
     yield from _models()
@@ -253,6 +345,10 @@ def _full() -> Iterator[Case]:
             yield Case("nf4_linear", "square-4096", m, dtype=dtype)
         yield Case("nf4_lora_linear", "square-4096", 512, BOTH, 16, 0.05, dtype, "fp32")
         yield Case("lora_linear", "square-4096", 512, BOTH, 16, 0.05, dtype, "fp32")
+        yield Case("dora_linear", "square-4096", 512, BOTH, 16, 0.05, dtype, "fp32")
+        yield Case("lora_packed", "llama-3.1-8b.qkv", 512, BOTH, 16, 0.05, dtype, "fp32")
+        yield Case("lora_mlp", "qwen2.5-0.5b.mlp", 512, BOTH, 16, 0.05, dtype, "fp32")
+        yield Case("glu", "llama-3.1-8b.gate_proj", 512, BOTH, dtype=dtype)
     for change in ({"nested": False}, {"block_size": 128}, {"quant_type": "fp4"}):
         yield replace(Case("nf4_linear", "square-4096", 1), **change)  # type: ignore[arg-type]
         yield replace(Case("nf4_linear", "square-4096", 512), **change)  # type: ignore[arg-type]
@@ -264,6 +360,7 @@ _SUITES = {
     "targets": _targets,
     "scaling": _scaling,
     "models": _models,
+    "lora": _lora,
     "full": _full,
 }
 SUITES = tuple(_SUITES)

@@ -14,6 +14,7 @@ from bench.cases import DTYPES, Case
 
 NESTED_BLOCK = 256
 SEED_BYTES = 8
+NORM_BYTES = 4
 _NESTED_TABLE_BYTES = 4 * 256 + 4  # code map and offset, fp32
 
 
@@ -62,17 +63,40 @@ def quantised_bytes(n: int, k: int, block_size: int, nested: bool) -> int:
 
 
 def weight_bytes(case: Case) -> int:
-    """Stored size of the case's base weight."""
+    """Stored size of the case's base weights."""
     if case.is_quantised:
         return quantised_bytes(case.n, case.k, case.block_size, case.nested)
-    return case.n * case.k * DTYPES[case.dtype].itemsize
+    return sum(layer.n * layer.k for layer in case.layers) * DTYPES[case.dtype].itemsize
 
 
 def saved_bytes(case: Case) -> int:
-    """What the backward of an adapter cannot do without, weights and adapters left out: x and s in
-    their own type, and with dropout the seed (int64) that makes the mask again."""
-    kept = case.m * (case.k + case.r) * DTYPES[case.dtype].itemsize
+    """What a backward cannot do without, weights and adapters left out: x and the s of each layer
+    in x's type, and with dropout the seed (int64) that makes the mask again. An MLP keeps gate's
+    and up's outputs too; DoRA the norms (fp32), and for its magnitude y or what y was made of; a
+    gated activation keeps its two inputs.
+    """
+    size = DTYPES[case.dtype].itemsize
+    if case.op == "glu":
+        return 2 * case.m * case.n * size
+    kept = case.m * case.k * size + _made_for_backward(case, size)
+    if case.op == "dora_linear" and not _dora_keeps_z(case):
+        kept += case.m * case.n * size
     return kept + (SEED_BYTES if case.dropout else 0)
+
+
+def _made_for_backward(case: Case, size: int) -> int:
+    """Bytes of what the forward makes beside its outputs for the backward of an adapter."""
+    made = case.m * case.r * len(case.layers) * size
+    if case.op == "lora_mlp":
+        made += 2 * case.m * case.layers[0].n * size
+    if case.op == "dora_linear":
+        made += NORM_BYTES * case.n + (case.m * case.n * size if _dora_keeps_z(case) else 0)
+    return made
+
+
+def _dora_keeps_z(case: Case) -> bool:
+    """Whether the output does not tell what its magnitude scaled."""
+    return case.bias or case.dropout > 0
 
 
 def cost(case: Case) -> Cost:
@@ -95,31 +119,68 @@ def cost(case: Case) -> Cost:
         x, labels = case.m * case.k * size, 8 * case.m
         passes = 2 if case.backward else 1
         return Cost(2 * passes * case.m * case.n * case.k, dense + x + labels, (passes - 1) * x + 4)
+    if case.op == "glu":
+        return _glu(case, size)
     total = _linear_fwd(case, size)
     return total + _linear_bwd(case, size) if case.backward else total
 
 
+def _glu(case: Case, size: int) -> Cost:
+    """h = g·σ(g)·u: 2 multiplications. dg = dh·u·(σ + act·(1 - σ)) and du = dh·act with act = g·σ:
+    5, and 2 additions. σ itself is not counted."""
+    elements, tensor = case.m * case.n, case.m * case.n * size
+    forward = Cost(2 * elements, 2 * tensor, tensor)
+    return forward + Cost(7 * elements, 3 * tensor, 2 * tensor) if case.backward else forward
+
+
 def _adapter_bytes(case: Case) -> int:
-    return case.r * (case.k + case.n) * DTYPES[case.adapter_dtype].itemsize
+    elements = sum(case.r * (layer.k + layer.n) for layer in case.layers)
+    if case.op == "dora_linear":
+        elements += case.n  # the magnitude
+    return elements * DTYPES[case.adapter_dtype].itemsize
+
+
+def _base_products(case: Case) -> int:
+    """FLOPs of x·Wᵀ. DoRA with dropout scales the product of the dropped x alone, so that there
+    are two."""
+    products = 2 if case.op == "dora_linear" and case.dropout else 1
+    return products * sum(2 * case.m * layer.n * layer.k for layer in case.layers)
+
+
+def _rank_products(case: Case) -> int:
+    """FLOPs of s = x·Aᵀ and s·Bᵀ."""
+    return sum(2 * case.m * case.r * (layer.k + layer.n) for layer in case.layers)
 
 
 def _linear_fwd(case: Case, size: int) -> Cost:
+    """x is read once whatever number of layers takes it; what stands between the layers of an MLP
+    need not leave the chip but for the backward."""
     m, n, k, r = case.m, case.n, case.k, case.r
-    read = m * k * size + weight_bytes(case) + (n * size if case.bias else 0)
-    saved = m * r * size if case.backward else 0
-    return Cost(
-        2 * m * n * k + 2 * m * r * (k + n),
-        read + _adapter_bytes(case),
-        m * n * size + saved,
-    )
+    biases = sum(layer.n for layer in case.layers if layer.bias)
+    flops = _base_products(case) + _rank_products(case)
+    read = m * k * size + weight_bytes(case) + biases * size + _adapter_bytes(case)
+    if case.op == "lora_mlp":
+        flops += 2 * m * case.layers[0].n
+    if case.op == "dora_linear":
+        # W·Aᵀ, for the norms of W + scale·B·A; those of W are known, and read.
+        flops += 2 * n * k * r
+        read += NORM_BYTES * n
+    made = _made_for_backward(case, size) if case.backward and r else 0
+    return Cost(flops, read, m * n * size + made)
 
 
 def _linear_bwd(case: Case, size: int) -> Cost:
     """dx = dy·W (+ ds·A); with an adapter ds = dy·B, dA = dsᵀ·x, dB = dyᵀ·s."""
-    m, n, k, r = case.m, case.n, case.k, case.r
+    m, n, k = case.m, case.n, case.k
+    flops = _base_products(case) + 2 * _rank_products(case)
     read = m * n * size + weight_bytes(case)
     written = m * k * size
-    if r:
-        read += _adapter_bytes(case) + m * k * size + m * r * size
+    if case.r:
+        seed = SEED_BYTES if case.dropout else 0
+        read += _adapter_bytes(case) + saved_bytes(case) - seed
         written += _adapter_bytes(case)
-    return Cost(2 * m * n * k + 4 * m * r * (k + n), read, written)
+    if case.op == "lora_mlp":
+        flops += 8 * m * case.layers[0].n  # the gate's backward, and h = act(g)·u again
+    if case.op == "dora_linear":
+        flops += 2 * m * n  # of the magnitude
+    return Cost(flops, read, written)

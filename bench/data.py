@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, Case
+from bench.cases import DTYPES, Case, Layer
 from bench.costmodel import weight_bytes
 from lora_kernels import NF4Weight, use_backend
 
 MAX_COPIES = 128
 INPUT_COPIES = 4  # an activation has just been written by the layer before: a few are enough
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One layer's tensors; A and B have no row and no column where there is no adapter."""
+
+    w: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
 
 
 class CaseData:
@@ -21,8 +32,12 @@ class CaseData:
     Args:
         case: what is measured.
         device: where the tensors live.
-        rotate_bytes: the weight's copies take at least this much together (at most 128 copies).
+        rotate_bytes: the weights' copies take at least this much together (at most 128 copies).
         seed: of the values.
+
+    Attributes:
+        projections: one for each layer; `source`, `bias`, `a` and `b` are the first one's.
+        x: an input for each call in turn; `up`, of a gated activation alone, is its second one.
     """
 
     def __init__(
@@ -34,24 +49,77 @@ class CaseData:
         self.dtype = DTYPES[case.dtype]
         self.adapter_dtype = DTYPES[case.adapter_dtype]
         self._generator = torch.Generator().manual_seed(seed)
+        self.projections = [self._projection(layer) for layer in case.layers if case.has_weight]
+        self.x = self._inputs(case.k if case.has_weight else case.n)
+        self.up = [] if case.has_weight else self._inputs(case.n)
 
-        n, k, m, r = case.n, case.k, case.m, case.r
+    def _projection(self, layer: Layer) -> Projection:
         # The values a trained layer has: activations of unit size, outputs too.
-        self.source = self._normal(n, k, std=k**-0.5, dtype=self.dtype)
-        self.bias = self._normal(n, std=0.1, dtype=self.dtype) if case.bias else None
-        self.x = [self._normal(m, k, dtype=self.dtype) for _ in range(INPUT_COPIES)]
-        for x in self.x:
-            x.requires_grad_(case.backward)
-        self.a = self._normal(r, k, std=k**-0.5, dtype=self.adapter_dtype)
-        self.b = self._normal(n, r, std=0.1, dtype=self.adapter_dtype)
-        for adapter in (self.a, self.b):
+        case, n, k = self.case, layer.n, layer.k
+        w = self._normal(n, k, std=k**-0.5, dtype=self.dtype)
+        bias = self._normal(n, std=0.1, dtype=self.dtype) if layer.bias else None
+        a = self._normal(case.r, k, std=k**-0.5, dtype=self.adapter_dtype)
+        b = self._normal(n, case.r, std=0.1, dtype=self.adapter_dtype)
+        for adapter in (a, b):
             adapter.requires_grad_(case.backward)
+        return Projection(w, bias, a, b)
+
+    def _inputs(self, width: int) -> list[Tensor]:
+        case = self.case
+        drawn = [self._normal(case.m, width, dtype=self.dtype) for _ in range(INPUT_COPIES)]
+        return [t.requires_grad_(case.backward) for t in drawn]
+
+    @property
+    def source(self) -> Tensor:
+        return self.projections[0].w
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.projections[0].bias
+
+    @property
+    def a(self) -> Tensor:
+        return self.projections[0].a
+
+    @property
+    def b(self) -> Tensor:
+        return self.projections[0].b
 
     @functools.cached_property
-    def dy(self) -> list[Tensor]:
+    def magnitude(self) -> Tensor:
+        """DoRA's: the norms of W + scale·B·A, after some training."""
+        p, generator = self.projections[0], torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            merged = p.w.float() + self.case.scale * (p.b.float() @ p.a.float())
+            norm = torch.linalg.vector_norm(merged, dim=1)
+        moved = 1 + 0.1 * torch.randn(self.case.n, generator=generator).to(self.device)
+        return (norm * moved).to(self.adapter_dtype).requires_grad_(self.case.backward)
+
+    @functools.cached_property
+    def trained(self) -> dict[str, Tensor]:
+        """What an adapter learns, by name: a and b, of several projections a0, b0, a1, ..."""
+        case = self.case
+        if not case.has_adapter:
+            return {}
+        if case.op == "dora_linear":
+            return {"a": self.a, "b": self.b, "magnitude": self.magnitude}
+        many = len(self.projections) > 1
+        return {
+            f"{name}{i if many else ''}": t
+            for i, p in enumerate(self.projections)
+            for name, t in (("a", p.a), ("b", p.b))
+        }
+
+    @functools.cached_property
+    def dy(self) -> list[tuple[Tensor, ...]]:
+        """The gradient of each output."""
         c, generator = self.case, torch.Generator().manual_seed(1)
-        drawn = (torch.randn(c.m, c.n, generator=generator) for _ in range(INPUT_COPIES))
-        return [t.to(self.dtype).to(self.device) for t in drawn]
+
+        def draw(n: int) -> Tensor:
+            drawn = torch.randn(c.m, n, generator=generator)
+            return drawn.to(self.dtype).to(self.device)
+
+        return [tuple(draw(n) for n in c.widths) for _ in range(INPUT_COPIES)]
 
     @functools.cached_property
     def labels(self) -> Tensor:
@@ -90,6 +158,14 @@ class CaseData:
     @functools.cached_property
     def dense_copies(self) -> list[Tensor]:
         return [self.weight.clone() for _ in range(self.copies(self.weight.nbytes))]
+
+    @functools.cached_property
+    def layer_copies(self) -> list[list[Tensor]]:
+        """Copies of the dense weights of all layers; of one layer those of `dense_copies`."""
+        if len(self.projections) == 1:
+            return [[w] for w in self.dense_copies]
+        copies = self.copies(weight_bytes(self.case))
+        return [[p.w.clone() for p in self.projections] for _ in range(copies)]
 
     def quantised_copies(self) -> list[NF4Weight]:
         """Fresh copies of the 4-bit weight; each caller has its own and may destroy them."""

@@ -13,14 +13,15 @@ roundings of the output; a quantiser may choose another code for one value in `P
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from bench.data import CaseData
-from bench.providers.base import BASE, Outputs, Prepared, Provider
+from bench.providers.base import BASE, Outputs, Prepared, Provider, Result, named
 from bench.providers.plain import loss_of_logits
 from lora_kernels import use_backend
 from lora_kernels.testing import assert_within_budget
@@ -48,7 +49,7 @@ class Verifier:
     def check(self, provider: Provider, prepared: Prepared) -> Verdict:
         """Run copy 0 and compare every result."""
         case = self.data.case
-        if case.dropout and prepared.mask is None and prepared.computes != BASE:
+        if case.dropout and prepared.masks is None and prepared.computes != BASE:
             twin = self._without_dropout
             inner = Verifier(twin).check(provider, provider.build(twin))
             return replace(inner, note=_join(inner.note, "checked at p = 0: its mask is its own"))
@@ -63,10 +64,10 @@ class Verifier:
         torch.manual_seed(_SEED)
         with prepared.context(), torch.set_grad_enabled(prepared.grad):
             got = {name: t.detach() for name, t in prepared.call(copy).items()}
-        mask = None
-        if self.data.case.dropout and prepared.mask is not None and prepared.computes != BASE:
+        masks = None
+        if self.data.case.dropout and prepared.masks is not None and prepared.computes != BASE:
             torch.manual_seed(_SEED)
-            mask = prepared.mask()
+            masks = prepared.masks()
         try:
             if self.data.case.op == "nf4_quantize":
                 self._quantised_right(got, provider.ours)
@@ -78,9 +79,8 @@ class Verifier:
                     got, self._loss(torch.float64, x), self._loss(self.data.dtype, x), provider.ours
                 )
             else:
-                x, dy = self.data.x[copy % len(self.data.x)], self.data.dy[copy % len(self.data.dy)]
-                oracle = self._expression(torch.float64, x, dy, mask, prepared.computes)
-                plain = self._expression(self.data.dtype, x, dy, mask, prepared.computes)
+                oracle = self._expression(torch.float64, copy, masks, prepared.computes)
+                plain = self._expression(self.data.dtype, copy, masks, prepared.computes)
                 _compare(got, oracle, plain, provider.ours)
         except AssertionError as error:
             return Verdict(False, str(error).splitlines()[0])
@@ -93,32 +93,81 @@ class Verifier:
         )
 
     def _expression(
-        self, dtype: torch.dtype, x: Tensor, dy: Tensor, mask: Tensor | None, computes: str
+        self, dtype: torch.dtype, copy: int, masks: Sequence[Tensor] | None, computes: str
     ) -> Outputs:
-        """The case's results from plain PyTorch in `dtype`, on the values of x and dy."""
+        """The case's results from plain PyTorch in `dtype`, on the values of a copy's inputs."""
         data, case = self.data, self.data.case
         wide = dtype == torch.float64
 
         def leaf(t: Tensor) -> Tensor:
             return t.detach().to(dtype if wide else t.dtype).requires_grad_(case.backward)
 
-        x = leaf(x)
-        adapters = (leaf(data.a), leaf(data.b)) if case.has_adapter and computes != BASE else ()
-        bias = None if data.bias is None else data.bias.to(dtype)
+        inputs = {"x": leaf(data.x[copy % len(data.x)])}
+        if case.op == "glu":
+            inputs["up"] = leaf(data.up[copy % len(data.up)])
+        if computes != BASE:
+            inputs |= {name: leaf(t) for name, t in data.trained.items()}
         with use_backend("reference"), torch.set_grad_enabled(case.backward):
-            if case.is_quantised and wide:
-                w = data.quantised.dequantize(torch.float64)
-            else:
-                w = data.weight.to(dtype)
-            y = linear(x, w, bias)
-            if adapters:
-                a, b = (t.to(dtype) for t in adapters)
-                dropped = x if mask is None else x * mask.to(dtype)
-                y = y + case.scale * linear(linear(dropped, a), b)
+            y = named(self._forward(dtype, inputs, masks))
             if not case.backward:
-                return {"y": y}
-            grads = torch.autograd.grad(y, (x, *adapters), dy.to(dtype))
-        return {"y": y.detach(), **dict(zip(("dx", "da", "db"), grads, strict=False))}
+                return y
+            dy = [t.to(dtype) for t in data.dy[copy % len(data.dy)]]
+            grads = torch.autograd.grad(list(y.values()), list(inputs.values()), dy)
+        found = {name: t.detach() for name, t in y.items()}
+        return {**found, **{f"d{name}": t for name, t in zip(inputs, grads, strict=True)}}
+
+    def _forward(
+        self, dtype: torch.dtype, inputs: Mapping[str, Tensor], masks: Sequence[Tensor] | None
+    ) -> Result:
+        """What the op is: of the leaves, without those of the adapter the frozen base alone."""
+        data, case = self.data, self.data.case
+        many = len(data.projections) > 1
+
+        def weight(i: int) -> Tensor:
+            if case.is_quantised and dtype == torch.float64:
+                return data.quantised.dequantize(torch.float64)
+            return (data.projections[i].w if many else data.weight).to(dtype)
+
+        def bias(i: int) -> Tensor | None:
+            given = data.projections[i].bias
+            return None if given is None else given.to(dtype)
+
+        def dropped(i: int, x: Tensor) -> Tensor:
+            return x if masks is None else x * masks[i].to(dtype)
+
+        def adapter(i: int) -> tuple[Tensor, Tensor] | None:
+            names = (f"a{i}", f"b{i}") if many else ("a", "b")
+            if names[0] not in inputs:
+                return None
+            a, b = (inputs[name].to(dtype) for name in names)
+            return a, b
+
+        def project(i: int, x: Tensor) -> Tensor:
+            y, ab = linear(x, weight(i), bias(i)), adapter(i)
+            if ab is None:
+                return y
+            return y + case.scale * linear(linear(dropped(i, x), ab[0]), ab[1])
+
+        x = inputs["x"]
+        if case.op == "glu":
+            return silu(x) * inputs["up"]
+        if case.op == "lora_packed":
+            return tuple(project(i, x) for i in range(len(data.projections)))
+        if case.op == "lora_mlp":
+            return project(2, silu(project(0, x)) * project(1, x))
+        ab = adapter(0)
+        if case.op != "dora_linear" or ab is None:
+            return project(0, x)
+        # m̂ ∘ (xd·Wᵀ + scale·xd·Aᵀ·Bᵀ) + (x - xd)·Wᵀ + bias, xd the dropped x; see ops/dora/api.py
+        w, xd = weight(0), dropped(0, x)
+        wide = torch.promote_types(dtype, torch.float32)
+        merged = w.to(wide) + case.scale * (inputs["b"].to(wide) @ inputs["a"].to(wide))
+        norm = torch.linalg.vector_norm(merged.detach(), dim=1)
+        m = (inputs["magnitude"].to(norm.dtype) / norm).to(dtype)
+        y = m * (linear(xd, w) + case.scale * linear(linear(xd, ab[0]), ab[1]))
+        y = y if masks is None else y + linear(x - xd, w)
+        given = bias(0)
+        return y if given is None else y + given
 
     def _loss(self, dtype: torch.dtype, x: Tensor) -> Outputs:
         """The same of a cross-entropy."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 # Children of a test (the command line, the bench) inherit both: no look-ups on a model hub, and
 # no worker takes all the cores.
@@ -13,6 +14,13 @@ _THREADS = max(1, min(2, (os.cpu_count() or 1) // _WORKERS))
 os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
 # Tests with more threads than cores would spend their time waiting busily for each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Triton warns where the first is unset; what it compiles stays with what else is built.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+os.environ.setdefault(
+    "TRITON_CACHE_DIR", str(Path(__file__).resolve().parents[1] / "build" / "triton-cache")
+)
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+_COMPILED = Path(__file__).resolve().parent / "compiled"
 
 import numpy as np  # noqa: E402  (after OMP_NUM_THREADS)
 import pytest  # noqa: E402
@@ -27,7 +35,18 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
+def pytest_report_header() -> str:
+    if _INTERPRETING:
+        return "triton: interpreted on the CPU (TRITON_INTERPRET=1); tests/compiled is skipped"
+    return "triton: compiled; on the CPU the parity tests leave it out (TRITON_INTERPRET=1 has it)"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if _INTERPRETING:
+        skip = pytest.mark.skip(reason="compiles kernels, which TRITON_INTERPRET=1 forbids")
+        for item in items:
+            if _COMPILED in item.path.parents:
+                item.add_marker(skip)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False")

@@ -11,6 +11,8 @@ __all__ = ["BASE", "FULL", "PROVIDERS", "Outputs", "Prepared", "Provider", "sele
 
 _LINEAR = ("nf4_linear", "lora_linear", "nf4_lora_linear")
 _LORA = ("lora_linear", "nf4_lora_linear")
+_GROUPS = ("lora_packed", "lora_mlp")
+_ADAPTED = (*_LORA, *_GROUPS, "dora_linear")
 _LOSS = ("linear_cross_entropy",)
 _BNB = peers.installed("bitsandbytes")
 
@@ -18,11 +20,11 @@ PROVIDERS: tuple[Provider, ...] = (
     ours.provider("native"),
     ours.provider("triton"),
     ours.provider("reference", suites="short"),
-    Provider("dense", _LINEAR, plain.frozen_linear),
-    Provider("torch", (*_LORA, *_LOSS), plain.eager),
-    Provider("addmm", _LORA, plain.addmm, plain.addmm_refuses),
-    Provider("compile", (*_LORA, *_LOSS), plain.compiled, suites="long"),
-    Provider("peft", _LORA, peers.peft_dense, peers.installed("peft")),
+    Provider("dense", (*_LINEAR, *_GROUPS, "dora_linear"), plain.frozen_linear),
+    Provider("torch", (*_ADAPTED, "glu", *_LOSS), plain.eager),
+    Provider("addmm", (*_LORA, *_GROUPS), plain.addmm, plain.addmm_refuses),
+    Provider("compile", (*_ADAPTED, "glu", *_LOSS), plain.compiled, suites="long"),
+    Provider("peft", _ADAPTED, peers.peft_dense, peers.installed("peft")),
     Provider("peft+bnb", ("nf4_lora_linear",), peers.peft_bnb, peers.peft_bnb_refuses),
     Provider("bnb-eval", ("nf4_linear",), peers.bnb_eval, peers.bnb_eval_refuses),
     Provider("bnb-train", ("nf4_linear",), peers.bnb_train, _BNB),

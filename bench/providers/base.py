@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from bench.cases import Case
 from bench.data import CaseData
 
 Outputs = dict[str, Tensor]
+Result = Tensor | tuple[Tensor, ...]
 FULL, BASE = "full", "base"
 
 
@@ -22,15 +23,17 @@ class Prepared:
     """One provider's call, ready to be verified and timed.
 
     Attributes:
-        call: runs copy i of the weight and returns the results by name: `y`, with gradients also
-            `dx` and, with an adapter, `da` and `db`; `loss` and `dx` of a cross-entropy; `w`, or
-            `packed` and `absmax`, for codecs.
+        call: runs copy i of the weight and returns the results by name: `y` (of several
+            projections `y0`, `y1`, ...), with gradients also `dx` and, with an adapter, `d` and the
+            name of each tensor of `CaseData.trained` (`da`, `db`), of a gated activation `dup`;
+            `loss` and `dx` of a cross-entropy; `w`, or `packed` and `absmax`, for codecs.
         copies: how many weight copies there are; `call` takes any i and wraps around.
         computes: "full", or "base" where the adapter is left out (the frozen linear).
         forward: the forward alone with gradients on, for counting what it keeps; else None.
         parameters: weights and adapters, which do not count as kept.
-        mask: after the same `torch.manual_seed`, the multiplier (0 or 1/(1-p)) [M, K] that the
-            call's dropout applied; None where that cannot be known from outside.
+        masks: after the same `torch.manual_seed`, the multipliers (0 or 1/(1-p)) that the call's
+            dropout applied, one for each layer in the shape of its input; None where that cannot be
+            known from outside.
         context: entered around verification and timing, outside the timed region.
         grad: whether gradients are on during the call.
     """
@@ -38,9 +41,9 @@ class Prepared:
     call: Callable[[int], Outputs]
     copies: int
     computes: str = FULL
-    forward: Callable[[int], Tensor] | None = None
+    forward: Callable[[int], object] | None = None
     parameters: Sequence[Tensor] = ()
-    mask: Callable[[], Tensor] | None = None
+    masks: Callable[[], Sequence[Tensor]] | None = None
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     grad: bool = False
 
@@ -69,29 +72,29 @@ class Provider:
 
 def linear_call(
     data: CaseData,
-    forward: Callable[[int, Tensor], Tensor],
+    forward: Callable[[int, Tensor], Result],
     copies: int,
-    adapters: Callable[[int], tuple[Tensor, ...]] = lambda i: (),
+    trained: Callable[[int], Mapping[str, Tensor]] = lambda i: {},
     **prepared: Any,
 ) -> Prepared:
-    """A layer's forward, or forward and backward, as the case asks.
+    """Forward of a layer (or several), or forward and backward, as the case asks.
 
     Args:
-        forward: y for weight copy i (already within `copies`) and x.
-        adapters: the tensors A, B of copy i whose gradients are wanted.
+        forward: y, or a tuple of them, for weight copy i (already within `copies`) and x.
+        trained: the tensors beside x whose gradients are wanted, of copy i, by name.
     """
     x, dy = data.x, data.dy
-    names = ("dx", "da", "db")
 
     def call(i: int) -> Outputs:
-        return {"y": forward(i % copies, x[i % len(x)])}
+        return named(forward(i % copies, x[i % len(x)]))
 
     def call_both(i: int) -> Outputs:
         copy = i % copies
         xi = x[i % len(x)]
-        y = forward(copy, xi)
-        grads = torch.autograd.grad(y, (xi, *adapters(copy)), dy[i % len(dy)])
-        return {"y": y, **dict(zip(names, grads, strict=False))}
+        y = named(forward(copy, xi))
+        inputs = {"x": xi, **trained(copy)}
+        grads = torch.autograd.grad(list(y.values()), list(inputs.values()), dy[i % len(dy)])
+        return {**y, **{f"d{name}": t for name, t in zip(inputs, grads, strict=True)}}
 
     backward = data.case.backward
     return Prepared(
@@ -101,6 +104,13 @@ def linear_call(
         grad=prepared.pop("grad", backward),
         **prepared,
     )
+
+
+def named(y: Result) -> Outputs:
+    """`y` of one output, `y0`, `y1`, ... of several."""
+    if isinstance(y, Tensor):
+        return {"y": y}
+    return {f"y{i}": t for i, t in enumerate(y)}
 
 
 def loss_call(data: CaseData, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepared:

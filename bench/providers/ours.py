@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import lora_kernels.functional as lkf
 from bench.data import CaseData
-from bench.providers.base import Outputs, Prepared, Provider, linear_call, loss_call
+from bench.providers.base import Outputs, Prepared, Provider, Result, linear_call, loss_call
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.lora.api import draw_seed
 
@@ -66,9 +68,9 @@ def _lora_linear(data: CaseData) -> Prepared:
         data,
         forward,
         len(weights),
-        lambda i: (a, b),
+        lambda i: data.trained,
         parameters=[*weights, a, b],
-        mask=lambda: _mask(data),
+        masks=lambda: _masks(data),
     )
 
 
@@ -85,9 +87,68 @@ def _nf4_lora_linear(data: CaseData) -> Prepared:
         data,
         forward,
         len(weights),
-        lambda i: (a, b),
+        lambda i: data.trained,
         parameters=[*(t for w in weights for t in w.tensors().values()), a, b],
-        mask=lambda: _mask(data),
+        masks=lambda: _masks(data),
+    )
+
+
+def _of_several(data: CaseData, op: Callable[..., Result]) -> Prepared:
+    """An op over several projections."""
+    case, projections, weights = data.case, data.projections, data.layer_copies
+    arguments: dict[str, Any] = {
+        "lora_a": [p.a for p in projections],
+        "lora_b": [p.b for p in projections],
+        "scales": [case.scale] * len(projections),
+        "biases": [p.bias for p in projections],
+        "dropout_p": case.dropout,
+    }
+    return linear_call(
+        data,
+        lambda i, x: op(x, weights[i], **arguments),
+        len(weights),
+        lambda i: data.trained,
+        parameters=[*(w for copy in weights for w in copy), *data.trained.values()],
+        masks=lambda: _masks(data),
+    )
+
+
+def _lora_packed(data: CaseData) -> Prepared:
+    return _of_several(data, lkf.lora_packed_linear)
+
+
+def _lora_mlp(data: CaseData) -> Prepared:
+    return _of_several(data, lkf.lora_mlp)
+
+
+def _glu(data: CaseData) -> Prepared:
+    up = data.up
+    return linear_call(
+        data, lambda i, x: lkf.gated_activation(x, up[i]), len(up), lambda i: {"up": up[i]}
+    )
+
+
+def _dora_linear(data: CaseData) -> Prepared:
+    """The norms of the frozen weight are known, as in a layer."""
+    case, a, b, bias, magnitude = data.case, data.a, data.b, data.bias, data.magnitude
+    weights, norm_sq = data.dense_copies, lkf.weight_norm_squared(data.weight)
+
+    def forward(i: int, x: Tensor) -> Tensor:
+        return lkf.dora_linear(
+            *(x, weights[i], a, b, magnitude),
+            scale=case.scale,
+            bias=bias,
+            dropout_p=case.dropout,
+            weight_norm_sq=norm_sq,
+        )
+
+    return linear_call(
+        data,
+        forward,
+        len(weights),
+        lambda i: data.trained,
+        parameters=[*weights, *data.trained.values()],
+        masks=lambda: _masks(data),
     )
 
 
@@ -95,10 +156,15 @@ def _linear_cross_entropy(data: CaseData) -> Prepared:
     return loss_call(data, lkf.linear_cross_entropy)
 
 
-def _mask(data: CaseData) -> Tensor:
-    p = data.case.dropout
-    keep = lkf.dropout_mask((data.case.m, data.case.k), p, draw_seed(data.device))
-    return keep.to(torch.float64) / (1 - round(65536 * p) / 65536)
+def _masks(data: CaseData) -> list[Tensor]:
+    """One stream of the same seed for each layer."""
+    case, seed = data.case, draw_seed(data.device)
+    p = case.dropout
+    keep = (
+        lkf.dropout_mask((case.m, layer.k), p, seed, stream)
+        for stream, layer in enumerate(case.layers)
+    )
+    return [mask.to(torch.float64) / (1 - round(65536 * p) / 65536) for mask in keep]
 
 
 _BUILDERS = {
@@ -107,5 +173,9 @@ _BUILDERS = {
     "nf4_linear": _nf4_linear,
     "lora_linear": _lora_linear,
     "nf4_lora_linear": _nf4_lora_linear,
+    "lora_packed": _lora_packed,
+    "lora_mlp": _lora_mlp,
+    "glu": _glu,
+    "dora_linear": _dora_linear,
     "linear_cross_entropy": _linear_cross_entropy,
 }

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Case
-from bench.data import CaseData
-from bench.providers.base import Outputs, Prepared, linear_call
-from bench.providers.plain import torch_mask
+from bench.data import CaseData, Projection
+from bench.providers.base import Outputs, Prepared, Result, linear_call
+from bench.providers.plain import plain_glu, torch_masks
 from lora_kernels import NF4Weight
 
 
@@ -154,7 +154,9 @@ def bnb_quantize(data: CaseData) -> Prepared:
 # ------------------------------------------------------------------------------------ PEFT
 
 
-def _peft(data: CaseData, bases: list[nn.Module]) -> Prepared:
+def _peft_layer(data: CaseData, base: nn.Module, of: Projection) -> Any:
+    """PEFT's layer over `base` with the values of the case's adapter. Each copy trains the same
+    values; PEFT keeps them in fp32 unless told otherwise."""
     from peft import LoraConfig, inject_adapter_in_model
 
     case = data.case
@@ -163,47 +165,72 @@ def _peft(data: CaseData, bases: list[nn.Module]) -> Prepared:
         lora_alpha=case.scale * case.r,  # type: ignore[arg-type]
         lora_dropout=case.dropout,
         target_modules=["proj"],
+        use_dora=case.op == "dora_linear",
     )
-    layers, adapters = [], []
-    for base in bases:
-        holder = nn.ModuleDict({"proj": base})
-        layer: Any = inject_adapter_in_model(config, holder)["proj"]
-        a, b = layer.lora_A["default"], layer.lora_B["default"]
-        # Each copy trains the same adapter values; PEFT keeps them in fp32 unless told otherwise.
-        a.weight = nn.Parameter(data.a.detach().clone(), requires_grad=case.backward)
-        b.weight = nn.Parameter(data.b.detach().clone(), requires_grad=case.backward)
-        layers.append(layer.train(case.backward))
-        adapters.append((a.weight, b.weight))
-    parameters = [p for pair in adapters for p in pair]
-    parameters += [p for base in bases for p in base.parameters()]
+    layer: Any = inject_adapter_in_model(config, nn.ModuleDict({"proj": base}))["proj"]
+
+    def own(values: Tensor) -> nn.Parameter:
+        return nn.Parameter(values.detach().clone(), requires_grad=case.backward)
+
+    layer.lora_A["default"].weight, layer.lora_B["default"].weight = own(of.a), own(of.b)
+    if case.op == "dora_linear":
+        layer.lora_magnitude_vector["default"].weight = own(data.magnitude)
+    return layer.train(case.backward)
+
+
+def _peft(data: CaseData, bases: Sequence[Sequence[nn.Module]]) -> Prepared:
+    """The case's op by PEFT's layers, one for each projection."""
+    case = data.case
+    copies = [
+        [_peft_layer(data, base, p) for base, p in zip(layers, data.projections, strict=True)]
+        for layers in bases
+    ]
+
+    def trained(i: int) -> dict[str, Tensor]:
+        adapters = [(f.lora_A["default"].weight, f.lora_B["default"].weight) for f in copies[i]]
+        tensors = [t for pair in adapters for t in pair]
+        if case.op == "dora_linear":
+            tensors.append(copies[i][0].lora_magnitude_vector["default"].weight)
+        return dict(zip(data.trained, tensors, strict=True))
+
+    def forward(i: int, x: Tensor) -> Result:
+        if case.op == "lora_mlp":
+            gate, up, down = copies[i]
+            return down(plain_glu(gate(x), up(x)))
+        y = tuple(layer(x) for layer in copies[i])
+        return y if case.op == "lora_packed" else y[0]
+
+    parameters = [p for layers in copies for layer in layers for p in layer.parameters()]
     return linear_call(
         data,
-        lambda i, x: layers[i](x),
-        len(layers),
-        lambda i: adapters[i],
+        forward,
+        len(copies),
+        trained,
         parameters=parameters,
-        mask=lambda: torch_mask(data, data.adapter_dtype),
+        masks=lambda: torch_masks(data, data.adapter_dtype),
     )
+
+
+def _linear(w: Tensor, bias: Tensor | None) -> nn.Module:
+    n, k = w.shape
+    layer = nn.Linear(k, n, bias=bias is not None, device="meta")
+    layer.weight = _frozen(w)
+    if bias is not None:
+        layer.bias = _frozen(bias)
+    return layer
 
 
 def peft_dense(data: CaseData) -> Prepared:
     """PEFT over nn.Linear, the weights shared with the other dense providers."""
-    case = data.case
-    bases: list[nn.Module] = []
-    for w in data.dense_copies:
-        base = nn.Linear(case.k, case.n, bias=case.bias, device="meta")
-        base.weight = _frozen(w)
-        if data.bias is not None:
-            base.bias = _frozen(data.bias)
-        bases.append(base)
-    return _peft(data, bases)
+    biases = [p.bias for p in data.projections]
+    return _peft(data, [list(map(_linear, copy, biases)) for copy in data.layer_copies])
 
 
 def peft_bnb(data: CaseData) -> Prepared:
     """PEFT over bitsandbytes' Linear4bit: what QLoRA is today."""
     layers = bnb_layers(data, evaluation=not data.case.backward)
     state_tensors = [t for layer in layers for t in _bnb_tensors(layer)]
-    prepared = _peft(data, layers)
+    prepared = _peft(data, [[layer] for layer in layers])
     prepared.parameters = [*prepared.parameters, *state_tensors]
     return prepared
 

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, dropout, linear
+from torch.nn.functional import cross_entropy, dropout, linear, silu
 
 from bench.cases import Case
-from bench.data import CaseData
-from bench.providers.base import BASE, FULL, Prepared, linear_call, loss_call
+from bench.data import CaseData, Projection
+from bench.providers.base import BASE, FULL, Prepared, Result, linear_call, loss_call
+
+Lora = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float, float], Tensor]
 
 
 def frozen_linear(data: CaseData) -> Prepared:
-    """y = x·Wᵀ on the dense weight, and dx: what the layer costs before anything is added to it."""
-    weights, bias = data.dense_copies, data.bias
+    """y = x·Wᵀ on the dense weight (or weights), and dx: what the layer costs before anything is
+    added to it. Of an MLP its three linears and the gate between them."""
+    case, weights = data.case, data.layer_copies
+    expression = _expression(case.op, lambda x, w, a, b, bias, scale, p: linear(x, w, bias))
     return linear_call(
         data,
-        lambda i, x: linear(x, weights[i], bias),
+        lambda i, x: expression(x, weights[i], data.projections, case.scale, 0.0),
         len(weights),
-        computes=BASE if data.case.has_adapter else FULL,
-        parameters=weights,
+        computes=BASE if case.has_adapter else FULL,
+        parameters=[w for copy in weights for w in copy],
     )
 
 
@@ -34,24 +39,105 @@ def plain_lora(
     return (y + scale * branch).to(x.dtype)
 
 
-def _plain_call(data: CaseData, expression: Any, **prepared: Any) -> Prepared:
-    case, a, b, bias = data.case, data.a, data.b, data.bias
-    weights = data.dense_copies
+def plain_dora(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    p: float,
+) -> Tensor:
+    """m̂ ∘ (x·Wᵀ + scale·x·Aᵀ·Bᵀ) + bias with the merged weight's norms a constant, as the paper
+    says; dropout as in PEFT. fp32 adapters take x in fp32."""
+    with torch.no_grad():
+        merged = w.to(torch.promote_types(w.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(merged + scale * (b @ a).to(merged.dtype), dim=1)
+    m = (magnitude / norm).to(a.dtype)
+    dropped = dropout(x.to(a.dtype), p)
+    branch = scale * linear(linear(dropped, a), b)
+    if p == 0:
+        y = m * (linear(x, w) + branch)
+    else:
+        y = linear(x, w) + (m - 1) * linear(dropped.to(x.dtype), w) + m * branch
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def plain_glu(gate: Tensor, up: Tensor) -> Tensor:
+    """As transformers writes it."""
+    return silu(gate) * up
+
+
+def _expression(op: str, lora: Lora) -> Callable[..., Result]:
+    """The op in terms of its projections, each of them by `lora`."""
+
+    def each(
+        x: Tensor, weights: Sequence[Tensor], of: Sequence[Projection], scale: float, p: float
+    ) -> tuple[Tensor, ...]:
+        pairs = zip(weights, of, strict=True)
+        return tuple(lora(x, w, q.a, q.b, q.bias, scale, p) for w, q in pairs)
+
+    def one(x: Tensor, *rest: Any) -> Tensor:
+        return each(x, *rest)[0]
+
+    def mlp(
+        x: Tensor, weights: Sequence[Tensor], of: Sequence[Projection], scale: float, p: float
+    ) -> Tensor:
+        gate, up = each(x, weights[:2], of[:2], scale, p)
+        return one(plain_glu(gate, up), weights[2:], of[2:], scale, p)
+
+    if op == "lora_mlp":
+        return mlp
+    return each if op == "lora_packed" else one
+
+
+def _plain_call(
+    data: CaseData, lora: Lora, wrap: Callable[[Any], Any] = lambda f: f, **prepared: Any
+) -> Prepared:
+    """The adapted layer, or layers, by `lora`; `wrap` may compile the whole expression."""
+    case, weights = data.case, data.layer_copies
+    expression = wrap(_expression(case.op, lora))
     return linear_call(
         data,
-        lambda i, x: expression(x, weights[i], a, b, bias, case.scale, case.dropout),
+        lambda i, x: expression(x, weights[i], data.projections, case.scale, case.dropout),
         len(weights),
-        lambda i: (a, b),
-        parameters=[*weights, a, b],
+        lambda i: data.trained,
+        parameters=[*(w for copy in weights for w in copy), *data.trained.values()],
         **prepared,
     )
 
 
-def torch_mask(data: CaseData, dtype: torch.dtype) -> Tensor:
-    """The multiplier of torch's dropout on an [M, K] tensor of this dtype, from the same seed."""
-    ones = torch.ones(data.case.m, data.case.k, dtype=dtype, device=data.device)
-    p = data.case.dropout
-    return (dropout(ones, p) != 0).to(torch.float64) / (1 - p)
+def _dora_call(
+    data: CaseData, wrap: Callable[[Any], Any] = lambda f: f, **prepared: Any
+) -> Prepared:
+    case, a, b, bias, magnitude = data.case, data.a, data.b, data.bias, data.magnitude
+    weights, expression = data.dense_copies, wrap(plain_dora)
+    return linear_call(
+        data,
+        lambda i, x: expression(x, weights[i], a, b, magnitude, bias, case.scale, case.dropout),
+        len(weights),
+        lambda i: data.trained,
+        parameters=[*weights, *data.trained.values()],
+        **prepared,
+    )
+
+
+def _glu_call(data: CaseData, wrap: Callable[[Any], Any] = lambda f: f) -> Prepared:
+    up, expression = data.up, wrap(plain_glu)
+    return linear_call(data, lambda i, x: expression(x, up[i]), len(up), lambda i: {"up": up[i]})
+
+
+def torch_masks(data: CaseData, dtype: torch.dtype) -> list[Tensor]:
+    """The multipliers of torch's dropout on the layers' inputs in this dtype, one layer after the
+    other, from the same seed."""
+    case, p = data.case, data.case.dropout
+
+    def draw(k: int) -> Tensor:
+        ones = torch.ones(case.m, k, dtype=dtype, device=data.device)
+        return (dropout(ones, p) != 0).to(torch.float64) / (1 - p)
+
+    return [draw(layer.k) for layer in case.layers]
 
 
 def loss_of_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
@@ -61,17 +147,33 @@ def loss_of_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
 
 
 def eager(data: CaseData) -> Prepared:
-    if data.case.op == "linear_cross_entropy":
+    op = data.case.op
+    if op == "linear_cross_entropy":
         return loss_call(data, loss_of_logits)
-    return _plain_call(data, plain_lora, mask=lambda: torch_mask(data, data.adapter_dtype))
+    if op == "glu":
+        return _glu_call(data)
+
+    def masks() -> list[Tensor]:
+        return torch_masks(data, data.adapter_dtype)
+
+    if op == "dora_linear":
+        return _dora_call(data, masks=masks)
+    return _plain_call(data, plain_lora, masks=masks)
 
 
 def compiled(data: CaseData) -> Prepared:
     torch._dynamo.reset()
-    if data.case.op == "linear_cross_entropy":
-        return loss_call(data, torch.compile(loss_of_logits, fullgraph=True, dynamic=False))
-    # inductor's dropout draws its own numbers: no mask to compare with.
-    return _plain_call(data, torch.compile(plain_lora, fullgraph=True, dynamic=False))
+    op = data.case.op
+
+    def wrap(expression: Any) -> Any:
+        return torch.compile(expression, fullgraph=True, dynamic=False)
+
+    if op == "linear_cross_entropy":
+        return loss_call(data, wrap(loss_of_logits))
+    if op == "glu":
+        return _glu_call(data, wrap)
+    # inductor's dropout draws its own numbers: no masks to compare with.
+    return _dora_call(data, wrap) if op == "dora_linear" else _plain_call(data, plain_lora, wrap)
 
 
 class AddmmLoRA(torch.autograd.Function):

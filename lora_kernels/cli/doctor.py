@@ -11,9 +11,9 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_kernels import NF4Weight, functional
 from lora_kernels.dispatch import Explanation, explain, native, ops
@@ -142,10 +142,11 @@ def extension() -> list[str]:
     return _rows(rows)
 
 
-def _train(fn: Callable[..., Tensor], dtype: torch.dtype, device: str, **kwargs: object) -> None:
+def _train(fn: Callable[..., Any], dtype: torch.dtype, device: str, **kwargs: object) -> None:
     x = torch.ones(M, K, dtype=dtype, device=device, requires_grad=True)
     y = fn(x, **kwargs)
-    y.backward(torch.ones_like(y))
+    results = y if isinstance(y, tuple) else (y,)
+    torch.autograd.backward(results, [torch.ones_like(t) for t in results])
 
 
 def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
@@ -155,6 +156,19 @@ def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     b = torch.ones(N, R, device=device, requires_grad=True)
     adapter = {"lora_a": a, "lora_b": b, "scale": 2.0, "dropout_p": 0.05}
     quantized = NF4Weight.quantize(w)
+    packed = {"lora_a": [a] * 2, "lora_b": [b] * 2, "scales": [2.0] * 2, "dropout_p": 0.05}
+    # Down goes back from N, which gate and up give, to K.
+    down_a = torch.ones(R, N, device=device, requires_grad=True)
+    down_b = torch.ones(K, R, device=device, requires_grad=True)
+    mlp = {
+        "weights": [w, w, w.T.contiguous()],
+        "lora_a": [a, a, down_a],
+        "lora_b": [b, b, down_b],
+        "scales": [2.0] * 3,
+        "dropout_p": 0.05,
+    }
+    up = torch.ones(M, K, dtype=dtype, device=device)
+    dora = {**adapter, "magnitude": torch.ones(N, device=device, requires_grad=True)}
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     labels = torch.zeros(M, dtype=torch.int64, device=device)
     return {
@@ -166,6 +180,20 @@ def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         ),
         "dense base + adapter": lambda: _train(
             functional.lora_linear, dtype, device, weight=w, **adapter
+        ),
+        "NF4 projections": lambda: _train(
+            functional.lora_packed_linear, dtype, device, weights=[quantized] * 2, **packed
+        ),
+        "dense projections": lambda: _train(
+            functional.lora_packed_linear, dtype, device, weights=[w] * 2, **packed
+        ),
+        "gated MLP": lambda: _train(functional.lora_mlp, dtype, device, **mlp),
+        "gated activation": lambda: _train(functional.gated_activation, dtype, device, up=up),
+        "NF4 base + DoRA": lambda: _train(
+            functional.dora_linear, dtype, device, weight=quantized, **dora
+        ),
+        "dense base + DoRA": lambda: _train(
+            functional.dora_linear, dtype, device, weight=w, **dora
         ),
         "loss": lambda: _train(
             functional.linear_cross_entropy, dtype, device, weight=w, labels=labels

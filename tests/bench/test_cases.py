@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import BOTH, LAYERS, OPS, SUITES, Case, suite
+from bench.cases import BOTH, FWD, LAYERS, OPS, SUITES, Case, suite
 from bench.costmodel import saved_bytes
 from bench.providers import PROVIDERS, select
 from bench.targets import FLOOR, NEEDED, STEP_OURS, TARGETS, reached
@@ -53,6 +53,54 @@ def test_full_covers_the_promised_ranges() -> None:
 )
 def test_layers_are_the_models_own(layer: str, n: int, k: int, bias: bool) -> None:
     assert (LAYERS[layer].n, LAYERS[layer].k, LAYERS[layer].bias) == (n, k, bias)
+
+
+def test_groups_are_the_layers_that_the_models_take_together() -> None:
+    qkv = Case("lora_packed", "qwen2.5-7b.qkv", 1, r=16)
+    assert qkv.widths == (3584, 512, 512)
+    assert (qkv.n, qkv.k, qkv.bias) == (4608, 3584, True)
+    mlp = Case("lora_mlp", "llama-3.1-8b.mlp", 1, r=16)
+    assert [(layer.n, layer.k) for layer in mlp.layers] == [
+        (14336, 4096),
+        (14336, 4096),
+        (4096, 14336),
+    ]
+    assert (mlp.widths, mlp.n, mlp.k) == ((4096,), 4096, 4096)
+
+
+@pytest.mark.parametrize(
+    ("op", "layer"),
+    [
+        ("lora_packed", "llama-3.1-8b.mlp"),
+        ("lora_packed", "llama-3.1-8b.q_proj"),
+        ("lora_mlp", "llama-3.1-8b.qkv"),
+        ("lora_linear", "llama-3.1-8b.qkv"),
+        ("glu", "llama-3.1-8b.mlp"),
+    ],
+)
+def test_an_op_takes_its_own_kind_of_layer(op: str, layer: str) -> None:
+    with pytest.raises(ValueError, match=r"^layer: got "):
+        Case(op, layer, 1, r=0 if op == "glu" else 16)
+
+
+def test_lora_suite_covers_the_ops_of_triton_at_the_sizes_of_a_gpu() -> None:
+    """Every op family that Triton implements, forward and backward, has a case of its own."""
+    cases = suite("lora")
+    families = {
+        name.removesuffix("_fwd").removesuffix("_bwd")
+        for name, op in ops().items()
+        if any(i.backend == "triton" for i in op.in_order())
+    }
+    measured = {c.op for c in cases}
+    assert families - {"dropout_mask", "dora_norm"} <= measured
+    assert measured == {"lora_linear", "lora_packed", "lora_mlp", "glu", "dora_linear"}
+    for op in measured:
+        own = [c for c in cases if c.op == op]
+        for direction in (FWD, BOTH):
+            assert {c.m for c in own if c.direction == direction} == {1, 16, 2048, 8192}
+        if op != "glu":
+            assert {c.r for c in own} == {16, 64}
+            assert {c.dropout for c in own if c.backward} == {0.0, 0.05}
 
 
 @pytest.mark.parametrize(
@@ -104,8 +152,8 @@ def test_provider_names_are_unique_and_selectable() -> None:
 def test_every_op_of_the_package_is_benched() -> None:
     """A new op family must bring a case."""
     families = {name.removesuffix("_fwd").removesuffix("_bwd") for name in ops()}
-    # of every case with dropout, of nf4_quantize, of linear_cross_entropy
-    parts = {"dropout_mask", "nf4_quantize_scales", "cross_entropy"}
+    # of every case with dropout, of nf4_quantize, of linear_cross_entropy, of dora_linear
+    parts = {"dropout_mask", "nf4_quantize_scales", "cross_entropy", "dora_norm"}
     assert families - parts <= set(OPS) | {"lora_linear"}
 
 

@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import BOTH, STEP, Case
+from bench.cases import BOTH, FWD, STEP, Case
 from bench.costmodel import Cost, cost, quantised_bytes, saved_bytes, weight_bytes
+from bench.data import CaseData
+from bench.memory import saved_for_backward
+from bench.providers import PROVIDERS
 from lora_kernels import NF4Weight
+from lora_kernels.dispatch import native
 
 
 def test_square_4096_decode() -> None:
@@ -57,6 +61,89 @@ def test_saved_are_x_and_s_and_a_seed() -> None:
     assert saved_bytes(case) == 2 * 7 * 132
     assert saved_bytes(replace(case, dropout=0.1)) == 2 * 7 * 132 + 8
     assert saved_bytes(replace(case, op="nf4_lora_linear", dtype="fp32")) == 4 * 7 * 132
+
+
+def test_packed_projections_share_x() -> None:
+    """M=9, K=128, N = 96, 64 and 64 (the latter two with a bias), r=8, bf16."""
+    case = Case("lora_packed", "tiny.qkv", 9, BOTH, 8)
+    m, k, n, r = 9, 128, 96 + 64 + 64, 8
+    adapters = r * (3 * k + n)
+    forward = cost(replace(case, direction=FWD))
+    assert forward.flops == 2 * m * n * k + 2 * m * adapters
+    assert forward.bytes_read == 2 * (m * k + n * k + 128 + adapters)
+    assert forward.bytes_written == 2 * m * n
+    both = cost(case)
+    assert both.flops == 2 * forward.flops + 2 * m * adapters
+    read_backward = 2 * (m * n + n * k + adapters + m * k + 3 * m * r)
+    assert both.bytes_read == forward.bytes_read + read_backward
+    assert both.bytes_written == 2 * (m * n + 3 * m * r) + 2 * (m * k + adapters)
+
+
+def test_mlp_writes_gate_and_up_for_the_backward_only() -> None:
+    """M=9, 96 wide, 160 inside, r=4, bf16."""
+    case = Case("lora_mlp", "tiny.mlp", 9, BOTH, 4)
+    m, k, inner, r = 9, 96, 160, 4
+    adapters = 3 * r * (k + inner)
+    forward = cost(replace(case, direction=FWD))
+    assert forward.flops == 2 * m * 3 * k * inner + 2 * m * adapters + 2 * m * inner
+    assert forward.bytes_read == 2 * (m * k + 3 * k * inner + adapters)
+    assert forward.bytes_written == 2 * m * k
+    both = cost(case)
+    made = m * (3 * r + 2 * inner)
+    assert both.bytes_written == forward.bytes_written + 2 * made + 2 * (m * k + adapters)
+    read_backward = 2 * (m * k + 3 * k * inner + adapters + m * k + made)
+    assert both.bytes_read == forward.bytes_read + read_backward
+
+
+def test_glu_is_two_in_one_out_and_three_in_two_out() -> None:
+    """7 x 96 elements."""
+    assert cost(Case("glu", "tiny", 7)) == Cost(2 * 672, 4 * 672, 2 * 672)
+    assert cost(Case("glu", "tiny", 7, BOTH)) == Cost(9 * 672, 10 * 672, 6 * 672)
+
+
+def test_dora_reads_norms_and_keeps_what_the_magnitude_scaled() -> None:
+    """M=9, K=128, N=96, r=4, x in bf16, adapter in fp32."""
+    m, n, k, r = 9, 96, 128, 4
+    adapter = 4 * (r * (k + n) + n)
+    case = Case("dora_linear", "tiny", m, BOTH, r, adapter_dtype="fp32")
+    forward = cost(replace(case, direction=FWD))
+    assert forward.flops == 2 * m * n * k + 2 * m * r * (k + n) + 2 * n * k * r
+    assert forward.bytes_read == 2 * (m * k + n * k) + adapter + 4 * n
+    assert forward.bytes_written == 2 * m * n
+    # Without dropout and bias y is kept, which is written anyway.
+    both = cost(case)
+    assert both.bytes_written == 2 * (m * n + m * r) + 4 * n + 2 * m * k + adapter
+    dropped = cost(replace(case, dropout=0.1))
+    assert dropped.bytes_written == both.bytes_written + 2 * m * n
+    assert dropped.bytes_read == both.bytes_read
+    assert dropped.flops == both.flops + 2 * (2 * m * n * k)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("lora_packed", "tiny.qkv", 40, BOTH, 8),
+        Case("lora_packed", "tiny.qkv", 40, BOTH, 8, 0.25, adapter_dtype="fp32"),
+        Case("lora_mlp", "tiny.mlp", 40, BOTH, 8),
+        Case("lora_mlp", "tiny.mlp", 40, BOTH, 8, 0.25, adapter_dtype="fp32"),
+        Case("glu", "tiny", 40, BOTH),
+        Case("dora_linear", "tiny", 40, BOTH, 8),
+        Case("dora_linear", "tiny-bias", 40, BOTH, 8),
+        Case("dora_linear", "tiny", 40, BOTH, 8, 0.25, adapter_dtype="fp32"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_ours_keep_what_the_model_says(case: Case, backend: str) -> None:
+    if backend == "native" and not native.available():
+        pytest.skip(f"needs the extension: {native.why_unavailable()}")
+    provider = next(p for p in PROVIDERS if p.name == f"ours:{backend}")
+    prepared = provider.build(CaseData(case, torch.device("cpu"), 1))
+    forward = prepared.forward
+    assert forward is not None
+    with prepared.context():
+        kept = saved_for_backward(lambda: forward(0), prepared.parameters)
+    assert kept == saved_bytes(case)
 
 
 def test_bias_is_read_once() -> None:

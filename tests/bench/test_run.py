@@ -92,6 +92,10 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
         "nf4_dequantize/square-4096/bf16",
         "nf4_quantize/square-4096/bf16",
     ]
+    assert main(["list", "--suite", "lora", "--only", "glu/fwd/"]) == 0
+    assert capsys.readouterr().out.split() == [
+        f"glu/fwd/llama-3.1-8b.gate_proj/M{m}/bf16" for m in (1, 16, 2048, 8192)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.cases import BOTH, Case
+from bench.cases import BOTH, FWD, Case
 from bench.data import CaseData
 from bench.providers import PROVIDERS, Outputs, Prepared, Provider
-from bench.runner import FAILED, OK, REFUSED, WRONG, Settings, run_case
+from bench.runner import FAILED, OK, REFUSED, WRONG, Settings, refusal, run_case
 from bench.verify import Verifier
 from lora_kernels import NF4Weight
+from lora_kernels.dispatch.registry import BackendError
 
 CPU = torch.device("cpu")
 FAST = Settings(seconds=0.01, min_rounds=2, max_rounds=3, rotate_bytes=1 << 16)
@@ -57,6 +58,85 @@ def test_every_result_is_looked_at(provider: Provider, name: str) -> None:
     assert note.startswith(f"{name}:")
 
 
+FAMILIES = {
+    "packed": Case("lora_packed", "tiny.qkv", 16, BOTH, 4, 0.25),
+    "packed-gate-up": Case("lora_packed", "smollm2-135m.gate_up", 5, BOTH, 4, adapter_dtype="fp32"),
+    "packed-forward": Case("lora_packed", "tiny.qkv", 1, FWD, 4),
+    "mlp": Case("lora_mlp", "tiny.mlp", 16, BOTH, 4, 0.25),
+    "mlp-no-dropout": Case("lora_mlp", "tiny.mlp", 16, BOTH, 4, 0.0, "fp32", "fp32"),
+    "mlp-forward": Case("lora_mlp", "tiny.mlp", 1, FWD, 4, adapter_dtype="fp32"),
+    "glu": Case("glu", "tiny", 16, BOTH),
+    "glu-forward": Case("glu", "tiny", 1, dtype="fp16"),
+    "dora": Case("dora_linear", "tiny", 16, BOTH, 4),
+    "dora-dropout": Case("dora_linear", "tiny", 16, BOTH, 4, 0.25, adapter_dtype="fp32"),
+    "dora-bias": Case("dora_linear", "tiny-bias", 16, BOTH, 4, 0.0, "fp32", "fp32"),
+    "dora-forward": Case("dora_linear", "tiny-bias", 1, FWD, 4, dtype="fp16"),
+}
+PAIRS = [
+    pytest.param(provider, case, id=f"{name}-{provider.name}")
+    for name, case in FAMILIES.items()
+    for provider in PROVIDERS
+    if provider.refusal(case, CPU) is None and provider.name != "compile"  # which takes too long
+]
+
+
+@pytest.mark.parametrize(("provider", "case"), PAIRS)
+def test_families_are_right_by_every_provider(provider: Provider, case: Case) -> None:
+    try:
+        assert verdict(provider, case) == (True, "")
+    except BackendError as error:
+        pytest.skip(f"{provider.name}: {refusal(error)}")
+
+
+@pytest.mark.parametrize(
+    ("name", "results"),
+    [
+        ("packed", "y0 y1 y2 dx da0 db0 da1 db1 da2 db2"),
+        ("mlp", "y dx da0 db0 da1 db1 da2 db2"),
+        ("glu", "y dx dup"),
+        ("dora-dropout", "y dx da db dmagnitude"),
+    ],
+)
+def test_every_result_of_a_family_is_looked_at(name: str, results: str) -> None:
+    case, data = FAMILIES[name], CaseData(FAMILIES[name], CPU, 1)
+    assert list(TORCH.build(data).call(0)) == results.split()
+    for provider in (TORCH, REFERENCE):
+        for result in results.split():
+            ok, note = verdict(tampered(provider, scaled(result, 1.1)), case)
+            assert not ok, result
+            assert note.startswith(f"{result}:")
+
+
+@pytest.mark.parametrize("name", ["packed", "mlp"])
+def test_projections_have_masks_of_their_own(name: str) -> None:
+    def taking(order: tuple[int, ...]) -> Provider:
+        def build(data: CaseData) -> Prepared:
+            prepared = REFERENCE.build(data)
+            masks = prepared.masks
+            assert masks is not None
+
+            def chosen() -> list[torch.Tensor]:
+                own = masks()
+                return [own[i] for i in order]
+
+            prepared.masks = chosen
+            return prepared
+
+        return Provider("chosen", REFERENCE.ops, build, ours=True)
+
+    assert verdict(taking((0, 1, 2)), FAMILIES[name])[0]
+    assert not verdict(taking((0, 0, 2)), FAMILIES[name])[0]
+
+
+def test_another_magnitude_is_wrong() -> None:
+    case = FAMILIES["dora-forward"]
+    moved = CaseData(case, CPU, 1)
+    moved.magnitude = moved.magnitude * 1.05
+    found = Verifier(CaseData(case, CPU, 1)).check(TORCH, TORCH.build(moved))
+    assert not found.ok
+    assert found.note.startswith("y:")
+
+
 def test_ours_have_the_stricter_gate() -> None:
     """bf16, off by two percent: a peer's own arithmetic may be, ours may not."""
     case = Case("lora_linear", "tiny", 16, BOTH, 4)
@@ -85,9 +165,9 @@ def test_a_forgotten_mask_is_wrong() -> None:
 
     def build(data: CaseData) -> Prepared:
         prepared = TORCH.build(data)
-        mask = prepared.mask
-        assert mask is not None
-        prepared.mask = lambda: (mask() != 0).double()
+        masks = prepared.masks
+        assert masks is not None
+        prepared.masks = lambda: [(mask != 0).double() for mask in masks()]
         return prepared
 
     assert not verdict(Provider("other", TORCH.ops, build), LORA)[0]

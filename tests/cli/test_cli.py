@@ -59,6 +59,7 @@ def test_doctor_has_a_path_for_every_op(capsys):
         assert rows, name
         for row in rows:
             assert {"native", "triton", "reference"} & set(row), row
+            assert "no example here" not in " ".join(row)
 
 
 def test_doctor_says_why_a_backend_is_not_taken(capsys):

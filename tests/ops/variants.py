@@ -26,7 +26,7 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Ops whose Triton kernels know several ways (`use_strategy`).
 WITH_STRATEGIES = ("lora_linear_fwd", "lora_linear_bwd")
 # A forced strategy in the interpreter takes one case in so many, other ones for each strategy.
-THINNED = 6
+THINNED = 12
 
 
 class Interpreted(Executor):

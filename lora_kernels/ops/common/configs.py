@@ -106,9 +106,9 @@ class GemmConfig:
         # The epilogue exchanges a tile of y between the threads.
         return max(depth * tile, self.block_m * self.block_n * size)
 
-    def registers(self, block_r: int, masked: bool) -> int:
+    def registers(self, block_r: int, masked: int) -> int:
         """Of a thread's sums; a mask over the tile takes as many again while it is made."""
-        sums = self.block_m * (self.block_n * (2 if masked else 1) + block_r)
+        sums = self.block_m * (self.block_n * (1 + masked) + block_r)
         return sums // (32 * self.warps)
 
 
@@ -140,6 +140,7 @@ GEMM_CONFIGS = (
     GemmConfig(128, 256, 64, 8, 3, tma=True),
     GemmConfig(256, 128, 64, 8, 3, tma=True),
     GemmConfig(128, 128, 64, 8, 4, tma=True),
+    GemmConfig(128, 64, 64, 8, 4, tma=True),
     GemmConfig(64, 128, 64, 4, 4, tma=True),
     GemmConfig(64, 64, 64, 4, 4, tma=True),
     GemmConfig(128, 256, 32, 8, 3),
@@ -147,6 +148,7 @@ GEMM_CONFIGS = (
     GemmConfig(128, 128, 32, 8, 4),
     GemmConfig(128, 128, 64, 8, 2),
     GemmConfig(128, 64, 32, 4, 4),
+    GemmConfig(128, 64, 32, 8, 4),
     GemmConfig(64, 128, 32, 4, 4),
     GemmConfig(64, 64, 64, 4, 3),
     GemmConfig(32, 64, 64, 4, 4),
@@ -170,7 +172,7 @@ def is_valid(
     device: Device,
     size: int,
     block_r: int = 0,
-    masked: bool = False,
+    masked: int = 0,
     tma: bool = False,
 ) -> bool:
     """The whole set of constraints on a tile: hardware copies, shared memory and registers.
@@ -178,7 +180,7 @@ def is_valid(
     Args:
         size: bytes of an element of x.
         block_r: rank columns that the main loop carries (single_pass), else 0.
-        masked: whether the dropout mask of a tile of the result is regenerated.
+        masked: tiles of sums that a mask over the result needs beside the result's own.
         tma: whether x and w allow tensor descriptors.
     """
     if size == 4 and config.block_m * config.block_n * config.block_k > _MAX_FP32_TILE:
@@ -256,6 +258,7 @@ def best_gemm(
     branch: int = 0,
     masked_x: bool = False,
     masked_y: bool = False,
+    more_sums: bool = False,
     tma: bool = False,
 ) -> tuple[GemmConfig, float, int] | None:
     """The tile of the least modelled time, that time in seconds and its waves; None if none fits.
@@ -266,11 +269,12 @@ def best_gemm(
         block_r: rank columns that the main loop carries; each tile of columns repeats them.
         branch: rank columns of the low-rank product that is added.
         masked_x, masked_y: whether the mask of x, or of the result, is regenerated.
+        more_sums: whether a masked branch is added to sums that are there already.
         tma: whether the operands allow tensor descriptors.
     """
     found = None
     for config in configs or device.tiles or GEMM_CONFIGS:
-        if not is_valid(config, device, size, block_r, masked_y, tma):
+        if not is_valid(config, device, size, block_r, masked_y + (masked_y and more_sums), tma):
             continue
         mask = config.block_m * (k if masked_x else config.block_n if masked_y else 0)
         seconds, waves = _gemm_seconds(m, n, k, device, size, config, block_r, branch, mask)

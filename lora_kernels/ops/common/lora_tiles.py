@@ -12,6 +12,7 @@ from lora_kernels.ops.common.tiles import cast, dot, keep_tile
 
 @triton.jit
 def branch_tile(
+    b_sum,
     p_t,
     p_u,
     p_rank,
@@ -31,14 +32,13 @@ def branch_tile(
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """(rank ∘ t)·u [BM, BN] of t[M, R] u[R, N] rank[R], the operands rounded to DTYPE."""
+    """b_sum + (rank ∘ t)·u [BM, BN] of t[M, R] u[R, N] rank[R], operands rounded to DTYPE."""
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     m_m = o_m < M - m0
     m_n = o_n < N - n0
     p_t += m0.to(tl.int64) * stride_tm
     p_u += n0.to(tl.int64) * stride_un
-    b_sum = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
     for r0 in range(0, R, BR):
         o_r = r0 + tl.arange(0, BR)
         m_r = o_r < R

@@ -74,6 +74,7 @@ class Problem:
         dtype: of x and W.
         dropout: whether the mask is regenerated.
         tma: whether x (or dy) and W allow tensor descriptors.
+        projections: of one x, side by side; each masks a sum of its own.
     """
 
     m: int
@@ -83,6 +84,7 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
     dropout: bool = False
     tma: bool = True
+    projections: int = 1
 
     @property
     def size(self) -> int:
@@ -231,6 +233,7 @@ def _single_pass(
         branch=br,
         masked_x=masked_x,
         masked_y=masked_y,
+        more_sums=p.projections > 1,
         tma=p.tma,
     )
     if found is None:
@@ -249,7 +252,17 @@ def _epilogue(
 ) -> Estimate:
     """A GEMM [m, n] over k whose sums start from t·u, after launches that made t."""
     size, padded = p.size, ceil(p.r / p.block_r) * p.block_r
-    found = best_gemm(p.m, n, k, device, size, branch=padded, masked_y=masked_y, tma=p.tma)
+    found = best_gemm(
+        p.m,
+        n,
+        k,
+        device,
+        size,
+        branch=padded,
+        masked_y=masked_y,
+        more_sums=p.projections > 1,
+        tma=p.tma,
+    )
     if found is None:
         return _refused("epilogue", "no tile fits the device")
     config, seconds, waves = found

@@ -94,7 +94,7 @@ def _lora_gemm_kernel(
                 o_m = m0 + tl.arange(0, BM)
                 m_keep = keep_tile(p_seed, o_m, n0, stream, threshold, BM, BN)
             b_y = branch_tile(
-                p_t, p_u, p_rank, m0, n0, M, N, R, stride_tm, stride_tr, stride_ur, stride_un,
+                b_y, p_t, p_u, p_rank, m0, n0, M, N, R, stride_tm, stride_tr, stride_ur, stride_un,
                 stride_rank, DTYPE, PRECISION, BM, BN, BR,
             )  # fmt: skip
             if not BACKWARD:

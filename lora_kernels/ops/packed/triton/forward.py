@@ -48,7 +48,7 @@ def plan_config(
     x = rows[0]
     n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
     tma = takes_tma(*rows, *weights)
-    problem = Problem(x.shape[0], n, k, r, x.dtype, dropout, tma)
+    problem = Problem(x.shape[0], n, k, r, x.dtype, dropout, tma, projections=len(weights))
     plan = choose(op, problem, planned_device(x.device), without="addmm")
     assert plan.config is not None
     return plan.strategy, plan.config

@@ -58,7 +58,7 @@ def _project(
     b_s = tl.full([BM, BR], 0.0, tl.float32)  # [BM, BR]
     if not SINGLE_PASS:
         b_y = branch_tile(
-            p_t, p_u, None, m0, n0, M, N, R, stride_tm, 1, stride_ur, stride_un, 1, DTYPE,
+            b_y, p_t, p_u, None, m0, n0, M, N, R, stride_tm, 1, stride_ur, stride_un, 1, DTYPE,
             PRECISION, BM, BN, BR,
         )  # fmt: skip
         b_y *= scale
@@ -122,33 +122,32 @@ def _packed_forward_kernel(
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
         pid_m, pid_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
         m0 = pid_m * BM
-        if pid_n < tiles_0:
+        # Loops of one round or none: branches would ask for shared memory each.
+        for _ in range(0, (pid_n < tiles_0).to(tl.int32)):
             _project(
                 x, w_0, p_y_0, p_s, p_q_0, p_u_0, p_bias_0, p_seed, m0, pid_n * BN, M, N_0, K, R_0,
                 scale_0, keep_scale, threshold, first_stream, stride_xm, stride_xk, stride_wk_0,
                 stride_wn_0, stride_sm, stride_qk_0, stride_qr_0, stride_ur_0, stride_un_0,
                 stride_bias_0, SINGLE_PASS, DROPOUT, TMA, EVEN_K, PRECISION, BM, BN, BK, BR,
             )  # fmt: skip
-        else:
-            if w_1 is not None:
-                if pid_n < tiles_1:
-                    _project(
-                        x, w_1, p_y_1, p_s + R_0, p_q_1, p_u_1, p_bias_1, p_seed, m0, (pid_n -
-                        tiles_0) * BN, M, N_1, K, R_1, scale_1, keep_scale, threshold, first_stream
-                        + 1, stride_xm, stride_xk, stride_wk_1, stride_wn_1, stride_sm, stride_qk_1,
-                        stride_qr_1, stride_ur_1, stride_un_1, stride_bias_1, SINGLE_PASS, DROPOUT,
-                        TMA, EVEN_K, PRECISION, BM, BN, BK, BR,
-                    )  # fmt: skip
-                else:
-                    if w_2 is not None:
-                        _project(
-                            x, w_2, p_y_2, p_s + R_0 + R_1, p_q_2, p_u_2, p_bias_2, p_seed, m0,
-                            (pid_n - tiles_1) * BN, M, N_2, K, R_2, scale_2, keep_scale, threshold,
-                            first_stream + 2, stride_xm, stride_xk, stride_wk_2, stride_wn_2,
-                            stride_sm, stride_qk_2, stride_qr_2, stride_ur_2, stride_un_2,
-                            stride_bias_2, SINGLE_PASS, DROPOUT, TMA, EVEN_K, PRECISION, BM, BN, BK,
-                            BR,
-                        )  # fmt: skip
+        if w_1 is not None:
+            for _ in range(0, ((pid_n >= tiles_0) & (pid_n < tiles_1)).to(tl.int32)):
+                _project(
+                    x, w_1, p_y_1, p_s + R_0, p_q_1, p_u_1, p_bias_1, p_seed, m0, (pid_n - tiles_0)
+                    * BN, M, N_1, K, R_1, scale_1, keep_scale, threshold, first_stream + 1,
+                    stride_xm, stride_xk, stride_wk_1, stride_wn_1, stride_sm, stride_qk_1,
+                    stride_qr_1, stride_ur_1, stride_un_1, stride_bias_1, SINGLE_PASS, DROPOUT, TMA,
+                    EVEN_K, PRECISION, BM, BN, BK, BR,
+                )  # fmt: skip
+        if w_2 is not None:
+            for _ in range(0, (pid_n >= tiles_1).to(tl.int32)):
+                _project(
+                    x, w_2, p_y_2, p_s + R_0 + R_1, p_q_2, p_u_2, p_bias_2, p_seed, m0, (pid_n -
+                    tiles_1) * BN, M, N_2, K, R_2, scale_2, keep_scale, threshold, first_stream + 2,
+                    stride_xm, stride_xk, stride_wk_2, stride_wn_2, stride_sm, stride_qk_2,
+                    stride_qr_2, stride_ur_2, stride_un_2, stride_bias_2, SINGLE_PASS, DROPOUT, TMA,
+                    EVEN_K, PRECISION, BM, BN, BK, BR,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -234,13 +233,16 @@ def _masked_branch(
     if DROPOUT:
         o_m = m0 + tl.arange(0, BM)
         m_keep = keep_tile(p_seed, o_m, n0, stream, threshold, BM, BN)
+        b_z = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
+    else:
+        b_z = b_y
     b_z = branch_tile(
-        p_t, p_u, None, m0, n0, M, N, R, stride_tm, 1, stride_ur, stride_un, 1, DTYPE, PRECISION,
-        BM, BN, BR,
+        b_z, p_t, p_u, None, m0, n0, M, N, R, stride_tm, 1, stride_ur, stride_un, 1, DTYPE,
+        PRECISION, BM, BN, BR,
     )  # fmt: skip
     if DROPOUT:
-        b_z = tl.where(m_keep, b_z * keep_scale, 0.0)
-    return b_y + b_z
+        b_z = b_y + tl.where(m_keep, b_z * keep_scale, 0.0)
+    return b_z
 
 
 @triton.jit

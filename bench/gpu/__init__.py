@@ -1,0 +1,1 @@
+"""Facts about the Triton kernels that need no GPU: executors that record, compile and emulate."""

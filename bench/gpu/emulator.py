@@ -1,0 +1,91 @@
+"""An executor that runs the compiled PTX of the package's Triton launches on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_kernels.ops.common.configs import Device
+from lora_kernels.ops.common.launch import Executor, Launch
+
+TOOLS = Path(__file__).resolve().parents[3] / "shared" / "tools"
+# What only finds faults and changes no count; off, it runs twice as fast.
+UNCHECKED = {"race": False, "uninit": False, "poison_shared": False, "check_global": False}
+
+
+def missing() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    folder = TOOLS / "ptxemu"
+    if not (folder / "__init__.py").exists():
+        return f"the PTX emulator is not there: {folder}"
+    return None
+
+
+def load_emulator() -> Any:
+    """The PTX emulator's module.
+
+    Raises:
+        FileNotFoundError: it is not installed beside the package.
+    """
+    reason = missing()
+    if reason is not None:
+        raise FileNotFoundError(reason)
+    if str(TOOLS) not in sys.path:
+        sys.path.insert(0, str(TOOLS))
+    import ptxemu  # type: ignore[import-not-found,unused-ignore]
+
+    return ptxemu
+
+
+@dataclass
+class Emulated:
+    """A launch that was executed, and its profile."""
+
+    launch: Launch
+    profile: Any
+
+    @property
+    def name(self) -> str:
+        return self.launch.kernel.fn.__name__
+
+
+@dataclass
+class Emulator(Executor):
+    """Compiles every launch for compute capability `cc` and executes it on the very tensors of the
+    call; what the op's host code does between the launches runs as it is.
+
+    Attributes:
+        device: what the cost model plans for.
+        options: of `ptxemu.launch`; all checks are on by default.
+        runs, products: what was launched, and the operands of the vendor's GEMMs, in order.
+    """
+
+    cc: int = 80
+    device: Device | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    runs: list[Emulated] = field(default_factory=list)
+    products: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    on_cpu: bool = True
+
+    def run(self, launch: Launch) -> None:
+        constexprs = {p.name for p in launch.kernel.params if p.is_constexpr}
+        profile = load_emulator().run_triton(
+            launch.kernel,
+            None,
+            {n: v for n, v in launch.args.items() if n in constexprs},
+            {n: v for n, v in launch.args.items() if n not in constexprs},
+            launch.grid,
+            num_warps=launch.warps,
+            num_stages=launch.stages,
+            cc=self.cc,
+            **self.options,
+        )
+        self.runs.append(Emulated(launch, profile))
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        self.products.append((left, right))
+        return left @ right

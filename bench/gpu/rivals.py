@@ -1,0 +1,113 @@
+"""What other ways of computing the same LoRA call move: modelled, or counted and noted by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A call's sizes; `size` and `adapter` are bytes of an element."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+    size: int = 2
+    adapter: int = 2
+
+    @property
+    def floor(self) -> dict[str, int]:
+        """Bytes of each input once and each output once; s counts as neither."""
+        m, n, k, r = self.m, self.n, self.k, self.r
+        adapters = r * (n + k) * self.adapter
+        forward = (m * k + n * k + m * n) * self.size + adapters
+        return {"forward": forward, "backward": forward + m * k * self.size + adapters}
+
+    @property
+    def flops(self) -> dict[str, int]:
+        product, thin = 2 * self.m * self.n * self.k, 2 * self.m * self.r * (self.n + self.k)
+        return {"forward": product + thin, "backward": product + 2 * thin}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another way, with its bytes over the floor, and where the figures come from."""
+
+    name: str
+    op: str
+    dropout: bool
+    launches: int
+    unique: float
+    requested: float | None
+    error: float | None
+    atomics: str
+    source: str
+
+
+_COUNTED = "anchors/gpu-counts.md, sm_80, M=K=N=1024 r=16"
+# The figures of LoRAFusion c48d7fd, counted from its compiled PTX.
+LORAFUSION = (
+    Rival("LoRAFusion", "forward", False, 2, 1.34, 5.7, 1.3, "none", _COUNTED),
+    Rival("LoRAFusion", "forward", True, 3, 2.16, 6.5, 1.8, "none", _COUNTED),
+    Rival("LoRAFusion", "backward", False, 7, 1.31, 3.7, None, "1 MB", _COUNTED),
+    Rival("LoRAFusion", "backward", True, 7, 1.43, 3.8, None, "1 MB", _COUNTED),
+)
+LORAFUSION_SIZES = Sizes(1024, 1024, 1024, 16)
+
+
+def rivals(sizes: Sizes, op: str, dropout: bool) -> list[Rival]:
+    """Plain PyTorch and the order of `addmm_`, modelled, and what was counted on this shape."""
+    found = [
+        _modelled("plain PyTorch", sizes, op, dropout, _plain(sizes, dropout)[op]),
+        _modelled("addmm_ order", sizes, op, dropout, _addmm(sizes, dropout)[op]),
+    ]
+    if sizes == LORAFUSION_SIZES:
+        found += [r for r in LORAFUSION if (r.op, r.dropout) == (op, dropout)]
+    return found
+
+
+def _modelled(name: str, sizes: Sizes, op: str, dropout: bool, steps: list[int]) -> Rival:
+    ratio = sum(steps) / sizes.floor[op]
+    source = "modelled: each operator reads and writes its operands once"
+    return Rival(name, op, dropout, len(steps), ratio, None, None, "none", source)
+
+
+def _parts(z: Sizes) -> dict[str, int]:
+    """Bytes of each operand; a mask takes a byte an element."""
+    return {
+        "x": z.m * z.k * z.size,
+        "w": z.n * z.k * z.size,
+        "y": z.m * z.n * z.size,
+        "s": z.m * z.r * z.size,
+        "a": z.r * z.k * z.adapter,
+        "b": z.n * z.r * z.adapter,
+        "mask": z.m * z.k,
+    }
+
+
+def _sum(parts: dict[str, int], *operators: str) -> list[int]:
+    """Bytes of operators written as the operands that they read and write."""
+    return [sum(parts[name] for name in operator.split()) for operator in operators]
+
+
+def _plain(z: Sizes, dropout: bool) -> dict[str, list[int]]:
+    """y = x·Wᵀ + scale·(drop(x)·Aᵀ)·Bᵀ and autograd's backward, an operator at a time."""
+    drop = ("x x mask",) if dropout else ()
+    # Product, [dropout], s, branch, scaling, addition.
+    forward = ("x w y", *drop, "x a s", "s b y", "y y", "y y y")
+    # Scaling, ds, dB, dA, the branch's dx, [its mask], dx, addition.
+    back = ("x mask x",) if dropout else ()
+    backward = ("y y", "y b s", "y s b", "s x a", "s a x", *back, "y w x", "x x x")
+    parts = _parts(z)
+    return {"forward": _sum(parts, *forward), "backward": _sum(parts, *backward)}
+
+
+def _addmm(z: Sizes, dropout: bool) -> dict[str, list[int]]:
+    """The scale and the addition inside the products; dropout as torch has it."""
+    drop = ("x x mask",) if dropout else ()
+    forward = ("x w y", *drop, "x a s", "s b y y")
+    back = ("s a x", "x mask x", "x x x") if dropout else ("s a x x",)
+    backward = ("y w x", "y b s", *back, "s x a", "y s b")
+    parts = _parts(z)
+    return {"forward": _sum(parts, *forward), "backward": _sum(parts, *backward)}

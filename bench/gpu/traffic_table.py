@@ -1,0 +1,178 @@
+"""What `bench traffic` prints and writes: tables, targets, a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bench.gpu.rivals import Sizes, rivals
+from bench.report import write_atomic
+from bench.traffic import Counts, Part, Traffic
+
+_HEADINGS = (
+    "launches",
+    "unique",
+    "asked",
+    "sectors",
+    "eff",
+    "B/lane ld",
+    "B/lane st",
+    "conflicts",
+    "MMA/needed",
+    "atomics",
+    "error",
+)
+
+
+def _cells(counts: Counts, t: Traffic) -> list[str]:
+    floor = t.sizes.floor[t.op]
+    return [
+        str(counts.launches),
+        *(f"{v / floor:.3f}" for v in (counts.unique, counts.asked, counts.sectors)),
+        f"{counts.efficiency:.3f}",
+        *(f"{b / n:.1f}" if n else "" for b, n in (counts.loads, counts.stores)),
+        f"{counts.conflicts / counts.accesses:.3f}" if counts.accesses else "",
+        f"{counts.flops / t.sizes.flops[t.op]:.3f}",
+        str(counts.atomics),
+    ]
+
+
+def table(found: list[Traffic]) -> Table:
+    """One op on one target by each strategy, a row a kernel, beside what others do."""
+    first = found[0]
+    z = first.sizes
+    title = f"{first.op} M={z.m} N={z.n} K={z.k} r={z.r} bf16 p={first.dropout} {first.target}"
+    result = Table(title=title, title_justify="left", title_style="bold")
+    result.add_column("strategy / kernel", no_wrap=True)
+    result.add_column("tile", no_wrap=True)
+    for heading in _HEADINGS:
+        result.add_column(heading, justify="right", no_wrap=True)
+    for t in found:
+        worst = max(t.error.values(), default=0.0)
+        cells = _cells(t.whole, t)
+        result.add_row(t.strategy, "", *cells, f"{worst:.2f}", style="bold")
+        for part in t.parts:
+            name = f"  {part.name}{' (modelled)' if part.modelled else ''}"
+            result.add_row(name, part.tile, *_cells(part.counts, t), "")
+    for rival in rivals(z, first.op, first.dropout > 0):
+        asked = "" if rival.requested is None else f"{rival.requested:.1f}"
+        error = "" if rival.error is None else f"{rival.error:.1f}"
+        cells = [str(rival.launches), f"{rival.unique:.2f}", asked, *[""] * 6, rival.atomics]
+        result.add_row(rival.name, rival.source.split(":")[0], *cells, error, style="dim")
+    return result
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise: a figure of a whole op or of each of its kernels, and its bound."""
+
+    name: str
+    bound: float
+    at_least: bool = False
+
+    def holds(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+_UNIQUE = {
+    ("forward", "single_pass"): 1.02,
+    ("forward", "epilogue"): 1.36,
+    ("backward", "single_pass"): 1.27,
+    ("backward", "epilogue"): 1.27,
+}
+_LAUNCHES = {("forward", "single_pass"): 1, ("backward", "single_pass"): 4}
+
+
+def reached(t: Traffic) -> Iterator[tuple[str, float, Target]]:
+    """Each promise about a traffic: whom it is about, the figure and the target."""
+    whole, key = t.whole, (t.op, t.strategy)
+    if key in _UNIQUE:
+        yield t.strategy, t.over_floor(whole.unique), Target("unique / floor", _UNIQUE[key])
+    if key in _LAUNCHES or t.op == "backward":
+        yield t.strategy, whole.launches, Target("launches", _LAUNCHES.get(key, 4))
+    if t.op == "forward":
+        yield t.strategy, t.over_floor(whole.asked), Target("asked / floor", 5.0)
+    yield t.strategy, whole.atomics, Target("atomics", 0)
+    branch = 1.15 if t.strategy != "single_pass" else 1.15 + t.sizes.r / _block_n(t)
+    yield t.strategy, whole.flops / t.sizes.flops[t.op], Target("MMA / needed", branch)
+    for name, value in t.error.items():
+        yield name, value, Target("error / rounding", 1.5)
+    for part in t.parts:
+        if part.modelled:
+            continue
+        c = part.counts
+        if c.accesses:
+            yield part.name, c.conflicts / c.accesses, Target("conflicts / access", 0.05)
+        yield part.name, c.efficiency, Target("sector efficiency", 0.95, at_least=True)
+        for what, (moved, lanes) in (("loads", c.loads), ("stores", c.stores)):
+            if lanes and moved >= 0.1 * c.asked:
+                yield part.name, moved / lanes, Target(f"B/lane of {what}", 15.5, at_least=True)
+
+
+def _block_n(t: Traffic) -> int:
+    tiles = [p.tile for p in t.parts if "BN=" in p.tile]
+    return int(tiles[0].split("BN=")[1].split()[0]) if tiles else 1
+
+
+def misses(t: Traffic) -> list[str]:
+    """Promises not kept, in words, with the instructions to look at."""
+    head = f"{t.op} p={t.dropout} {t.target} {t.strategy}"
+    found = [
+        f"{head}: {who}: {target.name} {value:.3f}, "
+        f"target {'>=' if target.at_least else '<='} {target.bound:.3g}"
+        for who, value, target in reached(t)
+        if not target.holds(value)
+    ]
+    return found + [f"    {line}" for line in dict.fromkeys(map(str, t.lines))] if found else []
+
+
+def rows(found: list[Traffic]) -> Iterator[dict[str, Any]]:
+    """Every figure, a line a kernel and one a whole op."""
+    for t in found:
+        whole = Part("whole", "", t.whole)
+        for part in (whole, *t.parts):
+            values = dict(zip(_HEADINGS, _cells(part.counts, t), strict=False))
+            errors = " ".join(f"{n}={v:.3f}" for n, v in t.error.items())
+            yield {
+                **_key(t.op, t.dropout, t.sizes),
+                "target": t.target,
+                "way": t.strategy,
+                "kernel": part.name,
+                "tile": part.tile,
+                "source": "modelled" if part.modelled else "counted",
+                **values,
+                "error": errors if part is whole else "",
+            }
+    for t in {(t.op, t.dropout, t.sizes): t for t in found}.values():
+        for rival in rivals(t.sizes, t.op, t.dropout > 0):
+            yield {
+                **_key(t.op, t.dropout, t.sizes),
+                "way": rival.name,
+                "kernel": "whole",
+                "source": rival.source,
+                "launches": rival.launches,
+                "unique": f"{rival.unique:.3f}",
+                "asked": rival.requested,
+                "atomics": rival.atomics,
+                "error": rival.error,
+            }
+
+
+def _key(op: str, dropout: float, z: Sizes) -> dict[str, Any]:
+    return {"op": op, "M": z.m, "N": z.n, "K": z.k, "r": z.r, "dropout": dropout}
+
+
+def save(path: Path, lines: list[dict[str, Any]], constant: dict[str, str]) -> None:
+    """Write a CSV file; the first line has every column."""
+    text = io.StringIO(newline="")
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    writer = csv.DictWriter(text, [*columns, *constant], lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows({**line, **constant} for line in lines)
+    write_atomic(path, text.getvalue())

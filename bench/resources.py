@@ -1,0 +1,167 @@
+"""`python -m bench resources`: what every Triton kernel takes of a multiprocessor, read from code
+that was compiled ahead of time. Nothing runs, nothing is timed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from bench.gpu.compile import TARGETS, Facts, Target, compile_launch
+from bench.gpu.recorder import lora_backward, lora_forward, record
+from bench.traffic import tile_of
+from lora_kernels.ops.common.configs import GEMM_CONFIGS, GemmConfig
+from lora_kernels.ops.common.launch import Launch
+from lora_kernels.ops.common.strategies import Problem, explain_config
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an op to compile; where a tile is given it is forced on the products."""
+
+    op: str
+    shape: tuple[int, int, int, int]  # M, N, K, r
+    dropout: float
+    strategy: str
+    tile: GemmConfig | None = None
+
+    def __str__(self) -> str:
+        m, n, k, r = self.shape
+        size = f"r={r}" if self.tile else f"M={m} N={n} K={k} r={r}"
+        drop = " dropout" if self.dropout else ""
+        return f"{self.op} {self.strategy} {size}{drop}{f' [{self.tile}]' if self.tile else ''}"
+
+
+def _forward(call: Call) -> list[Any]:
+    return lora_forward(call.shape, dropout=call.dropout)
+
+
+def _backward(call: Call) -> list[Any]:
+    forward = lora_forward(call.shape, dropout=call.dropout)
+    x, (m, n, _, r) = forward[0], call.shape
+    s: Tensor = x.new_empty(m, r)
+    return lora_backward(forward, s, x.new_empty(m, n))
+
+
+# What another op needs to be compiled too: its arguments for a call.
+ARGUMENTS: dict[str, Callable[[Call], list[Any]]] = {
+    "lora_linear_fwd": _forward,
+    "lora_linear_bwd": _backward,
+}
+# Where tiles are forced, sizes decide nothing but which arguments are multiples of 16.
+_ANY = (256, 512, 512)
+# op, strategy, dropout, rank: the ways to fill a tile, the one with the most registers of each.
+_WAYS = (
+    ("lora_linear_fwd", "single_pass", 0.1, 16),
+    ("lora_linear_bwd", "single_pass", 0.1, 16),
+    ("lora_linear_fwd", "single_pass", 0.0, 64),
+    ("lora_linear_fwd", "epilogue", 0.0, 16),
+    ("lora_linear_bwd", "epilogue", 0.1, 16),
+)
+_THIN_SIZES = ((8192, 4096), (1024, 1024), (16, 4096))
+_THIN_RANKS = (16, 64, 256)
+
+
+def calls(target: Target) -> Iterator[Call]:
+    """Every tile that the device may be given, filled each way; then what the cost model takes
+    for real sizes, with the rank-wide kernels beside it."""
+    for config in GEMM_CONFIGS:
+        for op, strategy, dropout, r in _WAYS:
+            if _fits(op, strategy, dropout, r, config, target):
+                yield Call(op, (*_ANY, r), dropout, strategy, config)
+    for (m, width), r in ((s, r) for s in _THIN_SIZES for r in _THIN_RANKS):
+        for op in ("lora_linear_fwd", "lora_linear_bwd"):
+            yield Call(op, (m, width, width, r), 0.1, "epilogue")
+            if r == 16:
+                yield Call(op, (m, width, width, r), 0.0, "single_pass")
+                yield Call(op, (m, width, width, r), 0.0, "addmm")
+
+
+def _fits(
+    op: str, strategy: str, dropout: float, r: int, config: GemmConfig, target: Target
+) -> bool:
+    """Whether the cost model would ever give this tile to a call."""
+    device = replace(target.device, tiles=(config,))
+    problem = Problem(*_ANY, r, torch.bfloat16, dropout > 0)
+    estimates = explain_config(op, problem, device).estimates
+    return any(e.strategy == strategy and e.refusal is None for e in estimates)
+
+
+def launches(call: Call, target: Target) -> list[Launch]:
+    """The launches that a call makes."""
+    device = target.device
+    if call.tile is not None:
+        device = replace(device, tiles=(call.tile,))
+    function = getattr(torch.ops.lora_kernels, call.op).default
+    args = ARGUMENTS[call.op](call)
+    made = record(device, lambda: function(*args), call.strategy)
+    # The other launches do not depend on the tile; the calls of real sizes have them.
+    return [x for x in made if call.tile is None or "gemm" in x.kernel.fn.__name__]
+
+
+def rows(target: Target, only: str | None = None) -> list[dict[str, Any]]:
+    """A line a launch, each different kernel once."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for call in calls(target):
+        if only and not re.search(only, str(call)):
+            continue
+        for launch in launches(call, target):
+            tile = tile_of(launch.args, launch.warps, launch.stages)
+            flags = " ".join(
+                name.lower()
+                for name in ("BACKWARD", "DROPOUT", "SINGLE_PASS", "EVEN_K")
+                if launch.args.get(name) is True
+            )
+            strategy = launch.args.get("STRATEGY")
+            flags = " ".join(filter(None, (strategy, flags)))
+            name = launch.kernel.fn.__name__
+            if (name, tile, flags) not in found:
+                facts = compile_launch(launch, target).facts
+                key = {"target": target.name, "kernel": name, "tile": tile, "flags": flags}
+                found[name, tile, flags] = {**key, **_figures(facts), "call": str(call)}
+    return list(found.values())
+
+
+def _figures(facts: Facts) -> dict[str, Any]:
+    return {
+        "registers": facts.registers,
+        "shared": facts.shared,
+        "stack": facts.stack,
+        "spills": facts.spills,
+        "blocks": facts.blocks,
+        "occupancy": f"{facts.occupancy:.3f}",
+        "tensor": " ".join(f"{n}:{c}" for n, c in facts.tensor.items()),
+        "wide_loads": facts.wide_loads,
+        "narrow_loads": sum(facts.loads.values()) - facts.wide_loads,
+    }
+
+
+def table(target: Target, lines: list[dict[str, Any]]) -> Table:
+    """The lines of one target."""
+    result = Table(title=f"{target.name} ({target.device.name})", title_justify="left")
+    columns = [c for c in (lines[0] if lines else {}) if c not in ("target", "call")]
+    for column in columns:
+        text = column in ("kernel", "tile", "flags", "tensor")
+        result.add_column(column, justify="left" if text else "right", no_wrap=True)
+    for line in lines:
+        bad = line["stack"] or line["spills"] or line["shared"] > target.device.shared_bytes
+        result.add_row(*(str(line[c]) for c in columns), style="bold red" if bad else "")
+    return result
+
+
+def targets_of(names: list[str] | None) -> list[Target]:
+    """The targets of these names, or all.
+
+    Raises:
+        ValueError: a name is none of them.
+    """
+    for name in names or []:
+        if name not in TARGETS:
+            raise ValueError(f"target: got {name!r}, expected one of {', '.join(TARGETS)}")
+    return [TARGETS[n] for n in names or TARGETS]

@@ -1,0 +1,156 @@
+"""`python -m bench traffic` and `resources` on small shapes, as processes of their own: kernels are
+compiled there, which TRITON_INTERPRET=1 would forbid. And what is counted, on made-up counts."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.gpu import emulator
+from bench.gpu.compile import TARGETS
+from bench.gpu.rivals import LORAFUSION_SIZES, Sizes, rivals
+from bench.gpu.traffic_table import misses, reached, rows
+from bench.resources import calls
+from bench.resources import targets_of as resource_targets
+from bench.traffic import OPS, Counts, Part, Traffic, beyond_product, explain, targets_of
+from lora_kernels.ops.common.configs import GEMM_CONFIGS
+
+ROOT = Path(__file__).resolve().parents[2]
+needs_triton = pytest.mark.skipif(
+    not any((Path(p) / "triton").is_dir() for p in sys.path), reason="triton is not installed"
+)
+needs_emulator = pytest.mark.skipif(
+    emulator.missing() is not None, reason=emulator.missing() or "the PTX emulator is there"
+)
+
+
+def _bench(*args: str) -> tuple[int, str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench", *args]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return run.returncode, run.stdout + run.stderr
+
+
+@pytest.mark.slow
+@needs_triton
+@needs_emulator
+def test_traffic_from_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.csv"
+    args = ("--target", "sm_80", "--shape", "64,64,96,8", "--dropout", "0.1", "--own-tile")
+    code, out = _bench("traffic", *args, "--output", str(path))
+    assert code == 0, out
+    lines = list(csv.DictReader(path.open()))
+    whole = {(line["op"], line["way"]): line for line in lines if line["kernel"] == "whole"}
+    for op in OPS:
+        for way in ("single_pass", "epilogue", "addmm", "plain PyTorch", "addmm_ order"):
+            assert float(whole[op, way]["unique"]) >= 0.99, (op, way)
+    assert whole["forward", "single_pass"]["launches"] == "1"
+    assert {line["triton"] for line in lines} != {""}
+    assert "MB beyond the base product" in out and "this shape" in out
+    assert "LoRAFusion" not in out  # it was counted on another shape
+
+
+@pytest.mark.slow
+@needs_triton
+def test_resources_from_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "resources.csv"
+    args = ("--target", "sm_80", "--target", "gfx942", "--only", "addmm M=16 ")
+    code, out = _bench("resources", *args, "--output", str(path))
+    assert code == 0, out
+    lines = list(csv.DictReader(path.open()))
+    assert {line["target"] for line in lines} == {"sm_80", "gfx942"}
+    for line in lines:
+        assert int(line["registers"]) > 0 and int(line["blocks"]) > 0
+        assert int(line["shared"]) <= TARGETS[line["target"]].device.shared_bytes
+
+
+def test_what_is_asked_wrongly_is_named() -> None:
+    for args in (
+        ("traffic", "--shape", "1,2,3"),
+        ("traffic", "--target", "sm_100"),
+        ("resources", "--target", "sm_12"),
+    ):
+        code, out = _bench(*args)
+        assert code == 2, out
+        assert args[-1] in out
+
+
+def test_targets_are_found_by_name() -> None:
+    assert [t.name for t in targets_of(None)] == ["sm_80", "sm_90"]
+    assert [t.name for t in resource_targets(["gfx942"])] == ["gfx942"]
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+def test_every_tile_of_a_target_is_compiled(target) -> None:
+    """Each tile that the device may take appears in a call, hardware copies where they exist."""
+    used = {call.tile for call in calls(target)} - {None}
+    for config in GEMM_CONFIGS:
+        fits = config.shared_bytes(2) <= target.device.shared_bytes
+        if fits and (target.device.tma or not config.tma):
+            assert config in used, str(config)
+        if not target.device.tma:
+            assert all(not tile.tma for tile in used)
+
+
+def test_floors_are_those_of_the_peers() -> None:
+    """The same 6208 and 8320 kB that the peers' counts are divided by."""
+    assert LORAFUSION_SIZES.floor == {"forward": 6208 << 10, "backward": 8320 << 10}
+
+
+def test_models_grow_with_dropout() -> None:
+    z = Sizes(512, 256, 1024, 8)
+    for op in OPS:
+        plain, dropped = (rivals(z, op, d) for d in (False, True))
+        for before, after in zip(plain, dropped, strict=True):
+            assert before.source.startswith("modelled") and after.unique > before.unique >= 1
+
+
+def test_addmm_order_forward_by_hand() -> None:
+    z = LORAFUSION_SIZES
+    mb, thin = 2 << 20, 32 << 10
+    expected = (3 * mb) + (mb + 2 * thin) + (2 * mb + 2 * thin)
+    found = next(r for r in rivals(z, "forward", False) if r.name == "addmm_ order")
+    assert found.unique == expected / z.floor["forward"] and found.launches == 3
+
+
+def _traffic(**changes: int) -> Traffic:
+    z = Sizes(64, 64, 64, 16)
+    figures = {"unique": z.floor["forward"], "asked": 3 * z.floor["forward"], "accesses": 100}
+    figures |= {"sectors": figures["asked"], "flops": z.flops["forward"], "launches": 1}
+    part = Part("_lora_gemm_kernel", "BM=64 BN=64", Counts(**(figures | changes)))
+    return Traffic("sm_80", "forward", 0.0, "single_pass", z, [part], {"y": 1.1})
+
+
+def test_targets_kept_and_missed() -> None:
+    assert not misses(_traffic())
+    floor = _traffic().sizes.floor["forward"]
+    for name, value, words in (
+        ("unique", floor * 2, "unique / floor 2.000"),
+        ("asked", floor * 6, "asked / floor 6.000"),
+        ("atomics", 1, "atomics"),
+        ("conflicts", 10, "conflicts / access 0.100"),
+        ("launches", 2, "launches 2.000"),
+        ("sectors", floor * 6, "sector efficiency 0.500"),
+    ):
+        found = misses(_traffic(**{name: value}))
+        assert any(words in line for line in found), (name, found)
+    assert len(list(reached(_traffic()))) >= 6
+
+
+def test_a_row_a_kernel_and_one_a_whole_op() -> None:
+    lines = list(rows([_traffic()]))
+    assert [line["kernel"] for line in lines][:2] == ["whole", "_lora_gemm_kernel"]
+    assert {line["way"] for line in lines} == {"single_pass", "plain PyTorch", "addmm_ order"}
+
+
+@pytest.mark.parametrize("target", targets_of(None), ids=lambda t: t.name)
+def test_the_model_says_that_single_pass_adds_least(target) -> None:
+    single, epilogue, addmm = explain("forward", 16, False, target).estimates
+    assert 0 < beyond_product(single) < beyond_product(epilogue) < beyond_product(addmm)
+    # s and both adapters; x and y are the product's own.
+    assert beyond_product(single) == 2 * 16 * (8192 + 4096 + 4096)

@@ -1,0 +1,62 @@
+"""Every kernel with every tile compiles for every target, and the code holds what it should: no
+stack, no spills, shared memory that exists, tensor cores, 16-byte loads.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from bench import resources
+from bench.gpu.compile import TARGETS, Compiled, compile_launch
+
+# By target: for tiles of 64 rows or more, and for smaller ones. Below 64 rows Hopper's and
+# Blackwell's own instructions do not exist, and Triton falls back to Ampere's.
+TENSOR_CORES = {
+    "sm_80": ("HMMA", "HMMA"),
+    "sm_90": ("HGMMA", "HMMA"),
+    "sm_100": (r"UTC\w*MMA", "HMMA"),
+    "gfx942": ("v_mfma", "v_mfma"),
+}
+# What moves matrices; the others add a few partial sums or make a mask.
+STREAMING = re.compile("gemm|shrink|grad_pass|outer|sum")
+
+
+def _parameters():
+    for target in TARGETS.values():
+        for call in resources.calls(target):
+            yield pytest.param(target.name, call, id=f"{target.name}-{call}")
+
+
+def _wrong(made: Compiled, tile: dict[str, int]) -> list[str]:
+    """Facts of a compiled launch that must not be."""
+    facts, target = made.facts, made.target
+    found = []
+    if facts.stack or facts.spills:
+        found.append(f"{facts.stack} bytes of stack, {facts.spills} spills")
+    if facts.shared > target.device.shared_bytes:
+        found.append(f"{facts.shared} of {target.device.shared_bytes} bytes of shared memory")
+    if "gemm" in made.name:
+        expected = TENSOR_CORES[target.name][tile["BM"] < 64]
+        if not any(re.fullmatch(expected, name) for name in facts.tensor):
+            found.append(f"no {expected}, but {facts.tensor or 'no tensor cores'}")
+    # AMD's 64 lanes share a small tile in 8 bytes each.
+    if target.backend == "cuda" and STREAMING.search(made.name) and not facts.wide_loads:
+        found.append(f"no 16-byte loads, but {facts.loads}")
+    return found
+
+
+@pytest.mark.parametrize(("name", "call"), list(_parameters()))
+def test_code_holds_what_it_should(name: str, call: resources.Call):
+    wrong = []
+    for launch in resources.launches(call, TARGETS[name]):
+        made = compile_launch(launch, TARGETS[name])
+        tile = resources.tile_of(launch.args, launch.warps, launch.stages)
+        wrong += [
+            f"{made.name} {tile}: {made.facts.registers} registers: {w}"
+            for w in _wrong(made, launch.args)
+        ]
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,102 @@
+"""The compiled PTX of every kernel, executed on the CPU for sm_80 and sm_90 with every check on:
+bounds, races, missing waits, reads of shared memory that nobody wrote.
+
+It tests what the compiler wrote. Results are held against the oracle through the one budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from bench.gpu import emulator
+from bench.gpu.compile import TARGETS
+from bench.gpu.emulator import Emulator
+from lora_kernels import use_backend
+from lora_kernels.ops.common.configs import Device
+from lora_kernels.ops.common.launch import use_executor
+from lora_kernels.ops.common.strategies import STRATEGIES, use_strategy
+from tests.compiled.problems import ONE_GRADIENT, Problem, calls
+from tests.ops.case import Case
+from tests.ops.parity import assert_agrees
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(
+    emulator.missing() is not None, reason=emulator.missing() or "the PTX emulator is there"
+)
+
+DEVICES = {80: TARGETS["sm_80"].device, 90: TARGETS["sm_90"].device}
+
+
+@dataclass
+class Way:
+    """Runs ops through the emulator by one strategy and one tile, and keeps its reports."""
+
+    cc: int
+    device: Device
+    strategy: str | None = None
+    runs: list[Emulator] = field(default_factory=list)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        self.runs.append(Emulator(self.cc, self.device, {"check": False}))
+        with ExitStack() as stack:
+            stack.enter_context(use_backend("triton"))
+            stack.enter_context(use_strategy(self.strategy))
+            stack.enter_context(use_executor(self.runs[-1]))
+            yield
+
+    def faults(self) -> list[str]:
+        """What the emulator found wrong, whatever the results were."""
+        launches = [run for e in self.runs for run in e.runs]
+        found = [f"{run.name}: {run.profile.error}" for run in launches if run.profile.error]
+        found += [
+            f"{r.name}: {r.profile.shared_bytes} bytes of shared memory"
+            for r in launches
+            if r.profile.shared_bytes > self.device.shared_bytes
+        ]
+        found += [f"{r.name}: {x['kind']}: {x['msg']}" for r in launches for x in r.profile.reports]
+        return list(dict.fromkeys(found))
+
+
+def _parameters():
+    for problem, case in calls():
+        marks = [pytest.mark.slow] if problem.slow else []
+        for cc in DEVICES:
+            # One gradient alone: the paths differ by what is asked, not by the product.
+            for strategy in STRATEGIES[:2] if problem in ONE_GRADIENT else STRATEGIES:
+                name = f"{case.op}-sm_{cc}-{strategy}-{problem.name}"
+                yield pytest.param(cc, strategy, problem, case, id=name, marks=marks)
+
+
+@pytest.mark.parametrize(("cc", "strategy", "problem", "case"), list(_parameters()))
+def test_ptx_agrees_and_is_free_of_faults(cc: int, strategy: str, problem: Problem, case: Case):
+    way = Way(cc, replace(DEVICES[cc], tiles=(problem.tiles[cc],)), strategy)
+    error = None
+    try:
+        assert_agrees(case, "cpu", way.active, repeat=False)
+    except AssertionError as wrong:
+        error = wrong
+    faults = way.faults()
+    assert not faults, "\n".join([*faults, f"result: {error or 'right'}"])
+    if error is not None:
+        raise error
+    assert any(e.runs for e in way.runs), "nothing was launched"
+
+
+@pytest.mark.parametrize("cc", DEVICES)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (7, 41), (33, 130)])
+@pytest.mark.parametrize("seed", [0, -1, 0x123456789ABCDEF])
+def test_mask_has_the_bits_of_the_reference(seed: int, rows: int, cols: int, cc: int):
+    way = Way(cc, DEVICES[cc])
+    op = torch.ops.lora_kernels.dropout_mask.default
+    args = (torch.tensor([seed]), rows, cols, 0.3, 2**32 - 1 if seed else 3)
+    with way.active():
+        mask = op(*args)
+    with use_backend("reference"):
+        assert torch.equal(mask, op(*args))
+    assert not way.faults()
