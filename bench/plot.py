@@ -145,7 +145,7 @@ def roofline(rows: Rows, limits: dict[str, Any] | None, title: str) -> Figure | 
             ha="center",
             va="bottom",
         )
-    markers = dict(zip(sorted({r["op"] for r in points}), "osD^v", strict=False))
+    markers = dict(zip(sorted({r["op"] for r in points}), "osD^v<>Pph*", strict=False))
     for (_, op), members in _groups(points, "provider", "op").items():
         axes.scatter(
             [r["flops_per_s"] / r["bytes_per_s"] for r in members],

@@ -17,8 +17,6 @@ import torch
 
 from lora_kernels.ops.common.checks import names
 
-MAX_BLOCK_RANK = 256
-
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
@@ -36,6 +34,9 @@ class Device:
         matrix_flops: of 16-bit tensor cores, dense, FLOP/s.
         fp32_flops: of fp32 multiply-adds, FLOP/s; integer operations are taken at half of it.
         tma: whether tensor descriptors are copied by hardware.
+        rank_sums: whether a large product may carry the rank's sums as well, forward and backward.
+            Triton 3.9 stores them before Hopper's warpgroup products are complete in the forward,
+            and compiles none of it for Blackwell.
         launch_seconds: between two dependent launches.
         tiles: the tiles to choose among where not all of `GEMM_CONFIGS`; tests force some so.
     """
@@ -48,6 +49,7 @@ class Device:
     matrix_flops: float
     fp32_flops: float
     tma: bool = False
+    rank_sums: tuple[bool, bool] = (True, True)
     launch_seconds: float = 3e-6
     tiles: tuple[GemmConfig, ...] | None = None
 
@@ -56,9 +58,9 @@ class Device:
 GENERIC = Device("generic", 80, 101376, 0.7e12, 2e12, 140e12, 18e12)
 DEVICES = (
     Device("A100", 108, 166912, 1.55e12, 5e12, 312e12, 19.5e12),
-    Device("H100", 132, 232448, 3.35e12, 7e12, 989e12, 67e12, tma=True),
-    Device("H200", 132, 232448, 4.8e12, 7e12, 989e12, 67e12, tma=True),
-    Device("B200", 148, 232448, 8.0e12, 10e12, 2250e12, 75e12, tma=True),
+    Device("H100", 132, 232448, 3.35e12, 7e12, 989e12, 67e12, tma=True, rank_sums=(False, True)),
+    Device("H200", 132, 232448, 4.8e12, 7e12, 989e12, 67e12, tma=True, rank_sums=(False, True)),
+    Device("B200", 148, 232448, 8.0e12, 10e12, 2250e12, 75e12, tma=True, rank_sums=(False, False)),
     Device("MI300", 304, 65536, 5.3e12, 10e12, 1307e12, 163e12),
 )
 
@@ -74,7 +76,7 @@ def device_of(device: torch.device) -> Device:
     if row is None:
         capability = torch.cuda.get_device_capability(device)
         tma = torch.version.hip is None and capability >= (9, 0)
-        row = replace(GENERIC, name=properties.name, tma=tma)
+        row = replace(GENERIC, name=properties.name, tma=tma, rank_sums=(not tma, not tma))
     return replace(
         row,
         multiprocessors=properties.multi_processor_count,
@@ -138,13 +140,11 @@ class ThinConfig:
 
 GEMM_CONFIGS = (
     GemmConfig(128, 256, 64, 8, 3, tma=True),
-    GemmConfig(256, 128, 64, 8, 3, tma=True),
     GemmConfig(128, 128, 64, 8, 4, tma=True),
     GemmConfig(128, 64, 64, 8, 4, tma=True),
     GemmConfig(64, 128, 64, 4, 4, tma=True),
     GemmConfig(64, 64, 64, 4, 4, tma=True),
     GemmConfig(128, 256, 32, 8, 3),
-    GemmConfig(256, 128, 32, 8, 3),
     GemmConfig(128, 128, 32, 8, 4),
     GemmConfig(128, 128, 64, 8, 2),
     GemmConfig(128, 64, 32, 4, 4),
@@ -269,12 +269,12 @@ def best_gemm(
         block_r: rank columns that the main loop carries; each tile of columns repeats them.
         branch: rank columns of the low-rank product that is added.
         masked_x, masked_y: whether the mask of x, or of the result, is regenerated.
-        more_sums: whether a masked branch is added to sums that are there already.
+        more_sums: whether the kernel holds several such products, whose sums ptxas keeps apart.
         tma: whether the operands allow tensor descriptors.
     """
     found = None
-    for config in configs or device.tiles or GEMM_CONFIGS:
-        if not is_valid(config, device, size, block_r, masked_y + (masked_y and more_sums), tma):
+    for config in (device.tiles or GEMM_CONFIGS) if configs is None else configs:
+        if not is_valid(config, device, size, block_r, masked_y + 2 * more_sums, tma):
             continue
         mask = config.block_m * (k if masked_x else config.block_n if masked_y else 0)
         seconds, waves = _gemm_seconds(m, n, k, device, size, config, block_r, branch, mask)

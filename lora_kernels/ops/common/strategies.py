@@ -19,6 +19,7 @@ from math import ceil
 import torch
 
 from lora_kernels.ops.common.configs import (
+    GEMM_CONFIGS,
     ConfigExplanation,
     Device,
     Estimate,
@@ -39,6 +40,9 @@ STRATEGIES = ("single_pass", "epilogue", "addmm")
 MAX_SINGLE_PASS_RANK = 64
 # Rank columns of one pass over dy that makes both ds and dB.
 MAX_ONE_READ_RANK = 64
+
+# Rows from which a tile is a warpgroup's product.
+WARPGROUP_ROWS = 64
 
 _forced: str | None = None
 
@@ -186,7 +190,7 @@ def _backward(strategy: str, p: Problem, device: Device) -> Estimate:
     mask = mask_seconds(p.m * p.k, device) if p.dropout else 0.0
     outer = _work(2 if config.spans > 1 else 1, moved, device, mask)
     if strategy == "single_pass":
-        return _single_pass(p, p.k, p.n, device, masked_y=p.dropout, beside=outer)
+        return _single_pass(p, p.k, p.n, device, masked_y=p.dropout, backward=True, beside=outer)
     if p.r <= MAX_ONE_READ_RANK:
         parts_n, parts_m = one_read_parts(p.m, p.n, device)
         read: float = p.size * (p.m * p.n + p.m * p.r + p.n * p.r)
@@ -217,18 +221,23 @@ def _single_pass(
     *,
     masked_x: bool = False,
     masked_y: bool = False,
+    backward: bool = False,
     beside: Work = NOTHING,
 ) -> Estimate:
     """A GEMM [m, n] over k that makes its own s or ds."""
     br, size = p.block_r, p.size
     if p.r > MAX_SINGLE_PASS_RANK:
         return _refused("single_pass", f"takes ranks up to {MAX_SINGLE_PASS_RANK}")
+    tiles_allowed = device.tiles or GEMM_CONFIGS
+    if not device.rank_sums[backward]:
+        tiles_allowed = tuple(t for t in tiles_allowed if t.block_m < WARPGROUP_ROWS)
     found = best_gemm(
         p.m,
         n,
         k,
         device,
         size,
+        configs=tiles_allowed,
         block_r=br,
         branch=br,
         masked_x=masked_x,

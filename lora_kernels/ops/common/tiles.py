@@ -19,15 +19,15 @@ def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
     """b_sum + b_left·b_right, summed in fp32.
 
     PRECISION concerns fp32 operands: "ieee", or "tf32" where torch allows it. The interpreter
-    would multiply the raw bits of bf16, so there the operands are widened, which is exact. A step
+    would multiply the raw bits of bf16, so there the operands are widened to fp64. A step
     of fp32 operands is summed by itself before it is added: two short chains round less than one.
     """
+    if _INTERPRETED:
+        b_step = tl.dot(b_left.to(tl.float64), b_right.to(tl.float64), out_dtype=tl.float64)
+        return b_sum + b_step.to(tl.float32)
     if PRECISION == "ieee" and b_left.dtype == tl.float32:
         # Subtracted, because the compiler would make one chain of a sum.
         return b_sum - tl.dot(-b_left, b_right, input_precision=PRECISION)
-    if _INTERPRETED:
-        b_left = b_left.to(tl.float32)
-        b_right = b_right.to(tl.float32)
     return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
 
 
@@ -40,7 +40,8 @@ def cast(b_value, dtype: tl.constexpr):
     if _INTERPRETED:
         if dtype == tl.bfloat16 and b_value.dtype == tl.float32:
             bits = b_value.to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            rounded = rounded.to(tl.float32, bitcast=True)
             b_value = tl.where(b_value == b_value, rounded, b_value)
     return b_value.to(dtype)
 

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import ThinConfig, next_power_of_2, span_of
+from lora_kernels.ops.common.configs import ThinConfig, span_of
+from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.sums import sums
 from lora_kernels.ops.common.tiles import cast, dot, keep_tile
 from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
@@ -107,7 +108,7 @@ def shrink(
     """out [M, R] = factor · rank ∘ keep(x)·(row ∘ q); with several spans two launches."""
     m, k = x.shape
     r = q.shape[1]
-    br = min(max(16, next_power_of_2(r)), 256)
+    br = block_rank(r)
     span = span_of(k, config.spans, config.step)
     spans = max(1, ceil(k / span)) if k else 1
     final = spans == 1
