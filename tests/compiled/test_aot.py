@@ -24,11 +24,33 @@ TENSOR_CORES = {
 # What moves matrices; the others add a few partial sums or make a mask.
 STREAMING = re.compile("gemm|shrink|grad_pass|outer|sum")
 
+# What Triton 3.9 makes of these is not good enough yet: up to 96 bytes of spills, or, with 64 rank
+# columns on gfx942, 98304 of 65536 bytes of shared memory. Strict: what is mended leaves the list.
+KNOWN_MISSES = {
+    "gfx942-lora_linear_bwd epilogue M=8192 N=4096 K=4096 r=256 dropout",
+    "gfx942-lora_linear_bwd epilogue M=8192 N=4096 K=4096 r=64 dropout",
+    "gfx942-lora_linear_bwd single_pass M=8192 N=4096 K=4096 r=16",
+    "gfx942-lora_linear_fwd epilogue M=8192 N=4096 K=4096 r=256 dropout",
+    "gfx942-lora_linear_fwd epilogue M=8192 N=4096 K=4096 r=64 dropout",
+    "gfx942-lora_linear_fwd single_pass r=16 dropout [128x256x32 warps 8 stages 3]",
+    "sm_100-lora_linear_fwd epilogue M=8192 N=4096 K=4096 r=256 dropout",
+    "sm_100-lora_linear_fwd epilogue M=8192 N=4096 K=4096 r=64 dropout",
+    "sm_100-lora_linear_fwd epilogue r=16 [32x64x64 warps 4 stages 4]",
+    "sm_80-lora_linear_fwd epilogue r=16 [128x256x32 warps 8 stages 3]",
+    "sm_90-lora_linear_fwd epilogue M=8192 N=4096 K=4096 r=256 dropout",
+    "sm_90-lora_linear_fwd epilogue M=8192 N=4096 K=4096 r=64 dropout",
+    "sm_90-lora_linear_fwd epilogue r=16 [16x64x128 warps 4 stages 4]",
+    "sm_90-lora_linear_fwd epilogue r=16 [32x64x64 warps 4 stages 4]",
+}
+
 
 def _parameters():
     for target in TARGETS.values():
         for call in resources.calls(target):
-            yield pytest.param(target.name, call, id=f"{target.name}-{call}")
+            name = f"{target.name}-{call}"
+            missed = pytest.mark.xfail(strict=True, reason="spills, or too much shared memory")
+            marks = [missed] if name in KNOWN_MISSES else []
+            yield pytest.param(target.name, call, id=name, marks=marks)
 
 
 def _wrong(made: Compiled, tile: dict[str, int]) -> list[str]:
