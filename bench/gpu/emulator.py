@@ -86,6 +86,8 @@ class Emulator(Executor):
         )
         self.runs.append(Emulated(launch, profile))
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
+    def product(
+        self, left: Tensor, right: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         self.products.append((left, right))
-        return left @ right
+        return super().product(left, right, bias, out)

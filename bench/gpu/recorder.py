@@ -28,9 +28,11 @@ class Recorder(Executor):
     def run(self, launch: Launch) -> None:
         self.launches.append(launch)
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
+    def product(
+        self, left: Tensor, right: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         self.products.append((left, right))
-        return left.new_empty(left.shape[0], right.shape[1])
+        return left.new_empty(left.shape[0], right.shape[1]) if out is None else out
 
 
 def record(device: Device, call: Callable[[], Any], strategy: str | None = None) -> list[Launch]:

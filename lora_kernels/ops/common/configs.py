@@ -34,9 +34,9 @@ class Device:
         matrix_flops: of 16-bit tensor cores, dense, FLOP/s.
         fp32_flops: of fp32 multiply-adds, FLOP/s; integer operations are taken at half of it.
         tma: whether tensor descriptors are copied by hardware.
-        rank_sums: whether a large product may carry the rank's sums as well, forward and backward.
-            Triton 3.9 stores them before Hopper's warpgroup products are complete in the forward,
-            and compiles none of it for Blackwell.
+        rank_sums: whether a product of 64 rows or more may carry the rank's sums as well. On
+            Blackwell what Triton 3.9 makes of it has been neither run nor emulated.
+        sum_registers: of a thread of 32 lanes, what its sums may take beside the rest.
         launch_seconds: between two dependent launches.
         tiles: the tiles to choose among where not all of `GEMM_CONFIGS`; tests force some so.
     """
@@ -49,7 +49,8 @@ class Device:
     matrix_flops: float
     fp32_flops: float
     tma: bool = False
-    rank_sums: tuple[bool, bool] = (True, True)
+    rank_sums: bool = True
+    sum_registers: int = 144
     launch_seconds: float = 3e-6
     tiles: tuple[GemmConfig, ...] | None = None
 
@@ -58,10 +59,10 @@ class Device:
 GENERIC = Device("generic", 80, 101376, 0.7e12, 2e12, 140e12, 18e12)
 DEVICES = (
     Device("A100", 108, 166912, 1.55e12, 5e12, 312e12, 19.5e12),
-    Device("H100", 132, 232448, 3.35e12, 7e12, 989e12, 67e12, tma=True, rank_sums=(False, True)),
-    Device("H200", 132, 232448, 4.8e12, 7e12, 989e12, 67e12, tma=True, rank_sums=(False, True)),
-    Device("B200", 148, 232448, 8.0e12, 10e12, 2250e12, 75e12, tma=True, rank_sums=(False, False)),
-    Device("MI300", 304, 65536, 5.3e12, 10e12, 1307e12, 163e12),
+    Device("H100", 132, 232448, 3.35e12, 7e12, 989e12, 67e12, tma=True),
+    Device("H200", 132, 232448, 4.8e12, 7e12, 989e12, 67e12, tma=True),
+    Device("B200", 148, 232448, 8.0e12, 10e12, 2250e12, 75e12, tma=True, rank_sums=False),
+    Device("MI300", 304, 65536, 5.3e12, 10e12, 1307e12, 163e12, sum_registers=128),
 )
 
 
@@ -76,7 +77,9 @@ def device_of(device: torch.device) -> Device:
     if row is None:
         capability = torch.cuda.get_device_capability(device)
         tma = torch.version.hip is None and capability >= (9, 0)
-        row = replace(GENERIC, name=properties.name, tma=tma, rank_sums=(not tma, not tma))
+        row = replace(
+            GENERIC, name=properties.name, tma=tma, rank_sums=not tma or capability < (10, 0)
+        )
     return replace(
         row,
         multiprocessors=properties.multi_processor_count,
@@ -108,10 +111,11 @@ class GemmConfig:
         # The epilogue exchanges a tile of y between the threads.
         return max(depth * tile, self.block_m * self.block_n * size)
 
-    def registers(self, block_r: int, masked: int) -> int:
-        """Of a thread's sums; a mask over the tile takes as many again while it is made."""
+    def registers(self, block_r: int, masked: int, held: int = 0) -> int:
+        """Of a thread's sums; a mask over the tile takes as many again while it is made. `held`:
+        bytes of an element of x where its tile is held beside them."""
         sums = self.block_m * (self.block_n * (1 + masked) + block_r)
-        return sums // (32 * self.warps)
+        return (sums + self.block_m * self.block_k * held // 4) // (32 * self.warps)
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,8 @@ GEMM_CONFIGS = (
 )
 # Philox4x32-7 for eight elements, an element's share, selection included: integer operations.
 PHILOX_OPERATIONS = 14.0
-# Sums that a thread can hold beside its addresses and operands, of 255 registers.
-_MAX_SUM_REGISTERS = 144
+# To decode a weight from 4 bits in a product's main loop, stored for the tensor cores.
+DECODE_OPERATIONS = 9.0
 # fp32 products are unrolled into multiply-adds: a larger tile takes minutes to compile.
 _MAX_FP32_TILE = 64 * 64 * 32
 
@@ -174,6 +178,8 @@ def is_valid(
     block_r: int = 0,
     masked: int = 0,
     tma: bool = False,
+    masked_x: bool = False,
+    quantised: bool = False,
 ) -> bool:
     """The whole set of constraints on a tile: hardware copies, shared memory and registers.
 
@@ -182,13 +188,18 @@ def is_valid(
         block_r: rank columns that the main loop carries (single_pass), else 0.
         masked: tiles of sums that a mask over the result needs beside the result's own.
         tma: whether x and w allow tensor descriptors.
+        masked_x: whether the mask of x is applied in the main loop.
+        quantised: whether the tile of W is decoded there, in registers.
     """
+    # Hopper's products then take x from registers: see `tiles.in_registers`.
+    held = size if masked_x and block_r and device.tma else 0
+    decoded = config.block_n * config.block_k // (32 * config.warps) if quantised else 0
     if size == 4 and config.block_m * config.block_n * config.block_k > _MAX_FP32_TILE:
         return False
     return (
         ((tma and device.tma) or not config.tma)
         and config.shared_bytes(size, block_r) <= device.shared_bytes
-        and config.registers(block_r, masked) <= _MAX_SUM_REGISTERS
+        and config.registers(block_r, masked, held) + decoded <= device.sum_registers
     )
 
 
@@ -259,6 +270,7 @@ def best_gemm(
     masked_x: bool = False,
     masked_y: bool = False,
     more_sums: bool = False,
+    quantised: bool = False,
     tma: bool = False,
 ) -> tuple[GemmConfig, float, int] | None:
     """The tile of the least modelled time, that time in seconds and its waves; None if none fits.
@@ -270,14 +282,18 @@ def best_gemm(
         branch: rank columns of the low-rank product that is added.
         masked_x, masked_y: whether the mask of x, or of the result, is regenerated.
         more_sums: whether the kernel holds several such products, whose sums ptxas keeps apart.
+        quantised: whether the right side is decoded from 4 bits in the main loop.
         tma: whether the operands allow tensor descriptors.
     """
     found = None
     for config in (device.tiles or GEMM_CONFIGS) if configs is None else configs:
-        if not is_valid(config, device, size, block_r, masked_y + 2 * more_sums, tma):
+        masked = masked_y + 2 * more_sums
+        if not is_valid(config, device, size, block_r, masked, tma, masked_x, quantised):
             continue
         mask = config.block_m * (k if masked_x else config.block_n if masked_y else 0)
-        seconds, waves = _gemm_seconds(m, n, k, device, size, config, block_r, branch, mask)
+        seconds, waves = _gemm_seconds(
+            m, n, k, device, size, config, block_r, branch, mask, quantised
+        )
         if found is None or seconds < found[1]:
             found = config, seconds, waves
     return found
@@ -287,10 +303,13 @@ def gemm_tiles(config: GemmConfig, m: int, n: int) -> int:
     return ceil(m / config.block_m) * ceil(n / config.block_n)
 
 
-def gemm_asked_bytes(config: GemmConfig, m: int, n: int, k: int, size: int) -> float:
+def gemm_asked_bytes(
+    config: GemmConfig, m: int, n: int, k: int, size: int, weight_size: float | None = None
+) -> float:
     """What the tiles of a product ask of L2, y included."""
     across, down = ceil(n / config.block_n), ceil(m / config.block_m)
-    return size * (across * m * k + down * n * k + m * n)
+    w = size if weight_size is None else weight_size
+    return size * (across * m * k + m * n) + w * down * n * k
 
 
 def mask_seconds(elements: float, device: Device) -> float:
@@ -308,16 +327,20 @@ def _gemm_seconds(
     block_r: int,
     branch: int,
     mask: int,
+    quantised: bool,
 ) -> tuple[float, int]:
     """Waves of tiles, each bound by the tensor cores, the mask's integers or its bytes from L2."""
     waves = ceil(gemm_tiles(config, m, n) / device.multiprocessors)
     share = device.multiprocessors
     peak = device.matrix_flops if size == 2 else device.fp32_flops
     flops = 2.0 * config.block_m * ((config.block_n + block_r) * k + branch * config.block_n)
-    asked = size * (config.block_m + config.block_n + block_r) * k
+    weight = 0.5625 if quantised else size
+    asked = (size * (config.block_m + block_r) + weight * config.block_n) * k
     busy = flops / peak + mask_seconds(mask, device)
+    if quantised:
+        busy += config.block_n * k * DECODE_OPERATIONS / (device.fp32_flops / 2)
     tile_seconds = share * max(busy, asked / device.l2_bandwidth)
-    dram = size * (m * k + n * k + m * n) / device.bandwidth
+    dram = (size * (m * k + m * n) + weight * n * k) / device.bandwidth
     return max(waves * tile_seconds, dram) + device.launch_seconds, waves
 
 

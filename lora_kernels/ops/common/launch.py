@@ -57,9 +57,13 @@ class Executor:
     def run(self, launch: Launch) -> None:
         launch.kernel[launch.grid](**launch.args, num_warps=launch.warps, num_stages=launch.stages)
 
-    def product(self, left: Tensor, right: Tensor) -> Tensor:
-        """left·right by the vendor's GEMM."""
-        return left @ right
+    def product(
+        self, left: Tensor, right: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """left·right + bias by the vendor's GEMM, into `out` where given."""
+        if bias is not None:
+            return torch.addmm(bias, left, right, out=out)
+        return torch.mm(left, right, out=out)
 
 
 class _Interpreter(Executor):
@@ -138,7 +142,8 @@ def register_triton(op: str, module: str, supports: Callable[..., str | None]) -
     triton, is imported at the first call."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        device = next(t.device for t in args if isinstance(t, Tensor))
+        tensors = (t for a in args for t in (a if isinstance(a, list | tuple) else (a,)))
+        device = next(t.device for t in tensors if isinstance(t, Tensor))
         function = getattr(importlib.import_module(module), op)
         if device.type == "cpu":
             return function(*args, **kwargs)

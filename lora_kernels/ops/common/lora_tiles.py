@@ -7,7 +7,8 @@ added to the pointers once. All sums are fp32.
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast, dot, keep_tile
+from lora_kernels.ops.common.nf4_tiles import weight_tile
+from lora_kernels.ops.common.tiles import cast, dot, in_registers, keep_tile
 
 
 @triton.jit
@@ -31,24 +32,37 @@ def branch_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    factor=None,
+    p_col=None,
+    stride_col=1,
 ):
-    """b_sum + (rank ∘ t)·u [BM, BN] of t[M, R] u[R, N] rank[R], operands rounded to DTYPE."""
+    """b_sum + (factor · rank ∘ t)·(u ∘ col) [BM, BN] of t[M, R] u[R, N] rank[R] col[N], operands
+    rounded to DTYPE; factors that are None are 1."""
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     m_m = o_m < M - m0
     m_n = o_n < N - n0
     p_t += m0.to(tl.int64) * stride_tm
     p_u += n0.to(tl.int64) * stride_un
-    for r0 in range(0, R, BR):
+    # One stage: these few loads are not worth the shared memory and registers of a pipeline.
+    for r0 in tl.range(0, R, BR, num_stages=1):
         o_r = r0 + tl.arange(0, BR)
         m_r = o_r < R
         o_t = o_m[:, None] * stride_tm + o_r[None, :] * stride_tr
         o_u = o_r[:, None] * stride_ur + o_n[None, :] * stride_un
         b_t = tl.load(p_t + o_t, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
         b_u = tl.load(p_u + o_u, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [BR, BN]
+        if p_col is not None:
+            b_col = tl.load(p_col + (n0 + o_n) * stride_col, mask=m_n, other=0.0)  # [BN]
+            b_u = b_u.to(tl.float32) * b_col[None, :].to(tl.float32)
         if p_rank is not None:
             b_rank = tl.load(p_rank + o_r * stride_rank, mask=m_r, other=0.0)  # [BR]
             b_t = b_t.to(tl.float32) * b_rank[None, :].to(tl.float32)
+        if factor is not None:
+            b_t = b_t.to(tl.float32) * factor
+            if tl.float32 != DTYPE:  # what rounding takes from t, which was rounded before
+                b_rest = b_t - cast(b_t, DTYPE).to(tl.float32)
+                b_sum = dot(cast(b_rest, DTYPE), cast(b_u, DTYPE), b_sum, PRECISION)
         b_sum = dot(cast(b_t, DTYPE), cast(b_u, DTYPE), b_sum, PRECISION)
     return b_sum
 
@@ -88,28 +102,41 @@ def product_tile(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
+    HOLD_X: tl.constexpr = False,
+    CHUNK: tl.constexpr = 0,
+    p_absmax=None,
+    p_nested=None,
+    p_map=None,
+    p_offset=None,
+    p_table=None,
+    nested_size=0,
+    block_size=0,
 ):
     """b_y + x·w, and where OWN_BRANCH b_s + keep(x)·(row ∘ q) from the same tiles of x.
 
     Shapes: x[M, K] w[K, N] q[K, R] row[K]; b_y[BM, BN] b_s[BM, BR]. With TMA x and w are
     descriptors; w's box is [BN, BK] where W_ROWS (its rows run along K), else [BK, BN].
+    HOLD_X: see `in_registers`. CHUNK > 0: w is 4-bit, its codes and scales as in `weight_tile`.
     """
     o_k = tl.arange(0, BK)
     p_x = x
     p_w = w
     p_q_tile = p_q
+    if CHUNK > 0:
+        b_table = tl.load(p_table + tl.arange(0, 16))
     if not TMA:
         # What lies past the last row or column is that row or column again, never stored.
         o_m = tl.minimum(tl.arange(0, BM), M - 1 - m0)
         o_n = tl.arange(0, BN)
         p_x = x + m0.to(tl.int64) * stride_xm
         p_x += o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
-        if W_ROWS:
-            o_n = tl.minimum(o_n, N - 1 - n0)
-            p_w = w + n0.to(tl.int64) * stride_wn
-        else:  # neighbours stay neighbours under a remainder, which wide loads need
-            o_n = ((n0 + o_n) % N).to(tl.int64)
-        p_w += o_k[:, None] * stride_wk + o_n[None, :] * stride_wn
+        if CHUNK == 0:
+            if W_ROWS:
+                o_n = tl.minimum(o_n, N - 1 - n0)
+                p_w = w + n0.to(tl.int64) * stride_wn
+            else:  # neighbours stay neighbours under a remainder, which wide loads need
+                o_n = ((n0 + o_n) % N).to(tl.int64)
+            p_w += o_k[:, None] * stride_wk + o_n[None, :] * stride_wn
     if OWN_BRANCH:
         o_r = tl.arange(0, BR) % R
         p_q_tile = p_q + o_k[:, None] * stride_qk + o_r[None, :] * stride_qr
@@ -117,20 +144,35 @@ def product_tile(
         m_k = o_k < K - k0
         if TMA:
             b_x = x.load([m0, k0])  # [BM, BK]
+        elif EVEN_K:
+            b_x = tl.load(p_x)
+        else:
+            b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
+        if CHUNK > 0:
             if W_ROWS:
-                b_w = w.load([n0, k0]).T  # [BK, BN]
+                b_w = weight_tile(
+                    w, p_absmax, p_nested, p_map, p_offset, b_table, nested_size, block_size, n0,
+                    k0, N, K, DTYPE, BN, BK, CHUNK,
+                ).T  # [BK, BN]  # fmt: skip
+            else:
+                b_w = weight_tile(
+                    w, p_absmax, p_nested, p_map, p_offset, b_table, nested_size, block_size, k0,
+                    n0, K, N, DTYPE, BK, BN, CHUNK,
+                )  # fmt: skip
+        elif TMA:
+            if W_ROWS:
+                b_w = w.load([n0, k0]).T
             else:
                 b_w = w.load([k0, n0])
+        elif EVEN_K:
+            b_w = tl.load(p_w)
         else:
-            if EVEN_K:
-                b_x = tl.load(p_x)
-                b_w = tl.load(p_w)
-            else:
-                b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
-                b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
+            b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
+        if not TMA:
             p_x += BK * stride_xk
-            p_w += BK * stride_wk
-        b_y = dot(b_x, b_w, b_y, PRECISION)
+            if CHUNK == 0:
+                p_w += BK * stride_wk
+        b_y = dot(in_registers(b_x) if HOLD_X else b_x, b_w, b_y, PRECISION)
         if OWN_BRANCH:
             if EVEN_K:
                 b_q = tl.load(p_q_tile)  # [BK, BR]

@@ -41,6 +41,9 @@ MAX_SINGLE_PASS_RANK = 64
 # Rank columns of one pass over dy that makes both ds and dB.
 MAX_ONE_READ_RANK = 64
 
+# What a 4-bit W is decoded into a slab at a time for the vendor's product: within the L2 of an
+# A100 and of an H100, so that it is read from there.
+WORKSPACE_BYTES = 32 << 20
 # Rows from which a tile is a warpgroup's product.
 WARPGROUP_ROWS = 64
 
@@ -78,6 +81,7 @@ class Problem:
         dtype: of x and W.
         dropout: whether the mask is regenerated.
         tma: whether x (or dy) and W allow tensor descriptors.
+        quantised: whether W is 4-bit, decoded in the kernel.
         projections: of one x, side by side; each masks a sum of its own.
     """
 
@@ -88,6 +92,7 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
     dropout: bool = False
     tma: bool = True
+    quantised: bool = False
     projections: int = 1
 
     @property
@@ -97,6 +102,15 @@ class Problem:
     @property
     def block_r(self) -> int:
         return block_rank(self.r)
+
+    @property
+    def weight_size(self) -> float:
+        """Bytes of a weight; 4-bit ones with their fp32 scales at the usual block of 64."""
+        return 0.5 + 4 / 64 if self.quantised else self.size
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.weight_size * self.n * self.k
 
 
 @dataclass(frozen=True)
@@ -171,6 +185,8 @@ def _forward(strategy: str, p: Problem, device: Device) -> Estimate:
     """y [m, n] = x [m, k]·Wᵀ with its branch."""
     if strategy == "single_pass":
         return _single_pass(p, p.n, p.k, device, masked_x=p.dropout)
+    if p.r == 0:
+        return (_addmm if strategy == "addmm" else _epilogue)(p, p.n, p.k, device, NOTHING)
     config = thin_rows(p.m, p.k, device, p.block_r, p.size)
     moved = p.size * (p.m * p.k + p.r * p.k + p.m * p.r) + _parts(config.spans, p.m * p.r)
     mask = mask_seconds(p.m * p.k, device) if p.dropout else 0.0
@@ -182,6 +198,8 @@ def _forward(strategy: str, p: Problem, device: Device) -> Estimate:
 
 def _backward(strategy: str, p: Problem, device: Device) -> Estimate:
     """dx [m, k] = dy [m, n]·W with its branch, then dA and dB."""
+    if p.r == 0 and strategy != "single_pass":
+        return (_addmm if strategy == "addmm" else _epilogue)(p, p.k, p.n, device, NOTHING)
     alone = strategy != "single_pass"
     columns = p.k if alone else p.k + p.n
     config = thin_columns(p.m, columns, device, p.block_r, p.size)
@@ -190,7 +208,7 @@ def _backward(strategy: str, p: Problem, device: Device) -> Estimate:
     mask = mask_seconds(p.m * p.k, device) if p.dropout else 0.0
     outer = _work(2 if config.spans > 1 else 1, moved, device, mask)
     if strategy == "single_pass":
-        return _single_pass(p, p.k, p.n, device, masked_y=p.dropout, backward=True, beside=outer)
+        return _single_pass(p, p.k, p.n, device, masked_y=p.dropout, beside=outer)
     if p.r <= MAX_ONE_READ_RANK:
         parts_n, parts_m = one_read_parts(p.m, p.n, device)
         read: float = p.size * (p.m * p.n + p.m * p.r + p.n * p.r)
@@ -221,15 +239,16 @@ def _single_pass(
     *,
     masked_x: bool = False,
     masked_y: bool = False,
-    backward: bool = False,
     beside: Work = NOTHING,
 ) -> Estimate:
     """A GEMM [m, n] over k that makes its own s or ds."""
     br, size = p.block_r, p.size
+    if p.r == 0:
+        return _refused("single_pass", "has no branch")
     if p.r > MAX_SINGLE_PASS_RANK:
         return _refused("single_pass", f"takes ranks up to {MAX_SINGLE_PASS_RANK}")
     tiles_allowed = device.tiles or GEMM_CONFIGS
-    if not device.rank_sums[backward]:
+    if not device.rank_sums:
         tiles_allowed = tuple(t for t in tiles_allowed if t.block_m < WARPGROUP_ROWS)
     found = best_gemm(
         p.m,
@@ -243,14 +262,15 @@ def _single_pass(
         masked_x=masked_x,
         masked_y=masked_y,
         more_sums=p.projections > 1,
+        quantised=p.quantised,
         tma=p.tma,
     )
     if found is None:
         return _refused("single_pass", "no tile fits the device")
     config, seconds, waves = found
     tiles = gemm_tiles(config, p.m, n)
-    dram = size * (p.m * k + n * k + p.m * n + p.m * p.r + p.r * (n + k))
-    asked = gemm_asked_bytes(config, p.m, n, k, size)
+    dram = size * (p.m * k + p.m * n + p.m * p.r + p.r * (n + k)) + p.weight_bytes
+    asked = gemm_asked_bytes(config, p.m, n, k, size, p.weight_size)
     asked += size * (tiles * br * (k + config.block_n) + p.m * p.r)
     flops = 2.0 * tiles * config.block_m * (config.block_n * (k + br) + br * k)
     return _estimate("single_pass", config, beside, dram, asked, flops, waves, seconds)
@@ -270,14 +290,15 @@ def _epilogue(
         branch=padded,
         masked_y=masked_y,
         more_sums=p.projections > 1,
+        quantised=p.quantised,
         tma=p.tma,
     )
     if found is None:
         return _refused("epilogue", "no tile fits the device")
     config, seconds, waves = found
     tiles = gemm_tiles(config, p.m, n)
-    dram = size * (p.m * k + n * k + p.m * n + p.m * p.r + n * p.r)
-    asked = gemm_asked_bytes(config, p.m, n, k, size)
+    dram = size * (p.m * k + p.m * n + p.m * p.r + n * p.r) + p.weight_bytes
+    asked = gemm_asked_bytes(config, p.m, n, k, size, p.weight_size)
     asked += size * padded * tiles * (config.block_m + config.block_n)
     flops = 2.0 * tiles * config.block_m * config.block_n * (k + padded)
     return _estimate("epilogue", config, beside, dram, asked, flops, waves, seconds)
@@ -289,12 +310,24 @@ def _addmm(p: Problem, n: int, k: int, device: Device, beside: Work) -> Estimate
     found = best_gemm(p.m, n, k, device, size, tma=p.tma)
     if found is None:
         return _refused("addmm", "no tile fits the device")
-    product = size * (p.m * k + n * k + p.m * n)
-    branch = size * (2 * p.m * n + p.m * p.r + n * p.r)
-    seconds = found[1] + branch / device.bandwidth + device.launch_seconds
-    flops = 2.0 * p.m * n * (k + p.block_r)
-    beside += Work(1)
-    return _estimate("addmm", None, beside, product + branch, product + branch, flops, 1, seconds)
+    slabs = ceil(p.n * p.k * size / WORKSPACE_BYTES) if p.quantised else 0
+    if slabs > 1 and p.k % 32:
+        return _refused("addmm", "decodes slabs of rows that are multiples of 32")
+    product = size * (p.m * k + p.m * n) + p.weight_bytes
+    seconds = found[1]
+    if p.quantised:  # written to L2 and read from there
+        seconds += max(
+            p.weight_bytes / device.bandwidth, 2 * size * p.n * p.k / device.l2_bandwidth
+        )
+        seconds += (2 * slabs - 1) * device.launch_seconds
+    branch = size * (2 * p.m * n + p.m * p.r + n * p.r) if p.r else 0
+    if p.r:
+        seconds += branch / device.bandwidth + device.launch_seconds
+        beside += Work(1)
+    launches = max(0, 2 * slabs - 1)
+    flops = 2.0 * p.m * n * (k + (p.block_r if p.r else 0))
+    moved = product + branch
+    return _estimate("addmm", None, beside + Work(launches), moved, moved, flops, 1, seconds)
 
 
 def _estimate(

@@ -47,6 +47,18 @@ def cast(b_value, dtype: tl.constexpr):
 
 
 @triton.jit
+def in_registers(b_value):
+    """b_value of 16 bits, for a product on Hopper whose left side must come from registers.
+
+    Triton 3.9 keeps one buffer too few of a tile that a warpgroup's product reads from shared
+    memory while something else loads it into registers.
+    """
+    if _INTERPRETED or b_value.dtype.primitive_bitwidth != 16:
+        return b_value
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_value], b_value.dtype, True, 2)
+
+
+@triton.jit
 def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of a tile, numbered so that neighbours in time share rows and columns of L2:
     GROUP tile rows are walked column by column."""

@@ -22,6 +22,9 @@ class Dropout:
         self.stream = stream
 
 
+NO_DROPOUT = Dropout(0.0, None, 0)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: as torch's own products are."""
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
@@ -46,8 +49,8 @@ def descriptor(t: Tensor, box: list[int]) -> Any:
     return TensorDescriptor.from_tensor(t, box)
 
 
-def stride(t: Tensor | None) -> int:
-    return 1 if t is None else t.stride(0)
+def stride(t: Tensor | None, dim: int = 0) -> int:
+    return 1 if t is None else t.stride(dim)
 
 
 def run(kernel: object, grid: tuple[int, ...], warps: int, stages: int, **args: object) -> None:

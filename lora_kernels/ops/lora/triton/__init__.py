@@ -23,7 +23,7 @@ def _fwd(
     out_diag: Tensor | None,
     stream: int = 0,
 ) -> str | None:
-    return refuse_triton([x, a, b, bias, rank_diag, out_diag], base)
+    return refuse_triton([x, a, b, bias, rank_diag, out_diag])
 
 
 def _bwd(
@@ -42,7 +42,7 @@ def _bwd(
     needs: Sequence[bool],
     stream: int = 0,
 ) -> str | None:
-    return refuse_triton([x, dy, s, a, b, rank_diag, out_diag], base)
+    return refuse_triton([x, dy, s, a, b, rank_diag, out_diag])
 
 
 def _mask(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> str | None:

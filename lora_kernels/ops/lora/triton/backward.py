@@ -17,10 +17,12 @@ from lora_kernels.ops.common.strategies import (
 from lora_kernels.ops.common.thin.grad_pass import grad_pass
 from lora_kernels.ops.common.thin.outer import outer
 from lora_kernels.ops.common.thin.shrink import shrink
-from lora_kernels.ops.common.triton_host import Dropout, takes_tma
+from lora_kernels.ops.common.triton_host import NO_DROPOUT, Dropout
 from lora_kernels.ops.lora.triton.diagonals import diagonals as diagonal_grads
 from lora_kernels.ops.lora.triton.forward import ADD_CONFIG
 from lora_kernels.ops.lora.triton.gemm import gemm
+from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.nf4.triton.product import product_t
 
 
 def lora_linear_bwd(
@@ -40,13 +42,13 @@ def lora_linear_bwd(
     stream: int = 0,
 ) -> tuple[Tensor, ...]:
     """The derivation stands in `api.py`; which launches, `strategies.py` says."""
-    w = base[0]
+    w = Weight(base, meta)
     m, n, k, r = dy.shape[0], dy.shape[1], x.shape[1], a.shape[0]
     want_x, want_a, want_b, want_bias, want_rank, want_out, want_w = needs
     dropout = Dropout(dropout_p, seed, stream)
     device = planned_device(dy.device)
     size = dy.element_size()
-    problem = Problem(m, n, k, r, dy.dtype, dropout.on, takes_tma(dy, w))
+    problem = Problem(m, n, k, r, dy.dtype, dropout.on, w.takes_tma(dy), w.quantised)
     plan = choose("lora_linear_bwd", problem, device)
     grads = [dy.new_empty(0, dtype=t.dtype) for t in _like(x, a, b, rank_diag, out_diag)]
     if want_a:
@@ -89,12 +91,12 @@ def lora_linear_bwd(
                 b,
                 ds,
                 factor=scale,
-                dropout=Dropout(0.0, None, 0),
+                dropout=NO_DROPOUT,
                 rank=rank_diag,
                 row=out_diag,
             )
     if want_x:
-        grads[0] = executor().product(dy, w) if plan.strategy == "addmm" else dy.new_empty((m, k))
+        grads[0] = product_t(dy, w) if plan.strategy == "addmm" else dy.new_empty((m, k))
         gemm(
             plan.strategy,
             plan.config or ADD_CONFIG,

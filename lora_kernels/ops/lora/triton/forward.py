@@ -13,9 +13,11 @@ from lora_kernels.ops.common.launch import Launch, executor, planned_device
 from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.common.strategies import Problem, choose
 from lora_kernels.ops.common.thin.shrink import shrink
-from lora_kernels.ops.common.triton_host import Dropout, takes_tma
+from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.lora.triton.dropout import _dropout_mask_kernel
 from lora_kernels.ops.lora.triton.gemm import gemm
+from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.nf4.triton.product import product
 
 # The pass that adds the branch to the vendor's product.
 ADD_CONFIG = GemmConfig(64, 64, 16, 4, 1)
@@ -36,12 +38,12 @@ def lora_linear_fwd(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] and s [M, R]; which launches, `strategies.py` says."""
-    w = base[0]
-    m, k, n, r = x.shape[0], x.shape[1], w.shape[0], a.shape[0]
+    w = Weight(base, meta)
+    m, k, n, r = x.shape[0], x.shape[1], meta[0], a.shape[0]
     dropout = Dropout(dropout_p, seed, stream)
     device = planned_device(x.device)
     s = x.new_empty((m, r))
-    problem = Problem(m, n, k, r, x.dtype, dropout.on, takes_tma(x, w))
+    problem = Problem(m, n, k, r, x.dtype, dropout.on, w.takes_tma(x), w.quantised)
     plan = choose("lora_linear_fwd", problem, device)
     if plan.strategy != "single_pass" or n == 0:
         shrink(
@@ -53,7 +55,7 @@ def lora_linear_fwd(
             dropout=dropout,
         )
     if plan.strategy == "addmm":
-        y = executor().product(x, w.T)
+        y = product(x, w)
     else:
         y = x.new_empty((m, n))
     gemm(

@@ -1,0 +1,39 @@
+"""nf4_linear_fwd and nf4_linear_bwd by the Triton kernels: the LoRA product without its branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.common.strategies import Problem, choose
+from lora_kernels.ops.lora.triton.gemm import gemm
+from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.nf4.triton.product import product, product_t
+
+
+def nf4_linear_fwd(
+    x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    """y = x·Wᵀ + bias, decoded in the product or a slab before it, as `strategies.py` says."""
+    w, device = Weight(base, meta), planned_device(x.device)
+    problem = Problem(x.shape[0], meta[0], meta[1], 0, x.dtype, False, w.takes_tma(x), True)
+    plan = choose("lora_linear_fwd", problem, device)
+    if plan.config is None:
+        return product(x, w, bias)
+    y = x.new_empty((x.shape[0], meta[0]))
+    gemm("base", plan.config, device, x, w, y, None, None, None, bias=bias, backward=False)
+    return y
+
+
+def nf4_linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
+    """dx = dy·W."""
+    w, device = Weight(base, meta), planned_device(dy.device)
+    problem = Problem(dy.shape[0], meta[0], meta[1], 0, dy.dtype, False, w.takes_tma(dy), True)
+    plan = choose("lora_linear_bwd", problem, device)
+    if plan.config is None:
+        return product_t(dy, w)
+    dx = dy.new_empty((dy.shape[0], meta[1]))
+    gemm("base", plan.config, device, dy, w, dx, None, None, None, backward=True)
+    return dx
