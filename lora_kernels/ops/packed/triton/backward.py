@@ -8,15 +8,15 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import GemmConfig, gemm_tiles, thin_columns, thin_rows
+from lora_kernels.ops.common.configs import GemmConfig, gemm_tiles, thin_columns
 from lora_kernels.ops.common.launch import executor, planned_device
-from lora_kernels.ops.common.strategies import Problem
-from lora_kernels.ops.common.thin.outer import outer
-from lora_kernels.ops.common.thin.shrink import shrink
+from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run
 from lora_kernels.ops.packed.schema import rank_slices, unpack_needs
-from lora_kernels.ops.packed.triton.forward import PER_LAUNCH, groups, numbered, plan_config
 from lora_kernels.ops.packed.triton.gemm import _packed_grad_x_kernel
+from lora_kernels.ops.packed.triton.grad_pass import packed_grad_pass
+from lora_kernels.ops.packed.triton.groups import groups, numbered
+from lora_kernels.ops.packed.triton.plan import plan_config
 from lora_kernels.ops.packed.triton.thin import _packed_grad_a_kernel
 
 
@@ -37,51 +37,52 @@ def lora_packed_bwd(
     m, k = x.shape
     want_x, wants = unpack_needs(needs, len(a))
     columns = list(rank_slices(a))
-    device = planned_device(x.device)
-    ds = x.new_empty((m, columns[-1].stop))
+    s = s if s.stride(1) == 1 else s.contiguous()
     dx = x.new_empty((m, k) if want_x else 0)
     da = [_empty(t, want[0]) for t, want in zip(a, wants, strict=True)]
+    db = [_empty(t, want[1]) for t, want in zip(b, wants, strict=True)]
+    dbias = [x.new_empty(w.shape[0] if want[2] else 0) for w, want in zip(base, wants, strict=True)]
     for group in groups(len(a)):
         part = slice(group.start, group.stop)
-        own = ds[:, columns[group.start].start : columns[group[-1]].stop]
         dropout = Dropout(dropout_p, seed, group.start)
         r = max(t.shape[0] for t in a[part])
         strategy, config = plan_config("lora_linear_bwd", dy[part], base[part], r, dropout.on)
         single_pass = want_x and strategy == "single_pass" and k > 0
-        if not single_pass and (want_x or any(want[0] for want in wants[part])):
-            for i in group:
-                thin = thin_rows(m, dy[i].shape[1], device, _block_r(a[i]), x.element_size())
-                none = Dropout(0.0, None, 0)
-                shrink(thin, dy[i], b[i], ds[:, columns[i]], factor=scales[i], dropout=none)
+        want_a = any(want[0] for want in wants[part])
+        # One after the other, the rows of each whole.
+        flat = x.new_empty(m * sum(t.shape[0] for t in a[part]))
+        ds = list(flat.split([m * t.shape[0] for t in a[part]]))
+        made = single_pass or not (want_x or want_a)
+        for asked_b in (True, False):
+            some = [i for i in group if wants[i][1] == asked_b]
+            if not some or (made and not asked_b):
+                continue
+            # A bias's gradient without dB's is a sum of torch.
+            asked_bias = asked_b and any(wants[i][2] for i in some)
+            packed_grad_pass(
+                [dy[i] for i in some],
+                [s[:, columns[i]] for i in some],
+                [b[i] for i in some],
+                [scales[i] for i in some],
+                None if made else [ds[i - group.start] for i in some],
+                [db[i] for i in some] if asked_b else None,
+                [dbias[i] if wants[i][2] else x.new_empty(dy[i].shape[1]) for i in some]
+                if asked_bias
+                else None,
+            )
         if want_x:
             more = x.new_empty((m, k)) if group.start else dx
             _grad_x(
-                dy[part], base[part], more, own, a[part], b[part], scales[part], dropout, config,
+                dy[part], base[part], more, flat, a[part], b[part], scales[part], dropout, config,
                 single_pass,
             )  # fmt: skip
             if group.start:
                 dx += more
-        if any(want[0] for want in wants[part]):
-            _grad_a(x, own, a[part], [da[i] if wants[i][0] else None for i in group], dropout)
+        if want_a:
+            _grad_a(x, flat, a[part], [da[i] if wants[i][0] else None for i in group], dropout)
 
-    db = [_empty(t, want[1]) for t, want in zip(b, wants, strict=True)]
-    dbias = [x.new_empty(w.shape[0] if want[2] else 0) for w, want in zip(base, wants, strict=True)]
     for i, (_, want_b, want_bias, _) in enumerate(wants):
-        if want_b:
-            n = dy[i].shape[1]
-            outer(
-                thin_columns(m, n, device, _block_r(a[i]), x.element_size()),
-                None,
-                None,
-                dy[i],
-                s[:, columns[i]],
-                None,
-                db[i],
-                dbias[i] if want_bias else None,
-                factor_b=scales[i],
-                dropout=Dropout(0.0, None, 0),
-            )
-        elif want_bias:
+        if want_bias and not want_b:
             torch.sum(dy[i], 0, out=dbias[i])
     dw = [
         executor().product(g.T, x) if want[3] else x.new_empty(0)
@@ -92,10 +93,6 @@ def lora_packed_bwd(
 
 def _empty(t: Tensor, wanted: bool) -> Tensor:
     return t.new_empty(t.shape if wanted else 0)
-
-
-def _block_r(a: Tensor) -> int:
-    return Problem(1, 1, 1, a.shape[0]).block_r
 
 
 def _grad_x(
@@ -129,7 +126,7 @@ def _grad_x(
         keep_scale=dropout.keep_scale,
         threshold=dropout.threshold,
         first_stream=dropout.stream,
-        stride_ds=ds.stride(0),
+        count=len(dy),
         programs=programs,
         SINGLE_PASS=single_pass,
         DROPOUT=dropout.on,
@@ -139,7 +136,7 @@ def _grad_x(
         BM=config.block_m,
         BN=config.block_n,
         BK=config.block_k,
-        BR=max(_block_r(t) for t in a),
+        BR=block_rank(max(t.shape[0] for t in a)),
         GROUP=config.group,
         **numbered(
             [
@@ -161,14 +158,7 @@ def _grad_x(
                     "stride_un": a[i].stride(1),
                 }
                 for i, t in enumerate(dy)
-            ],
-            {
-                **dict.fromkeys(("dy", "w", "p_q", "p_u")),
-                **dict.fromkeys(("K", "R", "stride_dym", "stride_dyn", "stride_wk"), 0),
-                **dict.fromkeys(("stride_wn", "stride_qk", "stride_qr", "stride_ur"), 0),
-                "stride_un": 0,
-                "scale": 0.0,
-            },
+            ]
         ),
     )
 
@@ -178,15 +168,13 @@ def _grad_a(
 ) -> None:
     """Every da_i that is asked, in one pass over x."""
     m, k = x.shape
-    br = max(_block_r(t) for t in a)
+    r = max(t.shape[0] for t in a)
+    br = block_rank(r)
     config = thin_columns(m, k, planned_device(x.device), br, x.element_size())
-    absent = PER_LAUNCH - len(a)
-    ranks = [t.shape[0] for t in a] + [0] * absent
-    outputs = [*da, *([None] * absent)]
     run(
         _packed_grad_a_kernel,
-        (ceil(k / config.block), ceil(max(ranks) / br)),
-        config.warps,
+        (ceil(k / config.block), ceil(r / br)),
+        8 if br > 32 and config.block == 64 else config.warps,
         min(config.stages, 3),
         p_x=x,
         p_ds=ds,
@@ -198,12 +186,13 @@ def _grad_a(
         first_stream=dropout.stream,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_ds=ds.stride(0),
         DROPOUT=dropout.on,
         PRECISION=precision(x.dtype),
         BC=config.block,
         BM=config.step,
         BR=br,
-        **{f"R_{i}": r for i, r in enumerate(ranks)},
-        **{f"p_da_{i}": t for i, t in enumerate(outputs)},
+        **numbered(
+            [{"R": t.shape[0], "p_da": out} for t, out in zip(a, da, strict=True)],
+            {"R": 0, "p_da": None},
+        ),
     )

@@ -2,56 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import ceil
 
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import GemmConfig, thin_rows
 from lora_kernels.ops.common.launch import planned_device
-from lora_kernels.ops.common.strategies import Problem, choose
+from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.triton_host import (
     Dropout,
     descriptor,
     precision,
     run,
     stride,
-    takes_tma,
 )
 from lora_kernels.ops.packed.schema import rank_slices
 from lora_kernels.ops.packed.triton.gemm import _packed_forward_kernel
+from lora_kernels.ops.packed.triton.groups import ends, groups, numbered
+from lora_kernels.ops.packed.triton.plan import plan_config
 from lora_kernels.ops.packed.triton.thin import _packed_shrink_kernel
-
-PER_LAUNCH = 3  # projections
-
-
-def groups(count: int) -> Iterator[range]:
-    """The projections of each launch."""
-    for first in range(0, count, PER_LAUNCH):
-        yield range(first, min(first + PER_LAUNCH, count))
-
-
-def numbered(values: Sequence[dict[str, object]], absent: dict[str, object]) -> dict[str, object]:
-    """Arguments of each projection as the kernels name them: name_0, name_1, name_2."""
-    slots = [*values, *([absent] * (PER_LAUNCH - len(values)))]
-    return {f"{name}_{i}": v for i, slot in enumerate(slots) for name, v in slot.items()}
-
-
-def plan_config(
-    op: str, rows: Sequence[Tensor], weights: Sequence[Tensor], r: int, dropout: bool
-) -> tuple[str, GemmConfig]:
-    """Strategy and tile: the cost model's for one layer with all projections side by side.
-
-    There is no vendor product to add to, so where that is the cheapest the better of the other two
-    is taken.
-    """
-    x = rows[0]
-    n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
-    tma = takes_tma(*rows, *weights)
-    problem = Problem(x.shape[0], n, k, r, x.dtype, dropout, tma, projections=len(weights))
-    plan = choose(op, problem, planned_device(x.device), without="addmm")
-    assert plan.config is not None
-    return plan.strategy, plan.config
 
 
 def lora_packed_fwd(
@@ -79,25 +49,26 @@ def lora_packed_fwd(
         strategy, config = plan_config("lora_linear_fwd", [x], base[part], r, dropout.on)
         single_pass = strategy == "single_pass" and all(t.numel() > 0 for t in y[part])
         if not single_pass:
-            shrink(x, a[part], own, dropout)
-        project(
+            _shrink(x, a[part], own, dropout)
+        _project(
             x, base[part], y[part], own, a[part], b[part], bias[part], scales[part], dropout,
             config, single_pass,
         )  # fmt: skip
     return y, s
 
 
-def shrink(x: Tensor, a: Sequence[Tensor], s: Tensor, dropout: Dropout) -> None:
+def _shrink(x: Tensor, a: Sequence[Tensor], s: Tensor, dropout: Dropout) -> None:
     """The s_i side by side, in one pass over x."""
     m, k = x.shape
     size = x.element_size()
-    br = Problem(m, 1, k, max(t.shape[0] for t in a)).block_r
+    r = max(t.shape[0] for t in a)
+    br = block_rank(r)
     config = thin_rows(m, k, planned_device(x.device), br, size)
     step = min(config.step, 64)  # three partners are in flight with x
     run(
         _packed_shrink_kernel,
-        (ceil(m / config.block), ceil(max(t.shape[0] for t in a) / br)),
-        config.warps,
+        (ceil(m / config.block), ceil(r / br)),
+        8 if br > 32 and config.block == 64 else config.warps,
         min(config.stages, 3),
         p_x=x,
         p_s=s,
@@ -125,7 +96,7 @@ def shrink(x: Tensor, a: Sequence[Tensor], s: Tensor, dropout: Dropout) -> None:
     )
 
 
-def project(
+def _project(
     x: Tensor,
     weights: Sequence[Tensor],
     y: Sequence[Tensor],
@@ -141,9 +112,11 @@ def project(
     """Every y_i in one launch; s is made there where single_pass, and read otherwise."""
     m, k = x.shape
     device = planned_device(x.device)
-    tiles = ceil(m / config.block_m) * sum(ceil(t.shape[1] / config.block_n) for t in y)
+    end = ends([t.shape[1] for t in y], config.block_n)
+    tiles = ceil(m / config.block_m) * end[-1]
     programs = min(tiles, device.multiprocessors) if config.tma else tiles
     box = [config.block_n, config.block_k]
+    some_bias = next((t for t in bias if t is not None), None)
     run(
         _packed_forward_kernel,
         (programs,),
@@ -160,16 +133,21 @@ def project(
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
         stride_sm=s.stride(0),
+        end_0=end[0],
+        end_1=end[1],
+        end_2=end[2],
         programs=programs,
         SINGLE_PASS=single_pass,
         DROPOUT=dropout.on,
+        BIAS=some_bias is not None,
         TMA=config.tma,
         EVEN_K=k % config.block_k == 0,
+        HOLD_X=device.tma and dropout.on and single_pass,
         PRECISION=precision(x.dtype),
         BM=config.block_m,
         BN=config.block_n,
         BK=config.block_k,
-        BR=Problem(m, 1, k, max(t.shape[0] for t in a)).block_r,
+        BR=block_rank(max(t.shape[0] for t in a)),
         GROUP=config.group,
         **numbered(
             [
@@ -178,9 +156,10 @@ def project(
                     "p_y": y[i],
                     "p_q": a[i],
                     "p_u": b[i],
-                    "p_bias": bias[i],
+                    "p_bias": some_bias if bias[i] is None else bias[i],
                     "N": w.shape[0],
                     "R": a[i].shape[0],
+                    "biased": 0 if bias[i] is None else w.shape[0],
                     "scale": float(scales[i]),
                     "stride_wk": w.stride(1),
                     "stride_wn": w.stride(0),
@@ -191,12 +170,6 @@ def project(
                     "stride_bias": stride(bias[i]),
                 }
                 for i, w in enumerate(weights)
-            ],
-            {
-                **dict.fromkeys(("w", "p_y", "p_q", "p_u", "p_bias")),
-                **dict.fromkeys(("N", "R", "stride_wk", "stride_wn", "stride_qk", "stride_qr"), 0),
-                **dict.fromkeys(("stride_ur", "stride_un", "stride_bias"), 0),
-                "scale": 0.0,
-            },
+            ]
         ),
     )

@@ -128,7 +128,6 @@ def _grad_a_step(
     c0,
     threshold,
     stream,
-    stride_ds,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -139,7 +138,7 @@ def _grad_a_step(
     """b_da + keep(b_x)·ds of one step of M; b_x[BC, BM]."""
     o_m = m0 + tl.arange(0, BM)
     o_r = r0 + tl.arange(0, BR)
-    o_ds = o_m[:, None].to(tl.int64) * stride_ds + o_r[None, :]
+    o_ds = o_m[:, None].to(tl.int64) * R + o_r[None, :]
     b_ds = tl.load(p_ds + o_ds, mask=(o_m < M)[:, None] & (o_r < R)[None, :], other=0.0)
     if DROPOUT:
         b_x = tl.where(keep_tile(p_seed, o_m, c0, stream, threshold, BM, BC).T, b_x, 0.0)
@@ -172,7 +171,6 @@ def _packed_grad_a_kernel(
     first_stream,
     stride_xm,
     stride_xk,
-    stride_ds,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BC: tl.constexpr,
@@ -181,7 +179,7 @@ def _packed_grad_a_kernel(
 ):
     """da_i = keep_scale · ds_iᵀ·keep_i(x) for up to three projections; those not asked are None.
 
-    Shapes: x[M, K] da_i[R_i, K]; ds[M, Σ R_i] holds the ds_i side by side.
+    Shapes: x[M, K] da_i[R_i, K]; the ds_i[M, R_i] stand one after the other in ds.
     Grid: [cdiv(K, BC), cdiv(max R_i, BR)]. Sums in fp32.
     """
     DTYPE: tl.constexpr = p_x.dtype.element_ty
@@ -189,6 +187,8 @@ def _packed_grad_a_kernel(
     r0 = tl.program_id(1) * BR
     o_c = c0 + tl.arange(0, BC)
     p_x += (o_c % K)[:, None].to(tl.int64) * stride_xk
+    p_ds_1 = p_ds + tl.cast(M, tl.int64) * R_0
+    p_ds_2 = p_ds_1 + tl.cast(M, tl.int64) * R_1
     b_0 = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
     b_1 = tl.full([BC, BR], 0.0, tl.float32)
     b_2 = tl.full([BC, BR], 0.0, tl.float32)
@@ -198,18 +198,18 @@ def _packed_grad_a_kernel(
         b_x = tl.load(p_x + o_x, mask=(o_m < M)[None, :], other=0.0)  # [BC, BM]
         if p_da_0 is not None:
             b_0 = _grad_a_step(
-                b_0, b_x, p_ds, p_seed, m0, M, R_0, r0, c0, threshold, first_stream, stride_ds,
-                DROPOUT, PRECISION, DTYPE, BC, BM, BR,
+                b_0, b_x, p_ds, p_seed, m0, M, R_0, r0, c0, threshold, first_stream, DROPOUT,
+                PRECISION, DTYPE, BC, BM, BR,
             )  # fmt: skip
         if p_da_1 is not None:
             b_1 = _grad_a_step(
-                b_1, b_x, p_ds + R_0, p_seed, m0, M, R_1, r0, c0, threshold, first_stream + 1,
-                stride_ds, DROPOUT, PRECISION, DTYPE, BC, BM, BR,
+                b_1, b_x, p_ds_1, p_seed, m0, M, R_1, r0, c0, threshold, first_stream + 1,
+                DROPOUT, PRECISION, DTYPE, BC, BM, BR,
             )  # fmt: skip
         if p_da_2 is not None:
             b_2 = _grad_a_step(
-                b_2, b_x, p_ds + R_0 + R_1, p_seed, m0, M, R_2, r0, c0, threshold,
-                first_stream + 2, stride_ds, DROPOUT, PRECISION, DTYPE, BC, BM, BR,
+                b_2, b_x, p_ds_2, p_seed, m0, M, R_2, r0, c0, threshold, first_stream + 2,
+                DROPOUT, PRECISION, DTYPE, BC, BM, BR,
             )  # fmt: skip
     if p_da_0 is not None:
         _store_grad_a(b_0, p_da_0, o_c, K, R_0, r0, keep_scale, BR)

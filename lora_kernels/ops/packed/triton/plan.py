@@ -1,0 +1,75 @@
+"""Strategy and tile of packed projections: the cost model's for one layer as wide as all of them.
+
+There is no vendor product to add to, so where that is the cheapest the better of the other two is
+taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lora_kernels.ops.common.configs import GEMM_CONFIGS, Device, Estimate, GemmConfig
+from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.common.strategies import Problem, choose
+from lora_kernels.ops.common.triton_host import takes_tma
+
+# Sums of a thread where mma.sync has its operands in registers too: with the rank's, and a main
+# loop that carries those.
+_MOST_SUMS, _CROWDED = 144, 128
+
+
+def plan(op: str, problem: Problem, device: Device) -> Estimate:
+    """The estimate to follow for "lora_linear_fwd" or "lora_linear_bwd" of all projections."""
+    found = choose(op, problem, _tiled(device, op, problem, "single_pass"), without="addmm")
+    if found.strategy == "epilogue":
+        found = choose(op, problem, _tiled(device, op, problem, "epilogue"), without="addmm")
+    return found
+
+
+def _tiled(device: Device, op: str, problem: Problem, strategy: str) -> Device:
+    """The device with those of its tiles, or else of all, whose operands find room."""
+    backward, br = op == "lora_linear_bwd", problem.block_r
+
+    def has_room(t: GemmConfig) -> bool:
+        if _stacked(t, device, backward):
+            return False
+        if strategy == "single_pass":
+            # In the forward, a mask parts x's registers for the two products.
+            crowded = backward or not problem.dropout
+            return device.tma or not crowded or t.registers(0, 0) < _CROWDED
+        # The branch's operands are in flight as the product's are.
+        flight = max(1, t.stages - 1) * (t.block_m + t.block_n) * br * problem.size
+        sums = t.registers(br, backward and problem.dropout)
+        return flight <= device.shared_bytes and (device.tma or sums <= _MOST_SUMS)
+
+    for tiles in (device.tiles or (), GEMM_CONFIGS):
+        fit = tuple(t for t in tiles if has_room(t))
+        if fit:
+            break
+    return replace(device, tiles=fit)
+
+
+def _stacked(t: GemmConfig, device: Device, backward: bool) -> bool:
+    """Whether ptxas puts a few scalars of the walk on the stack, though registers are left: found
+    by compiling every tile."""
+    if not backward:
+        return not device.rank_sums and (t.block_m, t.block_n, t.block_k) == (32, 32, 32)
+    if device.tma:
+        return t.block_k > 64
+    return (t.block_m, t.block_n, t.block_k) == (64, 64, 64)
+
+
+def plan_config(
+    op: str, rows: Sequence[Tensor], weights: Sequence[Tensor], r: int, dropout: bool
+) -> tuple[str, GemmConfig]:
+    """Strategy and tile for tensors: x or all dy_i, and the weights that they meet."""
+    x = rows[0]
+    n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    tma = takes_tma(*rows, *weights)
+    problem = Problem(x.shape[0], n, k, r, x.dtype, dropout, tma)
+    found = plan(op, problem, planned_device(x.device))
+    assert found.config is not None
+    return found.strategy, found.config
