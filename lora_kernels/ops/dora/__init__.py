@@ -3,7 +3,7 @@
 from lora_kernels.ops.dora import schema  # defines the ops that the others implement
 
 # isort: split
-from lora_kernels.ops.dora import native, reference
+from lora_kernels.ops.dora import native, reference, triton
 from lora_kernels.ops.dora.api import dora_linear, dora_norm
 from lora_kernels.ops.dora.magnitude import output_scale, weight_norm_squared
 
@@ -14,5 +14,6 @@ __all__ = [
     "output_scale",
     "reference",
     "schema",
+    "triton",
     "weight_norm_squared",
 ]

@@ -1,0 +1,260 @@
+"""dora_linear_bwd by the Triton kernels: only what is asked, nothing by atomics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.common.configs import Device, span_of, thin_columns, thin_rows
+from lora_kernels.ops.common.launch import executor, planned_device
+from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK, block_rank, one_read_parts
+from lora_kernels.ops.common.thin.outer import outer
+from lora_kernels.ops.common.thin.shrink import shrink
+from lora_kernels.ops.common.triton_host import Dropout, precision, run
+from lora_kernels.ops.dora.magnitude import without_autocast
+from lora_kernels.ops.dora.triton.dropout import mask_words
+from lora_kernels.ops.dora.triton.forward import plan_config
+from lora_kernels.ops.dora.triton.gemm import gemm
+from lora_kernels.ops.dora.triton.kernels import _scale_kernel
+from lora_kernels.ops.dora.triton.thin import _dora_finish_kernel, _dora_pass_kernel
+from lora_kernels.ops.lora.triton.forward import dropout_mask
+
+_OFF = Dropout(0.0, None, 0)
+_SUM_BLOCK = 512  # four elements a thread: each fp32 load is 16 bytes beside its neighbour's
+
+
+@without_autocast
+def dora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    y: Tensor | None,
+    z: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The derivation stands in `api.py`: dy is read once for all but dx (and dW)."""
+    w = base[0]
+    m, n, k, r = dy.shape[0], dy.shape[1], x.shape[1], a.shape[0]
+    want_x, want_a, want_b, want_magnitude, want_bias, want_w = needs
+    dropout = Dropout(dropout_p, seed, 0)
+    device = planned_device(dy.device)
+    size, br = dy.element_size(), block_rank(r)
+    like = (x, a, b, magnitude, x, x)
+    shapes = ((m, k), a.shape, b.shape, (n,), (n,), (n, k))
+    dx, da, db, dmagnitude, dbias, dw = (
+        t.new_empty(shape if need else 0)
+        for t, shape, need in zip(like, shapes, needs, strict=True)
+    )
+    columns = want_b or want_magnitude or want_bias
+    want_ds = want_x or want_a
+    ds_in_pass = want_ds and columns and r <= MAX_ONE_READ_RANK and n > 0
+    ds = dy.new_empty((m, r))
+    scales = dy.new_empty(n, dtype=torch.float32)  # m̂
+    if columns:
+        _columns(
+            dy, x, s, w, b, magnitude, norm, y, z, scales, ds if ds_in_pass else None,
+            db if want_b else None, dmagnitude if want_magnitude else None,
+            dbias if want_bias else None, scale, dropout, device,
+        )  # fmt: skip
+    elif n:
+        _scales(magnitude, norm, scales)
+    if want_ds and not ds_in_pass:
+        shrink(thin_rows(m, n, device, br, size), dy, b, ds, factor=scale, dropout=_OFF, row=scales)
+    if want_x:
+        gemm(
+            plan_config(dy, w, k, r, device, dropout=dropout.on, backward=True),
+            device,
+            dy,
+            w,
+            dx,
+            None,
+            ds,
+            a,
+            magnitude=None,
+            norm=None,
+            row=scales,
+            mask=mask_words(dropout, x) if dropout.on else None,
+            bias=None,
+            scale=1.0,
+            dropout=dropout,
+            backward=True,
+        )
+    if want_a:
+        config = thin_columns(m, k, device, br, size)
+        outer(config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout)
+    if want_w:
+        dw = _weight_grad(dy, x, scales, dropout_p, dropout)
+    return dx, da, db, dmagnitude, dbias, dw
+
+
+def _scales(magnitude: Tensor, norm: Tensor, out: Tensor) -> None:
+    """m̂ [N] in fp32."""
+    run(
+        _scale_kernel,
+        (ceil(out.numel() / _SUM_BLOCK),),
+        4,
+        1,
+        p_magnitude=magnitude,
+        p_norm=norm,
+        p_out=out,
+        N=out.numel(),
+        stride_magnitude=magnitude.stride(0),
+        stride_norm=norm.stride(0),
+        BN=_SUM_BLOCK,
+    )
+
+
+def _columns(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    w: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    y: Tensor | None,
+    z: Tensor | None,
+    scales: Tensor,
+    ds: Tensor | None,
+    db: Tensor | None,
+    dmagnitude: Tensor | None,
+    dbias: Tensor | None,
+    scale: float,
+    dropout: Dropout,
+    device: Device,
+) -> None:
+    """One read of dy, and of what was kept, for m̂, ds, db, dmagnitude and dbias where given."""
+    m, n = dy.shape
+    k, r = x.shape[1], b.shape[1]
+    size, br = dy.element_size(), block_rank(r)
+    kept = None if dmagnitude is None else z if z is not None else y
+    bn = 256 if size == 2 and br <= 32 else 64 if size == 4 else 128
+    bm = 64 if size == 2 else 16
+    rows = max(m, 1)
+    parts_n, parts_m = one_read_parts(rows, max(n, 1), device, bn)
+    span = span_of(rows, parts_m, bm)
+    parts_m = ceil(rows / span)
+
+    def parts(wanted: object, *shape: int) -> Tensor | None:
+        return None if wanted is None else dy.new_empty(shape, dtype=torch.float32)
+
+    parts_ds, parts_g = parts(ds, parts_n, m, r), parts(db, parts_m, n, r)
+    parts_bias, parts_dots = parts(dbias, parts_m, n), parts(kept, parts_m, n)
+    run(
+        _dora_pass_kernel,
+        (ceil(n / bn), parts_m, 1 if db is None else ceil(r / br)),
+        8 if bn == 256 else 4,
+        2 if 4 * bm * bn * size <= device.shared_bytes else 1,  # of dy and of what was kept
+        p_dy=dy,
+        p_kept=kept,
+        p_s=s,
+        p_b=b,
+        p_magnitude=magnitude,
+        p_norm=norm,
+        p_m=scales,
+        p_ds=parts_ds,
+        p_g=parts_g,
+        p_dbias=parts_bias,
+        p_dots=parts_dots,
+        M=m,
+        N=n,
+        R=r,
+        span=span,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_ym=0 if kept is None else kept.stride(0),
+        stride_yn=0 if kept is None else kept.stride(1),
+        stride_sm=s.stride(0),
+        stride_sr=s.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        stride_magnitude=magnitude.stride(0),
+        stride_norm=norm.stride(0),
+        EVEN_N=n % bn == 0,
+        PRECISION=precision(dy.dtype),
+        BM=bm,
+        BN=bn,
+        BR=br,
+    )
+    block = 16  # with more columns, or ranks at a time, a thread spills
+    blocks = ceil(n / block)
+    elements = 0 if ds is None else ds.numel()
+    run(
+        _dora_finish_kernel,
+        (blocks + ceil(elements / _SUM_BLOCK),),
+        4,
+        2,
+        p_parts_ds=parts_ds,
+        p_ds=ds,
+        p_g=parts_g,
+        p_db=db,
+        p_parts_bias=parts_bias,
+        p_dbias=dbias,
+        p_dots=parts_dots,
+        p_dmagnitude=dmagnitude,
+        p_magnitude=magnitude,
+        p_norm=norm,
+        p_dy=dy,
+        p_x=x,
+        p_s=s,
+        p_w=w,
+        p_b=b,
+        p_seed=dropout.seed,
+        M=m,
+        N=n,
+        K=k,
+        R=r,
+        size_ds=elements,
+        parts_ds=parts_n,
+        parts=parts_m,
+        scale=float(scale),
+        keep_scale=dropout.keep_scale,
+        threshold=dropout.threshold,
+        stream=dropout.stream,
+        stride_magnitude=magnitude.stride(0),
+        stride_norm=norm.stride(0),
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        stride_sm=s.stride(0),
+        stride_sr=s.stride(1),
+        stride_wn=w.stride(0),
+        stride_wk=w.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        blocks=blocks,
+        KEPT="" if kept is None else "z" if z is not None else "y",
+        DROPOUT=dropout.on,
+        PRECISION=precision(dy.dtype),
+        BM=32,
+        BN=block,
+        BK=64,
+        BR=16,
+        BLOCK=_SUM_BLOCK,
+    )
+
+
+def _weight_grad(
+    dy: Tensor, x: Tensor, scales: Tensor, dropout_p: float, dropout: Dropout
+) -> Tensor:
+    """dzᵀ·xd + dyᵀ·(x − xd) = dyᵀ·x + (dz − dy)ᵀ·xd by the vendor's products."""
+    if not dropout.on:
+        return executor().product((dy * scales).to(dy.dtype).T, x)
+    assert dropout.seed is not None
+    mask = dropout_mask(dropout.seed, x.shape[0], x.shape[1], dropout_p, dropout.stream)
+    moved = (dy * ((scales - 1.0) * dropout.keep_scale)).to(dy.dtype)
+    whole = executor().product(dy.T, x)
+    return whole.add_(executor().product(moved.T, x * mask))

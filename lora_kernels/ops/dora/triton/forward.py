@@ -1,0 +1,106 @@
+"""dora_linear_fwd by the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from torch import Tensor
+
+from lora_kernels.ops.common.configs import GEMM_CONFIGS, Device, GemmConfig, best_gemm, thin_rows
+from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.common.strategies import block_rank
+from lora_kernels.ops.common.thin.shrink import shrink
+from lora_kernels.ops.common.triton_host import Dropout, takes_tma
+from lora_kernels.ops.dora.triton.dropout import mask_words
+from lora_kernels.ops.dora.triton.gemm import gemm
+
+# Of a thread, for two tiles of sums and the operands of one step.
+_MAX_PAIR_REGISTERS = 144
+
+
+def plan_config(
+    x: Tensor, w: Tensor, n: int, r: int, device: Device, *, dropout: bool, backward: bool
+) -> GemmConfig:
+    """The tile of the least modelled time, of the device's or else of all of them."""
+    m, k = x.shape
+    own = [c for c in GEMM_CONFIGS if _holds(c, x.element_size(), dropout, backward)]
+    for configs in (device.tiles or own, own):
+        found = best_gemm(
+            max(m, 1),
+            max(n, 1),
+            max(k, 1),
+            device,
+            x.element_size(),
+            configs=configs,
+            branch=ceil(r / block_rank(r)) * block_rank(r),
+            masked_x=dropout and not backward,
+            masked_y=dropout,  # the second tile of sums
+            tma=takes_tma(x, w),
+        )
+        if found is not None:
+            return found[0]
+    raise AssertionError("no tile fits the device")
+
+
+def _holds(config: GemmConfig, size: int, dropout: bool, backward: bool) -> bool:
+    """Whether a tile's code was seen to spill nothing (`bench resources`).
+
+    With dropout both left operands of a step are made in registers, beside two tiles of sums;
+    without addresses (TMA) there is room for 64 columns of them.
+    """
+    if not dropout:
+        return backward or config.block_m != 32
+    operands = 2 * config.block_m * config.block_k * size // (4 * 32 * config.warps)
+    sums = config.registers(0, 1)
+    return config.tma or sums + operands <= _MAX_PAIR_REGISTERS
+
+
+def dora_linear_fwd(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s = drop(x)·Aᵀ in one pass over x, then y [M, N], and z where kept, in one product."""
+    w = base[0]
+    m, k, n, r = x.shape[0], x.shape[1], w.shape[0], a.shape[0]
+    dropout = Dropout(dropout_p, seed, 0)
+    device = planned_device(x.device)
+    s, y = x.new_empty((m, r)), x.new_empty((m, n))
+    z = x.new_empty((m, n) if keep_z else 0)
+    shrink(
+        thin_rows(m, k, device, block_rank(r), x.element_size()),
+        x,
+        a.T,
+        s,
+        factor=dropout.keep_scale,
+        dropout=dropout,
+    )
+    gemm(
+        plan_config(x, w, n, r, device, dropout=dropout.on, backward=False),
+        device,
+        x,
+        w,
+        y,
+        z if keep_z else None,
+        s,
+        b.T,
+        magnitude=magnitude,
+        norm=norm,
+        row=None,
+        mask=mask_words(dropout, x) if dropout.on and n else None,
+        bias=bias,
+        scale=scale,
+        dropout=dropout,
+        backward=False,
+    )
+    return y, s, z
