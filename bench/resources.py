@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,12 +19,21 @@ from bench.gpu.recorder import lora_backward, lora_forward, record
 from bench.traffic import tile_of
 from lora_kernels.ops.common.configs import GEMM_CONFIGS, GemmConfig
 from lora_kernels.ops.common.launch import Launch
-from lora_kernels.ops.common.strategies import Problem, explain_config
+from lora_kernels.ops.common.strategies import (
+    STRATEGIES,
+    Problem,
+    explain_config,
+    use_strategy,
+)
+from lora_kernels.ops.glu.schema import ACTIVATIONS
+from lora_kernels.ops.packed.schema import META
+from lora_kernels.ops.packed.triton.plan import plan
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an op to compile; where a tile is given it is forced on the products."""
+    """A call of an op to compile; where a tile is given it is forced on the products. Of gated
+    units the strategy is the activation, M and N are the sizes."""
 
     op: str
     shape: tuple[int, int, int, int]  # M, N, K, r
@@ -49,11 +59,45 @@ def _backward(call: Call) -> list[Any]:
     return lora_backward(forward, s, x.new_empty(m, n))
 
 
+def _packed_forward(call: Call) -> list[Any]:
+    m, n, k, r = call.shape
+    widths = (n, n // 4, n // 4)  # q, k and v with grouped heads
+    layers = [lora_forward((m, width, k, r), dropout=call.dropout) for width in widths]
+    x, *_, p, seed, _, _ = layers[0]
+    base = [layer[1][0] for layer in layers]
+    meta = [size for width in widths for size in (width, k, *[0] * (META - 2))]
+    a, b = [layer[3] for layer in layers], [layer[4] for layer in layers]
+    return [x, base, meta, a, b, [1.5] * 3, [None] * 3, p, seed]
+
+
+def _packed_backward(call: Call) -> list[Any]:
+    x, base, meta, a, b, scales, _, p, seed = _packed_forward(call)
+    s: Tensor = x.new_empty(x.shape[0], sum(t.shape[0] for t in a))
+    dy = [x.new_empty(x.shape[0], w.shape[0]) for w in base]
+    needs = [True] * (1 + 2 * 3) + [False] * (2 * 3)
+    return [dy, x, s, base, meta, a, b, scales, p, seed, needs]
+
+
+def _glu(op: str) -> Callable[[Call], list[Any]]:
+    def arguments(call: Call) -> list[Any]:
+        tensors = [torch.empty(call.shape[:2], dtype=torch.bfloat16) for _ in range(3)]
+        activation = ACTIVATIONS.index(call.strategy)
+        return [*tensors, activation, True] if op == "glu_bwd" else [*tensors[:2], activation]
+
+    return arguments
+
+
 # What another op needs to be compiled too: its arguments for a call.
 ARGUMENTS: dict[str, Callable[[Call], list[Any]]] = {
     "lora_linear_fwd": _forward,
     "lora_linear_bwd": _backward,
+    "lora_packed_fwd": _packed_forward,
+    "lora_packed_bwd": _packed_backward,
+    "glu_fwd": _glu("glu_fwd"),
+    "glu_bwd": _glu("glu_bwd"),
 }
+# The kernels with a large product in them.
+PRODUCTS = re.compile("gemm|packed_(forward|grad_x)")
 # Where tiles are forced, sizes decide nothing but which arguments are multiples of 16.
 _ANY = (256, 512, 512)
 # op, strategy, dropout, rank: the ways to fill a tile, the one with the most registers of each.
@@ -63,6 +107,10 @@ _WAYS = (
     ("lora_linear_fwd", "single_pass", 0.0, 64),
     ("lora_linear_fwd", "epilogue", 0.0, 16),
     ("lora_linear_bwd", "epilogue", 0.1, 16),
+    ("lora_packed_fwd", "single_pass", 0.1, 16),
+    ("lora_packed_bwd", "single_pass", 0.1, 16),
+    ("lora_packed_fwd", "epilogue", 0.0, 16),
+    ("lora_packed_bwd", "epilogue", 0.1, 16),
 )
 _THIN_SIZES = ((8192, 4096), (1024, 1024), (16, 4096))
 _THIN_RANKS = (16, 64, 256)
@@ -75,12 +123,17 @@ def calls(target: Target) -> Iterator[Call]:
         for op, strategy, dropout, r in _WAYS:
             if _fits(op, strategy, dropout, r, config, target):
                 yield Call(op, (*_ANY, r), dropout, strategy, config)
-    for (m, width), r in ((s, r) for s in _THIN_SIZES for r in _THIN_RANKS):
+    for (m, width), r in product(_THIN_SIZES, _THIN_RANKS):
         for op in ("lora_linear_fwd", "lora_linear_bwd"):
             yield Call(op, (m, width, width, r), 0.1, "epilogue")
             if r == 16:
                 yield Call(op, (m, width, width, r), 0.0, "single_pass")
                 yield Call(op, (m, width, width, r), 0.0, "addmm")
+    for (m, width), op in product(_THIN_SIZES, ("lora_packed_fwd", "lora_packed_bwd")):
+        yield Call(op, (m, width, width, 16), 0.0, "single_pass")
+        yield Call(op, (m, width, width, 64), 0.1, "epilogue")
+    for op, activation in product(("glu_fwd", "glu_bwd"), ACTIVATIONS):
+        yield Call(op, (8192, 14336, 0, 0), 0.0, activation)
 
 
 def _fits(
@@ -89,8 +142,14 @@ def _fits(
     """Whether the cost model would ever give this tile to a call."""
     device = replace(target.device, tiles=(config,))
     problem = Problem(*_ANY, r, torch.bfloat16, dropout > 0)
-    estimates = explain_config(op, problem, device).estimates
-    return any(e.strategy == strategy and e.refusal is None for e in estimates)
+    layer = op.replace("packed", "linear")
+    estimates = explain_config(layer, problem, device).estimates
+    fits = any(e.strategy == strategy and e.refusal is None for e in estimates)
+    if fits and op != layer:
+        with use_strategy(strategy):
+            found = plan(layer, problem, device)
+        fits = (found.strategy, found.config) == (strategy, config)
+    return fits
 
 
 def launches(call: Call, target: Target) -> list[Launch]:
@@ -100,9 +159,10 @@ def launches(call: Call, target: Target) -> list[Launch]:
         device = replace(device, tiles=(call.tile,))
     function = getattr(torch.ops.lora_kernels, call.op).default
     args = ARGUMENTS[call.op](call)
-    made = record(device, lambda: function(*args), call.strategy)
+    strategy = call.strategy if call.strategy in STRATEGIES else None
+    made = record(device, lambda: function(*args), strategy)
     # The other launches do not depend on the tile; the calls of real sizes have them.
-    return [x for x in made if call.tile is None or "gemm" in x.kernel.fn.__name__]
+    return [x for x in made if call.tile is None or PRODUCTS.search(x.kernel.fn.__name__)]
 
 
 def rows(target: Target, only: str | None = None) -> list[dict[str, Any]]:

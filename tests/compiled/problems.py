@@ -1,18 +1,19 @@
-"""Calls for the compiled kernels: few, ragged, and between them every path of the code.
+"""Calls of one layer for the compiled kernels: few, ragged, between them every path of the code.
 
-Another op joins with a line in `MAKERS`.
+`families.py` says how another family of ops joins, with makers for these problems or its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lora_kernels.ops.common.configs import GemmConfig
-from tests.ops.case import Case, Source, strided
+from lora_kernels.ops.common.strategies import STRATEGIES
+from tests.ops.case import Source, strided
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -33,26 +34,27 @@ class Problem:
     strides: str = ""
     needs: tuple[bool, ...] | None = None
     slow: bool = False
+    strategies: tuple[str | None, ...] = STRATEGIES
 
 
-def _tile(text: str, *, tma: bool = False) -> GemmConfig:
+def tile(text: str, *, tma: bool = False) -> GemmConfig:
     """From, say, 128x64x32 w4 s3."""
     shape, warps, stages = text.split()
     m, n, k = map(int, shape.split("x"))
     return GemmConfig(m, n, k, int(warps[1:]), int(stages[1:]), tma=tma)
 
 
-def _both(sm_80: str, sm_90: str, tma: bool = False) -> dict[int, GemmConfig]:
-    return {80: _tile(sm_80), 90: _tile(sm_90, tma=tma)}
+def both(sm_80: str, sm_90: str, tma: bool = False) -> dict[int, GemmConfig]:
+    return {80: tile(sm_80), 90: tile(sm_90, tma=tma)}
 
 
 # TMA needs rows of whole 16 bytes: there N and K are multiples of 8, and still of no tile.
 PROBLEMS = (
-    Problem("one-row", (1, 48, 40, 3), _both("16x32x128 w4 s4", "16x64x128 w4 s4")),
+    Problem("one-row", (1, 48, 40, 3), both("16x32x128 w4 s4", "16x64x128 w4 s4")),
     Problem(
         "odd-k-fp16",
         (7, 41, 41, 1),
-        _both("16x16x256 w4 s3", "64x32x32 w4 s2"),
+        both("16x16x256 w4 s3", "64x32x32 w4 s2"),
         FP16,
         FP16,
         dropout=0.3,
@@ -60,7 +62,7 @@ PROBLEMS = (
     Problem(
         "everything",
         (33, 129, 97, 8),
-        _both("32x64x64 w4 s4", "64x64x64 w4 s3"),
+        both("32x64x64 w4 s4", "64x64x64 w4 s3"),
         adapter=FP32,
         dropout=0.3,
         bias=True,
@@ -70,31 +72,31 @@ PROBLEMS = (
     Problem(
         "tma-ragged",
         (130, 136, 200, 16),
-        _both("64x128x32 w4 s4", "64x64x64 w4 s4", tma=True),
+        both("64x128x32 w4 s4", "64x64x64 w4 s4", tma=True),
         dropout=0.1,
     ),
     Problem(
         "tma-plain",
         (130, 264, 136, 24),
-        _both("128x128x32 w8 s4", "128x128x64 w8 s4", tma=True),
+        both("128x128x32 w8 s4", "128x128x64 w8 s4", tma=True),
         adapter=FP32,
         bias=True,
     ),
     Problem(
         "fp32",
         (33, 100, 72, 12),
-        _both("32x32x32 w4 s2", "16x16x32 w2 s2"),
+        both("32x32x32 w4 s2", "16x16x32 w2 s2"),
         FP32,
         FP32,
         dropout=0.3,
         rank_diag=True,
         out_diag=True,
     ),
-    Problem("fp32-plain", (7, 41, 33, 3), _both("16x16x32 w2 s2", "32x32x32 w4 s2"), FP32, FP32),
+    Problem("fp32-plain", (7, 41, 33, 3), both("16x16x32 w2 s2", "32x32x32 w4 s2"), FP32, FP32),
     Problem(
         "transposed-x",
         (130, 72, 104, 12),
-        _both("128x64x32 w4 s4", "128x64x32 w4 s4"),
+        both("128x64x32 w4 s4", "128x64x32 w4 s4"),
         FP16,
         FP32,
         dropout=0.3,
@@ -104,14 +106,14 @@ PROBLEMS = (
     Problem(
         "padded-rows",
         (33, 65, 130, 64),
-        _both("64x64x64 w4 s3", "64x64x64 w4 s2"),
+        both("64x64x64 w4 s3", "64x64x64 w4 s2"),
         strides="padded-rows",
         bias=True,
     ),
     Problem(
         "rank-200",
         (33, 136, 104, 200),
-        _both("64x64x64 w4 s3", "64x64x64 w4 s4", tma=True),
+        both("64x64x64 w4 s3", "64x64x64 w4 s4", tma=True),
         adapter=FP32,
         dropout=0.1,
         bias=True,
@@ -120,46 +122,48 @@ PROBLEMS = (
     Problem(
         "whole-tiles",
         (128, 128, 256, 16),
-        _both("128x128x64 w8 s2", "64x128x64 w4 s4", tma=True),
+        both("128x128x64 w8 s2", "64x128x64 w4 s4", tma=True),
         dropout=0.1,
     ),
     Problem(
         "whole-tiles-plain",
         (64, 128, 384, 16),
-        _both("64x128x32 w4 s4", "64x128x64 w4 s4", tma=True),
+        both("64x128x32 w4 s4", "64x128x64 w4 s4", tma=True),
     ),
     Problem(
         "whole-tiles-pointers",
         (64, 64, 256, 16),
-        _both("64x64x64 w4 s3", "64x64x64 w4 s3"),
+        both("64x64x64 w4 s3", "64x64x64 w4 s3"),
         dropout=0.1,
     ),
     Problem(
         "widest",
         (130, 264, 392, 16),
-        _both("128x256x32 w8 s3", "128x256x64 w8 s3", tma=True),
+        both("128x256x32 w8 s3", "128x256x64 w8 s3", tma=True),
         slow=True,
     ),
     Problem(
         "tallest",
         (264, 136, 392, 16),
-        _both("256x128x32 w8 s3", "256x128x64 w8 s3", tma=True),
+        both("256x128x32 w8 s3", "256x128x64 w8 s3", tma=True),
         dropout=0.1,
         slow=True,
     ),
 )
-_SMALL = _both("16x16x32 w2 s2", "16x16x32 w2 s2")
+SMALL = both("16x16x32 w2 s2", "16x16x32 w2 s2")
 ONE_GRADIENT = tuple(
     Problem(
         f"needs-only-{i}",
         (7, 33, 41, 3),
-        _SMALL,
+        SMALL,
         adapter=FP32,
         dropout=0.3,
         bias=True,
         rank_diag=True,
         out_diag=True,
         needs=tuple(j == i for j in range(7)),
+        # The paths differ by what is asked, not by the product.
+        strategies=STRATEGIES[:2],
     )
     for i in (
         0,
@@ -203,11 +207,3 @@ MAKERS: dict[str, Callable[[Problem, Source], tuple[Any, ...]]] = {
     "lora_linear_fwd": _forward,
     "lora_linear_bwd": _backward,
 }
-
-
-def calls() -> Iterator[tuple[Problem, Case]]:
-    """Every problem of every op."""
-    for op, make in MAKERS.items():
-        problems = PROBLEMS + (ONE_GRADIENT if op.endswith("_bwd") else ())
-        for p in problems:
-            yield p, Case(op, p.name, lambda r, p=p, make=make: make(p, r))

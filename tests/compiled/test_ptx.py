@@ -19,8 +19,8 @@ from bench.gpu.emulator import Emulator
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import use_executor
-from lora_kernels.ops.common.strategies import STRATEGIES, use_strategy
-from tests.compiled.problems import ONE_GRADIENT, Problem, calls
+from lora_kernels.ops.common.strategies import use_strategy
+from tests.compiled.families import Tiled, calls
 from tests.ops.case import Case
 from tests.ops.parity import assert_agrees
 
@@ -67,15 +67,17 @@ def _parameters():
     for problem, case in calls():
         marks = [pytest.mark.slow] if problem.slow else []
         for cc in DEVICES:
-            # One gradient alone: the paths differ by what is asked, not by the product.
-            for strategy in STRATEGIES[:2] if problem in ONE_GRADIENT else STRATEGIES:
-                name = f"{case.op}-sm_{cc}-{strategy}-{problem.name}"
+            for strategy in problem.strategies:
+                name = "-".join(filter(None, (case.op, f"sm_{cc}", strategy, problem.name)))
                 yield pytest.param(cc, strategy, problem, case, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(("cc", "strategy", "problem", "case"), list(_parameters()))
-def test_ptx_agrees_and_is_free_of_faults(cc: int, strategy: str, problem: Problem, case: Case):
-    way = Way(cc, replace(DEVICES[cc], tiles=(problem.tiles[cc],)), strategy)
+def test_ptx_agrees_and_is_free_of_faults(
+    cc: int, strategy: str | None, problem: Tiled, case: Case
+):
+    tiles = (problem.tiles[cc],) if problem.tiles else None
+    way = Way(cc, replace(DEVICES[cc], tiles=tiles), strategy)
     error = None
     try:
         assert_agrees(case, "cpu", way.active, repeat=False)

@@ -24,7 +24,7 @@ from tests.ops.case import Case
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Ops whose Triton kernels know several ways (`use_strategy`).
-WITH_STRATEGIES = ("lora_linear_fwd", "lora_linear_bwd")
+WITH_STRATEGIES = ("lora_linear_fwd", "lora_linear_bwd", "lora_packed_fwd", "lora_packed_bwd")
 # A forced strategy in the interpreter takes one case in so many, other ones for each strategy.
 THINNED = 12
 
