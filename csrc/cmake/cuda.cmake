@@ -12,7 +12,7 @@ if(NOT LORA_KERNELS_CUDA STREQUAL "OFF")
 endif()
 
 set(cuda_sources "")
-foreach(family ${LK_FAMILIES})
+foreach(family ${LK_CUDA_FAMILIES})
   if(EXISTS ${PROJECT_SOURCE_DIR}/csrc/cuda/${family}.cu)
     list(APPEND cuda_sources csrc/cuda/${family}.cu)
   endif()

@@ -1,0 +1,39 @@
+// Launcher of a linear layer over an NF4/FP4 weight for few tokens. Every pointer is on the device.
+#pragma once
+
+#include "lora_kernels/nf4_cuda.h"
+
+namespace lora_kernels {
+
+constexpr int64_t kNf4LinearMaxTokens = 64;
+
+// y[M, N] = x[M, K] Wᵀ + bias[N] + scale s[M, R] B[N, R]ᵀ
+//
+// q holds W [N, K]. x, bias, s, B and y are of one type; rows have unit column stride and `ld*`
+// elements from one to the next.
+struct Nf4Linear {
+  DeviceQuantView q;
+  const void* x;
+  int64_t m, n, k, ldx;
+  const void* bias;  // null if there is none
+  const void* s;
+  int64_t lds;
+  const void* b;
+  int64_t ldb;
+  int64_t rank;  // 0: no LoRA term
+  float scale;
+  void* y;
+  int64_t ldy;
+};
+
+// Bytes of workspace, 16-byte aligned, that a call needs on the current device: 0 where one block
+// takes all of K.
+int64_t nf4_linear_workspace(int64_t m, int64_t n, int64_t k, Dtype dtype);
+
+// One launch, or two where K is split. No synchronisation, no allocation; on one device the same
+// bits every time.
+// cudaErrorInvalidValue: M over kNf4LinearMaxTokens, or sizes past the grid's limits.
+cudaError_t nf4_linear_cuda(const Nf4Linear& call, Dtype dtype, float* workspace,
+                            cudaStream_t stream);
+
+}  // namespace lora_kernels
