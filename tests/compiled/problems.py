@@ -35,6 +35,7 @@ class Problem:
     needs: tuple[bool, ...] | None = None
     slow: bool = False
     strategies: tuple[str | None, ...] = STRATEGIES
+    multiprocessors: int | None = None  # fewer make longer loops
 
 
 def tile(text: str, *, tma: bool = False) -> GemmConfig:
@@ -135,6 +136,31 @@ PROBLEMS = (
         (64, 64, 256, 16),
         both("64x64x64 w4 s3", "64x64x64 w4 s3"),
         dropout=0.1,
+    ),
+    Problem(
+        "many-steps",
+        (576, 256, 200, 16),
+        both("64x64x32 w4 s2", "64x64x64 w4 s4", tma=True),
+        bias=True,
+        multiprocessors=2,
+    ),
+    Problem(
+        "many-steps-rank-64",
+        (384, 256, 520, 64),
+        both("64x64x64 w4 s3", "64x128x64 w4 s4", tma=True),
+        adapter=FP32,
+        dropout=0.1,
+        bias=True,
+        multiprocessors=2,
+    ),
+    Problem(
+        "many-steps-diagonals",
+        (392, 264, 392, 40),
+        both("32x64x64 w4 s4", "64x64x64 w4 s3"),
+        bias=True,
+        rank_diag=True,
+        out_diag=True,
+        multiprocessors=2,
     ),
     Problem(
         "widest",

@@ -77,7 +77,9 @@ def test_ptx_agrees_and_is_free_of_faults(
     cc: int, strategy: str | None, problem: Tiled, case: Case
 ):
     tiles = (problem.tiles[cc],) if problem.tiles else None
-    way = Way(cc, replace(DEVICES[cc], tiles=tiles), strategy)
+    device = replace(DEVICES[cc], tiles=tiles)
+    few = getattr(problem, "multiprocessors", None)
+    way = Way(cc, replace(device, multiprocessors=few) if few else device, strategy)
     error = None
     try:
         assert_agrees(case, "cpu", way.active, repeat=False)

@@ -59,6 +59,30 @@ def in_registers(b_value):
 
 
 @triton.jit
+def ones_product(b_value, b_sums, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sums + the sums of 16-bit b_value [M, N] along its rows, or down its COLUMNS, over and over:
+    b_sums[M, anything] or [anything, N].
+
+    A product with ones reads a tile that another product reads as that does: without conflicts,
+    and with Triton's count of buffers right (see `in_registers`).
+    """
+    if COLUMNS:
+        b_ones = tl.full([b_sums.shape[0], b_value.shape[0]], 1.0, b_value.dtype)
+        b_sums = dot(b_ones, b_value, b_sums, PRECISION)
+    else:
+        b_ones = tl.full([b_value.shape[1], b_sums.shape[1]], 1.0, b_value.dtype)
+        b_sums = dot(b_value, b_ones, b_sums, PRECISION)
+    return b_sums
+
+
+@triton.jit
+def first_of(b_sums, AXIS: tl.constexpr):
+    """The first row (AXIS 0) or column (1) of a tile."""
+    o = tl.expand_dims(tl.arange(0, b_sums.shape[AXIS]), 1 - AXIS)
+    return tl.sum(tl.where(o == 0, b_sums, 0.0), axis=AXIS)
+
+
+@triton.jit
 def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of a tile, numbered so that neighbours in time share rows and columns of L2:
     GROUP tile rows are walked column by column."""

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device, span_of
-from lora_kernels.ops.common.strategies import block_rank, one_read_parts
+from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, block_rank, one_read_parts
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import cast, dot
+from lora_kernels.ops.common.tiles import cast, dot, first_of, ones_product
 from lora_kernels.ops.common.triton_host import precision, run, stride
 
 
@@ -41,6 +41,7 @@ def _grad_pass_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    ONES: tl.constexpr,
 ):
     """Partial sums of ds = dy·(col ∘ b), db = dyᵀ·s and dbias = Σ_m dy.
 
@@ -48,7 +49,7 @@ def _grad_pass_kernel(
         dbias[spans, N] in fp32. R <= BR.
     Grid: [cdiv(N, BN), spans of rows]. Sums in fp32.
     """
-    dtype = p_dy.dtype.element_ty
+    dtype: tl.constexpr = p_dy.dtype.element_ty
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     o_n = (pid_n * BN + tl.arange(0, BN)).to(tl.int64)
@@ -64,7 +65,7 @@ def _grad_pass_kernel(
         b_b = b_b.to(tl.float32) * b_col[:, None].to(tl.float32)
     b_b = cast(b_b, dtype)
     b_db = tl.full([BR, BN], 0.0, tl.float32)  # [BR, BN]
-    b_dbias = tl.full([BN], 0.0, tl.float32)  # [BN]
+    b_dbias = tl.full([ONES, BN], 0.0, tl.float32)  # [ONES, BN]
     for m0 in range(first, last, BM):
         o_m = (m0 + tl.arange(0, BM)).to(tl.int64)
         m_m = o_m < last
@@ -80,11 +81,14 @@ def _grad_pass_kernel(
         tl.store(p_ds + o_ds, b_ds, mask=m_m[:, None] & m_r[None, :])
         b_db = dot(cast(b_s, dtype), b_dy, b_db, PRECISION)
         if p_dbias is not None:
-            b_dbias += tl.sum(b_dy.to(tl.float32), axis=0)
+            if tl.float32 == dtype:
+                b_dbias += tl.sum(b_dy, axis=0)[None, :]
+            else:
+                b_dbias = ones_product(b_dy, b_dbias, True, PRECISION)
     o_db = (pid_m.to(tl.int64) * N + o_n[None, :]) * R + o_r[:, None]
     tl.store(p_db + o_db, b_db, mask=m_n[None, :] & m_r[:, None])
     if p_dbias is not None:
-        tl.store(p_dbias + pid_m.to(tl.int64) * N + o_n, b_dbias, mask=m_n)
+        tl.store(p_dbias + pid_m.to(tl.int64) * N + o_n, first_of(b_dbias, 0), mask=m_n)
 
 
 def grad_pass(
@@ -143,6 +147,8 @@ def grad_pass(
         BM=bm,
         BN=bn,
         BR=br,
+        # Hopper's own products take 64 rows: all of a tile's readers must be of one kind.
+        ONES=64 if device.tma and br >= WARPGROUP_ROWS else 16,
     )
     sums([(parts_ds, ds, scale, rank), (parts_db, db, factor_b, None)])
     if dbias is not None and parts_bias is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import ThinConfig, span_of
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import cast, dot, keep_tile
+from lora_kernels.ops.common.tiles import cast, dot, first_of, keep_tile, ones_product
 from lora_kernels.ops.common.triton_host import Dropout, precision, run
 
 
@@ -50,7 +50,7 @@ def _outer(
 
     One block of C and R; x[M, C] t[M, R]; sums in fp32.
     """
-    dtype = p_x.dtype.element_ty
+    dtype: tl.constexpr = p_x.dtype.element_ty
     o_c = pid_c * BC + tl.arange(0, BC)
     o_r = pid_r * BR + tl.arange(0, BR)
     m_c = o_c < C
@@ -59,7 +59,7 @@ def _outer(
     p_x_tile = p_x + o_m[None, :].to(tl.int64) * stride_xm + (o_c % C)[:, None] * stride_xc
     p_t_tile = p_t + o_m[:, None].to(tl.int64) * stride_tm + (o_r % R)[None, :] * stride_tr
     b_out = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
-    b_bias = tl.full([BC], 0.0, tl.float32)  # [BC]
+    b_bias = tl.full([BC, 16], 0.0, tl.float32)  # [BC, 16]
     for m0 in range(first, last, BM):
         if EVEN_M:
             b_x = tl.load(p_x_tile)  # [BC, BM]
@@ -71,7 +71,10 @@ def _outer(
         p_x_tile += BM * stride_xm
         p_t_tile += BM * stride_tm
         if p_bias is not None:
-            b_bias += tl.sum(b_x.to(tl.float32), axis=1)
+            if tl.float32 == dtype:
+                b_bias += tl.sum(b_x, axis=1)[:, None]
+            else:
+                b_bias = ones_product(b_x, b_bias, False, PRECISION)
         if DROPOUT:
             o_rows = m0 + tl.arange(0, BM)
             m_keep = keep_tile(p_seed, o_rows, pid_c * BC, stream, threshold, BM, BC)
@@ -81,7 +84,7 @@ def _outer(
     b_out *= factor
     tl.store(p_out + o_out, cast(b_out, p_out.dtype.element_ty), mask=m_c[:, None] & m_r[None, :])
     if p_bias is not None and pid_r == 0:
-        tl.store(p_bias + o_c, cast(b_bias, p_bias.dtype.element_ty), mask=m_c)
+        tl.store(p_bias + o_c, cast(first_of(b_bias, 1), p_bias.dtype.element_ty), mask=m_c)
 
 
 @triton.jit

@@ -156,7 +156,7 @@ def _columns(
         _dora_pass_kernel,
         (ceil(n / bn), parts_m, 1 if db is None else ceil(r / br)),
         8 if bn == 256 else 4,
-        2 if 4 * bm * bn * size <= device.shared_bytes else 1,  # of dy and of what was kept
+        1,  # products and lanes read the same tile: see `tiles.in_registers`, `ones_product`
         p_dy=dy,
         p_kept=kept,
         p_s=s,
