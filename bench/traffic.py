@@ -1,17 +1,18 @@
-"""`python -m bench traffic`: the bytes that the Triton LoRA kernels move, counted by executing
-their compiled PTX. No time is measured: it says what memory is asked, not how it answers.
+"""`python -m bench traffic`: the bytes that the Triton kernels move, counted by executing their
+compiled PTX. No time is measured: it says what memory is asked, not how it answers.
 
 *floor*: each input once and each output once. *unique*: every 32-byte sector once a launch, what
 DRAM must move with a perfect L2. *asked*: what the instructions ask for. *sectors*: 32-byte sectors
-of each warp instruction. *lane*: mean bytes of a lane's load or store. The vendor's products are
-modelled: each operand once, the FLOPs of the product.
+of each warp instruction. *lane*: mean bytes of a lane's load or store. *instr*: lane-instructions
+of PTX without moves and parameters. The vendor's products are modelled: each operand once, the
+FLOPs of the product.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,10 +21,10 @@ from torch import Tensor
 
 from bench.gpu.compile import TARGETS, Target
 from bench.gpu.emulator import UNCHECKED, Emulated, Emulator
-from bench.gpu.recorder import lora_backward, lora_forward, normal
-from bench.gpu.rivals import Sizes
+from bench.gpu.recorder import record
+from bench.gpu.subjects import Subject
 from lora_kernels import use_backend
-from lora_kernels.ops.common.configs import ConfigExplanation, Estimate
+from lora_kernels.ops.common.configs import ConfigExplanation, Device, Estimate, GemmConfig
 from lora_kernels.ops.common.launch import use_executor
 from lora_kernels.ops.common.strategies import Problem, explain_config, use_strategy
 
@@ -32,6 +33,7 @@ OPS = {"forward": "lora_linear_fwd", "backward": "lora_linear_bwd"}
 PLANNED = (8192, 4096, 4096)
 _LOADS = re.compile(r"\bld\.(?:\w+\.)*global|\bcp\.async\.c[ag]\.")
 _STORES = re.compile(r"\bst\.(?:\w+\.)*global")
+_FREE = re.compile(r"(?:@\S+ )?(?:mov\.|ld\.param)")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Counts:
         unique, asked, sectors: bytes.
         loads, stores: bytes and lanes of the loads and stores that are not by descriptor.
         conflicts, accesses: extra wavefronts and accesses of shared memory.
+        instructions: of all lanes.
     """
 
     launches: int = 0
@@ -67,6 +70,7 @@ class Counts:
     accesses: int = 0
     flops: int = 0
     atomics: int = 0
+    instructions: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         def add(a: Any, b: Any) -> Any:
@@ -91,18 +95,16 @@ class Part:
 
 @dataclass
 class Traffic:
-    """An op by one strategy on one target.
+    """A call by one strategy ("" where there is one way) on one target.
 
     Attributes:
         error: for each output, rms error over that of the correctly rounded result.
         lines: instructions that keep a launch from its targets.
     """
 
+    subject: Subject
     target: str
-    op: str
-    dropout: float
     strategy: str
-    sizes: Sizes
     parts: list[Part]
     error: dict[str, float]
     lines: list[Line] = field(default_factory=list)
@@ -112,7 +114,7 @@ class Traffic:
         return sum((p.counts for p in self.parts), Counts())
 
     def over_floor(self, value: int) -> float:
-        return value / self.sizes.floor[self.op]
+        return value / self.subject.floor
 
 
 def explain(op: str, r: int, dropout: bool, target: Target) -> ConfigExplanation:
@@ -128,80 +130,62 @@ def beyond_product(estimate: Estimate) -> float:
 
 
 def measure(
-    shape: tuple[int, int, int, int],
-    dropout: float,
+    subject: Subject,
     target: Target,
-    strategy: str,
-    *,
-    own_tile: bool = False,
+    strategy: str | None,
+    planned: Subject | None = None,
     threads: int = 2,
-) -> list[Traffic]:
-    """Forward and backward of one call in bf16, counted.
+) -> Traffic:
+    """One call by one strategy, counted.
 
     Args:
-        own_tile: take the tile that the cost model picks for this shape, not for the planned one.
+        planned: the call of the size whose tile is taken; None: that of `subject` itself.
 
     Raises:
         FileNotFoundError: the emulator is not installed.
     """
-    torch.manual_seed(0)
-    forward = lora_forward(shape, dropout=dropout, fill=normal)
-    found, saved = [], torch.empty(0)
-    for op in OPS:
-        device = target.device
-        if not own_tile:
-            estimates = explain(op, shape[3], dropout > 0, target).estimates
-            config = next(e.config for e in estimates if e.strategy == strategy)
-            device = replace(device, tiles=None if config is None else (config,))
-        options = {**UNCHECKED, "threads": threads, "max_instr": 1 << 40}
-        emulator = Emulator(int(target.arch), device, options)
-        args = forward
-        if op == "backward":
-            args = lora_backward(forward, saved, normal(*shape[:2], dtype=torch.bfloat16))
-        with _active(emulator, strategy):
-            outputs = _call(op, args)
-        with use_backend("reference"):
-            exact = _call(op, _double(args))
-        saved = outputs[1]  # s, after the forward
-        error = {
-            name: _error(got, want)
-            for name, got, want in zip(_names(op), outputs, exact, strict=True)
-            if got.numel()
-        }
-        parts = [_part(run) for run in emulator.runs]
-        parts += [_product(left, right) for left, right in emulator.products]
-        lines = [line for run in emulator.runs for line in causes(run)]
-        sizes = Sizes(*shape)
-        found.append(Traffic(target.name, op, dropout, strategy, sizes, parts, error, lines))
-    return found
-
-
-def _call(op: str, args: list[Any]) -> tuple[Tensor, ...]:
-    return tuple(getattr(torch.ops.lora_kernels, OPS[op]).default(*args))
-
-
-def _names(op: str) -> list[str]:
-    return [o.name for o in getattr(torch.ops.lora_kernels, OPS[op]).default._schema.returns]
-
-
-@contextmanager
-def _active(emulator: Emulator, strategy: str) -> Iterator[None]:
+    device = target.device
+    if planned is not None:
+        config = _tile(planned, device, strategy)
+        device = replace(device, tiles=None if config is None else (config,))
+    options = {**UNCHECKED, "threads": threads, "max_instr": 1 << 40}
+    emulator = Emulator(int(target.arch), device, options)
     with ExitStack() as stack:
         stack.enter_context(use_backend("triton"))
         stack.enter_context(use_strategy(strategy))
         stack.enter_context(use_executor(emulator))
-        yield
+        outputs = subject.run()
+    exact = subject.exact()
+    # A product alone is one output of the layer that it is compared with.
+    error = {
+        name: _error(got, exact.get(name, next(iter(exact.values()))))
+        for name, got in outputs.items()
+        if got.numel()
+    }
+    parts = [_part(run) for run in emulator.runs]
+    parts += [_product(left, right) for left, right in emulator.products]
+    lines = [line for run in emulator.runs for line in causes(run)]
+    return Traffic(subject, target.name, strategy or "", parts, error, lines)
 
 
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return [_double(v) for v in value] if isinstance(value, list) else value
+def _tile(subject: Subject, device: Device, strategy: str | None) -> GemmConfig | None:
+    """The tile of the large product among a call's launches, if there is one."""
+    made = record(device, subject.run, strategy)
+    for launch in made:
+        args = launch.args
+        if {"BM", "BN", "BK", "GROUP"} <= args.keys():
+            blocks = args["BM"], args["BN"], args["BK"]
+            return GemmConfig(
+                *blocks, launch.warps, launch.stages, args["GROUP"], args.get("TMA", False)
+            )
+    return None
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
+    """Rms error over that of the correctly rounded result; 1 where that is exact and met."""
     rounded = (exact.to(got.dtype).double() - exact).square().mean().sqrt()
-    return float((got.double() - exact).square().mean().sqrt() / rounded)
+    mine = (got.double() - exact).square().mean().sqrt()
+    return float(mine / rounded) if mine or rounded else 1.0
 
 
 def _part(run: Emulated) -> Part:
@@ -221,6 +205,7 @@ def _part(run: Emulated) -> Part:
         accesses=sum(s["requests"] for s in shared) + c["cp_async"]["requests"],
         flops=p.mma_flops,
         atomics=c["global_atomic"]["requests"],
+        instructions=sum(i["threads"] for i in p.instr if not _FREE.match(i["text"])),
     )
     return Part(run.name, tile_of(args, run.launch.warps, run.launch.stages), counts)
 

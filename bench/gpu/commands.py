@@ -8,6 +8,7 @@ import os
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from bench.machine import commit
@@ -19,8 +20,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add both commands to the parser of `python -m bench`."""
     p = commands.add_parser(
         "traffic",
-        help="count the bytes that the Triton LoRA kernels move by executing their PTX on the CPU",
+        help="count the bytes that the Triton kernels move by executing their PTX on the CPU",
     )
+    p.add_argument("--family", action="append", help="lora, packed, dora, glu, nf4 (default: all)")
     p.add_argument("--target", action="append", help="sm_80 or sm_90 (default: both)")
     p.add_argument("--shape", default="1024,1024,1024,16", help="M,N,K,r (default: %(default)s)")
     p.add_argument("--dropout", type=float, action="append", help="default: 0 and 0.1")
@@ -54,7 +56,7 @@ def _constant() -> dict[str, str]:
     return {"triton": importlib.metadata.version("triton"), "commit": commit() or ""}
 
 
-def _shape(text: str) -> tuple[int, int, int, int]:
+def shape_of(text: str) -> tuple[int, int, int, int]:
     parts = text.split(",")
     if len(parts) != 4 or not all(p.strip().isdigit() and int(p) for p in parts):
         raise ValueError(f"shape: got {text!r}, expected M,N,K,r")
@@ -65,23 +67,31 @@ def _shape(text: str) -> tuple[int, int, int, int]:
 def _traffic(args: argparse.Namespace) -> int:
     constant = _constant()
     from bench.gpu import traffic_table
+    from bench.gpu.subjects import families_of, subjects
     from bench.traffic import PLANNED, beyond_product, explain, measure, targets_of
-    from lora_kernels.ops.common.strategies import STRATEGIES
 
     console = _console()
-    shape, found, missed = _shape(args.shape), [], []
-    strategies = args.strategy or list(STRATEGIES)
-    for target in targets_of(args.target):
+    shape, found, missed = shape_of(args.shape), [], []
+    families, targets = families_of(args.family), targets_of(args.target)
+    torch.manual_seed(0)
+    for target in targets:
         for dropout in args.dropout or [0.0, 0.1]:
             start = time.perf_counter()
-            new = [
-                measure(shape, dropout, target, s, own_tile=args.own_tile, threads=args.threads)
-                for s in strategies
-            ]
-            for one in zip(*new, strict=True):
-                console.print(traffic_table.table(list(one)))
-            found += [t for pair in new for t in pair]
+            planned = {}
+            if not args.own_tile:
+                layers = [f for f in families if f not in ("glu", "nf4")]
+                size = (*PLANNED, shape[3])
+                planned = {s.name: s for s in subjects(layers, size, dropout, torch.empty)}
+            for subject in subjects(families, shape, dropout):
+                ways = [s for s in args.strategy or subject.strategies if s in subject.strategies]
+                at = planned.get(subject.name)
+                new = [measure(subject, target, way, at, args.threads) for way in ways]
+                if new:
+                    console.print(traffic_table.table(new))
+                found += new
             console.print(f"counted in {time.perf_counter() - start:.1f} s\n", style="dim")
+        if "lora" not in families:
+            continue
         for op in ("forward", "backward"):
             for dropout in args.dropout or [0.0, 0.1]:
                 explanation = explain(op, shape[3], dropout > 0, target)
@@ -107,12 +117,12 @@ def _traffic(args: argparse.Namespace) -> int:
 def _resources(args: argparse.Namespace) -> int:
     constant = _constant()
     from bench import resources
-    from bench.gpu import traffic_table
+    from bench.gpu import cuda_resources, traffic_table
 
     console = _console()
     lines = []
     for target in resources.targets_of(args.target):
-        new = resources.rows(target, args.only)
+        new = resources.rows(target, args.only) + cuda_resources.rows(target, args.only)
         console.print(resources.table(target, new))
         lines += new
     traffic_table.save(args.output, lines, constant)

@@ -57,7 +57,10 @@ LORAFUSION_SIZES = Sizes(1024, 1024, 1024, 16)
 
 
 def rivals(sizes: Sizes, op: str, dropout: bool) -> list[Rival]:
-    """Plain PyTorch and the order of `addmm_`, modelled, and what was counted on this shape."""
+    """Plain PyTorch and the order of `addmm_`, modelled, and what was counted on this shape; of a
+    LoRA layer's "forward" and "backward", none of other ops."""
+    if op not in ("forward", "backward"):
+        return []
     found = [
         _modelled("plain PyTorch", sizes, op, dropout, _plain(sizes, dropout)[op]),
         _modelled("addmm_ order", sizes, op, dropout, _addmm(sizes, dropout)[op]),

@@ -11,9 +11,11 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.gpu.rivals import Sizes, rivals
+from bench.gpu.rivals import rivals
+from bench.gpu.subjects import Subject
 from bench.report import write_atomic
 from bench.traffic import Counts, Part, Traffic
+from lora_kernels.ops.common.strategies import STRATEGIES
 
 _HEADINGS = (
     "launches",
@@ -26,28 +28,31 @@ _HEADINGS = (
     "conflicts",
     "MMA/needed",
     "atomics",
+    "instr/out",
     "error",
 )
 
 
 def _cells(counts: Counts, t: Traffic) -> list[str]:
-    floor = t.sizes.floor[t.op]
+    floor, flops = t.subject.floor, t.subject.flops
     return [
         str(counts.launches),
         *(f"{v / floor:.3f}" for v in (counts.unique, counts.asked, counts.sectors)),
         f"{counts.efficiency:.3f}",
         *(f"{b / n:.1f}" if n else "" for b, n in (counts.loads, counts.stores)),
         f"{counts.conflicts / counts.accesses:.3f}" if counts.accesses else "",
-        f"{counts.flops / t.sizes.flops[t.op]:.3f}",
+        f"{counts.flops / flops:.3f}" if flops else "",
         str(counts.atomics),
+        f"{counts.instructions / t.subject.outputs:.1f}" if counts.instructions else "",
     ]
 
 
 def table(found: list[Traffic]) -> Table:
     """One op on one target by each strategy, a row a kernel, beside what others do."""
-    first = found[0]
-    z = first.sizes
-    title = f"{first.op} M={z.m} N={z.n} K={z.k} r={z.r} bf16 p={first.dropout} {first.target}"
+    subject = found[0].subject
+    z = subject.sizes
+    sizes = " ".join(f"{n}={v}" for n, v in (("M", z.m), ("N", z.n), ("K", z.k), ("r", z.r)) if v)
+    title = f"{subject.name} {sizes} bf16 p={subject.dropout} {found[0].target}"
     result = Table(title=title, title_justify="left", title_style="bold")
     result.add_column("strategy / kernel", no_wrap=True)
     result.add_column("tile", no_wrap=True)
@@ -56,14 +61,14 @@ def table(found: list[Traffic]) -> Table:
     for t in found:
         worst = max(t.error.values(), default=0.0)
         cells = _cells(t.whole, t)
-        result.add_row(t.strategy, "", *cells, f"{worst:.2f}", style="bold")
+        result.add_row(t.strategy or "one way", "", *cells, f"{worst:.2f}", style="bold")
         for part in t.parts:
             name = f"  {part.name}{' (modelled)' if part.modelled else ''}"
             result.add_row(name, part.tile, *_cells(part.counts, t), "")
-    for rival in rivals(z, first.op, first.dropout > 0):
+    for rival in rivals(z, subject.name, subject.dropout > 0):
         asked = "" if rival.requested is None else f"{rival.requested:.1f}"
         error = "" if rival.error is None else f"{rival.error:.1f}"
-        cells = [str(rival.launches), f"{rival.unique:.2f}", asked, *[""] * 6, rival.atomics]
+        cells = [str(rival.launches), f"{rival.unique:.2f}", asked, *[""] * 6, rival.atomics, ""]
         result.add_row(rival.name, rival.source.split(":")[0], *cells, error, style="dim")
     return result
 
@@ -80,27 +85,47 @@ class Target:
         return value >= self.bound if self.at_least else value <= self.bound
 
 
+# By the subject's name and the strategy.
 _UNIQUE = {
     ("forward", "single_pass"): 1.02,
     ("forward", "epilogue"): 1.36,
     ("backward", "single_pass"): 1.27,
     ("backward", "epilogue"): 1.27,
+    ("packed forward", "single_pass"): 1.05,
+    ("nf4 dequantise plain", ""): 1.05,
+    ("nf4 dequantise nested", ""): 1.05,
 }
-_LAUNCHES = {("forward", "single_pass"): 1, ("backward", "single_pass"): 4}
+_ASKED = {
+    **{("forward", s): 5.0 for s in STRATEGIES},
+    ("nf4 dequantise plain", ""): 1.05,
+    ("nf4 dequantise nested", ""): 1.05,
+}
+_LAUNCHES = {
+    ("forward", "single_pass"): 1,
+    **{("backward", s): 4 for s in STRATEGIES},
+    ("packed forward", "single_pass"): 1,
+    ("nf4 dequantise plain", ""): 1,
+    ("nf4 dequantise nested", ""): 1,
+}
+_INSTRUCTIONS = {("nf4 dequantise plain", ""): 8.0, ("nf4 dequantise nested", ""): 8.0}
 
 
 def reached(t: Traffic) -> Iterator[tuple[str, float, Target]]:
     """Each promise about a traffic: whom it is about, the figure and the target."""
-    whole, key = t.whole, (t.op, t.strategy)
-    if key in _UNIQUE:
-        yield t.strategy, t.over_floor(whole.unique), Target("unique / floor", _UNIQUE[key])
-    if key in _LAUNCHES or t.op == "backward":
-        yield t.strategy, whole.launches, Target("launches", _LAUNCHES.get(key, 4))
-    if t.op == "forward":
-        yield t.strategy, t.over_floor(whole.asked), Target("asked / floor", 5.0)
-    yield t.strategy, whole.atomics, Target("atomics", 0)
-    branch = 1.15 if t.strategy != "single_pass" else 1.15 + t.sizes.r / _block_n(t)
-    yield t.strategy, whole.flops / t.sizes.flops[t.op], Target("MMA / needed", branch)
+    whole, subject = t.whole, t.subject
+    who, key = t.strategy or subject.name, (subject.name, t.strategy)
+    for bounds, name, value in (
+        (_UNIQUE, "unique / floor", t.over_floor(whole.unique)),
+        (_LAUNCHES, "launches", whole.launches),
+        (_ASKED, "asked / floor", t.over_floor(whole.asked)),
+        (_INSTRUCTIONS, "instructions / output", whole.instructions / subject.outputs),
+    ):
+        if key in bounds:
+            yield who, value, Target(name, bounds[key])
+    yield who, whole.atomics, Target("atomics", 0)
+    if subject.flops:
+        branch = 1.15 if t.strategy != "single_pass" else 1.15 + subject.sizes.r / _block_n(t)
+        yield who, whole.flops / subject.flops, Target("MMA / needed", branch)
     for name, value in t.error.items():
         yield name, value, Target("error / rounding", 1.5)
     for part in t.parts:
@@ -122,7 +147,7 @@ def _block_n(t: Traffic) -> int:
 
 def misses(t: Traffic) -> list[str]:
     """Promises not kept, in words, with the instructions to look at."""
-    head = f"{t.op} p={t.dropout} {t.target} {t.strategy}"
+    head = f"{t.subject.name} p={t.subject.dropout} {t.target} {t.strategy}".rstrip()
     found = [
         f"{head}: {who}: {target.name} {value:.3f}, "
         f"target {'>=' if target.at_least else '<='} {target.bound:.3g}"
@@ -140,7 +165,7 @@ def rows(found: list[Traffic]) -> Iterator[dict[str, Any]]:
             values = dict(zip(_HEADINGS, _cells(part.counts, t), strict=False))
             errors = " ".join(f"{n}={v:.3f}" for n, v in t.error.items())
             yield {
-                **_key(t.op, t.dropout, t.sizes),
+                **_key(t.subject),
                 "target": t.target,
                 "way": t.strategy,
                 "kernel": part.name,
@@ -149,10 +174,10 @@ def rows(found: list[Traffic]) -> Iterator[dict[str, Any]]:
                 **values,
                 "error": errors if part is whole else "",
             }
-    for t in {(t.op, t.dropout, t.sizes): t for t in found}.values():
-        for rival in rivals(t.sizes, t.op, t.dropout > 0):
+    for subject in {tuple(_key(t.subject).values()): t.subject for t in found}.values():
+        for rival in rivals(subject.sizes, subject.name, subject.dropout > 0):
             yield {
-                **_key(t.op, t.dropout, t.sizes),
+                **_key(subject),
                 "way": rival.name,
                 "kernel": "whole",
                 "source": rival.source,
@@ -164,8 +189,9 @@ def rows(found: list[Traffic]) -> Iterator[dict[str, Any]]:
             }
 
 
-def _key(op: str, dropout: float, z: Sizes) -> dict[str, Any]:
-    return {"op": op, "M": z.m, "N": z.n, "K": z.k, "r": z.r, "dropout": dropout}
+def _key(s: Subject) -> dict[str, Any]:
+    z = s.sizes
+    return {"op": s.name, "M": z.m, "N": z.n, "K": z.k, "r": z.r, "dropout": s.dropout}
 
 
 def save(path: Path, lines: list[dict[str, Any]], constant: dict[str, str]) -> None:

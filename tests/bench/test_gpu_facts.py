@@ -10,14 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.gpu import emulator
 from bench.gpu.compile import TARGETS
 from bench.gpu.rivals import LORAFUSION_SIZES, Sizes, rivals
+from bench.gpu.subjects import FAMILIES, Subject, families_of, subjects
 from bench.gpu.traffic_table import misses, reached, rows
 from bench.resources import calls
 from bench.resources import targets_of as resource_targets
 from bench.traffic import OPS, Counts, Part, Traffic, beyond_product, explain, targets_of
+from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import GEMM_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +44,7 @@ def _bench(*args: str) -> tuple[int, str]:
 @needs_emulator
 def test_traffic_from_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "traffic.csv"
-    args = ("--target", "sm_80", "--shape", "64,64,96,8", "--dropout", "0.1", "--own-tile")
+    args = ("--target", "sm_80", "--shape", "64,64,96,8", "--own-tile")
     code, out = _bench("traffic", *args, "--output", str(path))
     assert code == 0, out
     lines = list(csv.DictReader(path.open()))
@@ -49,6 +52,9 @@ def test_traffic_from_end_to_end(tmp_path: Path) -> None:
     for op in OPS:
         for way in ("single_pass", "epilogue", "addmm", "plain PyTorch", "addmm_ order"):
             assert float(whole[op, way]["unique"]) >= 0.99, (op, way)
+    for op, way in whole:
+        assert op in OPS or float(whole[op, way]["unique"]) >= 0.9, (op, way)
+    assert {op.split()[0] for op, _ in whole} == {*OPS, *FAMILIES} - {"lora"}
     assert whole["forward", "single_pass"]["launches"] == "1"
     assert {line["triton"] for line in lines} != {""}
     assert "MB beyond the base product" in out and "this shape" in out
@@ -73,6 +79,7 @@ def test_what_is_asked_wrongly_is_named() -> None:
     for args in (
         ("traffic", "--shape", "1,2,3"),
         ("traffic", "--target", "sm_100"),
+        ("traffic", "--family", "lorafusion"),
         ("resources", "--target", "sm_12"),
     ):
         code, out = _bench(*args)
@@ -102,6 +109,37 @@ def test_floors_are_those_of_the_peers() -> None:
     assert LORAFUSION_SIZES.floor == {"forward": 6208 << 10, "backward": 8320 << 10}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_subjects_give_what_fp64_gives(family: str) -> None:
+    """The arguments fit their op, and the 4-bit ones the dense call they are held against."""
+    for subject in subjects(families_of([family]), (5, 64, 96, 4), 0.0):
+        with use_backend("reference"):
+            got = subject.run()
+        exact = subject.exact()
+        for name, value in got.items():
+            want = exact.get(name, next(iter(exact.values())))
+            if value.numel():
+                torch.testing.assert_close(value.double(), want.double(), rtol=0.02, atol=0.02)
+        assert subject.floor >= sum(t.nbytes for t in got.values() if t.numel()) / 2
+        assert subject.outputs <= sum(t.numel() for t in got.values())
+
+
+def test_hollow_subjects_have_the_sizes() -> None:
+    """What launches depend on, without the numbers."""
+    shape = (24, 32, 64, 4)
+    families = ("lora", "packed", "dora")
+    for full, hollow in zip(
+        subjects(families, shape, 0.1), subjects(families, shape, 0.1, torch.empty), strict=True
+    ):
+        assert _shapes(full.args) == _shapes(hollow.args)
+
+
+def _shapes(value: object) -> object:
+    if isinstance(value, list):
+        return [_shapes(v) for v in value]
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else value
+
+
 def test_models_grow_with_dropout() -> None:
     z = Sizes(512, 256, 1024, 8)
     for op in OPS:
@@ -123,12 +161,14 @@ def _traffic(**changes: int) -> Traffic:
     figures = {"unique": z.floor["forward"], "asked": 3 * z.floor["forward"], "accesses": 100}
     figures |= {"sectors": figures["asked"], "flops": z.flops["forward"], "launches": 1}
     part = Part("_lora_gemm_kernel", "BM=64 BN=64", Counts(**(figures | changes)))
-    return Traffic("sm_80", "forward", 0.0, "single_pass", z, [part], {"y": 1.1})
+    floor, flops = z.floor["forward"], z.flops["forward"]
+    subject = Subject("forward", "lora_linear_fwd", [], z, 0.0, floor, flops, 64 * 64)
+    return Traffic(subject, "sm_80", "single_pass", [part], {"y": 1.1})
 
 
 def test_targets_kept_and_missed() -> None:
     assert not misses(_traffic())
-    floor = _traffic().sizes.floor["forward"]
+    floor = _traffic().subject.floor
     for name, value, words in (
         ("unique", floor * 2, "unique / floor 2.000"),
         ("asked", floor * 6, "asked / floor 6.000"),
