@@ -16,6 +16,7 @@ import torch
 from bench import compare, report, targets, tune
 from bench.cases import SHORT, SUITES, Case, suite
 from bench.gpu import commands as gpu_commands
+from bench.gpu import tune as gpu_tune
 from bench.machine import Limits, describe, measure_limits, summary
 from bench.providers import PROVIDERS, Provider, select
 from bench.runner import FAILED, OK, WRONG, Row, Settings, derive, run_case
@@ -72,13 +73,21 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser(
         "tune",
         help="find the CPU kernels' fastest block sizes on this machine and write them to a file, "
-        "which LORA_KERNELS_TUNING=FILE puts in force; minutes",
+        "which LORA_KERNELS_TUNING=FILE puts in force; minutes. With --device cuda the Triton "
+        "kernels' strategies and tiles, for LORA_KERNELS_GPU_TUNING=FILE",
     )
+    p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
     threads(p)
     p.add_argument(
-        "--seconds", type=float, default=Settings.seconds, help="of each value in each case"
+        "--shapes",
+        nargs="+",
+        metavar="M,N,K,r",
+        help="only with --device cuda (default: layers of 7B models)",
     )
-    p.add_argument("--output", type=Path, default=Path("tuning.json"), help="default: %(default)s")
+    p.add_argument(
+        "--seconds", type=float, help="of each value in each case (default: 1.5, on a GPU 0.2)"
+    )
+    p.add_argument("--output", type=Path, help="default: tuning.json, of a GPU gpu-tuning.json")
     p.set_defaults(command=_tune)
     p = commands.add_parser("plot", help="draw a result file as PNG")
     p.add_argument("results", type=Path)
@@ -100,16 +109,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _set_up(args: argparse.Namespace) -> tuple[torch.device, list[Case], list[Provider]]:
+    device = _device(args.device)
+    _set_threads(args)
+    return device, suite(args.suite, args.only), select(args.providers, short=args.suite in SHORT)
+
+
+def _device(name: str) -> torch.device:
     try:
-        device = torch.device(args.device)
+        device = torch.device(name)
     except RuntimeError:  # no such kind of device
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {args.device!r}, expected cpu or cuda")
+        raise ValueError(f"--device: got {name!r}, expected cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: this torch sees no CUDA device")
-    _set_threads(args)
-    return device, suite(args.suite, args.only), select(args.providers, short=args.suite in SHORT)
+        raise ValueError(f"--device: got {name!r}, but this torch sees no CUDA device")
+    return device
 
 
 def _set_threads(args: argparse.Namespace) -> None:
@@ -231,18 +245,29 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
+    device = _device(args.device)
+    if args.seconds is None:
+        args.seconds = gpu_tune.SECONDS if device.type == "cuda" else Settings.seconds
     settings = Settings(seconds=_seconds(args))
     _set_threads(args)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return gpu_tune.run(
+                device, args.shapes, settings, args.output or Path("gpu-tuning.json")
+            )
+    if args.shapes is not None:
+        raise ValueError("--shapes: given with --device cpu, expected --device cuda")
+    output = args.output or Path("tuning.json")
     console = report.console()
     console.print(summary(describe(torch.device("cpu"))), style="bold", highlight=False)
     found = tune.tune(settings, tune.CASES, tell=lambda t: console.print(tune.table(t)))
-    tune.save(args.output, found)
+    tune.save(output, found)
     for name, value in found.values.items():
         console.print(f"{name} = {value}: {found.gains[name]:.1%} less time", highlight=False)
     together = found.gains.get("all")
     if together is not None:
         console.print(f"together: {together:.1%} less time", highlight=False)
-    console.print(f"written: {os.path.relpath(args.output)}", highlight=False)
+    console.print(f"written: {os.path.relpath(output)}", highlight=False)
     return _status(found.rows)
 
 

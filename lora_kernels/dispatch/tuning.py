@@ -1,7 +1,8 @@
 """Block sizes of the CPU kernels from the file that `LORA_KERNELS_TUNING` names.
 
-`python -m bench tune` writes such files. Block sizes decide how fast a kernel is and no bit of what
-it computes, so a file that does not fit is no error: a warning says why and the defaults stay.
+`python -m bench tune` writes such files; those for GPUs `ops/common/tuned.py` reads. Tuning decides
+how fast a kernel is and not whether it is right, so a file that does not fit is no error: a warning
+says why and the defaults stay.
 """
 
 from __future__ import annotations
@@ -9,14 +10,41 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_kernels.dispatch.cpu import cpu_model
 
 VARIABLE = "LORA_KERNELS_TUNING"
 FORMAT = 1
+T = TypeVar("T")
+
+
+def from_file(variable: str, take: Callable[[str, Any], T], instead: str) -> T | None:
+    """What `take` makes of the name and the JSON value of the file that an environment variable
+    names; None where it names none, and with a warning where the file does not fit.
+
+    Args:
+        take: raises ValueError, which says what it found and what it expected.
+        instead: what happens then, for the warning.
+    """
+    name = os.environ.get(variable, "")
+    if not name:
+        return None
+    try:
+        return take(name, json.loads(Path(name).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{variable}={name}: {error}; {instead}", stacklevel=3)
+        return None
+
+
+def check_head(doc: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the first key whose value is not the expected one."""
+    for key, here in expected.items():
+        if doc.get(key) != here:
+            raise ValueError(f"{key}: got {doc.get(key)!r}, expected {here!r}")
 
 
 def head(module: ModuleType) -> dict[str, Any]:
@@ -26,20 +54,11 @@ def head(module: ModuleType) -> dict[str, Any]:
 
 def apply_file(module: ModuleType) -> None:
     """Set the block sizes of the extension `module` from the file, if one is named."""
-    name = os.environ.get(VARIABLE, "")
-    if not name:
-        return
-    try:
-        module.set_tuning(_values(name, head(module)))
-    except (OSError, ValueError) as error:
-        warnings.warn(f"{VARIABLE}={name}: {error}; the default block sizes stay", stacklevel=2)
 
+    def take(name: str, doc: Any) -> None:
+        if not isinstance(doc, dict) or not isinstance(doc.get("values"), dict):
+            raise ValueError("holds no block sizes")
+        check_head(doc, head(module))
+        module.set_tuning(doc["values"])
 
-def _values(name: str, expected: dict[str, Any]) -> dict[str, Any]:
-    doc = json.loads(Path(name).read_text(encoding="utf-8"))
-    if not isinstance(doc, dict) or not isinstance(doc.get("values"), dict):
-        raise ValueError("holds no block sizes")
-    for key, here in expected.items():
-        if doc.get(key) != here:
-            raise ValueError(f"{key}: got {doc.get(key)!r}, expected {here!r}")
-    return doc["values"]
+    from_file(VARIABLE, take, "the default block sizes stay")

@@ -144,6 +144,7 @@ def test_an_unknown_gpu_takes_the_generic_row_with_its_own_sizes(monkeypatch):
     finally:
         device_of.cache_clear()
     expected = {"name": Properties.name, "multiprocessors": 7, "shared_bytes": 65536}
+    expected |= {"gpu": Properties.name}
     assert device == replace(GENERIC, **expected)
     assert choose("lora_linear_fwd", Problem(64, 64, 64, 8), device).refusal is None
 

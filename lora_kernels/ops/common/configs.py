@@ -8,14 +8,12 @@ first where it has an answer (`tuned.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 
 import torch
-
-from lora_kernels.ops.common.checks import names
 
 
 def next_power_of_2(n: int) -> int:
@@ -39,6 +37,7 @@ class Device:
         sum_registers: of a thread of 32 lanes, what its sums may take beside the rest.
         launch_seconds: between two dependent launches.
         tiles: the tiles to choose among where not all of `GEMM_CONFIGS`; tests force some so.
+        gpu: what torch calls the very GPU; None of a planned one, for which nothing was measured.
     """
 
     name: str
@@ -53,6 +52,7 @@ class Device:
     sum_registers: int = 144
     launch_seconds: float = 3e-6
     tiles: tuple[GemmConfig, ...] | None = None
+    gpu: str | None = None
 
 
 # Data sheets; L2 from bytes a clock and the boost clock. The generic row is a small Ampere card.
@@ -84,6 +84,7 @@ def device_of(device: torch.device) -> Device:
         row,
         multiprocessors=properties.multi_processor_count,
         shared_bytes=shared or row.shared_bytes,
+        gpu=properties.name,
     )
 
 
@@ -213,6 +214,8 @@ class Estimate:
         flops: matrix FLOPs issued, padding included.
         waves: programs over multiprocessors, rounded up, of the largest launch.
         seconds: modelled.
+        refusal: why this way cannot run the call.
+        measured: seconds, of the way that a table of measurements prefers.
     """
 
     strategy: str
@@ -224,28 +227,38 @@ class Estimate:
     waves: int
     seconds: float
     refusal: str | None = None
+    measured: float | None = None
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Lower is better: what was measured comes before what is modelled."""
+        return self.measured is None, self.seconds
 
 
 @dataclass(frozen=True)
 class ConfigExplanation:
-    """Every strategy with its best tile and the model's figures; `str()` is a table."""
+    """Every strategy with its tile and the model's figures; `str()` is a table."""
 
     title: str
     device: Device
     estimates: tuple[Estimate, ...]
 
     @property
-    def chosen(self) -> Estimate:
-        return min((e for e in self.estimates if e.refusal is None), key=lambda e: e.seconds)
+    def chosen(self) -> Estimate | None:
+        """The measured way or the cheapest; None where every one is refused."""
+        return min(
+            (e for e in self.estimates if e.refusal is None), key=lambda e: e.rank, default=None
+        )
 
     def __str__(self) -> str:
+        chosen = self.chosen
         lines = [
             f"{self.title} on {self.device.name} (modelled, not measured)",
             f"  {'strategy':<13}{'launches':>9}{'DRAM MB':>10}{'asked MB':>10}{'GFLOP':>9}"
             f"{'waves':>7}{'µs':>9}  tile",
         ]
         for e in self.estimates:
-            mark = "*" if e is self.chosen else " "
+            mark = "*" if e is chosen else " "
             if e.refusal is not None:
                 lines.append(f" {mark}{e.strategy:<13}{e.refusal}")
                 continue
@@ -253,6 +266,10 @@ class ConfigExplanation:
                 f" {mark}{e.strategy:<13}{e.launches:>9}{e.dram_bytes / 1e6:>10.1f}"
                 f"{e.asked_bytes / 1e6:>10.1f}{e.flops / 1e9:>9.1f}{e.waves:>7}"
                 f"{e.seconds * 1e6:>9.1f}  {e.config or 'vendor GEMM'}"
+            )
+        if chosen is not None and chosen.measured is not None:
+            lines.append(
+                f"  measured: {chosen.strategy} {chosen.measured * 1e6:.1f} µs, the table's choice"
             )
         return "\n".join(lines)
 
@@ -269,7 +286,6 @@ def best_gemm(
     branch: int = 0,
     masked_x: bool = False,
     masked_y: bool = False,
-    more_sums: bool = False,
     quantised: bool = False,
     tma: bool = False,
 ) -> tuple[GemmConfig, float, int] | None:
@@ -281,14 +297,12 @@ def best_gemm(
         block_r: rank columns that the main loop carries; each tile of columns repeats them.
         branch: rank columns of the low-rank product that is added.
         masked_x, masked_y: whether the mask of x, or of the result, is regenerated.
-        more_sums: whether the kernel holds several such products, whose sums ptxas keeps apart.
         quantised: whether the right side is decoded from 4 bits in the main loop.
         tma: whether the operands allow tensor descriptors.
     """
     found = None
     for config in (device.tiles or GEMM_CONFIGS) if configs is None else configs:
-        masked = masked_y + 2 * more_sums
-        if not is_valid(config, device, size, block_r, masked, tma, masked_x, quantised):
+        if not is_valid(config, device, size, block_r, masked_y, tma, masked_x, quantised):
             continue
         mask = config.block_m * (k if masked_x else config.block_n if masked_y else 0)
         seconds, waves = _gemm_seconds(
@@ -379,8 +393,3 @@ def thin_columns(m: int, columns: int, device: Device, block_r: int, size: int =
 def span_of(total: int, spans: int, step: int) -> int:
     """Elements of one of `spans` parts, in whole steps."""
     return ceil(ceil(total / spans) / step) * step
-
-
-def title(op: str, sizes: Iterable[tuple[str, int]], dtype: torch.dtype, dropout: bool) -> str:
-    text = " ".join(f"{name}={value}" for name, value in sizes)
-    return f"{op} {text} {names([dtype])}{' dropout' if dropout else ''}"

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
-import torch
-
+from lora_kernels.ops.common import tuned
 from lora_kernels.ops.common.configs import (
     GEMM_CONFIGS,
     ConfigExplanation,
@@ -28,14 +27,14 @@ from lora_kernels.ops.common.configs import (
     gemm_asked_bytes,
     gemm_tiles,
     mask_seconds,
-    next_power_of_2,
     span_of,
     thin_columns,
     thin_rows,
-    title,
 )
+from lora_kernels.ops.common.problem import OPS, STRATEGIES, Problem
+from lora_kernels.ops.common.problem import block_rank as block_rank
+from lora_kernels.ops.common.tuned import Table
 
-STRATEGIES = ("single_pass", "epilogue", "addmm")
 # Rank columns that fit beside a full tile of sums; more do not pay either.
 MAX_SINGLE_PASS_RANK = 64
 # Rank columns of one pass over dy that makes both ds and dB.
@@ -67,52 +66,6 @@ def use_strategy(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def block_rank(r: int) -> int:
-    """Rank columns of a tile: tensor cores take 16 at least."""
-    return min(max(16, next_power_of_2(r)), 64)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A call as the cost model sees it; sizes of 0 count as 1.
-
-    Attributes:
-        m, n, k, r: rows, output and input features, rank.
-        dtype: of x and W.
-        dropout: whether the mask is regenerated.
-        tma: whether x (or dy) and W allow tensor descriptors.
-        quantised: whether W is 4-bit, decoded in the kernel.
-        projections: of one x, side by side; each masks a sum of its own.
-    """
-
-    m: int
-    n: int
-    k: int
-    r: int
-    dtype: torch.dtype = torch.bfloat16
-    dropout: bool = False
-    tma: bool = True
-    quantised: bool = False
-    projections: int = 1
-
-    @property
-    def size(self) -> int:
-        return self.dtype.itemsize
-
-    @property
-    def block_r(self) -> int:
-        return block_rank(self.r)
-
-    @property
-    def weight_size(self) -> float:
-        """Bytes of a weight; 4-bit ones with their fp32 scales at the usual block of 64."""
-        return 0.5 + 4 / 64 if self.quantised else self.size
-
-    @property
-    def weight_bytes(self) -> float:
-        return self.weight_size * self.n * self.k
-
-
 @dataclass(frozen=True)
 class Work:
     """Launches beside the large product."""
@@ -133,7 +86,8 @@ NOTHING = Work()
 
 
 def explain_config(op: str, problem: Problem, device: Device) -> ConfigExplanation:
-    """What the cost model says of each strategy, and which one it takes.
+    """What the cost model says of each strategy, and which one is taken: the one that a table of
+    measurements on this GPU prefers (`tuned.py`), or the cheapest.
 
     Args:
         op: "lora_linear_fwd" or "lora_linear_bwd".
@@ -142,42 +96,67 @@ def explain_config(op: str, problem: Problem, device: Device) -> ConfigExplanati
     Raises:
         ValueError: `op` is neither of the two.
     """
-    estimate = {"lora_linear_fwd": _forward, "lora_linear_bwd": _backward}.get(op)
-    if estimate is None:
-        raise ValueError(f"op: got {op!r}, expected lora_linear_fwd or lora_linear_bwd")
+    return _explain(op, problem, device, tuned.table_for(device))
+
+
+def _explain(op: str, problem: Problem, device: Device, table: Table | None) -> ConfigExplanation:
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, expected {' or '.join(OPS)}")
+    estimate = _forward if op == "lora_linear_fwd" else _backward
     p = replace(problem, m=max(problem.m, 1), n=max(problem.n, 1), k=max(problem.k, 1))
-    sizes = (("M", problem.m), ("N", problem.n), ("K", problem.k), ("r", problem.r))
-    return ConfigExplanation(
-        title(op, sizes, problem.dtype, problem.dropout),
-        device,
-        tuple(estimate(strategy, p, device) for strategy in STRATEGIES),
-    )
+    found = {strategy: estimate(strategy, p, device) for strategy in STRATEGIES}
+    entry = None if table is None else table.find(op, p, device)
+    if entry is not None:
+        # The model of this tile alone knows every rule that it must keep here.
+        only = device if entry.config is None else replace(device, tiles=(entry.config,))
+        measured = estimate(entry.strategy, p, only)
+        if measured.refusal is None:
+            found[entry.strategy] = replace(measured, measured=entry.seconds)
+    return ConfigExplanation(f"{op} {problem}", device, tuple(found.values()))
 
 
 @lru_cache(maxsize=4096)
 def _choose(
-    op: str, problem: Problem, device: Device, forced: str | None, without: str | None
+    op: str,
+    problem: Problem,
+    device: Device,
+    forced: str | None,
+    without: str | None,
+    table: Table | None,
 ) -> Estimate:
-    estimates = [e for e in explain_config(op, problem, device).estimates if e.refusal is None]
-    for estimate in estimates:
-        if estimate.strategy == forced != without:
-            return estimate
-    return min((e for e in estimates if e.strategy != without), key=lambda e: e.seconds)
+    explanation = _explain(op, problem, device, table)
+    usable = {
+        e.strategy: e for e in explanation.estimates if e.refusal is None and e.strategy != without
+    }
+    if not usable:
+        reasons = "; ".join(
+            f"{e.strategy}: {e.refusal or 'the caller does not have it'}"
+            for e in explanation.estimates
+        )
+        raise ValueError(f"{explanation.title} on {device.name}: no strategy can run it: {reasons}")
+    if forced in usable:
+        return usable[forced]
+    return min(usable.values(), key=lambda e: e.rank)
 
 
 def choose(op: str, problem: Problem, device: Device, without: str | None = None) -> Estimate:
-    """The estimate to follow: the forced strategy's, where it can be, or the cheapest.
+    """The estimate to follow: the forced strategy's, where it can be, else what a table of
+    measurements prefers, else the cheapest.
 
     Args:
         without: a strategy that the caller does not have.
+
+    Raises:
+        ValueError: every strategy refuses; it names each one's reason.
     """
-    return _choose(op, problem, device, _forced, without)
+    return _choose(op, problem, device, _forced, without, tuned.table_for(device))
 
 
 def one_read_parts(m: int, n: int, device: Device, block_n: int = 256) -> tuple[int, int]:
-    """Parts of ds (blocks of n) and of dB (spans of m) when one pass over dy makes both."""
+    """Parts of ds (blocks of n, none of n = 0) and of dB (spans of m >= 1) when one pass over dy
+    makes both."""
     parts_n = ceil(n / block_n)
-    parts_m = max(1, min(ceil(m / 64), ceil(device.multiprocessors / parts_n)))
+    parts_m = max(1, min(ceil(m / 64), ceil(device.multiprocessors / max(1, parts_n))))
     return parts_n, ceil(m / span_of(m, parts_m, 64))
 
 
@@ -261,7 +240,6 @@ def _single_pass(
         branch=br,
         masked_x=masked_x,
         masked_y=masked_y,
-        more_sums=p.projections > 1,
         quantised=p.quantised,
         tma=p.tma,
     )
@@ -289,7 +267,6 @@ def _epilogue(
         size,
         branch=padded,
         masked_y=masked_y,
-        more_sums=p.projections > 1,
         quantised=p.quantised,
         tma=p.tma,
     )

@@ -60,8 +60,8 @@ def in_registers(b_value):
 
 @triton.jit
 def ones_product(b_value, b_sums, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sums + the sums of 16-bit b_value [M, N] along its rows, b_sums [M, any], or down its COLUMNS,
-    b_sums [any, N], over and over.
+    """b_sums + the sums of 16-bit b_value [M, N] along its rows into b_sums [M, any], or down its
+    COLUMNS into b_sums [any, N], over and over.
 
     A product with ones reads a tile that another product reads as that does: without conflicts,
     and with Triton's count of buffers right (see `in_registers`).
