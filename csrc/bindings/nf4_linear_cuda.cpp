@@ -1,80 +1,127 @@
-// lora_kernels_native::nf4_linear_fwd on CUDA, for few tokens. Built only where torch has CUDA.
+// lora_kernels_native::{nf4_linear,lora_linear}_fwd on CUDA: 4-bit weights, few tokens, no dropout.
+// What else there is, lora_kernels/ops/*/native.py leaves to other backends.
 #include "lora_kernels/nf4_linear_cuda.h"
 
-#include <torch/csrc/stable/accelerator.h>
-
-#include "bindings/common.h"
+#include "bindings/cuda.h"
+#include "lora_kernels/philox.h"
 
 namespace lora_kernels {
 namespace {
 
-void check_on(const char* name, const Tensor& t, int32_t device) {
-  LK_CHECK(t.is_cuda() && t.get_device_index() == device, name, ": is not on the CUDA device of x");
+// Rows with unit column stride; a tensor without elements may have any strides.
+int64_t leading(const char* name, const Tensor& t) {
+  LK_CHECK(t.numel() == 0 || t.size(1) <= 1 || t.stride(1) == 1, name, ": has stride ", t.stride(1),
+           " along its rows, expected 1");
+  return t.stride(0);
 }
 
-Tensor nf4_linear_fwd(const Tensor& any_x, const std::vector<Tensor>& base,
-                      const std::vector<int64_t>& meta_list, const std::optional<Tensor>& bias) {
-  const Meta meta = parse_meta(meta_list);
-  LK_CHECK(!meta.dense(), "meta: is that of a dense weight, expected a 4-bit one");
-  check_quantised(base, meta);
-  check_shape("x", any_x, {-1, meta.k});
-  const Dtype dtype = kernel_dtype("x", any_x);
-  LK_CHECK(any_x.is_cuda(), "x: is not on a CUDA device");
-  const int32_t device = any_x.get_device_index();
-  for (const Tensor& t : base) check_on("base", t, device);
-  LK_CHECK(any_x.size(0) <= kNf4LinearMaxTokens, "x: got ", any_x.size(0),
-           " tokens; the CUDA kernel takes at most ", kNf4LinearMaxTokens,
-           ": choose another backend");
+// x as the kernel reads it, fastest where rows start at multiples of 16 bytes.
+Tensor rows_of(const Tensor& x) {
+  const bool rows = x.size(1) <= 1 || x.stride(1) == 1;
+  const bool wide = x.stride(0) * static_cast<int64_t>(x.element_size()) % 16 == 0;
+  return rows && wide ? x : torch::stable::contiguous(x);
+}
+
+// The part of a call that has no LoRA in it; `x` and `y` must outlive it.
+Nf4Linear linear_call(const Tensor& x, const std::vector<Tensor>& base, const Meta& meta,
+                      const std::optional<Tensor>& bias, Tensor& y) {
+  const int32_t device = cuda_device("x", x);
+  Nf4Linear call{};
+  call.q = device_view(base, meta, device);
   if (bias.has_value()) {
-    check_dtype("bias", *bias, any_x.scalar_type());
+    check_dtype("bias", *bias, x.scalar_type());
     check_shape("bias", *bias, {meta.n});
     check_contiguous("bias", *bias);
     check_on("bias", *bias, device);
-  }
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  // The kernel reads rows, fastest where they start at multiples of 16 bytes.
-  const bool rows = meta.k <= 1 || any_x.stride(1) == 1;
-  const bool wide = any_x.stride(0) * static_cast<int64_t>(any_x.element_size()) % 16 == 0;
-  const Tensor x = rows && wide ? any_x : torch::stable::contiguous(any_x);
-
-  Nf4Linear call{};
-  call.q.packed = data<uint8_t>(base[0]);
-  call.q.n = meta.n * meta.k;
-  call.q.block_size = meta.block_size;
-  call.q.nested_block = meta.nested_block;
-  call.q.quant_type = meta.quant_type;
-  if (meta.nested_block == 0) {
-    call.q.absmax = data<float>(base[1]);
-  } else {
-    call.q.absmax8 = data<uint8_t>(base[1]);
-    call.q.nested_absmax = data<float>(base[2]);
-    call.q.nested_map = data<float>(base[3]);
-    call.q.nested_offset = data<float>(base[4]);
+    call.bias = bias->const_data_ptr();
   }
   call.x = x.const_data_ptr();
   call.m = x.size(0);
   call.n = meta.n;
   call.k = meta.k;
   call.ldx = x.stride(0);
-  call.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  Tensor y = new_tensor(x, {call.m, meta.n}, x.scalar_type());
   call.y = y.mutable_data_ptr();
   call.ldy = meta.n;
+  return call;
+}
+
+void run(const char* op, const Tensor& x, const Nf4Linear& call) {
+  const Dtype dtype = kernel_dtype("x", x);
   const int64_t bytes = nf4_linear_workspace(call.m, call.n, call.k, dtype);
   Tensor workspace = new_tensor(x, {bytes / 4}, ScalarType::Float);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const cudaError_t error = nf4_linear_cuda(call, dtype, mutable_data<float>(workspace),
-                                            static_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("nf4_linear_fwd: ") + cudaGetErrorString(error));
+  const cudaStream_t stream = current_stream(x.get_device_index());
+  check_cuda(op, nf4_linear_cuda(call, dtype, mutable_data<float>(workspace), stream));
+}
+
+void check_x(const Tensor& x, const Meta& meta) {
+  LK_CHECK(!meta.dense(), "meta: is that of a dense weight, expected a 4-bit one");
+  check_shape("x", x, {-1, meta.k});
+  kernel_dtype("x", x);
+  cuda_device("x", x);
+  LK_CHECK(x.size(0) <= kNf4LinearMaxTokens, "x: got ", x.size(0),
+           " tokens; the CUDA kernel takes at most ", kNf4LinearMaxTokens,
+           ": choose another backend");
+}
+
+Tensor nf4_linear_fwd(const Tensor& any_x, const std::vector<Tensor>& base,
+                      const std::vector<int64_t>& meta_list, const std::optional<Tensor>& bias) {
+  const Meta meta = parse_meta(meta_list);
+  check_x(any_x, meta);
+  const DeviceGuard guard(any_x.get_device_index());
+  const Tensor x = rows_of(any_x);
+  Tensor y = new_tensor(x, {x.size(0), meta.n}, x.scalar_type());
+  run("nf4_linear_fwd", x, linear_call(x, base, meta, bias, y));
   return y;
+}
+
+std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& any_x, const std::vector<Tensor>& base,
+                                           const std::vector<int64_t>& meta_list, const Tensor& a,
+                                           const Tensor& b, double scale,
+                                           const std::optional<Tensor>& bias, double dropout_p,
+                                           const std::optional<Tensor>& seed,
+                                           const std::optional<Tensor>& rank_diag,
+                                           const std::optional<Tensor>& out_diag, int64_t) {
+  const Meta meta = parse_meta(meta_list);
+  check_x(any_x, meta);
+  const int32_t device = any_x.get_device_index();
+  LK_CHECK(!seed.has_value() || dropout_threshold(dropout_p) == 0,
+           "dropout_p: the CUDA kernel takes no dropout: choose another backend");
+  LK_CHECK(!rank_diag.has_value() && !out_diag.has_value(),
+           "rank_diag, out_diag: the CUDA kernel takes neither: choose another backend");
+  check_shape("lora_a", a, {-1, meta.k});
+  const int64_t rank = a.size(0);
+  check_shape("lora_b", b, {meta.n, rank});
+  check_dtype("lora_b", b, a.scalar_type());
+  LK_CHECK(a.scalar_type() == any_x.scalar_type() || a.scalar_type() == ScalarType::Float,
+           "lora_a: got dtype ", dtype_name(a.scalar_type()), ", expected that of x or float32");
+  check_on("lora_a", a, device);
+  check_on("lora_b", b, device);
+
+  const DeviceGuard guard(device);
+  const Tensor x = rows_of(any_x);
+  Tensor y = new_tensor(x, {x.size(0), meta.n}, x.scalar_type());
+  Tensor s = new_tensor(x, {x.size(0), rank}, x.scalar_type());
+  Nf4Linear call = linear_call(x, base, meta, bias, y);
+  call.a = a.const_data_ptr();
+  call.lda = leading("lora_a", a);
+  call.s = s.mutable_data_ptr();
+  call.lds = rank;
+  call.b = b.const_data_ptr();
+  call.ldb = leading("lora_b", b);
+  call.rank = rank;
+  call.scale = static_cast<float>(scale);
+  call.adapters = kernel_dtype("lora_a", a);
+  // Without elements A may have no memory either, and a null A stands for an s that is there.
+  if (a.numel() == 0) torch::stable::zero_(s);
+  run("lora_linear_fwd", x, call);
+  return {y, s};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CUDA, m) {
   m.impl("nf4_linear_fwd", TORCH_BOX(&nf4_linear_fwd));
+  m.impl("lora_linear_fwd", TORCH_BOX(&lora_linear_fwd));
 }
 
 }  // namespace lora_kernels

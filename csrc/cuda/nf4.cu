@@ -2,8 +2,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <climits>
 #include <cstdint>
 
+#include "launch.cuh"
 #include "lora_kernels/nf4_codes.h"
 #include "lora_kernels/nf4_cuda.h"
 
@@ -153,24 +155,15 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 template <class Pair>
-cudaError_t launch(const DeviceQuantView& q, void* out, cudaStream_t stream) {
-  const int64_t tiles = (q.n + kWarpTile - 1) / kWarpTile;
-  const int64_t grid = (tiles + kWarps - 1) / kWarps;
+cudaError_t dequantize(const DeviceQuantView& q, void* out, cudaStream_t stream) {
+  const int64_t grid = ceil_div(q.n, kWarps * kWarpTile);
   if (grid == 0) return cudaSuccess;
-  if (grid > INT64_C(0x7fffffff)) return cudaErrorInvalidValue;
-  int block_shift = 0;
-  while ((int64_t(1) << block_shift) < q.block_size) ++block_shift;
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(q.packed) % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  auto* to = static_cast<typename Pair::Element*>(out);
-  if (q.absmax != nullptr) {
-    dequantize_kernel<Pair, false>
-        <<<unsigned(grid), 32 * kWarps, 0, stream>>>(q, to, block_shift, aligned);
-  } else {
-    dequantize_kernel<Pair, true>
-        <<<unsigned(grid), 32 * kWarps, 0, stream>>>(q, to, block_shift, aligned);
-  }
-  return cudaGetLastError();
+  if (grid > INT_MAX) return cudaErrorInvalidValue;
+  const bool aligned = multiple(q.packed, 4) && multiple(out, 16);
+  auto* const kernel =
+      q.absmax != nullptr ? dequantize_kernel<Pair, false> : dequantize_kernel<Pair, true>;
+  return launch(kernel, dim3(unsigned(grid)), 32 * kWarps, 0, stream, false, q,
+                static_cast<typename Pair::Element*>(out), log2_floor(q.block_size), aligned);
 }
 
 }  // namespace
@@ -179,11 +172,11 @@ cudaError_t nf4_dequantize_cuda(const DeviceQuantView& q, Dtype out_dtype, void*
                                 cudaStream_t stream) {
   switch (out_dtype) {
     case Dtype::f32:
-      return launch<PairF32>(q, out, stream);
+      return dequantize<PairF32>(q, out, stream);
     case Dtype::f16:
-      return launch<PairF16>(q, out, stream);
+      return dequantize<PairF16>(q, out, stream);
     case Dtype::bf16:
-      return launch<PairBF16>(q, out, stream);
+      return dequantize<PairBF16>(q, out, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -3,21 +3,14 @@
 #include <climits>
 #include <cstdint>
 
+#include "launch.cuh"
+#include "lora_shrink.cuh"
 #include "nf4_linear_kernel.cuh"
 
 namespace lora_kernels {
 namespace {
 
 using namespace nf4_linear;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  const bool known = cudaGetDevice(&device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
-  return known ? value : 0;
-}
 
 // K is split into `splits` runs of `steps_per_split` steps; all but the last are full.
 struct Plan {
@@ -39,24 +32,6 @@ Plan plan(int64_t m, int64_t n, int64_t k) {
   return p;
 }
 
-// Launches and gives up its place on the GPU's queue early: `follows` may start while the kernel
-// before it still runs, and waits for it inside.
-template <class... Args>
-cudaError_t launch(void (*kernel)(Args...), dim3 grid, int threads, size_t shared,
-                   cudaStream_t stream, bool follows, Args... args) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = follows ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args...);
-}
-
 template <class S, bool kNested, bool kAligned>
 cudaError_t launch_linear(const Call& call, const Plan& p, cudaStream_t stream) {
   auto* const kernel = linear_kernel<S, kNested, kAligned>;
@@ -66,10 +41,9 @@ cudaError_t launch_linear(const Call& call, const Plan& p, cudaStream_t stream) 
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes + kMapBytes);
   if (error != cudaSuccess) return error;
   const dim3 grid(unsigned(p.groups), unsigned(p.splits), unsigned(ceil_div(call.c.m, S::kTokens)));
-  return launch(kernel, grid, S::kThreads, shared, stream, false, call);
+  const bool follows = call.c.rank > 0 && call.c.a != nullptr && may_follow();
+  return launch(kernel, grid, S::kThreads, shared, stream, follows, call);
 }
-
-bool multiple(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 // Whether the kernel may load 16 bytes of codes and of x at a time, and finds scales by shifts.
 template <class S>
@@ -80,12 +54,6 @@ bool aligned(const Call& call) {
          multiple(c.x, 16) && (c.m == 1 || c.ldx * sizeof(typename S::T) % 16 == 0) &&
          c.q.n / c.q.block_size <= INT_MAX &&
          (c.q.absmax != nullptr || (nested & (nested - 1)) == 0);
-}
-
-int log2_floor(int64_t v) {
-  int shift = 0;
-  while (v > 1) v >>= 1, ++shift;
-  return shift;
 }
 
 // Ragged calls use the shapes `Ragged`, so that there are fewer kernels to compile.
@@ -105,8 +73,8 @@ cudaError_t run(Call& call, float* workspace, cudaStream_t stream) {
                                      : launch_linear<S, false, true>(call, p, stream);
   if (error != cudaSuccess || p.splits == 1) return error;
   const int64_t grid = ceil_div(call.c.m * (call.part_ld / 4), 128);
-  return launch(sum_kernel<typename S::T>, dim3(unsigned(grid)), 128, 0, stream,
-                device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9, call, int(p.splits));
+  return launch(sum_kernel<typename S::T>, dim3(unsigned(grid)), 128, 0, stream, may_follow(), call,
+                int(p.splits));
 }
 
 template <class T>
@@ -140,7 +108,13 @@ int64_t nf4_linear_workspace(int64_t m, int64_t n, int64_t k, Dtype dtype) {
 cudaError_t nf4_linear_cuda(const Nf4Linear& c, Dtype dtype, float* workspace,
                             cudaStream_t stream) {
   if (c.m > kNf4LinearMaxTokens || c.k > INT_MAX / 2) return cudaErrorInvalidValue;
-  if (c.m == 0 || c.n == 0) return cudaSuccess;
+  if (c.m == 0) return cudaSuccess;
+  if (c.rank > 0) {
+    if (c.adapters != dtype && c.adapters != Dtype::f32) return cudaErrorInvalidValue;
+    const cudaError_t error = c.a != nullptr ? lora_shrink(c, dtype, stream) : cudaSuccess;
+    if (error != cudaSuccess) return error;
+  }
+  if (c.n == 0) return cudaSuccess;
   Call call{};
   call.c = c;
   call.block_shift = log2_floor(c.q.block_size);

@@ -227,20 +227,35 @@ __device__ void accumulate(Sums<S>& sums, const uint32_t (&code)[kRunRows][S::kR
   }
 }
 
-// sums = scale s Bᵀ, the part of lane (g, t): rank r0 + 4 t .. + 3.
+// Four elements of B, rounded to x's type.
+template <class T>
+__device__ Quad<T> load_b(const Nf4Linear& c, int64_t at, int64_t left, bool vector) {
+  if (sizeof(T) == 4 || c.adapters != Dtype::f32)
+    return load_quad(static_cast<const T*>(c.b) + at, left, vector);
+  const Quad<float> wide = load_quad(static_cast<const float*>(c.b) + at, left, vector);
+  Quad<T> quad;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) quad.v[i] = Math<T>::round(wide.v[i]);
+  return quad;
+}
+
+// sums = scale s Bᵀ over every `step`-th 16 ranks from r0 on; the part of lane (g, t): rank
+// r0 + 4 t .. + 3.
 template <class S>
-__device__ void add_lora(Sums<S>& sums, const Nf4Linear& c, int64_t row, int64_t token, int tokens,
-                         int g, int t) {
+__device__ void lora_sums(Sums<S>& sums, const Nf4Linear& c, int64_t row, int64_t token, int tokens,
+                          int64_t r0, int step) {
   using T = typename S::T;
-  const T* b = static_cast<const T*>(c.b);
+  const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
   const T* s = static_cast<const T*>(c.s) + token * c.lds;
-  const bool vector_b = quads_aligned<T>(c.b, c.ldb), vector_s = quads_aligned<T>(c.s, c.lds);
-  for (int64_t r0 = 0; r0 < c.rank; r0 += 16) {
+  const bool vector_b =
+      c.adapters == Dtype::f32 ? quads_aligned<float>(c.b, c.ldb) : quads_aligned<T>(c.b, c.ldb);
+  const bool vector_s = quads_aligned<T>(c.s, c.lds);
+  for (; r0 < c.rank; r0 += step) {
     const int64_t at = r0 + 4 * t, left = c.rank - at;
     Quad<T> w[kRunRows];
 #pragma unroll
     for (int i = 0; i < kRunRows; ++i)
-      w[i] = load_quad(b + (row + 8 * i) * c.ldb + at, row + 8 * i < c.n ? left : 0, vector_b);
+      w[i] = load_b<T>(c, (row + 8 * i) * c.ldb + at, row + 8 * i < c.n ? left : 0, vector_b);
     if constexpr (S::kTensor) {
 #pragma unroll
       for (int tile = 0; tile < S::kTiles; ++tile) {
@@ -271,6 +286,16 @@ __device__ void add_lora(Sums<S>& sums, const Nf4Linear& c, int64_t row, int64_t
   for (auto& d : sums.d)
 #pragma unroll
     for (int i = 0; i < kInner; ++i) reinterpret_cast<float*>(&d)[i] *= c.scale;
+}
+
+// Brings what lora_sums will read of B closer.
+__device__ inline void prefetch_b(const Nf4Linear& c, int64_t row, int64_t r0, int step, int size) {
+  for (int64_t at = r0 + 4 * (threadIdx.x & 3); at < c.rank; at += step)
+#pragma unroll
+    for (int i = 0; i < kRunRows; ++i)
+      if (row + 8 * i < c.n)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(c.b) +
+                                                      ((row + 8 * i) * c.ldb + at) * size));
 }
 
 }  // namespace nf4_linear

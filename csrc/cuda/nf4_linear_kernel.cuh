@@ -37,6 +37,31 @@ __device__ void store_outputs(const Nf4Linear& c, int64_t m, int64_t n, float4 s
   }
 }
 
+constexpr int kPitch = kRows + 4;  // of the sums of a token in shared memory
+
+// Writes a lane's sums, token 2 t of row g at `to`, or adds them to those that it wrote before.
+template <class S>
+__device__ void put_sums(float* to, const Sums<S>& sums, int t, bool more) {
+  const auto put = [&](int at, float d) { to[at] = more ? __fadd_rn(to[at], d) : d; };
+  if constexpr (S::kTensor) {
+#pragma unroll
+    for (int tile = 0; tile < S::kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4 * kRowTiles; ++i)
+        put((8 * tile + (i & 1)) * kPitch + (i >> 1) * 8, sums.d[i >> 2][tile][i & 3]);
+  } else {  // each t has the sums over its own part of K
+#pragma unroll
+    for (int m = 0; m < 8; ++m)
+#pragma unroll
+      for (int i = 0; i < kRunRows; ++i) {
+        float d = sums.d[i][m];
+        d = __fadd_rn(d, __shfl_xor_sync(kAll, d, 1));
+        d = __fadd_rn(d, __shfl_xor_sync(kAll, d, 2));
+        if (m >> 1 == t) put((m & 1) * kPitch + 8 * i, d);
+      }
+  }
+}
+
 extern __shared__ __align__(256) uint8_t shared_memory[];
 
 // y = x Wᵀ + bias + scale s Bᵀ for up to 64 tokens, W = round(code * absmax) to x's type, sums in
@@ -64,12 +89,13 @@ __global__ void __launch_bounds__(S::kThreads, 2) linear_kernel(const __grid_con
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 
-  Loader<S, kNested> loader(call, row, first * S::kStep + lane_k);
-  Runs<S, kNested> runs[2];
-  if (kAligned && first < last) loader.load(runs[0]);
+  const int k_end = min(static_cast<int>(c.k), last * S::kStep);
+  Loader<S, kNested> loader(call, row, first * S::kStep + lane_k, k_end);
+  Runs<S, kNested> runs[2] = {};
+  if (kAligned) loader.load(runs[0]);
   uint8_t* const smem = shared_memory;
   using X = Stager<S, kAligned>;
-  X stager(x, c.ldx, tokens, first * S::kStep, min(static_cast<int>(c.k), last * S::kStep));
+  X stager(x, c.ldx, tokens, first * S::kStep, k_end);
   // Stages of x, in the second half of each line; `in` is that of the present step.
   constexpr int kStagePitch = 2 * S::kStageBytes, kAhead = S::kStages / X::kFetch - 1;
   int in = 0;
@@ -90,7 +116,10 @@ __global__ void __launch_bounds__(S::kThreads, 2) linear_kernel(const __grid_con
   }
 
   Sums<S> sums = {};
-  if (c.rank > 0 && blockIdx.y == 0 && depth_warp == 0) add_lora(sums, c, row, token, tokens, g, t);
+  const bool lora = c.rank > 0 && blockIdx.y == 0;
+  constexpr int kRankStep = 16 * S::kDepthWarps;
+  if (lora)
+    prefetch_b(c, row, 16 * depth_warp, kRankStep, c.adapters == Dtype::f32 ? 4 : sizeof(T));
 
   int slot = (lane & 15) * 8;
   keep(slot);
@@ -117,7 +146,7 @@ __global__ void __launch_bounds__(S::kThreads, 2) linear_kernel(const __grid_con
         if (kNested)
           scale[i] = __fadd_rn(__fmul_rn(map[now.scale_code[kNested ? i : 0]], scale[i]), offset);
       }
-      if (step + 1 < last) loader.load(next);
+      loader.load(next);
       accumulate<S>(
           sums, now.code, [&](int i, int) { return scale[i]; }, smem, stage, x_offset, slot,
           tokens);
@@ -139,28 +168,19 @@ __global__ void __launch_bounds__(S::kThreads, 2) linear_kernel(const __grid_con
   }
 
   // The warps' sums, [depth warp, token, row + pad]: added in order.
-  constexpr int kPitch = kRows + 4;
   float* const red = reinterpret_cast<float*>(smem);
   static_assert(S::kDepthWarps * S::kTokens * kPitch * 4 <= kSharedBytes, "fits over the table");
   __syncthreads();
   float* const to =
       red + (depth_warp * S::kTokens + 2 * t) * kPitch + row_warp * 16 * kRowTiles + g;
-  if constexpr (S::kTensor) {
-#pragma unroll
-    for (int tile = 0; tile < S::kTiles; ++tile)
-#pragma unroll
-      for (int i = 0; i < 4 * kRowTiles; ++i)
-        to[(8 * tile + (i & 1)) * kPitch + (i >> 1) * 8] = sums.d[i >> 2][tile][i & 3];
-  } else {
-#pragma unroll
-    for (int m = 0; m < 8; ++m)
-#pragma unroll
-      for (int i = 0; i < kRunRows; ++i) {
-        float d = sums.d[i][m];
-        d = __fadd_rn(d, __shfl_xor_sync(kAll, d, 1));
-        d = __fadd_rn(d, __shfl_xor_sync(kAll, d, 2));
-        if (m >> 1 == t) to[(m & 1) * kPitch + 8 * i] = d;
-      }
+  put_sums<S>(to, sums, t, false);
+  if (lora) {  // last: s may come from the kernel in front
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    sums = {};
+    lora_sums(sums, c, row, token, tokens, 16 * depth_warp, kRankStep);
+    put_sums<S>(to, sums, t, true);
   }
   __syncthreads();
   const int64_t block_row = int64_t(blockIdx.x) * kRows;

@@ -26,59 +26,68 @@ struct Runs {
 
 // Makes a value opaque to the compiler, which would compute it anew in each step.
 __device__ inline void keep(int& v) { asm volatile("" : "+r"(v)); }
-__device__ inline void keep(const float*& v) { asm volatile("" : "+l"(v)); }
+__device__ inline void keep(unsigned& v) { asm volatile("" : "+r"(v)); }
+template <class T>
+__device__ void keep(const T*& v) {
+  asm volatile("" : "+l"(v));
+}
 
-// Reads runs where rows are whole blocks and every address suits a wide load, step after step. Rows
-// past N and runs past K read the last one again: those rows are not stored, and x is zero there.
+// Reads runs where rows are whole blocks and every address suits a wide load, step after step.
+// Pointers stay and an index moves: an address is one multiply-add. Rows past N read the last one
+// again, which is not stored; past K a run stays as it was: x is zero there.
 template <class S, bool kNested>
 class Loader {
  public:
-  __device__ Loader(const Call& call, int64_t row, int k)
-      : q_(call.c.q), block_shift_(call.block_shift), nested_shift_(call.nested_shift) {
+  __device__ Loader(const Call& call, int64_t row, int k, int k_end)
+      : q_(call.c.q),
+        block_shift_(call.block_shift),
+        nested_shift_(call.nested_shift),
+        k_(k),
+        k_end_(k_end) {
     const Nf4Linear& c = call.c;
-    last_ = static_cast<int>(c.k) - S::kRun;
-    k_ = min(k, last_);
 #pragma unroll
     for (int i = 0; i < kRunRows; ++i) {
       const int64_t n = min(row + 8 * i, c.n - 1);
-      codes_[i] = c.q.packed + n * (c.k >> 1) + (k_ >> 1);
+      codes_[i] = reinterpret_cast<const Wide*>(c.q.packed + n * (c.k >> 1));
       block_[i] = static_cast<int>(n * (c.k >> call.block_shift));
       scales_[i] = c.q.absmax + block_[i];
       keep(block_[i]);
+      keep(codes_[i]);
       keep(scales_[i]);
     }
   }
   __device__ void load(Runs<S, kNested>& runs) {
+    unsigned run = static_cast<unsigned>(k_) / S::kRun;
+    keep(run);
+    if (k_ < k_end_) {
 #pragma unroll
-    for (int i = 0; i < kRunRows; ++i) {
-      using Wide = std::conditional_t<S::kRun == 32, uint4, uint2>;
-      const Wide wide = __ldg(reinterpret_cast<const Wide*>(codes_[i]));
-      __builtin_memcpy(runs.code[i], &wide, sizeof(wide));
-    }
-    const unsigned block = static_cast<unsigned>(k_) >> block_shift_;
+      for (int i = 0; i < kRunRows; ++i) {
+        const Wide wide = __ldg(codes_[i] + run);
+        __builtin_memcpy(runs.code[i], &wide, sizeof(wide));
+      }
+      const unsigned block = static_cast<unsigned>(k_) >> block_shift_;
 #pragma unroll
-    for (int i = 0; i < kRunRows; ++i) {
-      if (kNested) {
-        const unsigned at = block_[i] + block;
-        runs.scale_code[kNested ? i : 0] = __ldg(q_.absmax8 + at);
-        runs.scale[i] = __ldg(q_.nested_absmax + (at >> nested_shift_));
-      } else {
-        runs.scale[i] = __ldg(scales_[i] + block);
+      for (int i = 0; i < kRunRows; ++i) {
+        if (kNested) {
+          const unsigned at = block_[i] + block;
+          runs.scale_code[kNested ? i : 0] = __ldg(q_.absmax8 + at);
+          runs.scale[i] = __ldg(q_.nested_absmax + (at >> nested_shift_));
+        } else {
+          runs.scale[i] = __ldg(scales_[i] + block);
+        }
       }
     }
-    const int next = min(k_ + S::kStep, last_);
-#pragma unroll
-    for (int i = 0; i < kRunRows; ++i) codes_[i] += static_cast<unsigned>(next - k_) >> 1;
-    k_ = next;
+    k_ += S::kStep;
   }
 
  private:
+  using Wide = std::conditional_t<S::kRun == 32, uint4, uint2>;
   const DeviceQuantView& q_;
-  const uint8_t* codes_[kRunRows];
+  const Wide* codes_[kRunRows];
   const float* scales_[kRunRows];
   int block_[kRunRows];
   int block_shift_, nested_shift_;
-  int k_, last_;
+  int k_, k_end_;
 };
 
 // Brings x into shared memory step after step, zeros past K. Lanes take pairs of units, so that

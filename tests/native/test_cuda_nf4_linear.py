@@ -201,7 +201,7 @@ def disassembled(arch: str, folder: Path) -> dict[str, list[str]]:
 
 
 def main_loop(lines: list[str]) -> list[str]:
-    """The instructions of the longest loop that holds the rounding of weights."""
+    """The instructions of the loop that rounds most weights."""
     labels, code, loops = {}, [], [[]]
     for line in lines:
         if label := re.match(r"(\.L_x_\d+):", line):
@@ -211,17 +211,18 @@ def main_loop(lines: list[str]) -> list[str]:
             target = re.match(r"BRA.*`\((\.L_x_\d+)\)", code[-1])
             if target and target[1] in labels:
                 loops.append(code[labels[target[1]] :])
-    return max((x for x in loops if any(i.startswith("F2FP") for i in x)), key=len)
+    return max(loops, key=lambda loop: (sum(i.startswith("F2FP") for i in loop), len(loop)))
 
 
 @pytest.mark.parametrize(
     ("arch", "tiles", "bound"),
-    [("sm_80", 1, 3.1), ("sm_90a", 1, 3.1), ("sm_100", 1, 2.6), ("sm_80", 8, 5.0)],
+    [("sm_80", 1, 3.0), ("sm_90a", 1, 3.0), ("sm_100", 1, 2.5), ("sm_80", 8, 4.9)],
 )
 @pytest.mark.parametrize("dtype", ["__half", "__nv_bfloat16"])
 def test_main_loop(arch: str, tiles: int, bound: float, dtype: str, folder: Path) -> None:
-    """An exact weight costs 2.5 instructions where products are not packed: half a byte extract,
-    half a look-up, a product and half a rounding. The rest is loads, mma and the loop itself."""
+    """An exact weight costs 2.5 instructions, 2 on sm_100 where products are packed: half a byte
+    extract, half a look-up, a product and half a rounding. Of the rest an eighth is mma, a tenth
+    loads and their addresses; then x and the loop itself."""
     code = disassembled(arch, folder)
     (name,) = (k for k in code if re.search(rf"{dtype}Li{tiles}EEELb0ELb1E", k))
     loop = main_loop(code[name])

@@ -13,6 +13,8 @@ from lora_kernels.dispatch import native
 from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
 from lora_kernels.ops.common.checks import names
 
+# csrc/include/lora_kernels/nf4_linear_cuda.h
+CUDA_TOKENS = 64
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
@@ -53,6 +55,17 @@ def refuse_linear(op: str, activations: Sequence[Tensor], *parameters: Tensor | 
     if reason is None and any(p is not None and p.stride(-1) != 1 for p in parameters):
         reason = "takes parameters whose last dimension is contiguous"
     return reason
+
+
+def refuse_cuda_linear(x: Tensor, meta: Sequence[int]) -> str | None:
+    """Why the CUDA linear kernels cannot take x and this base, or None; CPU kernels take any."""
+    if x.device.type != "cuda":
+        return None
+    if len(meta) == 2:
+        return "takes 4-bit weights on CUDA, not dense ones"
+    if x.shape[0] > CUDA_TOKENS:
+        return f"takes up to {CUDA_TOKENS} tokens on CUDA, not {x.shape[0]}"
+    return None
 
 
 def register_native(op: str, supports: Callable[..., str | None]) -> None:

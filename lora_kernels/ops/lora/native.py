@@ -1,12 +1,20 @@
-"""What the compiled LoRA kernels take (csrc/bindings/linear.cpp, dropout.cpp)."""
+"""What the compiled LoRA kernels take (csrc/bindings: linear, dropout, nf4_linear_cuda)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.native import refuse_device, refuse_linear, register_native
+from lora_kernels.ops.common.checks import names
+from lora_kernels.ops.common.native import (
+    refuse_cuda_linear,
+    refuse_device,
+    refuse_linear,
+    register_native,
+)
+from lora_kernels.ops.common.philox import threshold
 
 
 def _dense(base: Sequence[Tensor]) -> Tensor | None:
@@ -27,7 +35,17 @@ def _fwd(
     out_diag: Tensor | None,
     stream: int = 0,
 ) -> str | None:
-    return refuse_linear("lora_linear_fwd", [x], _dense(base), a, b, bias, rank_diag, out_diag)
+    reason = refuse_linear("lora_linear_fwd", [x], _dense(base), a, b, bias, rank_diag, out_diag)
+    if reason is not None or x.device.type != "cuda":
+        return reason
+    if seed is not None and threshold(dropout_p) > 0:
+        return "takes no dropout on CUDA"
+    if rank_diag is not None or out_diag is not None:
+        return "takes no diagonals on CUDA"
+    adapters = list(dict.fromkeys((x.dtype, torch.float32)))
+    if a.dtype not in adapters:
+        return f"takes adapters in {names(adapters)} on CUDA, not {names([a.dtype])}"
+    return refuse_cuda_linear(x, meta)
 
 
 def _bwd(

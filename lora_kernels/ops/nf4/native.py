@@ -1,4 +1,4 @@
-"""What the compiled NF4 kernels take (csrc/bindings/nf4.cpp)."""
+"""What the compiled NF4 kernels take (csrc/bindings: nf4, linear, nf4_cuda, nf4_linear_cuda)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.native import (
+    refuse_cuda_linear,
     refuse_device,
     refuse_dtypes,
     refuse_linear,
@@ -37,7 +38,7 @@ def _dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype)
 def _linear_fwd(
     x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
 ) -> str | None:
-    return refuse_linear("nf4_linear_fwd", [x], bias)
+    return refuse_linear("nf4_linear_fwd", [x], bias) or refuse_cuda_linear(x, meta)
 
 
 def _linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> str | None:
