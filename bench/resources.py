@@ -33,27 +33,40 @@ from lora_kernels.ops.packed.triton.plan import plan
 @dataclass(frozen=True)
 class Call:
     """A call of an op to compile; where a tile is given it is forced on the products. Of gated
-    units the strategy is the activation, M and N are the sizes."""
+    units the strategy is the activation, M and N are the sizes; the codec has none, N and K are."""
 
     op: str
     shape: tuple[int, int, int, int]  # M, N, K, r
     dropout: float
     strategy: str
     tile: GemmConfig | None = None
+    quantised: bool = False
 
     def __str__(self) -> str:
         m, n, k, r = self.shape
         size = f"r={r}" if self.tile else f"M={m} N={n} K={k} r={r}"
         drop = " dropout" if self.dropout else ""
-        return f"{self.op} {self.strategy} {size}{drop}{f' [{self.tile}]' if self.tile else ''}"
+        base = " nf4" if self.quantised else ""
+        tile = f" [{self.tile}]" if self.tile else ""
+        return f"{self.op} {self.strategy} {size}{drop}{base}{tile}"
+
+
+def _base(n: int, k: int) -> tuple[list[Tensor], list[int]]:
+    """A nested 4-bit W [N, K] of the usual block sizes, as the ops take it."""
+    blocks = n * k // 64
+    codes, absmax = (torch.empty(size, dtype=torch.uint8) for size in (n * k // 2, blocks))
+    return [codes, absmax, *map(torch.empty, (blocks // 256, 256, 1))], [n, k, 64, 0, 256]
 
 
 def _forward(call: Call) -> list[Any]:
-    return lora_forward(call.shape, dropout=call.dropout)
+    made = lora_forward(call.shape, dropout=call.dropout)
+    if call.quantised:
+        made[1:3] = _base(*call.shape[1:3])
+    return made
 
 
 def _backward(call: Call) -> list[Any]:
-    forward = lora_forward(call.shape, dropout=call.dropout)
+    forward = _forward(call)
     x, (m, n, _, r) = forward[0], call.shape
     s: Tensor = x.new_empty(m, r)
     return lora_backward(forward, s, x.new_empty(m, n))
@@ -62,10 +75,10 @@ def _backward(call: Call) -> list[Any]:
 def _packed_forward(call: Call) -> list[Any]:
     m, n, k, r = call.shape
     widths = (n, n // 4, n // 4)  # q, k and v with grouped heads
-    layers = [lora_forward((m, width, k, r), dropout=call.dropout) for width in widths]
+    layers = [_forward(replace(call, shape=(m, width, k, r))) for width in widths]
     x, *_, p, seed, _, _ = layers[0]
-    base = [layer[1][0] for layer in layers]
-    meta = [size for width in widths for size in (width, k, *[0] * (META - 2))]
+    base = [t for layer in layers for t in layer[1]]
+    meta = [size for layer in layers for size in (*layer[2], *[0] * (META - len(layer[2])))]
     a, b = [layer[3] for layer in layers], [layer[4] for layer in layers]
     return [x, base, meta, a, b, [1.5] * 3, [None] * 3, p, seed]
 
@@ -73,7 +86,7 @@ def _packed_forward(call: Call) -> list[Any]:
 def _packed_backward(call: Call) -> list[Any]:
     x, base, meta, a, b, scales, _, p, seed = _packed_forward(call)
     s: Tensor = x.new_empty(x.shape[0], sum(t.shape[0] for t in a))
-    dy = [x.new_empty(x.shape[0], w.shape[0]) for w in base]
+    dy = [x.new_empty(x.shape[0], t.shape[0]) for t in b]
     needs = [True] * (1 + 2 * 3) + [False] * (2 * 3)
     return [dy, x, s, base, meta, a, b, scales, p, seed, needs]
 
@@ -87,12 +100,39 @@ def _glu(op: str) -> Callable[[Call], list[Any]]:
     return arguments
 
 
+def _linear_forward(call: Call) -> list[Any]:
+    x, base, meta, *_ = _forward(call)
+    return [x, base, meta, None]
+
+
+def _linear_backward(call: Call) -> list[Any]:
+    x, base, meta, *_ = _forward(call)
+    return [x.new_empty(x.shape[0], call.shape[1]), base, meta]
+
+
+def _dequantize(call: Call) -> list[Any]:
+    return [*_base(*call.shape[1:3]), torch.bfloat16]
+
+
+def _quantize(call: Call) -> list[Any]:  # only finite values are taken
+    return [torch.zeros(call.shape[1:3], dtype=torch.bfloat16), 64, 0]
+
+
+def _quantize_scales(call: Call) -> list[Any]:
+    return [torch.zeros(call.shape[1] * call.shape[2] // 64), *map(torch.zeros, (256, 1)), 256]
+
+
 # What another op needs to be compiled too: its arguments for a call.
 ARGUMENTS: dict[str, Callable[[Call], list[Any]]] = {
     "lora_linear_fwd": _forward,
     "lora_linear_bwd": _backward,
     "lora_packed_fwd": _packed_forward,
     "lora_packed_bwd": _packed_backward,
+    "nf4_linear_fwd": _linear_forward,
+    "nf4_linear_bwd": _linear_backward,
+    "nf4_dequantize": _dequantize,
+    "nf4_quantize": _quantize,
+    "nf4_quantize_scales": _quantize_scales,
     "glu_fwd": _glu("glu_fwd"),
     "glu_bwd": _glu("glu_bwd"),
 }
@@ -112,6 +152,18 @@ _WAYS = (
     ("lora_packed_fwd", "epilogue", 0.0, 16),
     ("lora_packed_bwd", "epilogue", 0.1, 16),
 )
+# Over 4-bit weights, of which the kernels without a branch are too.
+_QUANTISED_WAYS = (
+    *(way for way in _WAYS if way[3] == 16),
+    ("nf4_linear_fwd", "epilogue", 0.0, 0),
+    ("nf4_linear_bwd", "epilogue", 0.0, 0),
+)
+# Of the tiles above one of each kind: descriptors or not, 128, 64 and 16 rows.
+_QUANTISED_TILES = tuple(
+    c
+    for c in GEMM_CONFIGS
+    if (c.block_m, c.block_n, c.block_k) in ((128, 128, 64), (64, 64, 64), (16, 64, 128))
+)
 _THIN_SIZES = ((8192, 4096), (1024, 1024), (16, 4096))
 _THIN_RANKS = (16, 64, 256)
 
@@ -123,6 +175,11 @@ def calls(target: Target) -> Iterator[Call]:
         for op, strategy, dropout, r in _WAYS:
             if _fits(op, strategy, dropout, r, config, target):
                 yield Call(op, (*_ANY, r), dropout, strategy, config)
+    for config, (op, strategy, dropout, r) in product(_QUANTISED_TILES, _QUANTISED_WAYS):
+        if _fits(op, strategy, dropout, r, config, target, True):
+            yield Call(op, (*_ANY, r), dropout, strategy, config, True)
+    for op in ("nf4_dequantize", "nf4_quantize", "nf4_quantize_scales"):
+        yield Call(op, (0, 4096, 4096, 0), 0.0, "", quantised=True)
     for (m, width), r in product(_THIN_SIZES, _THIN_RANKS):
         for op in ("lora_linear_fwd", "lora_linear_bwd"):
             yield Call(op, (m, width, width, r), 0.1, "epilogue")
@@ -137,15 +194,21 @@ def calls(target: Target) -> Iterator[Call]:
 
 
 def _fits(
-    op: str, strategy: str, dropout: float, r: int, config: GemmConfig, target: Target
+    op: str,
+    strategy: str,
+    dropout: float,
+    r: int,
+    config: GemmConfig,
+    target: Target,
+    quantised: bool = False,
 ) -> bool:
     """Whether the cost model would ever give this tile to a call."""
     device = replace(target.device, tiles=(config,))
-    problem = Problem(*_ANY, r, torch.bfloat16, dropout > 0)
-    layer = op.replace("packed", "linear")
+    problem = Problem(*_ANY, r, torch.bfloat16, dropout > 0, quantised=quantised)
+    layer = op.replace("packed", "linear").replace("nf4", "lora")
     estimates = explain_config(layer, problem, device).estimates
     fits = any(e.strategy == strategy and e.refusal is None for e in estimates)
-    if fits and op != layer:
+    if fits and "packed" in op:
         with use_strategy(strategy):
             found = plan(layer, problem, device)
         fits = (found.strategy, found.config) == (strategy, config)

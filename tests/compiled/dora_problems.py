@@ -4,38 +4,92 @@ special, its out_diag for a z that is kept, since DoRA has no diagonals."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lora_kernels.ops.dora.magnitude import output_scale
 from lora_kernels.ops.lora.reference import drop
+from lora_kernels.ops.nf4.reference import dense_weight
+from tests.compiled.problems import FP16, FP32, Problem, both
 from tests.ops.case import Source, strided
 
-if TYPE_CHECKING:
-    from tests.compiled.problems import Problem
-
 SCALE = 0.75
+
+
+@dataclass(frozen=True)
+class Quantised(Problem):
+    """A call over a 4-bit W of a kind in `tests.ops.case.BASES`."""
+
+    base: str = "nf4-nested"
+    strategies: tuple[str | None, ...] = (None,)
+
+
+# Nested and plain scales, K of whole chunks, of half ones (a block straddles rows) and odd.
+QUANTISED = (
+    Quantised(
+        "nf4-nested",
+        (70, 136, 192, 16),
+        both("64x64x64 w4 s3", "64x64x64 w4 s4", tma=True),
+        dropout=0.1,
+        bias=True,
+    ),
+    Quantised(
+        "nf4-straddling",
+        (33, 65, 96, 12),
+        both("64x64x64 w4 s3", "64x64x64 w4 s3"),
+        FP16,
+        FP32,
+        base="nf4",
+    ),
+    Quantised(
+        "fp4-odd-rows",  # and z made again
+        (7, 33, 41, 3),
+        both("16x16x32 w2 s2", "16x16x32 w2 s2"),
+        adapter=FP32,
+        dropout=0.3,
+        rank_diag=True,
+        base="fp4-nested-b32",
+    ),
+    Quantised("nf4-decode", (1, 72, 128, 8), both("16x32x128 w4 s4", "16x64x128 w4 s4")),
+    Quantised(
+        "nf4-whole-tiles",
+        (128, 128, 256, 16),
+        both("128x128x32 w8 s4", "128x128x64 w8 s4", tma=True),
+        dropout=0.1,
+        slow=True,
+    ),
+    Quantised(
+        "nf4-whole-tiles-plain",
+        (128, 128, 256, 16),
+        both("128x128x64 w8 s2", "128x128x64 w8 s4", tma=True),
+        slow=True,
+    ),
+)
 
 
 def _arguments(p: Problem, r: Source) -> dict[str, Any]:
     """What the three ops take, by name; the norm is the right one, rounded to fp32."""
     m, n, k, rank = p.shape
     x = r.normal(m, k, dtype=p.dtype)
-    w = r.normal(n, k, dtype=p.dtype, std=k**-0.5)
+    base, meta = r.base(p.base if isinstance(p, Quantised) else "dense", n, k, p.dtype)
     a = r.normal(rank, k, dtype=p.adapter, std=k**-0.5)
     b = r.normal(n, rank, dtype=p.adapter, std=rank**-0.5)
     if p.rank_diag:  # rows without a norm
-        w[::5], b[::5] = 0, 0
-    norm = torch.linalg.vector_norm(w.double() + SCALE * (b.double() @ a.double()), dim=1).float()
+        b[::5] = 0
+        if len(base) == 1:
+            base[0][::5] = 0
+    total = dense_weight(base, meta, FP32).double() + SCALE * (b.double() @ a.double())
+    norm = torch.linalg.vector_norm(total, dim=1).float()
     magnitude = norm * (1 + r.normal(n, std=0.25))
     if p.rank_diag or not p.bias:  # and rows that leave nothing of z in y
         magnitude[1::7] = 0
         magnitude[2:3] *= 1e-5
     return {
         "x": strided(x, p.strides) if p.strides else x,
-        "base": [w],
-        "meta": [n, k],
+        "base": base,
+        "meta": meta,
         "a": a,
         "b": b,
         "scale": SCALE,
@@ -58,7 +112,7 @@ def _forward(p: Problem, r: Source) -> tuple[Any, ...]:
 
 def _backward(p: Problem, r: Source) -> tuple[Any, ...]:
     t = _arguments(p, r)
-    x, (w,), b = t["x"], t["base"], t["b"]
+    x, w, b = t["x"], dense_weight(t["base"], t["meta"], p.dtype), t["b"]
     bias, dropout, seed = (t.pop(name) for name in ("bias", "dropout_p", "seed"))
     dy = r.normal(x.shape[0], w.shape[0], dtype=p.dtype)
     dy = strided(dy, p.strides) if p.strides else dy

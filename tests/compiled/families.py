@@ -34,8 +34,9 @@ def calls() -> Iterator[tuple[Tiled, Case]]:
     yield from _calls(LAYERS, problems.PROBLEMS, problems.ONE_GRADIENT)
     # DoRA runs one way, whatever the strategy.
     one_way = tuple(replace(p, strategies=(None,)) for p in problems.PROBLEMS)
-    yield from _calls(dora_problems.MAKERS, one_way)
+    yield from _calls(dora_problems.MAKERS, (*one_way, *dora_problems.QUANTISED))
     yield from _calls(packed_problems.MAKERS, packed_problems.PROBLEMS, packed_problems.NEEDS)
+    yield from _calls(packed_problems.MAKERS, packed_problems.QUANTISED)
     yield from _calls(glu_problems.MAKERS, glu_problems.PROBLEMS)
     yield from _calls(nf4_problems.CODEC_MAKERS, nf4_problems.CODEC)
     yield from _calls(nf4_problems.BASE_MAKERS, nf4_problems.BASE)

@@ -1,4 +1,5 @@
-"""Calls of packed projections: one to four of them, of unequal widths and ranks."""
+"""Calls of packed projections: one to four of them, of unequal widths and ranks, over dense and
+4-bit weights."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ class Packed:
     adapter: torch.dtype = BF16
     dropout: float = 0.0
     strides: str = ""
+    bases: tuple[str, ...] = ()  # kinds of `tests.ops.case.BASES`; dense where not given
     needs: tuple[int, ...] | None = None  # positions in `needs`
     slow: bool = False
     strategies: tuple[str | None, ...] = STRATEGIES[:2]  # no vendor product to add to
@@ -112,6 +114,53 @@ PROBLEMS = (
         slow=True,
     ),
 )
+# Nested and plain scales, K of whole chunks, of half ones (a block straddles rows) and odd.
+QUANTISED = (
+    Packed(
+        "nf4-nested",
+        *(66, 192, (72, 40, 24), (16, 8, 3)),
+        both("64x64x32 w4 s4", "64x64x64 w4 s4", tma=True),
+        bias=(True, False, True),
+        dropout=0.1,
+        bases=("nf4-nested",) * 3,
+    ),
+    Packed(
+        "nf4-straddling",
+        *(33, 96, (65, 40), (8, 24)),
+        both("64x128x32 w4 s4", "64x64x64 w4 s3"),
+        adapter=FP32,
+        bases=("nf4",) * 2,
+    ),
+    Packed(
+        "fp4-odd-rows",
+        *(7, 41, (33, 24, 8), (3, 5, 16)),
+        both("16x16x32 w2 s2", "16x16x32 w2 s2"),
+        dtype=FP16,
+        adapter=FP16,
+        dropout=0.3,
+        bases=("fp4-nested-b32",) * 3,
+    ),
+    Packed(
+        "nf4-decode",
+        *(1, 128, (72, 16, 16), (8, 8, 8)),
+        both("16x32x128 w4 s4", "16x64x128 w4 s4"),
+        bases=("nf4-nested",) * 3,
+    ),
+    Packed(
+        "nf4-mixed",
+        *(17, 64, (40, 24, 32), (8, 3, 5)),
+        both("16x32x128 w4 s4", "16x32x128 w4 s4"),
+        bias=(False, True, False),
+        bases=("nf4-nested", "dense", "nf4-nested"),
+    ),
+    Packed(
+        "nf4-whole-tiles",
+        *(128, 128, (128, 64, 64), (16, 16, 16)),
+        both("128x128x32 w8 s4", "128x128x64 w8 s4", tma=True),
+        bases=("nf4-nested",) * 3,
+        slow=True,
+    ),
+)
 # x, then a, b, bias and base of each of the three: one at a time, and some left out.
 NEEDS = tuple(
     Packed(
@@ -131,10 +180,12 @@ def _forward(p: Packed, r: Source) -> tuple[Any, ...]:
     x = r.normal(p.m, p.k, dtype=p.dtype)
     count = len(p.n)
     bias = p.bias or (False,) * count
+    kinds = p.bases or ("dense",) * count
+    parts = [r.base(kind, n, p.k, p.dtype) for kind, n in zip(kinds, p.n, strict=True)]
     return (
         strided(x, p.strides) if p.strides else x,
-        [r.normal(n, p.k, dtype=p.dtype, std=p.k**-0.5) for n in p.n],
-        [size for n in p.n for size in (n, p.k, *[0] * (META - 2))],
+        [t for base, _ in parts for t in base],
+        [size for _, meta in parts for size in (*meta, *[0] * (META - len(meta)))],
         [r.normal(rank, p.k, dtype=p.adapter, std=p.k**-0.5) for rank in p.r],
         [
             r.normal(n, rank, dtype=p.adapter, std=rank**-0.5)

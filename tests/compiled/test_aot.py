@@ -22,7 +22,9 @@ TENSOR_CORES = {
     "gfx942": ("v_mfma", "v_mfma"),
 }
 # What moves matrices; the others add a few partial sums or make a mask.
-STREAMING = re.compile(f"{resources.PRODUCTS.pattern}|shrink|grad_a|grad_pass|outer|sum|glu")
+STREAMING = re.compile(
+    f"{resources.PRODUCTS.pattern}|shrink|grad_a|grad_pass|outer|sum|glu|quantize_kernel"
+)
 
 RUN_HERE = ("sm_80", "sm_90")  # what the emulator executes
 
@@ -30,9 +32,9 @@ RUN_HERE = ("sm_80", "sm_90")  # what the emulator executes
 def _parameters():
     for target in TARGETS.values():
         for call in resources.calls(target):
-            # Their tiles hold what one layer's do, which are compiled in every run.
-            packed = call.tile and call.op.startswith("lora_packed")
-            marks = [pytest.mark.slow] if packed and target.name not in RUN_HERE else []
+            # Their tiles hold what one dense layer's do, which are compiled in every run.
+            like = call.tile and (call.quantised or call.op.startswith("lora_packed"))
+            marks = [pytest.mark.slow] if like and target.name not in RUN_HERE else []
             yield pytest.param(target.name, call, id=f"{target.name}-{call}", marks=marks)
 
 
@@ -51,6 +53,10 @@ def _wrong(made: Compiled, tile: dict[str, int]) -> list[str]:
     # AMD's 64 lanes share a small tile in 8 bytes each.
     if target.backend == "cuda" and STREAMING.search(made.name) and not facts.wide_loads:
         found.append(f"no 16-byte loads, but {facts.loads}")
+    # x comes by descriptor there, and a branch has loads of its own.
+    codes_alone = tile.get("CHUNK") and tile.get("TMA") and tile.get("STRATEGY") == "base"
+    if target.backend == "cuda" and codes_alone and not facts.loads.get(16):
+        found.append(f"no 16-byte loads of codes, but {facts.loads}")
     return found
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as TF
 
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels import functional as F
+from tests.ops.variants import as_tuple
 
 M, K = 6, 20
 SEED = torch.tensor([987654321])
@@ -112,3 +113,18 @@ def textbook(layer, t, weights, dropout_p=0.0, seed=SEED, activation="silu"):
         return tuple(projection(x, t, weights, i, dropout_p, seed) for i in range(3))
     gate, up = (projection(x, t, weights, i, dropout_p, seed) for i in range(2))
     return projection(ACTS[activation](gate) * up, t, weights, 2, dropout_p, seed)
+
+
+def results(layer, t, kind, weights, dtype, fn, cast=lambda v: v, **options):
+    """Outputs and gradients of `fn`, the inputs cast."""
+    names = [n for n in t if n[0] != "w"] + [n for n in differentiable(t, kind) if n[0] == "w"]
+    given = {n: cast(v.detach()).requires_grad_() for n, v in t.items()}
+    now = [
+        given[f"w{i}"] if isinstance(w, torch.Tensor) else cast(w.dequantize(dtype))
+        for i, w in enumerate(weights)
+    ]
+    y = fn(layer, given, weights if fn is call and kind == "nf4" else now, **options)
+    grads = torch.autograd.grad(total(y), [given[n] for n in names])
+    return dict(zip(names, grads, strict=True)) | {
+        f"y{i}": v.detach() for i, v in enumerate(as_tuple(y))
+    }

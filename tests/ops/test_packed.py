@@ -23,6 +23,7 @@ from tests.ops.packed_calls import (
     dense,
     differentiable,
     quantised,
+    results,
     scales,
     tensors,
     textbook,
@@ -83,21 +84,6 @@ def test_any_leading_dimensions(layer, lead):
     assert t["x"].grad.shape == t["x"].shape
 
 
-def _run(layer, t, kind, weights, dtype, fn, cast=lambda v: v, **options):
-    """Outputs and gradients of `fn`, the inputs cast."""
-    names = [n for n in t if n[0] != "w"] + [n for n in differentiable(t, kind) if n[0] == "w"]
-    given = {n: cast(v.detach()).requires_grad_() for n, v in t.items()}
-    now = [
-        given[f"w{i}"] if isinstance(w, torch.Tensor) else cast(w.dequantize(dtype))
-        for i, w in enumerate(weights)
-    ]
-    y = fn(layer, given, weights if fn is call and kind == "nf4" else now, **options)
-    grads = torch.autograd.grad(total(y), [given[n] for n in names])
-    return dict(zip(names, grads, strict=True)) | {
-        f"y{i}": v.detach() for i, v in enumerate(as_tuple(y))
-    }
-
-
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "adapters"),
@@ -119,9 +105,9 @@ def test_is_the_textbook(layer, kind, dtype, adapters, variant):
         t = tensors(layer, dtype, adapters, lead=(33,))
         weights = quantised(t, kind)
         with variant.active():
-            ours = _run(layer, t, kind, weights, dtype, call, **options)
-        plain = _run(layer, t, kind, weights, dtype, textbook, **options)
-        oracle = _run(layer, t, kind, weights, dtype, textbook, torch.Tensor.double, **options)
+            ours = results(layer, t, kind, weights, dtype, call, **options)
+        plain = results(layer, t, kind, weights, dtype, textbook, **options)
+        oracle = results(layer, t, kind, weights, dtype, textbook, torch.Tensor.double, **options)
         draws.append({name: (ours[name], oracle[name], plain[name]) for name in ours})
     for name in draws[0]:
         stacked = (torch.stack(t) for t in zip(*(draw[name] for draw in draws), strict=True))

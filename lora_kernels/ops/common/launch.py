@@ -121,9 +121,7 @@ def refuse_device(device: torch.device) -> str | None:
     return None
 
 
-def refuse_triton(
-    tensors: Sequence[Tensor | None], base: Sequence[Tensor] | None = None
-) -> str | None:
+def refuse_triton(tensors: Sequence[Tensor | None]) -> str | None:
     """Why the Triton kernels cannot take these tensors (x first), or None."""
     assert tensors[0] is not None
     reason = refuse_device(tensors[0].device)
@@ -132,8 +130,6 @@ def refuse_triton(
     for t in tensors:
         if t is not None and t.dtype not in DTYPES:
             return f"takes {names(DTYPES)}, not {names([t.dtype])}"
-    if base is not None and len(base) != 1:
-        return "takes a dense base, not a 4-bit one"
     return None
 
 

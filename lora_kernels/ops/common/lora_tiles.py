@@ -7,7 +7,7 @@ added to the pointers once. All sums are fp32.
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.nf4_tiles import weight_tile
+from lora_kernels.ops.common.nf4_tiles import right_tile
 from lora_kernels.ops.common.tiles import cast, dot, in_registers, keep_tile
 
 
@@ -104,19 +104,19 @@ def product_tile(
     BR: tl.constexpr,
     HOLD_X: tl.constexpr = False,
     CHUNK: tl.constexpr = 0,
+    BLOCK: tl.constexpr = 0,
+    NESTED: tl.constexpr = 0,
     p_absmax=None,
     p_nested=None,
     p_map=None,
     p_offset=None,
     p_table=None,
-    nested_size=0,
-    block_size=0,
 ):
     """b_y + x·w, and where OWN_BRANCH b_s + keep(x)·(row ∘ q) from the same tiles of x.
 
     Shapes: x[M, K] w[K, N] q[K, R] row[K]; b_y[BM, BN] b_s[BM, BR]. With TMA x and w are
     descriptors; w's box is [BN, BK] where W_ROWS (its rows run along K), else [BK, BN].
-    HOLD_X: see `in_registers`. CHUNK > 0: w is 4-bit, its codes and scales as in `weight_tile`.
+    HOLD_X: see `in_registers`. CHUNK > 0: w is 4-bit, its codes and scales as in `right_tile`.
     """
     o_k = tl.arange(0, BK)
     p_x = x
@@ -149,16 +149,10 @@ def product_tile(
         else:
             b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
         if CHUNK > 0:
-            if W_ROWS:
-                b_w = weight_tile(
-                    w, p_absmax, p_nested, p_map, p_offset, b_table, nested_size, block_size, n0,
-                    k0, N, K, DTYPE, BN, BK, CHUNK,
-                ).T  # [BK, BN]  # fmt: skip
-            else:
-                b_w = weight_tile(
-                    w, p_absmax, p_nested, p_map, p_offset, b_table, nested_size, block_size, k0,
-                    n0, K, N, DTYPE, BK, BN, CHUNK,
-                )  # fmt: skip
+            b_w = right_tile(
+                w, p_absmax, p_nested, p_map, p_offset, b_table, k0, n0, K, N, W_ROWS, DTYPE, BK,
+                BN, CHUNK, BLOCK, NESTED,
+            )  # [BK, BN]  # fmt: skip
         elif TMA:
             if W_ROWS:
                 b_w = w.load([n0, k0]).T

@@ -8,8 +8,9 @@ from lora_kernels.ops.common.tiles import cast
 
 
 @triton.jit
-def block_scales(p_absmax, p_nested, p_map, p_offset, nested_size, o_block, m_block):
-    """The fp32 scales of blocks o_block; nested ones are map[absmax] · nested + offset.
+def block_scales(p_absmax, p_nested, p_map, p_offset, o_block, m_block, NESTED: tl.constexpr):
+    """The fp32 scales of blocks o_block; nested ones are map[absmax] · nested + offset,
+    one `nested` for NESTED blocks.
 
     The product and the sum round separately: the choice between them keeps the compiler from making
     one multiply-add of both.
@@ -17,7 +18,7 @@ def block_scales(p_absmax, p_nested, p_map, p_offset, nested_size, o_block, m_bl
     b_scale = tl.load(p_absmax + o_block, mask=m_block, other=0)
     if p_nested is not None:
         b_value = tl.load(p_map + b_scale.to(tl.int32))
-        b_nested = tl.load(p_nested + o_block // nested_size, mask=m_block, other=0.0)
+        b_nested = tl.load(p_nested + o_block // NESTED, mask=m_block, other=0.0)
         b_scale = tl.where(m_block, b_value * b_nested, 0.0) + tl.load(p_offset)
     return b_scale
 
@@ -43,8 +44,6 @@ def weight_tile(
     p_map,
     p_offset,
     b_table,
-    nested_size,
-    block_size,
     row,
     col,
     rows,
@@ -53,11 +52,14 @@ def weight_tile(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """W[row.., col..] [ROWS, COLS] of a 4-bit W [rows, cols], rounded to DTYPE; 0 outside.
 
     CHUNK: weights of a row that always share a scale, a power of two that divides COLS; 1 also
-    takes rows of odd length, a nibble at a time.
+    takes rows of odd length, a nibble at a time. BLOCK and NESTED are known to the compiler: else
+    it would call a division of 64 bits, whose operands go by the stack.
     """
     o_row = (row + tl.arange(0, ROWS)).to(tl.int64)
     m_row = o_row < rows
@@ -77,11 +79,46 @@ def weight_tile(
         b_codes = tl.where(o_flat % 2 == 0, b_byte >> 4, b_byte & 15)
     b_value = code_values(b_codes, b_table, ROWS, COLS)  # [ROWS, COLS]
     o_first = col + CHUNK * tl.arange(0, COLS // CHUNK)
-    o_block = (o_row[:, None] * cols + o_first[None, :]) // block_size
+    o_block = (o_row[:, None] * cols + o_first[None, :]) // BLOCK
     m_block = m_row[:, None] & (o_first < cols)[None, :]
-    b_scale = block_scales(p_absmax, p_nested, p_map, p_offset, nested_size, o_block, m_block)
+    b_scale = block_scales(p_absmax, p_nested, p_map, p_offset, o_block, m_block, NESTED)
     b_scale = tl.where(m_block, b_scale, 0.0)  # [ROWS, COLS / CHUNK]
     if CHUNK == 1:
         return cast(b_value * b_scale, DTYPE)
     b_value = tl.reshape(b_value, [ROWS, COLS // CHUNK, CHUNK]) * b_scale[:, :, None]
     return cast(tl.reshape(b_value, [ROWS, COLS]), DTYPE)
+
+
+@triton.jit
+def right_tile(
+    p_codes,
+    p_absmax,
+    p_nested,
+    p_map,
+    p_offset,
+    b_table,
+    k0,
+    n0,
+    K,
+    N,
+    W_ROWS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BK: tl.constexpr,
+    BN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """w[k0.., n0..] [BK, BN], the right side of a product, of a 4-bit W that is [N, K] where
+    W_ROWS, else [K, N]; the rest as in `weight_tile`."""
+    if W_ROWS:
+        b_w = weight_tile(
+            p_codes, p_absmax, p_nested, p_map, p_offset, b_table, n0, k0, N, K, DTYPE, BN, BK,
+            CHUNK, BLOCK, NESTED,
+        ).T  # fmt: skip
+    else:
+        b_w = weight_tile(
+            p_codes, p_absmax, p_nested, p_map, p_offset, b_table, k0, n0, K, N, DTYPE, BK, BN,
+            CHUNK, BLOCK, NESTED,
+        )  # fmt: skip
+    return b_w

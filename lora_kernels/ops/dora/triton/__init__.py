@@ -17,7 +17,8 @@ def _norm(
     b: Tensor,
     scale: float,
 ) -> str | None:
-    return refuse_triton([a, b], base) or refuse_triton([base[0]])
+    dense = base[0] if len(base) == 1 else None
+    return refuse_triton([a, b, dense])
 
 
 def _fwd(
@@ -34,7 +35,7 @@ def _fwd(
     seed: Tensor | None,
     keep_z: bool,
 ) -> str | None:
-    return refuse_triton([x, a, b, magnitude, norm, bias], base)
+    return refuse_triton([x, a, b, magnitude, norm, bias])
 
 
 def _bwd(
@@ -54,7 +55,7 @@ def _bwd(
     z: Tensor | None,
     needs: Sequence[bool],
 ) -> str | None:
-    return refuse_triton([x, dy, s, a, b, magnitude, norm, y, z], base)
+    return refuse_triton([x, dy, s, a, b, magnitude, norm, y, z])
 
 
 register_triton("dora_norm", "lora_kernels.ops.dora.triton.norm", _norm)

@@ -21,8 +21,10 @@ from lora_kernels.ops.dora.triton.gemm import gemm
 from lora_kernels.ops.dora.triton.kernels import _scale_kernel
 from lora_kernels.ops.dora.triton.thin import _dora_finish_kernel, _dora_pass_kernel
 from lora_kernels.ops.lora.triton.forward import dropout_mask
+from lora_kernels.ops.nf4.triton.base import Weight
 
 _OFF = Dropout(0.0, None, 0)
+_AGAIN_STEP = 64  # of K, where z is made again
 _SUM_BLOCK = 512  # four elements a thread: each fp32 load is 16 bytes beside its neighbour's
 
 
@@ -45,7 +47,7 @@ def dora_linear_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """The derivation stands in `api.py`: dy is read once for all but dx (and dW)."""
-    w = base[0]
+    w = Weight(base, meta)
     m, n, k, r = dy.shape[0], dy.shape[1], x.shape[1], a.shape[0]
     want_x, want_a, want_b, want_magnitude, want_bias, want_w = needs
     dropout = Dropout(dropout_p, seed, 0)
@@ -120,7 +122,7 @@ def _columns(
     dy: Tensor,
     x: Tensor,
     s: Tensor,
-    w: Tensor,
+    weight: Weight,
     b: Tensor,
     magnitude: Tensor,
     norm: Tensor,
@@ -138,6 +140,7 @@ def _columns(
     """One read of dy, and of what was kept, for m̂, ds, db, dmagnitude and dbias where given."""
     m, n = dy.shape
     k, r = x.shape[1], b.shape[1]
+    w, stride_wn, stride_wk = weight.matrix
     size, br = dy.element_size(), block_rank(r)
     kept = None if dmagnitude is None else z if z is not None else y
     bn = 256 if size == 2 and br <= 32 else 64 if size == 4 else 128
@@ -194,7 +197,7 @@ def _columns(
     run(
         _dora_finish_kernel,
         (blocks + ceil(elements / _SUM_BLOCK),),
-        4,
+        8 if weight.quantised else 4,  # beside what decodes ptxas put scalars of 4 on the stack
         2,
         p_parts_ds=parts_ds,
         p_ds=ds,
@@ -231,8 +234,8 @@ def _columns(
         stride_xk=x.stride(1),
         stride_sm=s.stride(0),
         stride_sr=s.stride(1),
-        stride_wn=w.stride(0),
-        stride_wk=w.stride(1),
+        stride_wn=stride_wn,
+        stride_wk=stride_wk,
         stride_bn=b.stride(0),
         stride_br=b.stride(1),
         blocks=blocks,
@@ -241,9 +244,10 @@ def _columns(
         PRECISION=precision(dy.dtype),
         BM=32,
         BN=block,
-        BK=64,
+        BK=_AGAIN_STEP,
         BR=16,
-        BLOCK=_SUM_BLOCK,
+        SUM_BLOCK=_SUM_BLOCK,
+        **weight.decode_args(_AGAIN_STEP),
     )
 
 

@@ -11,39 +11,44 @@ from lora_kernels.ops.common.configs import GEMM_CONFIGS, Device, GemmConfig, be
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.shrink import shrink
-from lora_kernels.ops.common.triton_host import Dropout, takes_tma
+from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.triton.dropout import mask_words
 from lora_kernels.ops.dora.triton.gemm import gemm
+from lora_kernels.ops.nf4.triton.base import Weight
 
 # Of a thread, for two tiles of sums and the operands of one step.
 _MAX_PAIR_REGISTERS = 144
+# Beside those, the weights that a thread decodes in one step, and the step's length.
+_MAX_DECODED, _MAX_DECODED_STEP = 32, 128
 
 
 def plan_config(
-    x: Tensor, w: Tensor, n: int, r: int, device: Device, *, dropout: bool, backward: bool
+    x: Tensor, w: Weight, n: int, r: int, device: Device, *, dropout: bool, backward: bool
 ) -> GemmConfig:
     """The tile of the least modelled time, of the device's or else of all of them."""
     m, k = x.shape
-    own = [c for c in GEMM_CONFIGS if _holds(c, x.element_size(), dropout, backward)]
+    size = x.element_size()
+    own = [c for c in GEMM_CONFIGS if _holds(c, size, dropout, backward, w.quantised)]
     for configs in (device.tiles or own, own):
         found = best_gemm(
             max(m, 1),
             max(n, 1),
             max(k, 1),
             device,
-            x.element_size(),
+            size,
             configs=configs,
             branch=ceil(r / block_rank(r)) * block_rank(r),
             masked_x=dropout and not backward,
             masked_y=dropout,  # the second tile of sums
-            tma=takes_tma(x, w),
+            quantised=w.quantised,
+            tma=w.takes_tma(x),
         )
         if found is not None:
             return found[0]
     raise AssertionError("no tile fits the device")
 
 
-def _holds(config: GemmConfig, size: int, dropout: bool, backward: bool) -> bool:
+def _holds(config: GemmConfig, size: int, dropout: bool, backward: bool, quantised: bool) -> bool:
     """Whether a tile's code was seen to spill nothing (`bench resources`).
 
     With dropout both left operands of a step are made in registers, beside two tiles of sums;
@@ -51,6 +56,9 @@ def _holds(config: GemmConfig, size: int, dropout: bool, backward: bool) -> bool
     """
     if not dropout:
         return backward or config.block_m != 32
+    decoded = config.block_n * config.block_k // (32 * config.warps)
+    if quantised and (decoded > _MAX_DECODED or config.block_k > _MAX_DECODED_STEP):
+        return False
     operands = 2 * config.block_m * config.block_k * size // (4 * 32 * config.warps)
     sums = config.registers(0, 1)
     return config.tma or sums + operands <= _MAX_PAIR_REGISTERS
@@ -71,8 +79,8 @@ def dora_linear_fwd(
     keep_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """s = drop(x)·Aᵀ in one pass over x, then y [M, N], and z where kept, in one product."""
-    w = base[0]
-    m, k, n, r = x.shape[0], x.shape[1], w.shape[0], a.shape[0]
+    w = Weight(base, meta)
+    m, k, n, r = x.shape[0], x.shape[1], meta[0], a.shape[0]
     dropout = Dropout(dropout_p, seed, 0)
     device = planned_device(x.device)
     s, y = x.new_empty((m, r)), x.new_empty((m, n))

@@ -8,11 +8,13 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device, GemmConfig, gemm_tiles
 from lora_kernels.ops.common.lora_tiles import branch_tile, product_tile, store_tile
+from lora_kernels.ops.common.nf4_tiles import right_tile
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.tiles import cast, dot, grouped_tile
 from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run, stride
 from lora_kernels.ops.dora.triton.dropout import unpack_mask, words_tile
 from lora_kernels.ops.dora.triton.kernels import scale_tile
+from lora_kernels.ops.nf4.triton.base import Weight
 
 
 @triton.jit
@@ -21,6 +23,11 @@ def _pair_tile(
     b_q,
     x,
     w,
+    p_absmax,
+    p_nested,
+    p_map,
+    p_offset,
+    p_table,
     p_row,
     p_mask,
     m0,
@@ -43,15 +50,20 @@ def _pair_tile(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """Two products from the same tiles of x and w. Where MASK_X: b_p + dropped(x)·w and
     b_q + kept(x)·w, whose sum is x·w. Else, where PAIR: b_p + x·w and b_q + ((row − 1) ∘ x)·w; and
     where not b_q + (row ∘ x)·w alone. What stands in brackets is rounded to DTYPE.
 
-    Shapes: x[M, K] w[K, N] row[K], mask[M, K / 16] words; b_p and b_q [BM, BN]. Descriptors as in
-        `product_tile`.
+    Shapes: x[M, K] w[K, N] row[K], mask[M, K / 16] words; b_p and b_q [BM, BN]. Descriptors
+        and a 4-bit w as in `product_tile`.
     """
     o_k = tl.arange(0, BK)
+    if CHUNK > 0:
+        b_table = tl.load(p_table + tl.arange(0, 16))
     if MASK_X:
         p_words = words_tile(p_mask, m0, 0, M, stride_mask, BM, BK)
     p_x = x
@@ -62,28 +74,38 @@ def _pair_tile(
         o_n = tl.arange(0, BN)
         p_x = x + m0.to(tl.int64) * stride_xm
         p_x += o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
-        if W_ROWS:
-            o_n = tl.minimum(o_n, N - 1 - n0)
-            p_w = w + n0.to(tl.int64) * stride_wn
-        else:  # neighbours stay neighbours under a remainder, which wide loads need
-            o_n = ((n0 + o_n) % N).to(tl.int64)
-        p_w += o_k[:, None] * stride_wk + o_n[None, :] * stride_wn
+        if CHUNK == 0:
+            if W_ROWS:
+                o_n = tl.minimum(o_n, N - 1 - n0)
+                p_w = w + n0.to(tl.int64) * stride_wn
+            else:  # neighbours stay neighbours under a remainder, which wide loads need
+                o_n = ((n0 + o_n) % N).to(tl.int64)
+            p_w += o_k[:, None] * stride_wk + o_n[None, :] * stride_wn
     for k0 in range(0, K, BK):
         m_k = o_k < K - k0
         if TMA:
             b_x = x.load([m0, k0])  # [BM, BK]
+        else:
+            if EVEN_K:
+                b_x = tl.load(p_x)
+            else:
+                b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
+            p_x += BK * stride_xk
+        if CHUNK > 0:
+            b_w = right_tile(
+                w, p_absmax, p_nested, p_map, p_offset, b_table, k0, n0, K, N, W_ROWS, DTYPE, BK,
+                BN, CHUNK, BLOCK, NESTED,
+            )  # [BK, BN]  # fmt: skip
+        elif TMA:
             if W_ROWS:
-                b_w = w.load([n0, k0]).T  # [BK, BN]
+                b_w = w.load([n0, k0]).T
             else:
                 b_w = w.load([k0, n0])
         else:
             if EVEN_K:
-                b_x = tl.load(p_x)
                 b_w = tl.load(p_w)
             else:
-                b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
                 b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
-            p_x += BK * stride_xk
             p_w += BK * stride_wk
         if MASK_X:
             m_keep = unpack_mask(tl.load(p_words), BM, BK)  # [BM, BK]
@@ -106,6 +128,11 @@ def _pair_tile(
 def _dora_gemm_kernel(
     x,
     w,
+    p_absmax,
+    p_nested,
+    p_map,
+    p_offset,
+    p_table,
     p_y,
     p_z,
     p_t,
@@ -145,6 +172,9 @@ def _dora_gemm_kernel(
     BK: tl.constexpr,
     BR: tl.constexpr,
     GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """Forward: z = drop(x)·w + scale · t·u and y = m̂ ∘ z + (x − drop(x))·w + bias, z where p_z.
     Backward, of dy in x's place: y = drop'(((m̂ − 1) ∘ x)·w + t·u) + x·w; without dropout
@@ -160,6 +190,7 @@ def _dora_gemm_kernel(
     Shapes: x[M, K] w[K, N] t[M, R] u[R, N] y[M, N] z[M, N], magnitude, norm and bias[N], row[K];
         mask: words of x's in the forward, of y's in the backward.
         With TMA x and w are descriptors; w's box is [BN, BK] where W_ROWS, else [BK, BN].
+        CHUNK > 0: w is 4-bit and decoded in the main loop.
     Grid: [tiles of y], neighbours in time near each other. Walking several tiles, a program would
         keep what all of them share, and spill.
     Sums in fp32; t, and row ∘ x, are rounded to y's type before their products.
@@ -182,16 +213,17 @@ def _dora_gemm_kernel(
             b_q /= keep_scale
             b_p = b_q * (keep_scale - 1.0)
         b_p, b_q = _pair_tile(
-            b_p, b_q, x, w, p_row, p_mask, m0, n0, M, N, K, stride_xm, stride_xk, stride_wk,
-            stride_wn, stride_mask, DROPOUT, not BACKWARD, TMA, W_ROWS, EVEN_K, PRECISION,
-            DTYPE, BM, BN, BK,
+            b_p, b_q, x, w, p_absmax, p_nested, p_map, p_offset, p_table, p_row, p_mask, m0, n0,
+            M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, stride_mask, DROPOUT,
+            not BACKWARD, TMA, W_ROWS, EVEN_K, PRECISION, DTYPE, BM, BN, BK, CHUNK, BLOCK, NESTED,
         )  # fmt: skip
     else:
         b_s = tl.full([BM, BR], 0.0, tl.float32)
         b_q, b_s = product_tile(
             b_q, b_s, x, w, None, None, None, m0, n0, M, N, K, R, 0, 0, stride_xm, stride_xk,
             stride_wk, stride_wn, 0, 0, 0, False, False, TMA, W_ROWS, EVEN_K, PRECISION, DTYPE,
-            BM, BN, BK, BR,
+            BM, BN, BK, BR, False, CHUNK, BLOCK, NESTED, p_absmax, p_nested, p_map, p_offset,
+            p_table,
         )  # fmt: skip
     if BACKWARD:
         if DROPOUT:
@@ -214,7 +246,7 @@ def gemm(
     config: GemmConfig,
     device: Device,
     x: Tensor,
-    w: Tensor,
+    w: Weight,
     y: Tensor,
     z: Tensor | None,
     t: Tensor,
@@ -233,18 +265,12 @@ def gemm(
     m, k = x.shape
     n = y.shape[1]
     tma = config.tma
-    x_arg, w_arg = x, w
-    if tma:
-        box = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
-        x_arg, w_arg = descriptor(x, [config.block_m, config.block_k]), descriptor(w, box)
-    wk, wn = (w.stride(0), w.stride(1)) if backward else (w.stride(1), w.stride(0))
     run(
         _dora_gemm_kernel,
         (gemm_tiles(config, m, n),),
         config.warps,
         config.stages,
-        x=x_arg,
-        w=w_arg,
+        x=descriptor(x, [config.block_m, config.block_k]) if tma else x,
         p_y=y,
         p_z=z,
         p_t=t,
@@ -262,8 +288,6 @@ def gemm(
         keep_scale=dropout.keep_scale,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
-        stride_wk=wk,
-        stride_wn=wn,
         stride_ym=y.stride(0),
         stride_tm=t.stride(0),
         stride_tr=t.stride(1),
@@ -284,6 +308,7 @@ def gemm(
         BK=config.block_k,
         BR=_branch_step(config, device, t.shape[1], x.element_size()),
         GROUP=config.group,
+        **w.args(config, backward),
     )
 
 

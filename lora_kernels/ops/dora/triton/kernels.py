@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from lora_kernels.ops.common.nf4_tiles import weight_tile
 from lora_kernels.ops.common.tiles import dot
 
 
@@ -31,6 +32,11 @@ def _scale_kernel(p_magnitude, p_norm, p_out, N, stride_magnitude, stride_norm, 
 @triton.jit
 def _norm_kernel(
     p_w,
+    p_absmax,
+    p_nested,
+    p_map,
+    p_offset,
+    p_table,
     p_a,
     p_b,
     p_out,
@@ -49,11 +55,15 @@ def _norm_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """norm[n] = sqrt(Σ_k (w + scale · b·a)²[n, k]), the row in registers, a step of K at a time.
 
     2·N·K·(R + 2) FLOPs; bytes: w, a and b once, 4·N written. The products of 16-bit adapters are
-    exact in fp32; fp32 ones are multiplied as such ("ieee"), whatever torch allows.
+    exact in fp32; fp32 ones are multiplied as such ("ieee"), whatever torch allows. CHUNK > 0: w is
+    4-bit, decoded to fp32.
     Shapes: w[N, K] a[R, K] b[N, R], any strides; norm[N]. Grid: [cdiv(N, BN)].
     Sums in fp32, of K / BK squares in a row and then as a tree.
     """
@@ -62,7 +72,10 @@ def _norm_kernel(
     m_n = o_n < N
     # A row past the last is the last one again, never stored: whole loads need no mask.
     o_row = tl.minimum(o_n, N - 1)
-    p_w_tile = p_w + o_row[:, None] * stride_wn + o_k[None, :].to(tl.int64) * stride_wk
+    if CHUNK > 0:
+        b_table = tl.load(p_table + tl.arange(0, 16))
+    else:
+        p_w_tile = p_w + o_row[:, None] * stride_wn + o_k[None, :].to(tl.int64) * stride_wk
     if ONE_RANK:
         o_r = tl.arange(0, BR)
         m_r = o_r < R
@@ -71,11 +84,17 @@ def _norm_kernel(
     b_squares = tl.full([BN, BK], 0.0, tl.float32)  # [BN, BK]
     for k0 in range(0, K, BK):
         m_k = o_k < K - k0
-        if EVEN_K:
-            b_w = tl.load(p_w_tile)  # [BN, BK]
+        if CHUNK > 0:
+            b_w = weight_tile(
+                p_w, p_absmax, p_nested, p_map, p_offset, b_table, tl.program_id(0) * BN, k0, N, K,
+                tl.float32, BN, BK, CHUNK, BLOCK, NESTED,
+            )  # [BN, BK]  # fmt: skip
         else:
-            b_w = tl.load(p_w_tile, mask=m_k[None, :], other=0.0)
-        p_w_tile += BK * stride_wk
+            if EVEN_K:
+                b_w = tl.load(p_w_tile)  # [BN, BK]
+            else:
+                b_w = tl.load(p_w_tile, mask=m_k[None, :], other=0.0)
+            p_w_tile += BK * stride_wk
         b_t = tl.full([BN, BK], 0.0, tl.float32)  # [BN, BK]
         p_a_tile = p_a + (k0 + o_k).to(tl.int64)[None, :] * stride_ak
         if ONE_RANK:

@@ -13,6 +13,7 @@ from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.triton_host import run
 from lora_kernels.ops.dora.triton.kernels import _norm_kernel
+from lora_kernels.ops.nf4.triton.base import Weight
 
 _WARPS = 4
 
@@ -27,13 +28,15 @@ def dora_norm(
 ) -> Tensor:
     """[N] in fp32. The sum itself is squared, so ‖W‖² is of no use: W is read anyway, and nothing
     cancels."""
-    w = base[0]
-    n, k = w.shape
+    weight = Weight(base, meta)
+    w, stride_wn, stride_wk = weight.matrix
+    n, k = meta[0], meta[1]
     r = a.shape[0]
     exact = a.dtype == torch.float32
     # fp32 products are unrolled: small steps of the rank keep the code, and its making, short.
     br = min(block_rank(r), 16) if exact else block_rank(r)
-    step = 64 if exact or w.dtype == torch.float32 else 128
+    wide = exact or weight.quantised or w.dtype == torch.float32
+    step = 64 if wide else 128
     block = _rows(n, br, planned_device(w.device))
     norm = w.new_empty(n, dtype=torch.float32)
     run(
@@ -49,8 +52,8 @@ def dora_norm(
         K=k,
         R=r,
         scale=float(scale),
-        stride_wn=w.stride(0),
-        stride_wk=w.stride(1),
+        stride_wn=stride_wn,
+        stride_wk=stride_wk,
         stride_ar=a.stride(0),
         stride_ak=a.stride(1),
         stride_bn=b.stride(0),
@@ -60,6 +63,7 @@ def dora_norm(
         BN=block,
         BK=step,
         BR=br,
+        **weight.decode_args(step),
     )
     return norm
 

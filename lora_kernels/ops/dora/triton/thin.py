@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.common.lora_tiles import branch_tile
+from lora_kernels.ops.common.nf4_tiles import right_tile
 from lora_kernels.ops.common.thin.sums import _sum
 from lora_kernels.ops.common.tiles import cast, dot, keep_tile
 from lora_kernels.ops.dora.triton.kernels import scale_tile
@@ -122,6 +123,11 @@ def _dots_again(
     p_x,
     p_s,
     p_w,
+    p_absmax,
+    p_nested,
+    p_map,
+    p_offset,
+    p_table,
     p_b,
     p_seed,
     n0,
@@ -149,14 +155,20 @@ def _dots_again(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """Σ_m dy ∘ z of the columns n0.. [BN], z = drop(x)·wᵀ + scale · s·bᵀ made a tile at a time.
 
-    Shapes: dy[M, N] x[M, K] s[M, R] w[N, K] b[N, R]. Sums in fp32; z is not rounded.
+    Shapes: dy[M, N] x[M, K] s[M, R] w[N, K] b[N, R]. CHUNK > 0: w is 4-bit.
+    Sums in fp32; z is not rounded.
     """
     dtype: tl.constexpr = p_x.dtype.element_ty
     o_n = (n0 + tl.arange(0, BN)).to(tl.int64)
     m_n = o_n < N
+    if CHUNK > 0:
+        b_table = tl.load(p_table + tl.arange(0, 16))
     b_dots = tl.full([BN], 0.0, tl.float32)  # [BN]
     for m0 in range(0, M, BM):
         o_m = (m0 + tl.arange(0, BM)).to(tl.int64)
@@ -170,8 +182,14 @@ def _dots_again(
             if DROPOUT:
                 m_keep = keep_tile(p_seed, o_m, k0, stream, threshold, BM, BK)
                 b_x = tl.where(m_keep, b_x, 0.0)
-            o_w = o_k[:, None] * stride_wk + o_n[None, :] * stride_wn
-            b_w = tl.load(p_w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)  # [BK, BN]
+            if CHUNK > 0:
+                b_w = right_tile(
+                    p_w, p_absmax, p_nested, p_map, p_offset, b_table, k0, n0, K, N, True, dtype,
+                    BK, BN, CHUNK, BLOCK, NESTED,
+                )  # [BK, BN]  # fmt: skip
+            else:
+                o_w = o_k[:, None] * stride_wk + o_n[None, :] * stride_wn
+                b_w = tl.load(p_w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
             b_z = dot(b_x, b_w, b_z, PRECISION)
         b_t = branch_tile(
             tl.full([BM, BN], 0.0, tl.float32), p_s, p_b, None, tl.cast(m0, tl.int32), n0, M, N, R,
@@ -203,6 +221,11 @@ def _dora_finish_kernel(
     p_x,
     p_s,
     p_w,
+    p_absmax,
+    p_nested,
+    p_map,
+    p_offset,
+    p_table,
     p_b,
     p_seed,
     M,
@@ -236,7 +259,10 @@ def _dora_finish_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """The pass's parts added in their order: db = scale · m̂ ∘ g, dbias, dmagnitude and
     ds = scale · Σ parts, each where it is wanted.
@@ -293,10 +319,11 @@ def _dora_finish_kernel(
             if KEPT != "z":
                 if tl.max(m_again.to(tl.int32), axis=0) > 0:
                     b_again = _dots_again(
-                        p_dy, p_x, p_s, p_w, p_b, p_seed, pid * BN, M, N, K, R, scale, keep_scale,
-                        threshold, stream, stride_dym, stride_dyn, stride_xm, stride_xk, stride_sm,
-                        stride_sr, stride_wn, stride_wk, stride_bn, stride_br, DROPOUT, PRECISION,
-                        BM, BN, BK, BR,
+                        p_dy, p_x, p_s, p_w, p_absmax, p_nested, p_map, p_offset, p_table, p_b,
+                        p_seed, pid * BN, M, N, K, R, scale, keep_scale, threshold, stream,
+                        stride_dym, stride_dyn, stride_xm, stride_xk, stride_sm, stride_sr,
+                        stride_wn, stride_wk, stride_bn, stride_br, DROPOUT, PRECISION, BM, BN, BK,
+                        BR, CHUNK, BLOCK, NESTED,
                     )  # fmt: skip
                     b_total = tl.where(m_again, b_again, b_total)
             b_total = tl.where(m_norm, tl.math.div_rn(b_total, b_by), 0.0)
@@ -304,4 +331,4 @@ def _dora_finish_kernel(
             tl.store(p_dmagnitude + o_n, cast(b_total, dtype), mask=m_n)
     else:
         if p_ds is not None:
-            _sum(p_parts_ds, p_ds, None, size_ds, parts_ds, R, scale, 1, pid - blocks, BLOCK)
+            _sum(p_parts_ds, p_ds, None, size_ds, parts_ds, R, scale, 1, pid - blocks, SUM_BLOCK)

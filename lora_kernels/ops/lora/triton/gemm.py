@@ -66,8 +66,6 @@ def _lora_gemm_kernel(
     p_map,
     p_offset,
     p_table,
-    nested_size,
-    block_size,
     STRATEGY: tl.constexpr,
     BACKWARD: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -82,6 +80,8 @@ def _lora_gemm_kernel(
     BR: tl.constexpr,
     GROUP: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """y = x·w + col ∘ keep(f · t·u) + bias; keep is the dropout mask in the backward.
 
@@ -104,7 +104,13 @@ def _lora_gemm_kernel(
     FLATTEN: tl.constexpr = TMA and STRATEGY != "single_pass"
     # In "base" nothing is dropped.
     MASK_BRANCH: tl.constexpr = BACKWARD and DROPOUT and STRATEGY != "single_pass"
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=FLATTEN):
+    first = tl.program_id(0)
+    end = tiles_m * tiles_n
+    step = programs
+    if CHUNK > 0 and not TMA:  # one tile a program: then no scalars of a walk, for the stack
+        end = first + 1
+        step = 1
+    for tile in tl.range(first, end, step, flatten=FLATTEN):
         pid_m, pid_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
         m0 = pid_m * BM
         n0 = pid_n * BN
@@ -132,7 +138,7 @@ def _lora_gemm_kernel(
                 threshold, stream, stride_xm, stride_xk, stride_wk, stride_wn, stride_qk,
                 stride_qr, stride_col, STRATEGY == "single_pass", DROPOUT and not BACKWARD, TMA,
                 W_ROWS, EVEN_K, PRECISION, DTYPE, BM, BN, BK, BR, HOLD_X,
-                CHUNK, p_absmax, p_nested, p_map, p_offset, p_table, nested_size, block_size,
+                CHUNK, BLOCK, NESTED, p_absmax, p_nested, p_map, p_offset, p_table,
             )  # fmt: skip
         if STRATEGY == "single_pass":
             b_y = own_branch_tile(

@@ -28,29 +28,35 @@ class Weight:
 
     def args(self, config: GemmConfig, backward: bool) -> dict[str, Any]:
         """What a kernel around `lora_tiles.product_tile` takes of W, for x·Wᵀ or for dy·W."""
-        if self.quantised:
-            columns = config.block_n if backward else config.block_k
-            return {
-                **scale_args(self.base, self.meta),
-                "w": self.base[0],
-                "stride_wk": 0,
-                "stride_wn": 0,
-                "p_table": table(self.meta.quant_type, self.base[0].device),
-                "block_size": self.meta.block_size,
-                "CHUNK": gcd(self.meta.k, self.meta.block_size, columns),
-            }
-        w = self.base[0]
-        absent = dict.fromkeys(("p_absmax", "p_nested", "p_map", "p_offset", "p_table"))
-        rows, columns = w.stride(0), w.stride(1)
-        box = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
+        decode = self.decode_args(config.block_n if backward else config.block_k)
+        w, rows, columns = self.matrix
+        if config.tma and not self.quantised:
+            box = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
+            return {**decode, "w": descriptor(w, box), "stride_wk": 0, "stride_wn": 0}
         return {
-            **absent,
-            "w": descriptor(w, box) if config.tma else w,
+            **decode,
+            "w": w,
             "stride_wk": rows if backward else columns,
             "stride_wn": columns if backward else rows,
-            "nested_size": 0,
-            "block_size": 0,
-            "CHUNK": 0,
+        }
+
+    @property
+    def matrix(self) -> tuple[Tensor, int, int]:
+        """W and its strides; codes have none that a kernel asks for."""
+        w = self.base[0]
+        return (w, 0, 0) if self.quantised else (w, w.stride(0), w.stride(1))
+
+    def decode_args(self, columns: int) -> dict[str, Any]:
+        """What `nf4_tiles.weight_tile` takes, for tiles of so many columns; CHUNK is 0 where W is
+        dense."""
+        if not self.quantised:
+            absent = dict.fromkeys(("p_absmax", "p_nested", "p_map", "p_offset", "p_table"))
+            return {**absent, "CHUNK": 0, "BLOCK": 0, "NESTED": 0}
+        return {
+            **scale_args(self.base, self.meta),
+            "p_table": table(self.meta.quant_type, self.base[0].device),
+            "CHUNK": gcd(self.meta.k, self.meta.block_size, columns),
+            "BLOCK": self.meta.block_size,
         }
 
 
@@ -66,5 +72,5 @@ def scale_args(base: Sequence[Tensor], m: Meta) -> dict[str, Any]:
         "p_nested": base[2] if m.is_nested else None,
         "p_map": base[3] if m.is_nested else None,
         "p_offset": base[4] if m.is_nested else None,
-        "nested_size": m.nested_block_size,
+        "NESTED": m.nested_block_size,
     }

@@ -55,7 +55,7 @@ def dequantize_slab(weight: Weight, rows: slice, columns: slice, dtype: torch.dt
         first=(rows.start * m.k + columns.start) // CHUNK,
         width=out.shape[1] // CHUNK,
         row_chunks=m.k // CHUNK,
-        per_scale=m.block_size // CHUNK,
+        PER_SCALE=m.block_size // CHUNK,
         programs=programs,
         WHOLE=size % CHUNK == 0,
         SLAB=slab,

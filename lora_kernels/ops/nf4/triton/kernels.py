@@ -21,18 +21,18 @@ def _dequantize_kernel(
     first,
     width,
     row_chunks,
-    per_scale,
-    nested_size,
     programs,
     WHOLE: tl.constexpr,
     SLAB: tl.constexpr,
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PER_SCALE: tl.constexpr,
+    NESTED: tl.constexpr,
 ):
     """out[i] = round(table[code[i]] · scale[i // block]), flat, or of a slab of columns.
 
     Shapes: codes u8 [(size + 1) / 2], high nibble first; scales as in `block_scales`, one for
-        `per_scale` chunks; out [chunks · CHUNK], its chunk c being the weight's chunk first + c,
+        PER_SCALE chunks; out [chunks · CHUNK], its chunk c being the weight's chunk first + c,
         or where SLAB first + (c // width) · row_chunks + c % width. WHOLE: no chunk is cut short.
     Grid: [programs], each walking tiles of CHUNKS · CHUNK weights. Products in fp32.
     At least 0.5 bytes are read and out's are written per weight.
@@ -56,7 +56,7 @@ def _dequantize_kernel(
             m_out = m_out & (o_c[:, None] * CHUNK + o_weight[None, :] < size)
         b_bytes = tl.load(p_codes + o_in, mask=m_in, other=0)  # [CHUNKS, CHUNK / 2]
         b_scale = block_scales(
-            p_absmax, p_nested, p_map, p_offset, nested_size, o_c // per_scale, m_c
+            p_absmax, p_nested, p_map, p_offset, o_c // PER_SCALE, m_c, NESTED
         )  # [CHUNKS]
         b_value = code_values(unpack(b_bytes, CHUNKS, CHUNK), b_table, CHUNKS, CHUNK)
         b_out = cast(b_value * b_scale[:, None], p_out.dtype.element_ty)

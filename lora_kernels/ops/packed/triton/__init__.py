@@ -7,13 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lora_kernels.ops.common.launch import refuse_triton, register_triton
-from lora_kernels.ops.packed.schema import META
-
-
-def _refuse(tensors: Sequence[Tensor | None], meta: Sequence[int]) -> str | None:
-    if any(meta[i + 2] for i in range(0, len(meta), META)):
-        return "takes dense bases, not 4-bit ones"
-    return refuse_triton(tensors)
 
 
 def _fwd(
@@ -27,7 +20,7 @@ def _fwd(
     dropout_p: float,
     seed: Tensor | None,
 ) -> str | None:
-    return _refuse([x, *a, *b, *bias], meta)
+    return refuse_triton([x, *a, *b, *bias])
 
 
 def _bwd(
@@ -43,7 +36,7 @@ def _bwd(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> str | None:
-    return _refuse([x, s, *dy, *a, *b], meta)
+    return refuse_triton([x, s, *dy, *a, *b])
 
 
 register_triton("lora_packed_fwd", "lora_kernels.ops.packed.triton.forward", _fwd)

@@ -12,10 +12,12 @@ from lora_kernels.ops.common.configs import GemmConfig, gemm_tiles, thin_columns
 from lora_kernels.ops.common.launch import executor, planned_device
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run
+from lora_kernels.ops.lora.triton.backward import lora_linear_bwd
+from lora_kernels.ops.nf4.triton.base import Weight
 from lora_kernels.ops.packed.schema import rank_slices, unpack_needs
 from lora_kernels.ops.packed.triton.gemm import _packed_grad_x_kernel
 from lora_kernels.ops.packed.triton.grad_pass import packed_grad_pass
-from lora_kernels.ops.packed.triton.groups import groups, numbered
+from lora_kernels.ops.packed.triton.groups import groups, numbered, split_weights, weight_args
 from lora_kernels.ops.packed.triton.plan import plan_config
 from lora_kernels.ops.packed.triton.thin import _packed_grad_a_kernel
 
@@ -35,18 +37,29 @@ def lora_packed_bwd(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """The derivation stands in `api.py`."""
     m, k = x.shape
+    weights = split_weights(base, meta)
     want_x, wants = unpack_needs(needs, len(a))
     columns = list(rank_slices(a))
     s = s if s.stride(1) == 1 else s.contiguous()
-    dx = x.new_empty((m, k) if want_x else 0)
+    dx = x.new_empty(0)
     da = [_empty(t, want[0]) for t, want in zip(a, wants, strict=True)]
     db = [_empty(t, want[1]) for t, want in zip(b, wants, strict=True)]
-    dbias = [x.new_empty(w.shape[0] if want[2] else 0) for w, want in zip(base, wants, strict=True)]
-    for group in groups(len(a)):
+    dbias = [x.new_empty(t.shape[0] if want[2] else 0) for t, want in zip(b, wants, strict=True)]
+    for group in groups(weights):
         part = slice(group.start, group.stop)
         dropout = Dropout(dropout_p, seed, group.start)
         r = max(t.shape[0] for t in a[part])
-        strategy, config = plan_config("lora_linear_bwd", dy[part], base[part], r, dropout.on)
+        planned = plan_config("lora_linear_bwd", dy[part], weights[part], r, dropout.on)
+        if planned is None:
+            for i in group:
+                asked = [want_x, *wants[i][:3], False, False, False]
+                more, da[i], db[i], dbias[i], *_ = lora_linear_bwd(
+                    dy[i], x, s[:, columns[i]], weights[i].base, weights[i].meta, a[i], b[i],
+                    scales[i], dropout_p, seed, None, None, asked, i,
+                )  # fmt: skip
+                dx = dx.add_(more) if i else more
+            continue
+        strategy, config = planned
         single_pass = want_x and strategy == "single_pass" and k > 0
         want_a = any(want[0] for want in wants[part])
         # One after the other, the rows of each whole.
@@ -71,19 +84,18 @@ def lora_packed_bwd(
                 else None,
             )
         if want_x:
-            more = x.new_empty((m, k)) if group.start else dx
+            more = x.new_empty((m, k))
             _grad_x(
-                dy[part], base[part], more, flat, a[part], b[part], scales[part], dropout, config,
-                single_pass,
+                dy[part], weights[part], more, flat, a[part], b[part], scales[part], dropout,
+                config, single_pass,
             )  # fmt: skip
-            if group.start:
-                dx += more
+            dx = dx.add_(more) if group.start else more
         if want_a:
             _grad_a(x, flat, a[part], [da[i] if wants[i][0] else None for i in group], dropout)
+        for i in group:
+            if wants[i][2] and not wants[i][1]:
+                torch.sum(dy[i], 0, out=dbias[i])
 
-    for i, (_, want_b, want_bias, _) in enumerate(wants):
-        if want_bias and not want_b:
-            torch.sum(dy[i], 0, out=dbias[i])
     dw = [
         executor().product(g.T, x) if want[3] else x.new_empty(0)
         for g, want in zip(dy, wants, strict=True)
@@ -97,7 +109,7 @@ def _empty(t: Tensor, wanted: bool) -> Tensor:
 
 def _grad_x(
     dy: Sequence[Tensor],
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     dx: Tensor,
     ds: Tensor,
     a: Sequence[Tensor],
@@ -112,7 +124,8 @@ def _grad_x(
     tiles = gemm_tiles(config, m, k)
     device = planned_device(dx.device)
     programs = min(tiles, device.multiprocessors) if config.tma else tiles
-    dy_box, box = [config.block_m, config.block_k], [config.block_k, config.block_n]
+    box = [config.block_m, config.block_k]
+    format_args, own_args = weight_args(weights, config, backward=True)
     run(
         _packed_grad_x_kernel,
         (programs,),
@@ -138,11 +151,12 @@ def _grad_x(
         BK=config.block_k,
         BR=block_rank(max(t.shape[0] for t in a)),
         GROUP=config.group,
+        **format_args,
         **numbered(
             [
                 {
-                    "dy": descriptor(t, dy_box) if config.tma else t,
-                    "w": descriptor(weights[i], box) if config.tma else weights[i],
+                    **own_args[i],
+                    "dy": descriptor(t, box) if config.tma else t,
                     "p_q": b[i],
                     "p_u": a[i],
                     "K": t.shape[1],
@@ -150,8 +164,6 @@ def _grad_x(
                     "scale": float(scales[i]),
                     "stride_dym": t.stride(0),
                     "stride_dyn": t.stride(1),
-                    "stride_wk": weights[i].stride(0),
-                    "stride_wn": weights[i].stride(1),
                     "stride_qk": b[i].stride(0),
                     "stride_qr": b[i].stride(1),
                     "stride_ur": a[i].stride(0),

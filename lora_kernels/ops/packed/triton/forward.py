@@ -17,9 +17,17 @@ from lora_kernels.ops.common.triton_host import (
     run,
     stride,
 )
+from lora_kernels.ops.lora.triton.forward import lora_linear_fwd
+from lora_kernels.ops.nf4.triton.base import Weight
 from lora_kernels.ops.packed.schema import rank_slices
 from lora_kernels.ops.packed.triton.gemm import _packed_forward_kernel
-from lora_kernels.ops.packed.triton.groups import ends, groups, numbered
+from lora_kernels.ops.packed.triton.groups import (
+    ends,
+    groups,
+    numbered,
+    split_weights,
+    weight_args,
+)
 from lora_kernels.ops.packed.triton.plan import plan_config
 from lora_kernels.ops.packed.triton.thin import _packed_shrink_kernel
 
@@ -37,21 +45,31 @@ def lora_packed_fwd(
 ) -> tuple[list[Tensor], Tensor]:
     """y_i [M, N_i] and s [M, Σ R_i]."""
     m = x.shape[0]
+    weights = split_weights(base, meta)
     columns = list(rank_slices(a))
     s = x.new_empty((m, columns[-1].stop))
-    y = [x.new_empty((m, w.shape[0])) for w in base]
-    for group in groups(len(a)):
+    y = [x.new_empty(0)] * len(weights)
+    for group in groups(weights):
         first = group.start
         dropout = Dropout(dropout_p, seed, first)
         part = slice(group.start, group.stop)
         own = s[:, columns[first].start : columns[group[-1]].stop]
         r = max(t.shape[0] for t in a[part])
-        strategy, config = plan_config("lora_linear_fwd", [x], base[part], r, dropout.on)
+        planned = plan_config("lora_linear_fwd", [x], weights[part], r, dropout.on)
+        if planned is None:
+            for i in group:
+                y[i], s[:, columns[i]] = lora_linear_fwd(
+                    x, weights[i].base, weights[i].meta, a[i], b[i], scales[i], bias[i], dropout_p,
+                    seed, None, None, i,
+                )  # fmt: skip
+            continue
+        strategy, config = planned
+        y[part] = [x.new_empty((m, w.meta.n)) for w in weights[part]]
         single_pass = strategy == "single_pass" and all(t.numel() > 0 for t in y[part])
         if not single_pass:
             _shrink(x, a[part], own, dropout)
         _project(
-            x, base[part], y[part], own, a[part], b[part], bias[part], scales[part], dropout,
+            x, weights[part], y[part], own, a[part], b[part], bias[part], scales[part], dropout,
             config, single_pass,
         )  # fmt: skip
     return y, s
@@ -98,7 +116,7 @@ def _shrink(x: Tensor, a: Sequence[Tensor], s: Tensor, dropout: Dropout) -> None
 
 def _project(
     x: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Weight],
     y: Sequence[Tensor],
     s: Tensor,
     a: Sequence[Tensor],
@@ -115,7 +133,7 @@ def _project(
     end = ends([t.shape[1] for t in y], config.block_n)
     tiles = ceil(m / config.block_m) * end[-1]
     programs = min(tiles, device.multiprocessors) if config.tma else tiles
-    box = [config.block_n, config.block_k]
+    format_args, own_args = weight_args(weights, config, backward=False)
     some_bias = next((t for t in bias if t is not None), None)
     run(
         _packed_forward_kernel,
@@ -149,20 +167,19 @@ def _project(
         BK=config.block_k,
         BR=block_rank(max(t.shape[0] for t in a)),
         GROUP=config.group,
+        **format_args,
         **numbered(
             [
                 {
-                    "w": descriptor(w, box) if config.tma else w,
+                    **own_args[i],
                     "p_y": y[i],
                     "p_q": a[i],
                     "p_u": b[i],
                     "p_bias": some_bias if bias[i] is None else bias[i],
-                    "N": w.shape[0],
+                    "N": w.meta.n,
                     "R": a[i].shape[0],
-                    "biased": 0 if bias[i] is None else w.shape[0],
+                    "biased": 0 if bias[i] is None else w.meta.n,
                     "scale": float(scales[i]),
-                    "stride_wk": w.stride(1),
-                    "stride_wn": w.stride(0),
                     "stride_qk": a[i].stride(1),
                     "stride_qr": a[i].stride(0),
                     "stride_ur": b[i].stride(1),

@@ -4,14 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import ceil
+from typing import Any
+
+from torch import Tensor
+
+from lora_kernels.ops.common.configs import GemmConfig
+from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.packed.schema import split_base
 
 PER_LAUNCH = 3  # projections
+# Arguments of a weight that those of one launch share.
+_FORMAT = ("p_table", "CHUNK", "BLOCK", "NESTED")
 
 
-def groups(count: int) -> Iterator[range]:
-    """The projections of each launch."""
-    for first in range(0, count, PER_LAUNCH):
-        yield range(first, min(first + PER_LAUNCH, count))
+def split_weights(base: Sequence[Tensor], meta: Sequence[int]) -> list[Weight]:
+    """Each projection's weight."""
+    return [Weight(own, m) for own, m, _ in split_base(base, meta)]
+
+
+def groups(weights: Sequence[Weight]) -> Iterator[range]:
+    """The projections of each launch: neighbours whose weights are of one format, so that a
+    kernel is compiled for it."""
+    first = 0
+    for i in range(1, len(weights) + 1):
+        full = i == len(weights) or i - first == PER_LAUNCH
+        if full or weights[i].meta[2:] != weights[first].meta[2:]:
+            yield range(first, i)
+            first = i
+
+
+def weight_args(
+    weights: Sequence[Weight], config: GemmConfig, backward: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a launch takes of its weights: what they share, and what each has of its own."""
+    found = [w.args(config, backward) for w in weights]
+    shared = {name: found[0].pop(name) for name in _FORMAT}
+    for own in found[1:]:
+        for name in _FORMAT:
+            del own[name]
+    return shared, found
 
 
 def numbered(

@@ -1,7 +1,7 @@
 """Strategy and tile of packed projections: the cost model's for one layer as wide as all of them.
 
 There is no vendor product to add to, so where that is the cheapest the better of the other two is
-taken.
+taken; 4-bit weights, which it would decode once, are then left to it, one layer after another.
 """
 
 from __future__ import annotations
@@ -15,10 +15,17 @@ from lora_kernels.ops.common.configs import GEMM_CONFIGS, Device, Estimate, Gemm
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.strategies import Problem, choose
 from lora_kernels.ops.common.triton_host import takes_tma
+from lora_kernels.ops.nf4.triton.base import Weight
 
 # Sums of a thread where mma.sync has its operands in registers too: with the rank's, and a main
 # loop that carries those.
 _MOST_SUMS, _CROWDED = 144, 128
+
+# Rows, columns, step and warps of what `_stacked` finds where weights are decoded.
+_STACKED: dict[str | None, tuple[tuple[int, ...], ...]] = {
+    "single_pass": ((32, 64, 64, 4), (16, 16, 256, 4), (16, 16, 32, 2)),
+    "epilogue": ((128, 64, 32, 8),),
+}
 
 
 def plan(op: str, problem: Problem, device: Device) -> Estimate:
@@ -34,8 +41,13 @@ def _tiled(device: Device, op: str, problem: Problem, strategy: str) -> Device:
     backward, br = op == "lora_linear_bwd", problem.block_r
 
     def has_room(t: GemmConfig) -> bool:
-        if _stacked(t, device, backward):
+        if _stacked(t, device, backward, strategy if problem.quantised else None):
             return False
+        if strategy == "single_pass" and problem.quantised:
+            held = problem.size if problem.dropout and device.tma and not backward else 0
+            sums = t.registers(br, backward and problem.dropout, held)
+            decoded = t.block_n * t.block_k // (32 * t.warps)
+            return sums + decoded < (_MOST_SUMS if device.tma else _CROWDED)
         if strategy == "single_pass":
             # In the forward, a mask parts x's registers for the two products.
             crowded = backward or not problem.dropout
@@ -52,24 +64,29 @@ def _tiled(device: Device, op: str, problem: Problem, strategy: str) -> Device:
     return replace(device, tiles=fit)
 
 
-def _stacked(t: GemmConfig, device: Device, backward: bool) -> bool:
+def _stacked(t: GemmConfig, device: Device, backward: bool, decoding: str | None) -> bool:
     """Whether ptxas puts a few scalars of the walk on the stack, though registers are left: found
-    by compiling every tile."""
+    by compiling every tile. `decoding`: the strategy, where weights are 4-bit."""
+    shape = (t.block_m, t.block_n, t.block_k)
     if not backward:
-        return not device.rank_sums and (t.block_m, t.block_n, t.block_k) == (32, 32, 32)
+        return not device.rank_sums and shape == (32, 32, 32)
     if device.tma:
         return t.block_k > 64
-    return (t.block_m, t.block_n, t.block_k) == (64, 64, 64)
+    return shape == (64, 64, 64) or (*shape, t.warps) in _STACKED.get(decoding, ())
 
 
 def plan_config(
-    op: str, rows: Sequence[Tensor], weights: Sequence[Tensor], r: int, dropout: bool
-) -> tuple[str, GemmConfig]:
-    """Strategy and tile for tensors: x or all dy_i, and the weights that they meet."""
-    x = rows[0]
-    n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
-    tma = takes_tma(*rows, *weights)
-    problem = Problem(x.shape[0], n, k, r, x.dtype, dropout, tma)
-    found = plan(op, problem, planned_device(x.device))
+    op: str, rows: Sequence[Tensor], weights: Sequence[Weight], r: int, dropout: bool
+) -> tuple[str, GemmConfig] | None:
+    """Strategy and tile for x or all dy_i, and the weights of one format that they meet; None where
+    the layers are faster one after another."""
+    x, quantised = rows[0], weights[0].quantised
+    n, k = sum(w.meta.n for w in weights), weights[0].meta.k
+    tma = takes_tma(*rows) if quantised else takes_tma(*rows, *(w.base[0] for w in weights))
+    problem = Problem(x.shape[0], n, k, r, x.dtype, dropout, tma, quantised)
+    device = planned_device(x.device)
+    if quantised and choose(op, problem, device).strategy == "addmm":
+        return None
+    found = plan(op, problem, device)
     assert found.config is not None
     return found.strategy, found.config
