@@ -105,9 +105,14 @@ def families_of(names: list[str] | None) -> list[str]:
 
 
 def _double(value: Any) -> Any:
+    """In fp64, but for the scales of a 4-bit weight: what it decodes to is a matter of its fp32."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
-    return [_double(v) for v in value] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    if value and isinstance(value[0], Tensor) and value[0].dtype == torch.uint8:
+        return value
+    return [_double(v) for v in value]
 
 
 def _bytes(*tensors: Tensor) -> int:

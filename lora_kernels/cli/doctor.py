@@ -20,11 +20,13 @@ from lora_kernels.dispatch import Explanation, explain, native, ops
 from lora_kernels.dispatch.cpu import cpuinfo
 from lora_kernels.dispatch.registry import BACKEND_VARIABLE
 from lora_kernels.dispatch.tuning import VARIABLE as TUNING_VARIABLE
+from lora_kernels.ops.common.tuned import VARIABLE as GPU_TUNING_VARIABLE
 
 # Every variable the package reads, so that a surprising path has its reason on the screen.
 VARIABLES = (
     BACKEND_VARIABLE,
     TUNING_VARIABLE,
+    GPU_TUNING_VARIABLE,
     "LORA_KERNELS_NO_NATIVE",
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
