@@ -36,6 +36,7 @@ class Packed:
     needs: tuple[int, ...] | None = None  # positions in `needs`
     slow: bool = False
     strategies: tuple[str | None, ...] = STRATEGIES[:2]  # no vendor product to add to
+    multiprocessors: int | None = None  # fewer make longer loops
 
 
 # TMA needs rows of whole 16 bytes: there K and each N are multiples of 8, and still of no tile.
@@ -98,6 +99,13 @@ PROBLEMS = (
         "whole-tiles",
         *(128, 128, (128, 64, 64), (16, 16, 16)),
         both("128x128x32 w8 s4", "128x64x64 w8 s4", tma=True),
+    ),
+    Packed(
+        "many-steps",
+        *(384, 200, (256, 128), (64, 16)),
+        both("64x64x32 w4 s4", "64x64x64 w4 s4", tma=True),
+        bias=(True, True),
+        multiprocessors=2,
     ),
     Packed(
         "widest",

@@ -23,6 +23,7 @@ from lora_kernels.ops.common.configs import Device, device_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPU_TYPES = ("cuda",)  # also what torch calls AMD's
+MOST_REGISTERS = 255  # of a thread
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Launch:
         grid: programs along x (and y).
         args: every argument by name: tensors, descriptors, numbers, and the constexprs.
         warps, stages: of the compiled kernel.
+        whole_registers: whether a thread may take every register. Else ptxas may put a few values
+            on the stack, so that one more program finds room.
     """
 
     kernel: Any
@@ -41,6 +44,13 @@ class Launch:
     args: dict[str, Any]
     warps: int
     stages: int
+    whole_registers: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What NVIDIA's backend is told beside the arguments."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | {"maxnreg": MOST_REGISTERS} if self.whole_registers else options
 
 
 class Executor:
@@ -55,7 +65,10 @@ class Executor:
     device: Device | None = None
 
     def run(self, launch: Launch) -> None:
-        launch.kernel[launch.grid](**launch.args, num_warps=launch.warps, num_stages=launch.stages)
+        options = launch.options
+        if torch.version.hip is not None:
+            options.pop("maxnreg", None)
+        launch.kernel[launch.grid](**launch.args, **options)
 
     def product(
         self, left: Tensor, right: Tensor, bias: Tensor | None = None, out: Tensor | None = None

@@ -59,14 +59,17 @@ def in_registers(b_value):
 
 
 @triton.jit
-def ones_product(b_value, b_sums, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
-    """b_sums + the sums of 16-bit b_value [M, N] along its rows into b_sums [M, any], or down its
-    COLUMNS into b_sums [any, N], over and over.
+def add_sums(b_sums, b_value, COLUMNS: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sums + the sums of b_value [M, N] along its rows into b_sums [M, any], or down its COLUMNS
+    into b_sums [any, N], over and over.
 
-    A product with ones reads a tile that another product reads as that does: without conflicts,
-    and with Triton's count of buffers right (see `in_registers`).
+    16-bit values are multiplied by ones, which reads a tile as another product of it does: without
+    conflicts, and with Triton's count of buffers right (see `in_registers`).
     """
-    if COLUMNS:
+    AXIS: tl.constexpr = 0 if COLUMNS else 1
+    if tl.float32 == b_value.dtype:
+        b_sums += tl.expand_dims(tl.sum(b_value, axis=AXIS), AXIS)
+    elif COLUMNS:
         b_ones = tl.full([b_sums.shape[0], b_value.shape[0]], 1.0, b_value.dtype)
         b_sums = dot(b_ones, b_value, b_sums, PRECISION)
     else:

@@ -53,7 +53,15 @@ def stride(t: Tensor | None, dim: int = 0) -> int:
     return 1 if t is None else t.stride(dim)
 
 
-def run(kernel: object, grid: tuple[int, ...], warps: int, stages: int, **args: object) -> None:
+def run(
+    kernel: object,
+    grid: tuple[int, ...],
+    warps: int,
+    stages: int,
+    *,
+    whole_registers: bool = False,
+    **args: object,
+) -> None:
     """Launch a kernel, or nothing over an empty grid."""
     if all(grid):
-        executor().run(Launch(kernel, grid, args, warps, stages))
+        executor().run(Launch(kernel, grid, args, warps, stages, whole_registers))

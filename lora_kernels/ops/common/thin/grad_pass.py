@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import Device, span_of
 from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, block_rank, one_read_parts
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import cast, dot, first_of, ones_product
+from lora_kernels.ops.common.tiles import add_sums, cast, dot, first_of
 from lora_kernels.ops.common.triton_host import precision, run, stride
 
 
@@ -49,7 +49,7 @@ def _grad_pass_kernel(
         dbias[spans, N] in fp32. R <= BR.
     Grid: [cdiv(N, BN), spans of rows]. Sums in fp32.
     """
-    dtype: tl.constexpr = p_dy.dtype.element_ty
+    dtype = p_dy.dtype.element_ty
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     o_n = (pid_n * BN + tl.arange(0, BN)).to(tl.int64)
@@ -81,14 +81,17 @@ def _grad_pass_kernel(
         tl.store(p_ds + o_ds, b_ds, mask=m_m[:, None] & m_r[None, :])
         b_db = dot(cast(b_s, dtype), b_dy, b_db, PRECISION)
         if p_dbias is not None:
-            if tl.float32 == dtype:
-                b_dbias += tl.sum(b_dy, axis=0)[None, :]
-            else:
-                b_dbias = ones_product(b_dy, b_dbias, True, PRECISION)
+            b_dbias = add_sums(b_dbias, b_dy, True, PRECISION)
     o_db = (pid_m.to(tl.int64) * N + o_n[None, :]) * R + o_r[:, None]
     tl.store(p_db + o_db, b_db, mask=m_n[None, :] & m_r[:, None])
     if p_dbias is not None:
         tl.store(p_dbias + pid_m.to(tl.int64) * N + o_n, first_of(b_dbias, 0), mask=m_n)
+
+
+def ones_rows(device: Device, br: int) -> int:
+    """Rows of ones that sum columns beside a product of br rows: Hopper's own products take 64, and
+    all readers of a tile must be of one kind."""
+    return WARPGROUP_ROWS if device.tma and br >= WARPGROUP_ROWS else 16
 
 
 def grad_pass(
@@ -147,8 +150,7 @@ def grad_pass(
         BM=bm,
         BN=bn,
         BR=br,
-        # Hopper's own products take 64 rows: all of a tile's readers must be of one kind.
-        ONES=64 if device.tma and br >= WARPGROUP_ROWS else 16,
+        ONES=ones_rows(device, br),
     )
     sums([(parts_ds, ds, scale, rank), (parts_db, db, factor_b, None)])
     if dbias is not None and parts_bias is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import ThinConfig, span_of
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import cast, dot, first_of, keep_tile, ones_product
+from lora_kernels.ops.common.tiles import add_sums, cast, dot, first_of, keep_tile
 from lora_kernels.ops.common.triton_host import Dropout, precision, run
 
 
@@ -50,7 +50,7 @@ def _outer(
 
     One block of C and R; x[M, C] t[M, R]; sums in fp32.
     """
-    dtype: tl.constexpr = p_x.dtype.element_ty
+    dtype = p_x.dtype.element_ty
     o_c = pid_c * BC + tl.arange(0, BC)
     o_r = pid_r * BR + tl.arange(0, BR)
     m_c = o_c < C
@@ -71,10 +71,7 @@ def _outer(
         p_x_tile += BM * stride_xm
         p_t_tile += BM * stride_tm
         if p_bias is not None:
-            if tl.float32 == dtype:
-                b_bias += tl.sum(b_x, axis=1)[:, None]
-            else:
-                b_bias = ones_product(b_x, b_bias, False, PRECISION)
+            b_bias = add_sums(b_bias, b_x, False, PRECISION)
         if DROPOUT:
             o_rows = m0 + tl.arange(0, BM)
             m_keep = keep_tile(p_seed, o_rows, pid_c * BC, stream, threshold, BM, BC)

@@ -159,7 +159,7 @@ def _columns(
         _dora_pass_kernel,
         (ceil(n / bn), parts_m, 1 if db is None else ceil(r / br)),
         8 if bn == 256 else 4,
-        1,  # products and lanes read the same tile: see `tiles.in_registers`, `ones_product`
+        1,  # products and lanes read the same tile: see `tiles.in_registers`
         p_dy=dy,
         p_kept=kept,
         p_s=s,

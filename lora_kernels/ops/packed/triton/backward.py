@@ -131,6 +131,7 @@ def _grad_x(
         (programs,),
         config.warps,
         config.stages,
+        whole_registers=weights[0].quantised,
         p_dx=dx,
         p_ds=ds,
         p_seed=dropout.seed,

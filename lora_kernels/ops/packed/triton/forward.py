@@ -140,6 +140,7 @@ def _project(
         (programs,),
         config.warps,
         config.stages,
+        whole_registers=weights[0].quantised,
         x=descriptor(x, [config.block_m, config.block_k]) if config.tma else x,
         p_s=s,
         p_seed=dropout.seed,

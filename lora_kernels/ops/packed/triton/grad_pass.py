@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import span_of
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.strategies import block_rank, one_read_parts
+from lora_kernels.ops.common.thin.grad_pass import ones_rows
 from lora_kernels.ops.common.thin.sums import _SUM_BLOCK
 from lora_kernels.ops.common.triton_host import precision, run
 from lora_kernels.ops.packed.triton.groups import ends, numbered
@@ -36,7 +37,8 @@ def packed_grad_pass(
     bn = 256 if size == 2 and br <= 32 else 64 if size == 4 else 128
     bm = 64 if size == 2 else 16
     end = ends(widths, bn)
-    _, spans = one_read_parts(max(m, 1), max(1, end[-1] * bn), planned_device(dy[0].device), bn)
+    device = planned_device(dy[0].device)
+    _, spans = one_read_parts(max(m, 1), max(1, end[-1] * bn), device, bn)
     span = span_of(max(m, 1), spans, bm)
     spans = ceil(max(m, 1) / span)
     parts: list[dict[str, Tensor | None]] = [
@@ -62,6 +64,7 @@ def packed_grad_pass(
         BM=bm,
         BN=bn,
         BR=br,
+        ONES=ones_rows(device, br),
         **numbered(
             [
                 {

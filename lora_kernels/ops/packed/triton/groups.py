@@ -47,7 +47,7 @@ def weight_args(
 
 def numbered(
     values: Sequence[dict[str, object]], absent: dict[str, object] | None = None
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Each projection's arguments by the kernels' names; what is not there is `absent`, or the
     first once more, where it is never picked."""
     slots = [*values, *([absent or values[0]] * (PER_LAUNCH - len(values)))]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.common.thin.sums import _sum
-from lora_kernels.ops.common.tiles import cast, dot
+from lora_kernels.ops.common.tiles import add_sums, cast, dot, first_of
 
 
 @triton.jit
@@ -36,6 +36,7 @@ def _packed_grad_pass_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
+    ONES: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of ds_i = dy_i·b_i, db_i = dy_iᵀ·s_i and dbias_i = Σ_m dy_i, each where its
     pointers are given, for up to three projections.
@@ -72,7 +73,7 @@ def _packed_grad_pass_kernel(
             p_s = pick(which, p_s_0, p_s_1, p_s_2)
             stride_sm = pick(which, stride_sm_0, stride_sm_1, stride_sm_2)
             b_db = tl.full([BR, BN], 0.0, tl.float32)  # [BR, BN]
-        b_dbias = tl.full([BN], 0.0, tl.float32)  # [BN]
+        b_dbias = tl.full([ONES, BN], 0.0, tl.float32)  # [ONES, BN]
         for m0 in range(first, last, BM):
             o_m = (m0 + tl.arange(0, BM)).to(tl.int64)
             m_m = o_m < last
@@ -90,7 +91,7 @@ def _packed_grad_pass_kernel(
                 b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
                 b_db = dot(b_s, b_dy, b_db, PRECISION)
             if p_dbias_0 is not None:
-                b_dbias += tl.sum(b_dy.to(tl.float32), axis=0)
+                b_dbias = add_sums(b_dbias, b_dy, True, PRECISION)
         if p_db_0 is not None:
             o_db = (pid_m.to(tl.int64) * N + o_n[None, :]) * R + o_r[:, None]
             p_db = pick(which, p_db_0, p_db_1, p_db_2)
@@ -98,7 +99,7 @@ def _packed_grad_pass_kernel(
         if p_dbias_0 is not None:
             p_dbias = pick(which, p_dbias_0, p_dbias_1, p_dbias_2)
             if tl.program_id(2) == 0:
-                tl.store(p_dbias + pid_m.to(tl.int64) * N + o_n, b_dbias, mask=m_n)
+                tl.store(p_dbias + pid_m.to(tl.int64) * N + o_n, first_of(b_dbias, 0), mask=m_n)
 
 
 @triton.jit

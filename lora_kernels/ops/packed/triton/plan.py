@@ -20,12 +20,9 @@ from lora_kernels.ops.nf4.triton.base import Weight
 # Sums of a thread where mma.sync has its operands in registers too: with the rank's, and a main
 # loop that carries those.
 _MOST_SUMS, _CROWDED = 144, 128
-
-# Rows, columns, step and warps of what `_stacked` finds where weights are decoded.
-_STACKED: dict[str | None, tuple[tuple[int, ...], ...]] = {
-    "single_pass": ((32, 64, 64, 4), (16, 16, 256, 4), (16, 16, 32, 2)),
-    "epilogue": ((128, 64, 32, 8),),
-}
+# Beside weights that are decoded: elements of a step of q, and the longest step of a forward on
+# Hopper.
+_MOST_RANK_TILE, _LONGEST_STEP = 8192, 64
 
 
 def plan(op: str, problem: Problem, device: Device) -> Estimate:
@@ -41,13 +38,16 @@ def _tiled(device: Device, op: str, problem: Problem, strategy: str) -> Device:
     backward, br = op == "lora_linear_bwd", problem.block_r
 
     def has_room(t: GemmConfig) -> bool:
-        if _stacked(t, device, backward, strategy if problem.quantised else None):
+        if _stacked(t, device, backward):
             return False
         if strategy == "single_pass" and problem.quantised:
             held = problem.size if problem.dropout and device.tma and not backward else 0
             sums = t.registers(br, backward and problem.dropout, held)
             decoded = t.block_n * t.block_k // (32 * t.warps)
-            return sums + decoded < (_MOST_SUMS if device.tma else _CROWDED)
+            if device.tma and not backward and t.block_k > _LONGEST_STEP:
+                return False
+            room = sums + decoded < (_MOST_SUMS if device.tma else _CROWDED)
+            return room and t.block_k * br <= _MOST_RANK_TILE
         if strategy == "single_pass":
             # In the forward, a mask parts x's registers for the two products.
             crowded = backward or not problem.dropout
@@ -64,15 +64,15 @@ def _tiled(device: Device, op: str, problem: Problem, strategy: str) -> Device:
     return replace(device, tiles=fit)
 
 
-def _stacked(t: GemmConfig, device: Device, backward: bool, decoding: str | None) -> bool:
+def _stacked(t: GemmConfig, device: Device, backward: bool) -> bool:
     """Whether ptxas puts a few scalars of the walk on the stack, though registers are left: found
-    by compiling every tile. `decoding`: the strategy, where weights are 4-bit."""
+    by compiling every tile. Over 4-bit weights, where that has no pattern, it is told to take all."""
     shape = (t.block_m, t.block_n, t.block_k)
     if not backward:
         return not device.rank_sums and shape == (32, 32, 32)
     if device.tma:
         return t.block_k > 64
-    return shape == (64, 64, 64) or (*shape, t.warps) in _STACKED.get(decoding, ())
+    return shape == (64, 64, 64)
 
 
 def plan_config(
