@@ -315,8 +315,8 @@ def _families(model: str) -> Iterator[Case]:
 
 
 def _lora() -> Iterator[Case]:
-    """Every op that Triton has kernels for, and DoRA, at the sizes of a large GPU: `run --device
-    cuda --suite lora`. One to 8192 tokens; training batches with PEFT's fp32 adapters too.
+    """Every op over dense weights that Triton has kernels for, at the sizes of a large GPU: `run
+    --device cuda --suite lora`. One to 8192 tokens; training batches with PEFT's fp32 adapters too.
     """
     model = "llama-3.1-8b"
     ones = ("square-4096", f"{model}.k_proj", f"{model}.gate_proj")
@@ -333,6 +333,21 @@ def _lora() -> Iterator[Case]:
         yield Case(op, layer, 2048, BOTH, 16, 0.05, adapter_dtype="fp32")
     for m, direction in itertools.product((1, 16, 2048, 8192), (FWD, BOTH)):
         yield Case("glu", f"{model}.gate_proj", m, direction)
+
+
+def _nf4() -> Iterator[Case]:
+    """The same of 4-bit weights, with bitsandbytes as the peer: `run --device cuda --suite nf4`."""
+    for layer in ("square-4096", "llama-3.1-8b.k_proj", "llama-3.1-8b.down_proj"):
+        for op in ("nf4_quantize", "nf4_dequantize"):
+            yield Case(op, layer, 0)
+        for m in (1, 4, 8, 16, 64, 512, 2048, 8192):
+            yield Case("nf4_linear", layer, m)
+            yield Case("nf4_lora_linear", layer, m, FWD, 16)
+        for m in (64, 2048, 8192):
+            yield Case("nf4_linear", layer, m, BOTH)
+            for p in (0.0, 0.05):
+                yield Case("nf4_lora_linear", layer, m, BOTH, 16, p)
+        yield Case("nf4_linear", layer, 1, nested=False)
 
 
 def _full() -> Iterator[Case]:
@@ -361,6 +376,7 @@ _SUITES = {
     "scaling": _scaling,
     "models": _models,
     "lora": _lora,
+    "nf4": _nf4,
     "full": _full,
 }
 SUITES = tuple(_SUITES)

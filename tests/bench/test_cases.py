@@ -85,14 +85,17 @@ def test_an_op_takes_its_own_kind_of_layer(op: str, layer: str) -> None:
 
 def test_lora_suite_covers_the_ops_of_triton_at_the_sizes_of_a_gpu() -> None:
     """Every op family that Triton implements, forward and backward, has a case of its own."""
-    cases = suite("lora")
+    cases, quantised = suite("lora"), suite("nf4")
     families = {
         name.removesuffix("_fwd").removesuffix("_bwd")
         for name, op in ops().items()
         if any(i.backend == "triton" for i in op.in_order())
     }
     measured = {c.op for c in cases}
-    assert families - {"dropout_mask", "dora_norm"} <= measured
+    assert all(c.is_quantised for c in quantised)
+    covered = measured | {c.op for c in quantised}
+    # Parts of the ops that are measured.
+    assert families - {"dropout_mask", "dora_norm", "nf4_quantize_scales"} <= covered
     assert measured == {"lora_linear", "lora_packed", "lora_mlp", "glu", "dora_linear"}
     for op in measured:
         own = [c for c in cases if c.op == op]

@@ -35,14 +35,14 @@ def dot(b_left, b_right, b_sum, PRECISION: tl.constexpr):
 def cast(b_value, dtype: tl.constexpr):
     """b_value in another float type, rounded to nearest even.
 
-    The interpreter would cut fp32 off to bf16, so there the bits are rounded first.
+    The interpreter would cut fp32 off to bf16, and lose subnormal numbers: there bits are rounded.
     """
     if _INTERPRETED:
         if dtype == tl.bfloat16 and b_value.dtype == tl.float32:
             bits = b_value.to(tl.uint32, bitcast=True)
-            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-            rounded = rounded.to(tl.float32, bitcast=True)
-            b_value = tl.where(b_value == b_value, rounded, b_value)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            rounded = tl.where(b_value == b_value, rounded, (bits >> 16) | 0x40)
+            return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return b_value.to(dtype)
 
 
