@@ -66,7 +66,7 @@ def _tiled(device: Device, op: str, problem: Problem, strategy: str) -> Device:
 
 def _stacked(t: GemmConfig, device: Device, backward: bool) -> bool:
     """Whether ptxas puts a few scalars of the walk on the stack, though registers are left: found
-    by compiling every tile. Over 4-bit weights, where that has no pattern, it is told to take all."""
+    by compiling every tile. Over 4-bit weights, where no pattern shows, it is told to take all."""
     shape = (t.block_m, t.block_n, t.block_k)
     if not backward:
         return not device.rank_sums and shape == (32, 32, 32)
