@@ -112,7 +112,8 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     gpu = GPUTarget(target.backend, target.arch, target.warp)
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, special, options = bind(**launch.args, **launch.options, debug=False)
+    chosen = launch.options(nvidia=target.backend == "cuda")
+    bound, special, options = bind(**launch.args, **chosen, debug=False)
     key = f"{target.name} {kernel.fn.__module__}.{kernel.fn.__name__} {special} {options}"
     if key not in _compiled:
         parsed, signature, constexprs, attrs = kernel._pack_args(

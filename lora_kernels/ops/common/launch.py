@@ -46,11 +46,11 @@ class Launch:
     stages: int
     whole_registers: bool = False
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What NVIDIA's backend is told beside the arguments."""
+    def options(self, *, nvidia: bool) -> dict[str, Any]:
+        """What Triton is told beside the arguments; AMD's compiler knows no `maxnreg`."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        return options | {"maxnreg": MOST_REGISTERS} if self.whole_registers else options
+        limited = self.whole_registers and nvidia
+        return options | {"maxnreg": MOST_REGISTERS} if limited else options
 
 
 class Executor:
@@ -65,9 +65,7 @@ class Executor:
     device: Device | None = None
 
     def run(self, launch: Launch) -> None:
-        options = launch.options
-        if torch.version.hip is not None:
-            options.pop("maxnreg", None)
+        options = launch.options(nvidia=torch.version.hip is None)
         launch.kernel[launch.grid](**launch.args, **options)
 
     def product(
