@@ -141,11 +141,7 @@ __global__ void __launch_bounds__(S::kThreads, 2) linear_kernel(const __grid_con
     if constexpr (kAligned) {
       float scale[kRunRows];
 #pragma unroll
-      for (int i = 0; i < kRunRows; ++i) {
-        scale[i] = now.scale[i];
-        if (kNested)
-          scale[i] = __fadd_rn(__fmul_rn(map[now.scale_code[kNested ? i : 0]], scale[i]), offset);
-      }
+      for (int i = 0; i < kRunRows; ++i) scale[i] = loader.scale(now, i, map, offset);
       loader.load(next);
       accumulate<S>(
           sums, now.code, [&](int i, int) { return scale[i]; }, smem, stage, x_offset, slot,

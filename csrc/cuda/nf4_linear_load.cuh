@@ -20,8 +20,7 @@ struct Call {
 template <class S, bool kNested>
 struct Runs {
   uint32_t code[kRunRows][S::kRun / 8];
-  float scale[kRunRows];  // nested: that of the scale
-  uint32_t scale_code[kNested ? kRunRows : 1];
+  std::conditional_t<kNested, uint32_t, float> scale[kRunRows];  // nested: its code
 };
 
 // Makes a value opaque to the compiler, which would compute it anew in each step.
@@ -54,6 +53,8 @@ class Loader {
       keep(block_[i]);
       keep(codes_[i]);
       keep(scales_[i]);
+      nested_block_[i] = -1;
+      nested_[i] = 0.0f;
     }
   }
   __device__ void load(Runs<S, kNested>& runs) {
@@ -68,16 +69,26 @@ class Loader {
       const unsigned block = static_cast<unsigned>(k_) >> block_shift_;
 #pragma unroll
       for (int i = 0; i < kRunRows; ++i) {
-        if (kNested) {
+        if constexpr (kNested) {
           const unsigned at = block_[i] + block;
-          runs.scale_code[kNested ? i : 0] = __ldg(q_.absmax8 + at);
-          runs.scale[i] = __ldg(q_.nested_absmax + (at >> nested_shift_));
+          const int nested = at >> nested_shift_;
+          runs.scale[i] = __ldg(q_.absmax8 + at);
+          if (nested != nested_block_[i]) nested_[i] = __ldg(q_.nested_absmax + nested);
+          nested_block_[i] = nested;
         } else {
           runs.scale[i] = __ldg(scales_[i] + block);
         }
       }
     }
     k_ += S::kStep;
+  }
+  // The fp32 scale of row i of the run that was loaded last.
+  __device__ float scale(const Runs<S, kNested>& runs, int i, const float* map,
+                         float offset) const {
+    if constexpr (kNested)
+      return __fadd_rn(__fmul_rn(map[runs.scale[i]], nested_[i]), offset);
+    else
+      return runs.scale[i];
   }
 
  private:
@@ -86,6 +97,8 @@ class Loader {
   const Wide* codes_[kRunRows];
   const float* scales_[kRunRows];
   int block_[kRunRows];
+  int nested_block_[kRunRows];  // of nested_, which is read anew where this changes
+  float nested_[kRunRows];
   int block_shift_, nested_shift_;
   int k_, k_end_;
 };
