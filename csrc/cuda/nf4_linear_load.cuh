@@ -53,7 +53,6 @@ class Loader {
       keep(block_[i]);
       keep(codes_[i]);
       keep(scales_[i]);
-      nested_block_[i] = -1;
       nested_[i] = 0.0f;
     }
   }
@@ -71,15 +70,16 @@ class Loader {
       for (int i = 0; i < kRunRows; ++i) {
         if constexpr (kNested) {
           const unsigned at = block_[i] + block;
-          const int nested = at >> nested_shift_;
           runs.scale[i] = __ldg(q_.absmax8 + at);
-          if (nested != nested_block_[i]) nested_[i] = __ldg(q_.nested_absmax + nested);
-          nested_block_[i] = nested;
+          const unsigned before = block_[i] + (static_cast<unsigned>(k_ - S::kStep) >> block_shift_);
+          if (first_ || (at ^ before) >> nested_shift_)  // another nested block than before
+            nested_[i] = __ldg(q_.nested_absmax + (at >> nested_shift_));
         } else {
           runs.scale[i] = __ldg(scales_[i] + block);
         }
       }
     }
+    first_ = false;
     k_ += S::kStep;
   }
   // The fp32 scale of row i of the run that was loaded last.
@@ -97,8 +97,8 @@ class Loader {
   const Wide* codes_[kRunRows];
   const float* scales_[kRunRows];
   int block_[kRunRows];
-  int nested_block_[kRunRows];  // of nested_, which is read anew where this changes
-  float nested_[kRunRows];
+  float nested_[kRunRows];  // read anew where another begins
+  bool first_ = true;
   int block_shift_, nested_shift_;
   int k_, k_end_;
 };

@@ -31,6 +31,7 @@ SHAPES = {
     "no K": P(3, 5, 0, bias=True),
     "fp4, small blocks": P(6, 40, 160, block=32, quant_type=1, nested=4, rank=8),
     "large blocks": P(4, 10, 4096, block=4096),
+    "a nested scale for each large block": P(2, 20, 8192, block=2048, nested=1, cores=1),
     "K past one step": P(1, 65, 576, rank=3, pad=8),
     "unaligned": P(2, 9, 1024, shift=1, bias=True, rank=8),
     "16 tokens": P(16, 66, 1024, bias=True, rank=16),
@@ -139,6 +140,15 @@ def test_traffic_of_few_tokens(m: int, requested: float) -> None:
     rms = (r.y - exact).square().mean().sqrt()
     assert rms <= 1.5 * (exact.to(BF16) - exact).square().mean().sqrt()
     assert_within_budget(r.y, cuda.oracle(p), cuda.plain(p))
+
+
+@pytest.mark.slow
+def test_traffic_of_a_large_nested_layer() -> None:
+    p = P(1, 4096, 14336, nested=256)
+    r = cuda.run(p)
+    assert sum(profile.dram_min_bytes for profile in r.profiles) <= 1.03 * floor(p)
+    assert r.requested <= 1.3 * floor(p)
+    assert look_ups(r) == p.n * p.k // 2
 
 
 def test_traffic_of_64_tokens() -> None:
