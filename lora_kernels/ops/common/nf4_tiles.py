@@ -8,7 +8,16 @@ from lora_kernels.ops.common.tiles import cast
 
 
 @triton.jit
-def block_scales(p_absmax, p_nested, p_map, p_offset, o_block, m_block, NESTED: tl.constexpr):
+def scale_offset(p_nested, p_offset):
+    """What every nested scale is off by."""
+    offset = 0.0
+    if p_nested is not None:
+        offset = tl.load(p_offset)
+    return offset
+
+
+@triton.jit
+def block_scales(p_absmax, p_nested, p_map, offset, o_block, m_block, NESTED: tl.constexpr):
     """The fp32 scales of blocks o_block; nested ones are map[absmax] · nested + offset,
     one `nested` for NESTED blocks.
 
@@ -19,7 +28,7 @@ def block_scales(p_absmax, p_nested, p_map, p_offset, o_block, m_block, NESTED: 
     if p_nested is not None:
         b_value = tl.load(p_map + b_scale.to(tl.int32))
         b_nested = tl.load(p_nested + o_block // NESTED, mask=m_block, other=0.0)
-        b_scale = tl.where(m_block, b_value * b_nested, 0.0) + tl.load(p_offset)
+        b_scale = tl.where(m_block, b_value * b_nested, 0.0) + offset
     return b_scale
 
 
@@ -81,7 +90,8 @@ def weight_tile(
     o_first = col + CHUNK * tl.arange(0, COLS // CHUNK)
     o_block = (o_row[:, None] * cols + o_first[None, :]) // BLOCK
     m_block = m_row[:, None] & (o_first < cols)[None, :]
-    b_scale = block_scales(p_absmax, p_nested, p_map, p_offset, o_block, m_block, NESTED)
+    offset = scale_offset(p_nested, p_offset)
+    b_scale = block_scales(p_absmax, p_nested, p_map, offset, o_block, m_block, NESTED)
     b_scale = tl.where(m_block, b_scale, 0.0)  # [ROWS, COLS / CHUNK]
     if CHUNK == 1:
         return cast(b_value * b_scale, DTYPE)

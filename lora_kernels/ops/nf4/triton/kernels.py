@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.nf4_tiles import block_scales, code_values, unpack
+from lora_kernels.ops.common.nf4_tiles import block_scales, code_values, scale_offset, unpack
 from lora_kernels.ops.common.tiles import cast
 
 
@@ -38,6 +38,7 @@ def _dequantize_kernel(
     At least 0.5 bytes are read and out's are written per weight.
     """
     b_table = tl.load(p_table + tl.arange(0, 16))
+    offset = scale_offset(p_nested, p_offset)
     o_byte = tl.arange(0, CHUNK // 2)
     o_weight = tl.arange(0, CHUNK)
     for tile in range(tl.program_id(0), tl.cdiv(chunks, CHUNKS), programs):
@@ -56,7 +57,7 @@ def _dequantize_kernel(
             m_out = m_out & (o_c[:, None] * CHUNK + o_weight[None, :] < size)
         b_bytes = tl.load(p_codes + o_in, mask=m_in, other=0)  # [CHUNKS, CHUNK / 2]
         b_scale = block_scales(
-            p_absmax, p_nested, p_map, p_offset, o_c // PER_SCALE, m_c, NESTED
+            p_absmax, p_nested, p_map, offset, o_c // PER_SCALE, m_c, NESTED
         )  # [CHUNKS]
         b_value = code_values(unpack(b_bytes, CHUNKS, CHUNK), b_table, CHUNKS, CHUNK)
         b_out = cast(b_value * b_scale[:, None], p_out.dtype.element_ty)
