@@ -145,6 +145,7 @@ class ThinConfig:
 
 GEMM_CONFIGS = (
     GemmConfig(128, 256, 64, 8, 3, tma=True),
+    GemmConfig(128, 256, 32, 8, 4, tma=True),
     GemmConfig(128, 128, 64, 8, 4, tma=True),
     GemmConfig(128, 64, 64, 8, 4, tma=True),
     GemmConfig(64, 128, 64, 4, 4, tma=True),

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.common.nf4_tiles import right_tile
-from lora_kernels.ops.common.tiles import cast, dot, in_registers, keep_tile
+from lora_kernels.ops.common.tiles import cast, dot, in_registers, keep_operand, keep_tile
 
 
 @triton.jit
@@ -179,7 +179,7 @@ def product_tile(
             b_left = b_x
             if MASK_X:
                 o_rows = m0 + tl.arange(0, BM)
-                m_keep = keep_tile(p_seed, o_rows, k0, stream, threshold, BM, BK)
+                m_keep = keep_operand(p_seed, o_rows, k0, stream, threshold, BM, BK)
                 b_left = tl.where(m_keep, b_x, 0.0)
             b_s = dot(b_left, cast(b_q, DTYPE), b_s, PRECISION)
     return b_y, b_s

@@ -48,14 +48,17 @@ def cast(b_value, dtype: tl.constexpr):
 
 @triton.jit
 def in_registers(b_value):
-    """b_value of 16 bits, for a product on Hopper whose left side must come from registers.
+    """b_value, for a product on Hopper whose left side must come from registers.
 
     Triton 3.9 keeps one buffer too few of a tile that a warpgroup's product reads from shared
     memory while something else loads it into registers.
     """
-    if _INTERPRETED or b_value.dtype.primitive_bitwidth != 16:
+    if _INTERPRETED:
         return b_value
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [b_value], b_value.dtype, True, 2)
+    PACK: tl.constexpr = 32 // b_value.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [b_value], b_value.dtype, True, PACK
+    )
 
 
 @triton.jit
@@ -96,15 +99,12 @@ def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(p_seed, o_m, k0, stream, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The dropout mask [ROWS, COLS] of rows o_m and columns k0.. (a multiple of 8).
-
-    Philox4x32-7 as `philox.py` states it: one call decides the eight columns of a block.
-    """
+def _keep_words(p_seed, o_m, k0, stream, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Four words [ROWS, COLS / 8] for every eight columns: Philox4x32-7, see `philox.py`."""
     seed = tl.load(p_seed)
     key_0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     key_1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    zero = tl.full([ROWS, COLS // 8], 0, tl.uint32)  # [ROWS, COLS / 8], as all words below
+    zero = tl.full([ROWS, COLS // 8], 0, tl.uint32)
     c0 = zero + (k0 // 8 + tl.arange(0, COLS // 8))[None, :].to(tl.uint32)
     c1 = zero + o_m[:, None].to(tl.uint32)
     c2 = zero + tl.full([1, 1], stream, tl.uint32)
@@ -117,7 +117,31 @@ def keep_tile(p_seed, o_m, k0, stream, threshold, ROWS: tl.constexpr, COLS: tl.c
         c0, c1, c2, c3 = high_1 ^ c1 ^ key_0, c2 * by_1, high_0 ^ c3 ^ key_1, c0 * by_0
         key_0 += _WEYL_0
         key_1 += _WEYL_1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def keep_tile(p_seed, o_m, k0, stream, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The dropout mask [ROWS, COLS] of rows o_m and columns k0.. (a multiple of 8)."""
+    c0, c1, c2, c3 = _keep_words(p_seed, o_m, k0, stream, ROWS, COLS)
     # Words in order, then their low and high halves: what a thread holds are neighbours in a row.
     words = tl.permute(tl.join(tl.join(c0, c1), tl.join(c2, c3)), 0, 1, 3, 2)
     halves = tl.join(words & 0xFFFF, words >> 16)  # [ROWS, COLS / 8, 2, 2, 2]
     return tl.reshape(halves, [ROWS, COLS]) >= tl.full([1, 1], threshold, tl.uint32)
+
+
+@triton.jit
+def keep_operand(p_seed, o_m, k0, stream, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """`keep_tile` for what a product is made of.
+
+    Behind a join Triton lays an operand out as for 8-bit values and reads it with bank conflicts,
+    so here each of eight columns picks its half of a word. Where a product's sums are masked that
+    would draw the words anew in every thread of a row.
+    """
+    c0, c1, c2, c3 = _keep_words(p_seed, o_m, k0, stream, ROWS, COLS)
+    o_half = tl.arange(0, 8)[None, None, :]
+    b_front = tl.where(o_half < 2, c0[:, :, None], c1[:, :, None])
+    b_back = tl.where(o_half < 6, c2[:, :, None], c3[:, :, None])
+    b_word = tl.where(o_half < 4, b_front, b_back)  # [ROWS, COLS / 8, 8]
+    b_half = tl.where(o_half % 2 == 0, b_word & 0xFFFF, b_word >> 16)
+    return tl.reshape(b_half, [ROWS, COLS]) >= tl.full([1, 1], threshold, tl.uint32)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import ThinConfig, span_of
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import add_sums, cast, dot, first_of, keep_tile
+from lora_kernels.ops.common.tiles import add_sums, cast, dot, first_of, keep_operand
 from lora_kernels.ops.common.triton_host import Dropout, precision, run
 
 
@@ -74,7 +74,7 @@ def _outer(
             b_bias = add_sums(b_bias, b_x, False, PRECISION)
         if DROPOUT:
             o_rows = m0 + tl.arange(0, BM)
-            m_keep = keep_tile(p_seed, o_rows, pid_c * BC, stream, threshold, BM, BC)
+            m_keep = keep_operand(p_seed, o_rows, pid_c * BC, stream, threshold, BM, BC)
             b_x = tl.where(m_keep.T, b_x, 0.0)
         b_out = dot(b_x, cast(b_t, dtype), b_out, PRECISION)
     o_out = o_c[:, None].to(tl.int64) * stride_oc + o_r[None, :].to(tl.int64) * stride_or

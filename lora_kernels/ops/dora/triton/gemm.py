@@ -10,7 +10,7 @@ from lora_kernels.ops.common.configs import Device, GemmConfig, gemm_tiles
 from lora_kernels.ops.common.lora_tiles import branch_tile, product_tile, store_tile
 from lora_kernels.ops.common.nf4_tiles import right_tile
 from lora_kernels.ops.common.strategies import block_rank
-from lora_kernels.ops.common.tiles import cast, dot, grouped_tile
+from lora_kernels.ops.common.tiles import cast, dot, grouped_tile, in_registers
 from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run, stride
 from lora_kernels.ops.dora.triton.dropout import unpack_mask, words_tile
 from lora_kernels.ops.dora.triton.kernels import scale_tile
@@ -42,6 +42,7 @@ def _pair_tile(
     stride_mask,
     PAIR: tl.constexpr,
     MASK_X: tl.constexpr,
+    HOLD_X: tl.constexpr,
     TMA: tl.constexpr,
     W_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -56,7 +57,8 @@ def _pair_tile(
 ):
     """Two products from the same tiles of x and w. Where MASK_X: b_p + dropped(x)·w and
     b_q + kept(x)·w, whose sum is x·w. Else, where PAIR: b_p + x·w and b_q + ((row − 1) ∘ x)·w; and
-    where not b_q + (row ∘ x)·w alone. What stands in brackets is rounded to DTYPE.
+    where not b_q + (row ∘ x)·w alone. What stands in brackets is rounded to DTYPE. HOLD_X: see
+    `in_registers`.
 
     Shapes: x[M, K] w[K, N] row[K], mask[M, K / 16] words; b_p and b_q [BM, BN]. Descriptors
         and a 4-bit w as in `product_tile`.
@@ -115,9 +117,9 @@ def _pair_tile(
         else:
             b_row = tl.load(p_row + k0 + o_k, mask=m_k, other=0.0)  # [BK]
             if PAIR:
-                # Selected, though nothing needs it: x from registers, as the other product's left
-                # side is. Of a mixed pair Triton 3.9 reads Hopper's sums before they are there.
-                b_p = dot(tl.where(m_k[None, :], b_x, 0.0), b_w, b_p, PRECISION)
+                # x from registers, as the other product's left side is: of a mixed pair Triton 3.9
+                # reads Hopper's sums before they are there.
+                b_p = dot(in_registers(b_x) if HOLD_X else b_x, b_w, b_p, PRECISION)
                 b_row -= 1.0
             b_left = cast(b_x.to(tl.float32) * b_row[None, :], DTYPE)
         b_q = dot(b_left, b_w, b_q, PRECISION)
@@ -163,6 +165,7 @@ def _dora_gemm_kernel(
     stride_mask,
     BACKWARD: tl.constexpr,
     DROPOUT: tl.constexpr,
+    HOLD_X: tl.constexpr,
     TMA: tl.constexpr,
     W_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -215,7 +218,8 @@ def _dora_gemm_kernel(
         b_p, b_q = _pair_tile(
             b_p, b_q, x, w, p_absmax, p_nested, p_map, p_offset, p_table, p_row, p_mask, m0, n0,
             M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, stride_mask, DROPOUT,
-            not BACKWARD, TMA, W_ROWS, EVEN_K, PRECISION, DTYPE, BM, BN, BK, CHUNK, BLOCK, NESTED,
+            not BACKWARD, HOLD_X, TMA, W_ROWS, EVEN_K, PRECISION, DTYPE, BM, BN, BK, CHUNK, BLOCK,
+            NESTED,
         )  # fmt: skip
     else:
         b_s = tl.full([BM, BR], 0.0, tl.float32)
@@ -299,6 +303,7 @@ def gemm(
         stride_mask=stride(mask),
         BACKWARD=backward,
         DROPOUT=dropout.on,
+        HOLD_X=device.tma,
         TMA=tma,
         W_ROWS=not backward,
         EVEN_K=k % config.block_k == 0,

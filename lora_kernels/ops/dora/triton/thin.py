@@ -6,7 +6,7 @@ import triton.language as tl
 from lora_kernels.ops.common.lora_tiles import branch_tile
 from lora_kernels.ops.common.nf4_tiles import right_tile
 from lora_kernels.ops.common.thin.sums import _sum
-from lora_kernels.ops.common.tiles import cast, dot, keep_tile
+from lora_kernels.ops.common.tiles import cast, dot, keep_operand
 from lora_kernels.ops.dora.triton.kernels import scale_tile
 
 # Below this |m̂| what y = m̂ ∘ z keeps of z is no longer trusted: fp16 would be among its subnormal
@@ -180,7 +180,7 @@ def _dots_again(
             o_x = o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
             b_x = tl.load(p_x + o_x, mask=m_m[:, None] & m_k[None, :], other=0.0)  # [BM, BK]
             if DROPOUT:
-                m_keep = keep_tile(p_seed, o_m, k0, stream, threshold, BM, BK)
+                m_keep = keep_operand(p_seed, o_m, k0, stream, threshold, BM, BK)
                 b_x = tl.where(m_keep, b_x, 0.0)
             if CHUNK > 0:
                 b_w = right_tile(

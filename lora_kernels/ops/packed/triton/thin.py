@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast, dot, keep_tile
+from lora_kernels.ops.common.tiles import cast, dot, keep_operand
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _shrink_step(
     m_q = (o_k < K - k0)[:, None] & (o_r < R)[None, :]
     b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)  # [BK, BR]
     if DROPOUT:
-        b_x = tl.where(keep_tile(p_seed, o_m, k0, stream, threshold, BM, BK), b_x, 0.0)
+        b_x = tl.where(keep_operand(p_seed, o_m, k0, stream, threshold, BM, BK), b_x, 0.0)
     return dot(b_x, cast(b_q, DTYPE), b_s, PRECISION)
 
 
@@ -141,7 +141,7 @@ def _grad_a_step(
     o_ds = o_m[:, None].to(tl.int64) * R + o_r[None, :]
     b_ds = tl.load(p_ds + o_ds, mask=(o_m < M)[:, None] & (o_r < R)[None, :], other=0.0)
     if DROPOUT:
-        b_x = tl.where(keep_tile(p_seed, o_m, c0, stream, threshold, BM, BC).T, b_x, 0.0)
+        b_x = tl.where(keep_operand(p_seed, o_m, c0, stream, threshold, BM, BC).T, b_x, 0.0)
     return dot(b_x, cast(b_ds, DTYPE), b_da, PRECISION)
 
 
