@@ -71,7 +71,8 @@ class Loader {
         if constexpr (kNested) {
           const unsigned at = block_[i] + block;
           runs.scale[i] = __ldg(q_.absmax8 + at);
-          const unsigned before = block_[i] + (static_cast<unsigned>(k_ - S::kStep) >> block_shift_);
+          const unsigned before =
+              block_[i] + (static_cast<unsigned>(k_ - S::kStep) >> block_shift_);
           if (first_ || (at ^ before) >> nested_shift_)  // another nested block than before
             nested_[i] = __ldg(q_.nested_absmax + (at >> nested_shift_));
         } else {
