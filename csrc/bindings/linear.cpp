@@ -59,11 +59,14 @@ namespace {
 
 const LinearKernels& kernels() { return linear_kernels(); }
 
-// Activations come with any strides; the kernels read rows.
+}  // namespace
+
 Tensor rows_of(const char* name, const Tensor& t, int64_t columns) {
   check_shape(name, t, {-1, columns});
   return columns > 1 && t.stride(1) != 1 ? torch::stable::contiguous(t) : t;
 }
+
+namespace {
 
 void check_memory(bool ok) {
   if (!ok) throw std::runtime_error("out of memory for a kernel's workspace");
@@ -84,21 +87,31 @@ Tensor forward(const Tensor& any_x, const Base& base, const std::optional<Tensor
   return y;
 }
 
-Tensor nf4_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,
-                      const std::vector<int64_t>& meta, const std::optional<Tensor>& bias) {
-  const Base base(base_tensors, meta);
+}  // namespace
+
+Tensor linear_forward(const Tensor& x, const Base& base, const std::optional<Tensor>& bias) {
   return forward(x, base, bias, LoraView{}, nullptr);
 }
 
-Tensor nf4_linear_bwd(const Tensor& any_dy, const std::vector<Tensor>& base_tensors,
-                      const std::vector<int64_t>& meta) {
-  const Base base(base_tensors, meta);
+Tensor linear_backward(const Tensor& any_dy, const Base& base) {
   const Tensor dy = rows_of("dy", any_dy, base.meta.n);
   const MatrixView view = matrix_view("dy", dy, -1, base.meta.n);
   Tensor dx = new_tensor(dy, {view.rows, base.meta.k}, dy.scalar_type());
   const LinearBackward call{view, base.view, LoraView{}, dx.mutable_data_ptr(), nullptr};
   if (dx.numel() > 0) check_memory(kernels().backward(call, torch_parallel()));
   return dx;
+}
+
+namespace {
+
+Tensor nf4_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,
+                      const std::vector<int64_t>& meta, const std::optional<Tensor>& bias) {
+  return linear_forward(x, Base(base_tensors, meta), bias);
+}
+
+Tensor nf4_linear_bwd(const Tensor& dy, const std::vector<Tensor>& base_tensors,
+                      const std::vector<int64_t>& meta) {
+  return linear_backward(dy, Base(base_tensors, meta));
 }
 
 std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,

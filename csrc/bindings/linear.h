@@ -25,4 +25,11 @@ LoraView lora_view(const Base& base, const Tensor& a, const Tensor& b, double sc
                    const std::optional<Tensor>& rank_diag, const std::optional<Tensor>& out_diag,
                    int64_t stream);
 
+// Activations come with any strides; the kernels read rows.
+Tensor rows_of(const char* name, const Tensor& t, int64_t columns);
+
+// The base alone: y [M, N] = x · Wᵀ + bias, and dx [M, K] = dy · W.
+Tensor linear_forward(const Tensor& x, const Base& base, const std::optional<Tensor>& bias);
+Tensor linear_backward(const Tensor& dy, const Base& base);
+
 }  // namespace lora_kernels

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels import use_backend
 from lora_kernels.testing import assert_within_budget
 from tests.ops.case import Case
-from tests.ops.variants import as_tuple, bits, oracle_args, output_names
+from tests.ops.variants import bits, call, oracle_args
 
 Active = Callable[[], AbstractContextManager[Any]]
 
@@ -24,12 +24,12 @@ def assert_agrees(case: Case, device: str, active: Active, *, repeat: bool = Tru
     untouched = case.build(device)
     op = getattr(torch.ops.lora_kernels, case.op).default
     with active():
-        actual = op(*args)
-        again = as_tuple(op(*args)) if repeat else as_tuple(actual)
+        found = call(op, args)
+        again = tuple(call(op, args).values()) if repeat else tuple(found.values())
     with use_backend("reference"):
-        plain = as_tuple(op(*args))
+        plain = tuple(call(op, args).values())
 
-    names, actual = output_names(op, actual), as_tuple(actual)
+    names, actual = list(found), tuple(found.values())
     for name, got, second in zip(names, actual, again, strict=True):
         assert torch.equal(bits(got), bits(second)), f"{name}: differs from run to run"
     for before, after in zip(_flat(untouched), _flat(args), strict=True):
@@ -49,9 +49,9 @@ def assert_agrees(case: Case, device: str, active: Active, *, repeat: bool = Tru
 def _run(op: Any, case: Case, device: str, active: Active, draw: int) -> list[Any]:
     args = case.build(device, draw)
     with active():
-        actual = as_tuple(op(*args))
+        actual = tuple(call(op, args).values())
     with use_backend("reference"):
-        plain = as_tuple(op(*args))
+        plain = tuple(call(op, args).values())
     return _beside_oracle(op, case, args, actual, plain)
 
 
@@ -60,7 +60,7 @@ def _beside_oracle(
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Each output as (the one under test, the oracle's, the plain one)."""
     with use_backend("reference"):
-        oracle = as_tuple(op(*oracle_args(case.op, args)))
+        oracle = tuple(call(op, oracle_args(case.op, args)).values())
     return list(zip(actual, oracle, plain, strict=True))
 
 

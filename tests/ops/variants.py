@@ -136,14 +136,26 @@ def as_tuple(value: Any) -> tuple[Tensor, ...]:
     return tuple(t for v in value for t in as_tuple(v))
 
 
-def output_names(op: Any, value: Any) -> list[str]:
-    """A name for each of `as_tuple(value)`."""
-    outputs = (value,) if isinstance(value, Tensor) else value
-    names = []
-    for returned, v in zip(op._schema.returns, outputs, strict=True):
-        name = returned.name or "output"
-        names += [name] if isinstance(v, Tensor) else [f"{name}[{i}]" for i in range(len(v))]
-    return names
+def call(op: Any, args: Any) -> dict[str, Tensor]:
+    """Run an op: each output by name, and what it wrote to a copy of its argument."""
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    args = [_copy(a) if i in written else a for i, a in enumerate(args)]
+    returned = op(*args)
+    values = (returned,) if isinstance(returned, Tensor) else returned or ()
+    outputs = {arguments[i].name: args[i] for i in written}
+    for declared, value in zip(op._schema.returns, values, strict=True):
+        name = declared.name or "output"
+        if isinstance(value, Tensor):
+            outputs[name] = value
+        else:
+            outputs |= {f"{name}[{i}]": t for i, t in enumerate(value)}
+    return outputs
+
+
+def _copy(t: Tensor) -> Tensor:
+    """With the same strides."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
 def bits(t: Tensor) -> Tensor:

@@ -49,14 +49,19 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def keep_mask(seed: Tensor, rows: int, cols: int, p: float, stream: int = 0) -> Tensor:
-    """The boolean keep mask [rows, cols] of a one-element int64 seed, on the seed's device."""
+def keep_bits(seed: Tensor, rows: Tensor, cols: int, stream: int = 0) -> Tensor:
+    """The 16 random bits [M, cols] of each element of the int64 rows [M] of a mask, as int64."""
     seed = seed.reshape(())
     key = (seed & _WORD, (seed >> 32) & _WORD)
     block = torch.arange((cols + 7) // 8, dtype=torch.int64, device=seed.device)  # [cols / 8]
-    row = torch.arange(rows, dtype=torch.int64, device=seed.device)[:, None]  # [rows, 1]
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
-    words = philox4x32((block, row, zero + stream, zero), key)  # 4 x [rows, cols / 8]
+    words = philox4x32((block, rows[:, None], zero + stream, zero), key)  # 4 x [M, cols / 8]
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    bits = torch.stack(torch.broadcast_tensors(*halves), dim=-1)  # [rows, cols / 8, 8]
-    return bits.flatten(1)[:, :cols] >= threshold(p)
+    bits = torch.stack(torch.broadcast_tensors(*halves), dim=-1)  # [M, cols / 8, 8]
+    return bits.flatten(1)[:, :cols]
+
+
+def keep_mask(seed: Tensor, rows: int, cols: int, p: float, stream: int = 0) -> Tensor:
+    """The boolean keep mask [rows, cols] of a one-element int64 seed, on the seed's device."""
+    row = torch.arange(rows, dtype=torch.int64, device=seed.device)
+    return keep_bits(seed, row, cols, stream) >= threshold(p)

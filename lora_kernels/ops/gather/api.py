@@ -1,0 +1,239 @@
+"""y[t] = x[t]·Wᵀ + bias + Σ_e w[e]·c[i]·drop(x[t])·A[i]ᵀ·B[i]ᵀ over the entries e of token t, i the
+slot of e: a batch whose tokens each use their own adapter, or several, or none.
+
+Sources: Chen et al., 2023, "Punica"; Sheng et al., 2023, "S-LoRA"; here with a backward pass.
+
+Backward, with dy = ∂L/∂y, s[e] = drop(x[t])·A[i]ᵀ and u[e] = dy[t]·B[i]:
+    ds[e] = w[e]·c[i]·u[e]
+    dx[t] = dy[t]·W + Σ_e drop'(ds[e]·A[i])      drop' is the forward's mask and factor again
+    dA[i] = Σ_e ds[e]ᵀ·drop(x[t])                sums over the entries of slot i; exact zeros
+    dB[i] = Σ_e w[e]·c[i]·dy[t]ᵀ·s[e]            where it has none
+    dc[i] = Σ_e w[e]·u[e]·s[e],  dw[e] = c[i]·u[e]·s[e],  dbias = Σ_t dy[t]
+Saved: x and s (and the parameters themselves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_kernels.ops.common.checks import check_shape
+from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
+from lora_kernels.ops.gather.pages import FIELDS, RankPages
+from lora_kernels.ops.gather.schema import Needs, check_gather_lora
+from lora_kernels.ops.nf4.weight import NF4Weight
+
+
+class Mixture(NamedTuple):
+    """Adapters by (token, slot, weight): token t adds weight · adapter for each of its entries.
+
+    Attributes:
+        tokens: int32 [E], rows of x (of its leading dimensions flattened), in any order.
+        slots: int32 [E], −1 for none.
+        weights: fp32 [E].
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    weights: Tensor
+
+
+class SlotDropout(NamedTuple):
+    """Dropout of the adapters' input, of each slot its own.
+
+    Attributes:
+        seeds: int64 [S].
+        thresholds: int32 [S], round(65536 p).
+        rows: int32 [E], the row of its slot's mask that an entry takes; None: the how-manieth of
+            its slot it is, so that an adapter drops as it would in a batch of its own.
+    """
+
+    seeds: Tensor
+    thresholds: Tensor
+    rows: Tensor | None = None
+
+
+class _Counts(NamedTuple):
+    """How many tensors of each kind an autograd function is given, one after the other."""
+
+    base: int
+    pages: int
+    entries: int
+    dropout: int
+
+    def split(self, tensors: Sequence[Any]) -> Iterator[list[Any]]:
+        at = 0
+        for count in self:
+            yield list(tensors[at : at + count])
+            at += count
+
+
+class GatherLoRAFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, meta: list[int], counts: _Counts, *tensors: Tensor
+    ) -> Tensor:
+        base, pages, entries, dropout = counts.split(tensors)
+        y, s = torch.ops.lora_kernels.gather_lora_fwd(x, base, meta, bias, pages, entries, dropout)
+        ctx.save_for_backward(x, s, *tensors)
+        ctx.meta, ctx.counts = meta, counts
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, s, *tensors = ctx.saved_tensors
+        base, pages, entries, dropout = ctx.counts.split(tensors)
+        want_x, want_bias, _, _, *asked = ctx.needs_input_grad
+        want_base, want_pages, want_entries, _ = ctx.counts.split(asked)
+        needs = Needs(
+            want_x,
+            want_bias,
+            len(entries) > 1 and want_entries[2],
+            want_pages[0::FIELDS],
+            want_pages[1::FIELDS],
+            want_pages[4::FIELDS],
+        )
+        rows = to_rows(dy)
+        dx, dbias, dweights, da, db, dscales = torch.ops.lora_kernels.gather_lora_bwd(
+            rows, x, s, base, ctx.meta, pages, entries, dropout, needs.pack()
+        )
+        grads: list[Tensor | None] = [dx if want_x else None, dbias if want_bias else None]
+        grads += [None, None, *(rows.T @ x if want else None for want in want_base)]
+        for i in range(len(da)):
+            grads += [
+                da[i] if needs.a[i] else None,
+                db[i] if needs.b[i] else None,
+                None,
+                None,
+                dscales[i] if needs.scales[i] else None,
+            ]
+        grads += [None, None, dweights if needs.weights else None][: len(entries)]
+        return (*grads, *(None for _ in dropout))
+
+
+def gather_lora(
+    x: Tensor,
+    pages: RankPages | Sequence[RankPages],
+    slots: Tensor | Mixture,
+    *,
+    base: Tensor | NF4Weight | None = None,
+    bias: Tensor | None = None,
+    dropout: SlotDropout | None = None,
+    out: Tensor | None = None,
+    add: bool = True,
+) -> Tensor:
+    """Each token's own adapter, over a base layer or alone.
+
+    Differentiable in x, bias, the pages' a, b and scales and a mixture's weights; a slot that no
+    token uses gets exact zeros. A token without adapter is what the base alone gives, bit for bit.
+
+    Args:
+        x: [..., K]; fp32, fp16, bf16 (fp64 on the reference).
+        pages: the adapters of one projection, or of several that share x, as q/k/v do: their
+            outputs stand side by side. Slots without an adapter at one of them have rank 0 there.
+        slots: int32, the slot of each token, −1 for none: of x's leading dimensions, or of the
+            first ones (one slot for each sequence of a batch); or a `Mixture`.
+        base: W [N, K] in x's dtype or 4-bit, N over all projections; None: no base layer.
+        bias: [N] in x's dtype.
+        dropout: of the adapters' input.
+        out: [..., N] of any strides whose last is 1: the adapters' part is added to it, or written
+            over it where not `add`, in place and outside autograd; then no base, bias or dropout.
+
+    Returns:
+        [..., N] in x's dtype; `out` where given.
+
+    Raises:
+        ValueError: a shape, a device, a slot or a token does not fit (the last two on the CPU;
+            on a GPU nobody waits to read them: a slot that is not there is none).
+        TypeError: a dtype does not fit.
+    """
+    pages = [pages] if isinstance(pages, RankPages) else list(pages)
+    flat = [t for p in pages for t in p]
+    entries = _entries(x, slots)
+    if out is not None:
+        return _add(x, flat, entries, base, bias, dropout, out, overwrite=not add)
+    if isinstance(base, Tensor):
+        x, bias, base = autocast(x, bias, base)
+    else:
+        x, bias = autocast(x, bias)
+    n = sum(p.b.shape[-1] for p in pages)
+    meta, tensors = [n, x.shape[-1] if x.dim() else 0], []
+    if isinstance(base, NF4Weight):
+        meta, tensors = list(base.meta), list(base.check().base)
+    elif base is not None:
+        check_shape("base", base, ["N", "K"])
+        meta, tensors = list(base.shape), [base]
+    drops = [] if dropout is None else _dropout(dropout, entries[0])
+    check_gather_lora(x, tensors, meta, bias, flat, entries, drops)
+    rows = to_rows(x)
+    given = [*tensors, *flat, *entries, *drops]
+    if needs_grad(x, bias, *given):
+        counts = _Counts(len(tensors), len(flat), len(entries), len(drops))
+        y = GatherLoRAFunction.apply(rows, bias, meta, counts, *given)
+    else:
+        y, _ = torch.ops.lora_kernels.gather_lora_fwd(
+            rows, tensors, meta, bias, flat, entries, drops
+        )
+    return from_rows(y, x)
+
+
+def _entries(x: Tensor, slots: Tensor | Mixture) -> list[Tensor]:
+    if isinstance(slots, tuple):
+        tokens, slots, weights = slots
+        return [slots, tokens, weights]
+    lead = x.shape[:-1]
+    if slots.shape != lead[: slots.dim()]:
+        raise ValueError(
+            f"slots: got shape {list(slots.shape)}, expected {list(lead)} as x has, or the first "
+            "of these"
+        )
+    if slots.dim() < len(lead):
+        slots = slots.reshape(*slots.shape, *[1] * (len(lead) - slots.dim())).expand(lead)
+    return [slots.reshape(-1)]
+
+
+def _dropout(dropout: SlotDropout, slots: Tensor) -> list[Tensor]:
+    rows = dropout.rows
+    return [dropout.seeds, dropout.thresholds, rows_of_slots(slots) if rows is None else rows]
+
+
+def rows_of_slots(slots: Tensor) -> Tensor:
+    """How many entries of the same slot come before each: int32 [E]."""
+    ordered, order = slots.sort(stable=True)
+    first = torch.searchsorted(ordered, ordered)
+    at = torch.arange(slots.shape[0], device=slots.device) - first
+    return torch.empty_like(slots).scatter_(0, order, at.to(slots.dtype))
+
+
+def _add(
+    x: Tensor,
+    pages: list[Tensor],
+    entries: list[Tensor],
+    base: object,
+    bias: object,
+    dropout: object,
+    out: Tensor,
+    overwrite: bool,
+) -> Tensor:
+    for name, value in (("base", base), ("bias", bias), ("dropout", dropout)):
+        if value is not None:
+            raise ValueError(f"{name}: was given beside out, expected None")
+    if out.shape[:-1] != x.shape[:-1] or out.dtype != x.dtype:
+        raise ValueError(
+            f"out: got shape {list(out.shape)} {out.dtype}, expected {list(x.shape[:-1])} + [N] "
+            f"{x.dtype} as x has"
+        )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: requires a gradient, expected a tensor outside autograd")
+    check_gather_lora(x, [], [out.shape[-1], x.shape[-1]], None, pages, entries, [])
+    rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+    if rows.stride(-1) != 1 and rows.shape[-1] > 1:
+        raise ValueError(f"out: has strides {list(out.stride())}, expected the last to be 1")
+    with torch.no_grad():
+        torch.ops.lora_kernels.gather_lora_add(rows, to_rows(x), pages, entries, overwrite)
+    return out

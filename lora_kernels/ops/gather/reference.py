@@ -1,0 +1,176 @@
+"""Many adapters in one batch in plain PyTorch: the oracle of every other backend.
+
+Everything is computed in x's dtype, but for the sums of the adapters' gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.ops.common.philox import keep_bits
+from lora_kernels.ops.gather.pages import PAGE, RankPages, pages_of, split_pages
+from lora_kernels.ops.gather.schema import sums_width, unpack_needs
+from lora_kernels.ops.nf4.reference import linear_bwd, linear_fwd
+
+
+class Group:
+    """The entries of one slot at one projection, and its adapter.
+
+    Attributes:
+        slot, stream: which slot, which projection.
+        entries, tokens: int64 [G], which entries and the rows of x that they take.
+        pages: int64, the slot's own; a [r, K] and b [r, N] what they hold, in x's dtype.
+        scale, weights: of the slot, of each entry [G, 1].
+    """
+
+    def __init__(self, p: RankPages, stream: int, slot: int, entries: Sequence[Tensor], x: Tensor):
+        self.slot, self.stream = slot, stream
+        self.rank = int(p.ranks[slot])
+        self.entries = (entries[0] == slot).nonzero().flatten()
+        self.tokens = entries[1].long()[self.entries] if len(entries) > 1 else self.entries
+        self.pages = p.table[slot, : pages_of(self.rank)].long()
+        self.a, self.b = (t[self.pages].flatten(0, 1)[: self.rank].to(x.dtype) for t in (p.a, p.b))
+        self.scale = p.scales[slot].to(x.dtype)
+        one = x.new_ones(len(self.entries), 1)
+        self.weights = entries[2][self.entries, None].to(x.dtype) if len(entries) > 1 else one
+
+    def drop(self, x: Tensor, dropout: Sequence[Tensor]) -> Tensor:
+        """x where the slot's mask keeps it, scaled by 1 / (1 - p); 0 elsewhere."""
+        if not dropout or int(dropout[1][self.slot]) == 0:
+            return x
+        seeds, thresholds, rows = dropout
+        bits = keep_bits(seeds[self.slot], rows.long()[self.entries], x.shape[1], self.stream)
+        threshold = int(thresholds[self.slot])
+        return (x * (1.0 / (1.0 - threshold / 65536))).masked_fill(bits < threshold, 0)
+
+
+def _groups(
+    pages: Sequence[Tensor], entries: Sequence[Tensor], x: Tensor
+) -> Iterator[tuple[Group, slice, slice]]:
+    """Each slot in use at each projection, with its columns of y and of s."""
+    n = r = 0
+    for stream, p in enumerate(split_pages(pages)):
+        for slot in entries[0].unique().tolist():
+            if slot >= 0 and int(p.ranks[slot]) > 0:
+                group = Group(p, stream, slot, entries, x)
+                yield group, slice(n, n + p.b.shape[2]), slice(r, r + group.rank)
+        n += p.b.shape[2]
+        r += p.width
+
+
+def _check_values(pages: Sequence[Tensor], entries: Sequence[Tensor], x: Tensor) -> None:
+    projections = split_pages(pages)
+    for i, p in enumerate(projections):
+        p.check_values(f"pages[{i}]")
+    _check_range("slots", entries[0], -1, projections[0].slots)
+    if len(entries) > 1:
+        _check_range("tokens", entries[1], 0, x.shape[0])
+
+
+def _check_range(name: str, t: Tensor, low: int, end: int) -> None:
+    bad = ((t < low) | (t >= end)).nonzero()
+    if bad.numel():
+        at = int(bad[0])
+        raise ValueError(f"{name}: got {int(t[at])} at {at}, expected {low} to {end - 1}")
+
+
+def gather_lora_fwd(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    bias: Tensor | None,
+    pages: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    dropout: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """s[e] = drop(x[t])·A[slot]ᵀ;  y[t] = x[t]·Wᵀ + bias + Σ_e weight[e]·scale·s[e]·B[slot]ᵀ."""
+    _check_values(pages, entries, x)
+    y = x.new_zeros(x.shape[0], meta[0])
+    if base:
+        y = linear_fwd(x, base, meta, bias)
+    elif bias is not None:
+        y = y + bias
+    s = x.new_zeros(entries[0].shape[0], sums_width(pages))
+    for g, columns, ranks in _groups(pages, entries, x):
+        s[g.entries, ranks] = g.drop(x[g.tokens], dropout) @ g.a.T
+        z = g.weights * (g.scale * (s[g.entries, ranks] @ g.b))
+        y[:, columns] = y[:, columns].index_add(0, g.tokens, z)
+    return y, s
+
+
+def gather_lora_add(
+    out: Tensor, x: Tensor, pages: Sequence[Tensor], entries: Sequence[Tensor], overwrite: bool
+) -> None:
+    """out += the adapters' part of y, or out = it."""
+    y, _ = gather_lora_fwd(x, [], [out.shape[1], x.shape[1]], None, pages, entries, [])
+    out.copy_(y if overwrite else out + y)
+
+
+def gather_lora_bwd(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    pages: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    dropout: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """The derivation stands in `api.py`."""
+    _check_values(pages, entries, x)
+    projections = split_pages(pages)
+    want = unpack_needs(needs, len(projections))
+    wide = torch.promote_types(x.dtype, projections[0].a.dtype)
+    dx = linear_bwd(dy, base, meta) if base else torch.zeros_like(x)
+    gate = projections[0].scales.dtype
+    dweights = x.new_zeros(entries[0].shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    da, db, dscales = (
+        [torch.zeros_like(t, dtype=torch.promote_types(wide, t.dtype)) for t in found]
+        for found in zip(*((p.a, p.b, p.scales) for p in projections), strict=True)
+    )
+    for g, columns, ranks in _groups(pages, entries, x):
+        dz, i = dy[g.tokens, columns], g.stream
+        own = s[g.entries, ranks]
+        u = dz @ g.b.T  # [G, r], gradient of scale · weight · s
+        ds = g.weights * (g.scale * u)
+        dx = dx.index_add(0, g.tokens, g.drop(ds @ g.a, dropout))
+        kept = g.drop(x[g.tokens].to(wide), dropout)
+        _put(da[i], g, ds.to(wide).T @ kept)
+        _put(db[i], g, (g.weights * (g.scale * own)).to(wide).T @ dz.to(wide))
+        product = (u.to(dweights) * own.to(dweights)).sum(1)
+        dscales[i][g.slot] += (g.weights[:, 0].to(dweights) * product).sum()
+        dweights[g.entries] += g.scale.to(dweights) * product
+
+    def asked(t: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:
+        return (t if wanted else t.new_empty(0)).to(dtype)
+
+    return (
+        asked(dx, want.x, x.dtype),
+        asked(dy.sum(0), want.bias, x.dtype),
+        asked(dweights, want.weights, gate),
+        [asked(t, w, p.a.dtype) for t, w, p in zip(da, want.a, projections, strict=True)],
+        [asked(t, w, p.b.dtype) for t, w, p in zip(db, want.b, projections, strict=True)],
+        [
+            asked(t, w, p.scales.dtype)
+            for t, w, p in zip(dscales, want.scales, projections, strict=True)
+        ],
+    )
+
+
+def _put(into: Tensor, g: Group, rows: Tensor) -> None:
+    """Write an adapter's rows [r, ..] into its pages, zeros past its rank."""
+    pad = torch.nn.functional.pad(rows, (0, 0, 0, len(g.pages) * PAGE - g.rank))
+    into[g.pages] = pad.unflatten(0, (-1, PAGE)).to(into.dtype)
+
+
+def _accepts(*args: object, **kwargs: object) -> str | None:
+    return None
+
+
+for _op in (gather_lora_fwd, gather_lora_add, gather_lora_bwd):
+    register(_op.__name__, Implementation("reference", _op, _accepts))

@@ -1,0 +1,183 @@
+"""Schemas, checks and fakes of the multi-adapter ops. x and dy are 2-D here; `api.py` flattens.
+
+An entry e adds one adapter to one token: entries = [slots] (entry e is token e) or
+[slots, tokens, weights]; slots int32 [E], −1 for none, tokens int32 [E], weights fp32 [E].
+`pages` holds `RankPages` of P projections side by side, whose outputs stand side by side in y.
+dropout = [] or [seeds int64 [S], thresholds int32 [S], rows int32 [E]]: slot i drops with its own
+seed and probability, entry e as row rows[e] of its mask, projection p as stream p. base and meta
+are those of `nf4.base`, or [] and [N, K] for no base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.registry import define
+from lora_kernels.ops.common.checks import (
+    check_device,
+    check_dtype,
+    check_optional_vector,
+    check_shape,
+)
+from lora_kernels.ops.gather.pages import (
+    FACTORS,
+    FIELDS,
+    INTEGERS,
+    RankPages,
+    check_pages,
+    split_pages,
+)
+from lora_kernels.ops.nf4.base import check_base, check_input
+
+
+class Needs(NamedTuple):
+    """Which gradients gather_lora_bwd computes; of the projections a list each."""
+
+    x: bool
+    bias: bool
+    weights: bool
+    a: list[bool]
+    b: list[bool]
+    scales: list[bool]
+
+    def pack(self) -> list[bool]:
+        return [self.x, self.bias, self.weights, *self.a, *self.b, *self.scales]
+
+
+def unpack_needs(needs: Sequence[bool], projections: int) -> Needs:
+    a, b, scales = (list(needs[3 + i * projections :][:projections]) for i in range(3))
+    return Needs(needs[0], needs[1], needs[2], a, b, scales)
+
+
+def check_entries(entries: Sequence[Tensor], x: Tensor) -> None:
+    """Raise ValueError or TypeError unless slots, tokens and weights go with x; reads no values."""
+    fields = (("slots", INTEGERS), ("tokens", INTEGERS), ("weights", FACTORS))
+    count = entries[0].shape[0] if len(entries) > 1 else x.shape[:-1].numel()
+    for (name, dtypes), t in zip(fields, entries, strict=False):
+        check_dtype(name, t, dtypes)
+        check_shape(name, t, [count])
+        check_device(name, t, x.device)
+
+
+def check_dropout(
+    dropout: Sequence[Tensor], slots: int, entries: int, device: torch.device
+) -> None:
+    """Raise ValueError or TypeError unless the dropout's tensors fit; reads no values."""
+    fields = (("seeds", torch.int64, slots), ("thresholds", torch.int32, slots))
+    for (name, dtype, size), t in zip(
+        (*fields, ("rows", torch.int32, entries)), dropout, strict=False
+    ):
+        check_dtype(f"dropout.{name}", t, [dtype])
+        check_shape(f"dropout.{name}", t, [size])
+        check_device(f"dropout.{name}", t, device)
+
+
+def check_projections(pages: Sequence[RankPages], n: int, k: int, x: Tensor) -> None:
+    """Raise ValueError or TypeError unless the pages go with x [.., k] and y [.., n]."""
+    if not pages:
+        raise ValueError("pages: got none, expected those of one projection or more")
+    for i, p in enumerate(pages):
+        name = f"pages[{i}]"
+        check_pages(name, p)
+        check_device(f"{name}.a", p.a, x.device)
+        check_shape(f"{name}.a", p.a, ["P", 16, k])
+        check_dtype(f"{name}.a", p.a, [pages[0].a.dtype])
+        check_shape(f"{name}.table", p.table, [pages[0].slots, "C"])
+    total = sum(p.b.shape[2] for p in pages)
+    if total != n:
+        raise ValueError(f"pages: give {total} outputs, expected {n} as the base has")
+
+
+def check_gather_lora(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    bias: Tensor | None,
+    pages: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    dropout: Sequence[Tensor],
+) -> None:
+    """Raise ValueError or TypeError that names the argument which does not fit."""
+    check_input(x, meta[1])
+    if base:
+        check_base(x, base, meta)
+    check_optional_vector("bias", bias, meta[0], x, [x.dtype])
+    projections = split_pages(pages)
+    check_projections(projections, meta[0], meta[1], x)
+    check_entries(entries, x)
+    check_dropout(dropout, projections[0].slots, entries[0].shape[0], x.device)
+
+
+def sums_width(pages: Sequence[Tensor]) -> int:
+    """Columns of s: each projection's ranks, as many as its widest slot has room for."""
+    return sum(p.width for p in split_pages(pages))
+
+
+def _fwd_fake(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    bias: Tensor | None,
+    pages: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    dropout: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    s = x.new_empty((entries[0].shape[0], sums_width(pages)))
+    return x.new_empty((x.shape[0], meta[0])), s
+
+
+def _add_fake(
+    out: Tensor, x: Tensor, pages: Sequence[Tensor], entries: Sequence[Tensor], overwrite: bool
+) -> None:
+    return None
+
+
+def _bwd_fake(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    pages: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    dropout: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    want = unpack_needs(needs, len(pages) // FIELDS)
+
+    def like(t: Tensor, wanted: bool) -> Tensor:
+        return t.new_empty(t.shape if wanted else (0,))
+
+    projections = split_pages(pages)
+    return (
+        like(x, want.x),
+        x.new_empty((meta[0],) if want.bias else (0,)),
+        projections[0].scales.new_empty(entries[0].shape if want.weights else (0,)),
+        [like(p.a, w) for p, w in zip(projections, want.a, strict=True)],
+        [like(p.b, w) for p, w in zip(projections, want.b, strict=True)],
+        [like(p.scales, w) for p, w in zip(projections, want.scales, strict=True)],
+    )
+
+
+define(
+    "gather_lora_fwd",
+    "(Tensor x, Tensor[] base, int[] meta, Tensor? bias, Tensor[] pages, Tensor[] entries, "
+    "Tensor[] dropout) -> (Tensor y, Tensor s)",
+    _fwd_fake,
+)
+define(
+    "gather_lora_add",
+    "(Tensor(a!) out, Tensor x, Tensor[] pages, Tensor[] entries, bool overwrite) -> ()",
+    _add_fake,
+)
+define(
+    "gather_lora_bwd",
+    "(Tensor dy, Tensor x, Tensor s, Tensor[] base, int[] meta, Tensor[] pages, "
+    "Tensor[] entries, Tensor[] dropout, bool[] needs) -> (Tensor dx, Tensor dbias, "
+    "Tensor dweights, Tensor[] da, Tensor[] db, Tensor[] dscales)",
+    _bwd_fake,
+)
