@@ -171,6 +171,9 @@ def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     }
     up = torch.ones(M, K, dtype=dtype, device=device)
     dora = {**adapter, "magnitude": torch.ones(N, device=device, requires_grad=True)}
+    pages = functional.page_adapters([a, a], [b, b], [2.0, 1.0])
+    own = torch.arange(M, dtype=torch.int32, device=device) % 3 - 1
+    y = torch.zeros(M, N, dtype=dtype, device=device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     labels = torch.zeros(M, dtype=torch.int64, device=device)
     return {
@@ -197,6 +200,13 @@ def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
         "dense base + DoRA": lambda: _train(
             functional.dora_linear, dtype, device, weight=w, **dora
         ),
+        "NF4 base + many adapters": lambda: _train(
+            functional.gather_lora, dtype, device, base=quantized, pages=pages, slots=own
+        ),
+        "dense base + many adapters": lambda: _train(
+            functional.gather_lora, dtype, device, base=w, pages=pages, slots=own
+        ),
+        "many adapters alone": lambda: _discard(functional.gather_lora(up, pages, own, out=y)),
         "loss": lambda: _train(
             functional.linear_cross_entropy, dtype, device, weight=w, labels=labels
         ),
