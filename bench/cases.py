@@ -21,8 +21,11 @@ OPS = (
     "glu",
     "dora_linear",
     "linear_cross_entropy",
+    "gather_lora",
+    "gather_lora_add",
     "step",
 )
+GATHER = ("gather_lora", "gather_lora_add")
 FWD, BOTH = "fwd", "fwd+bwd"
 
 
@@ -95,6 +98,9 @@ class Case:
     Packed projections and an MLP name a group of layers, each with an adapter. A gated activation
     has no weight: it takes two outputs [M, N] of its layer, a gate projection.
 
+    Many adapters (`gather_lora`; `gather_lora_add` without the base) are those of `adapters` slots
+    in turn, token by token, of `loaded` in the pool; `mixed` ranks are 1/4, 3/4, 5/4 and 7/4 of r.
+
     A quantiser or decoder is timed into a fresh tensor (`fresh`): on a CPU every call takes pages
     that the system has to provide first, as loading a model does, whatever the allocator would
     have recycled.
@@ -112,6 +118,9 @@ class Case:
     nested: bool = True
     quant_type: str = "nf4"
     scale: float = 2.0
+    adapters: int = 0
+    loaded: int = 0
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         _expect("op", self.op, OPS)
@@ -125,6 +134,13 @@ class Case:
             raise ValueError(f"m: got {self.m}, expected 0 or more")
         if self.has_adapter != (self.r > 0):
             raise ValueError(f"r: got {self.r}, which does not fit op {self.op!r}")
+        if self.is_gather != (self.loaded > 0) or not 0 <= self.adapters <= self.loaded:
+            raise ValueError(
+                f"adapters: got {self.adapters} of {self.loaded} loaded, which does not fit op "
+                f"{self.op!r}"
+            )
+        if self.op == "gather_lora_add" and self.backward:
+            raise ValueError(f"direction: got {self.direction!r}, expected 'fwd' of {self.op}")
         if self.dropout and not (self.has_adapter and self.direction == BOTH):
             raise ValueError(
                 f"dropout: got {self.dropout}, expected 0 without an adapter's training"
@@ -160,11 +176,16 @@ class Case:
         return self.op in (
             *("lora_linear", "nf4_lora_linear", "lora_packed", "lora_mlp", "dora_linear"),
             "step",
+            *GATHER,
         )
 
     @property
+    def is_gather(self) -> bool:
+        return self.op in GATHER
+
+    @property
     def has_weight(self) -> bool:
-        return self.op != "glu"
+        return self.op not in ("glu", "gather_lora_add")
 
     @property
     def is_quantised(self) -> bool:
@@ -192,6 +213,8 @@ class Case:
             parts += [f"r{self.r}"]
             parts += [f"a-{self.adapter_dtype}"] if self.adapter_dtype != self.dtype else []
             parts += [f"p{self.dropout:g}"] if self.dropout else []
+        if self.is_gather:
+            parts += [f"{self.adapters}-of-{self.loaded}"] + ["mixed"] * self.mixed
         if self.is_quantised:
             parts += [self.quant_type] if self.quant_type != "nf4" else []
             parts += [f"b{self.block_size}"] if self.block_size != 64 else []
@@ -257,6 +280,8 @@ def _smoke() -> Iterator[Case]:
     yield Case("linear_cross_entropy", "tiny", 5, dtype="fp32")
     yield Case("nf4_dequantize", "tiny", 0)
     yield Case("nf4_quantize", "tiny", 0, dtype="fp32")
+    yield Case("gather_lora", "tiny", 9, BOTH, 8, adapters=3, loaded=5, mixed=True)
+    yield Case("gather_lora_add", "tiny", 6, FWD, 4, adapters=6, loaded=6)
 
 
 def _scaling() -> Iterator[Case]:
@@ -350,11 +375,27 @@ def _nf4() -> Iterator[Case]:
         yield Case("nf4_linear", layer, 1, nested=False)
 
 
+def _gather() -> Iterator[Case]:
+    """Serving many adapters: decode with one each, real ranks, prefill, no adapter at all, and a
+    pool of up to a thousand; then training."""
+    for layer in ("square-4096", "smollm2-135m.gate_proj"):
+        for op in GATHER:
+            for count in (1, 8, 64):
+                yield Case(op, layer, 64, FWD, 16, adapters=count, loaded=64)
+            for mixed in (False, True):
+                yield Case(op, layer, 64, FWD, 32, adapters=64, loaded=64, mixed=mixed)
+            yield Case(op, layer, 64, FWD, 16, adapters=64, loaded=1000)
+            yield Case(op, layer, 512, FWD, 16, adapters=4, loaded=4)
+        yield Case("gather_lora", layer, 64, FWD, 16, adapters=0, loaded=64)
+        yield Case("gather_lora", layer, 512, BOTH, 16, adapters=8, loaded=8, adapter_dtype="fp32")
+
+
 def _full() -> Iterator[Case]:
     """All but the smoke cases and the GPU's, and the other dtypes and storage options."""
     yield from _targets()
     yield from _scaling()
     yield from _models()
+    yield from _gather()
     for dtype in ("fp16", "fp32"):
         for m in (1, 512):
             yield Case("nf4_linear", "square-4096", m, dtype=dtype)
@@ -377,6 +418,7 @@ _SUITES = {
     "models": _models,
     "lora": _lora,
     "nf4": _nf4,
+    "gather": _gather,
     "full": _full,
 }
 SUITES = tuple(_SUITES)

@@ -64,6 +64,8 @@ def quantised_bytes(n: int, k: int, block_size: int, nested: bool) -> int:
 
 def weight_bytes(case: Case) -> int:
     """Stored size of the case's base weights."""
+    if not case.has_weight:
+        return 0
     if case.is_quantised:
         return quantised_bytes(case.n, case.k, case.block_size, case.nested)
     return sum(layer.n * layer.k for layer in case.layers) * DTYPES[case.dtype].itemsize
@@ -135,6 +137,8 @@ def _glu(case: Case, size: int) -> Cost:
 
 def _adapter_bytes(case: Case) -> int:
     elements = sum(case.r * (layer.k + layer.n) for layer in case.layers)
+    if case.is_gather:
+        elements *= case.adapters
     if case.op == "dora_linear":
         elements += case.n  # the magnitude
     return elements * DTYPES[case.adapter_dtype].itemsize
@@ -143,12 +147,16 @@ def _adapter_bytes(case: Case) -> int:
 def _base_products(case: Case) -> int:
     """FLOPs of x·Wᵀ. DoRA with dropout scales the product of the dropped x alone, so that there
     are two."""
+    if not case.has_weight:
+        return 0
     products = 2 if case.op == "dora_linear" and case.dropout else 1
     return products * sum(2 * case.m * layer.n * layer.k for layer in case.layers)
 
 
 def _rank_products(case: Case) -> int:
     """FLOPs of s = x·Aᵀ and s·Bᵀ."""
+    if case.is_gather and not case.adapters:
+        return 0
     return sum(2 * case.m * case.r * (layer.k + layer.n) for layer in case.layers)
 
 

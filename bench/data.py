@@ -11,6 +11,7 @@ from torch import Tensor
 from bench.cases import DTYPES, Case, Layer
 from bench.costmodel import weight_bytes
 from lora_kernels import NF4Weight, use_backend
+from lora_kernels.functional import RankPages, page_adapters
 
 MAX_COPIES = 128
 INPUT_COPIES = 4  # an activation has just been written by the layer before: a few are enough
@@ -50,8 +51,8 @@ class CaseData:
         self.adapter_dtype = DTYPES[case.adapter_dtype]
         self._generator = torch.Generator().manual_seed(seed)
         self.projections = [self._projection(layer) for layer in case.layers if case.has_weight]
-        self.x = self._inputs(case.k if case.has_weight else case.n)
-        self.up = [] if case.has_weight else self._inputs(case.n)
+        self.x = self._inputs(case.n if case.op == "glu" else case.k)
+        self.up = self._inputs(case.n) if case.op == "glu" else []
 
     def _projection(self, layer: Layer) -> Projection:
         # The values a trained layer has: activations of unit size, outputs too.
@@ -103,12 +104,49 @@ class CaseData:
             return {}
         if case.op == "dora_linear":
             return {"a": self.a, "b": self.b, "magnitude": self.magnitude}
+        if case.is_gather:
+            return {"a": self.pages.a, "b": self.pages.b}
         many = len(self.projections) > 1
         return {
             f"{name}{i if many else ''}": t
             for i, p in enumerate(self.projections)
             for name, t in (("a", p.a), ("b", p.b))
         }
+
+    @functools.cached_property
+    def pages(self) -> RankPages:
+        """The pool of a case with many adapters; the rows of a page past a rank are zeros."""
+        case, generator = self.case, torch.Generator().manual_seed(4)
+        share = (1, 3, 5, 7) if case.mixed else (4,)
+        ranks = [max(1, case.r * share[i % len(share)] // 4) for i in range(case.loaded)]
+
+        def draw(*shape: int, std: float) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * std).to(self.adapter_dtype)
+
+        a = [draw(r, case.k, std=case.k**-0.5) for r in ranks]
+        b = [draw(case.n, r, std=0.1) for r in ranks]
+        pages = page_adapters(a, b, [case.scale] * case.loaded)
+        pages = RankPages(*(t.to(self.device) for t in pages))
+        for t in (pages.a, pages.b):
+            t.requires_grad_(case.backward)
+        return pages
+
+    @functools.cached_property
+    def page_copies(self) -> list[RankPages]:
+        """Copies of the pool, as many as make caches honest."""
+        p, nbytes = self.pages, self.pages.a.nbytes + self.pages.b.nbytes
+        if self.case.backward:
+            return [p]
+        return [p._replace(a=p.a.clone(), b=p.b.clone()) for _ in range(self.copies(nbytes))]
+
+    @functools.cached_property
+    def slots(self) -> Tensor:
+        """The slots of the adapters in use, far from each other in the pool, token by token."""
+        case = self.case
+        if case.adapters == 0:
+            return torch.full((case.m,), -1, dtype=torch.int32, device=self.device)
+        used = torch.arange(case.adapters) * (case.loaded // case.adapters)
+        return used[torch.arange(case.m) % case.adapters].to(torch.int32).to(self.device)
 
     @functools.cached_property
     def dy(self) -> list[tuple[Tensor, ...]]:

@@ -22,7 +22,7 @@ from torch.nn.functional import linear, silu
 
 from bench.data import CaseData
 from bench.providers.base import BASE, Outputs, Prepared, Provider, Result, named
-from bench.providers.plain import loss_of_logits
+from bench.providers.plain import loss_of_logits, plain_gather
 from lora_kernels import use_backend
 from lora_kernels.testing import assert_within_budget
 
@@ -151,6 +151,12 @@ class Verifier:
         x = inputs["x"]
         if case.op == "glu":
             return silu(x) * inputs["up"]
+        if case.is_gather:
+            parts = [linear(x, weight(0), bias(0))] if case.has_weight else []
+            if "a" in inputs:
+                table, slots = data.pages.table, data.slots
+                parts.append(plain_gather(x, inputs["a"], inputs["b"], table, slots, case.scale))
+            return functools.reduce(torch.add, parts)
         if case.op == "lora_packed":
             return tuple(project(i, x) for i in range(len(data.projections)))
         if case.op == "lora_mlp":

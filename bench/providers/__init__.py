@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from bench.cases import GATHER
 from bench.providers import ours, peers, plain
 from bench.providers.base import BASE, FULL, Outputs, Prepared, Provider
 
@@ -20,11 +21,12 @@ PROVIDERS: tuple[Provider, ...] = (
     ours.provider("native"),
     ours.provider("triton"),
     ours.provider("reference", suites="short"),
-    Provider("dense", (*_LINEAR, *_GROUPS, "dora_linear"), plain.frozen_linear),
-    Provider("torch", (*_ADAPTED, "glu", *_LOSS), plain.eager),
+    Provider("dense", (*_LINEAR, *_GROUPS, "dora_linear", "gather_lora"), plain.frozen_linear),
+    Provider("torch", (*_ADAPTED, "glu", *_LOSS, *GATHER), plain.eager),
     Provider("addmm", (*_LORA, *_GROUPS), plain.addmm, plain.addmm_refuses),
     Provider("compile", (*_ADAPTED, "glu", *_LOSS), plain.compiled, suites="long"),
     Provider("peft", _ADAPTED, peers.peft_dense, peers.installed("peft")),
+    Provider("peft-mixed", ("gather_lora",), peers.peft_mixed, peers.peft_mixed_refuses),
     Provider("peft+bnb", ("nf4_lora_linear",), peers.peft_bnb, peers.peft_bnb_refuses),
     Provider("bnb-eval", ("nf4_linear",), peers.bnb_eval, peers.bnb_eval_refuses),
     Provider("bnb-train", ("nf4_linear",), peers.bnb_train, _BNB),

@@ -152,6 +152,29 @@ def _dora_linear(data: CaseData) -> Prepared:
     )
 
 
+def _gather_lora(data: CaseData) -> Prepared:
+    weights, pools, bias, slots = data.dense_copies, data.page_copies, data.bias, data.slots
+    return linear_call(
+        data,
+        lambda i, x: lkf.gather_lora(
+            x, pools[i % len(pools)], slots, base=weights[i % len(weights)], bias=bias
+        ),
+        max(len(weights), len(pools)),
+        lambda i: data.trained,
+        parameters=[*weights, *(t for p in pools for t in (p.a, p.b))],
+    )
+
+
+def _gather_lora_add(data: CaseData) -> Prepared:
+    pools, slots = data.page_copies, data.slots
+    out = torch.empty(data.case.m, data.case.n, dtype=data.dtype, device=data.device)
+    return linear_call(
+        data,
+        lambda i, x: lkf.gather_lora(x, pools[i], slots, out=out, add=False),
+        len(pools),
+    )
+
+
 def _linear_cross_entropy(data: CaseData) -> Prepared:
     return loss_call(data, lkf.linear_cross_entropy)
 
@@ -177,5 +200,7 @@ _BUILDERS = {
     "lora_mlp": _lora_mlp,
     "glu": _glu,
     "dora_linear": _dora_linear,
+    "gather_lora": _gather_lora,
+    "gather_lora_add": _gather_lora_add,
     "linear_cross_entropy": _linear_cross_entropy,
 }

@@ -22,6 +22,7 @@ from bench.data import CaseData, Projection
 from bench.providers.base import Outputs, Prepared, Result, linear_call
 from bench.providers.plain import plain_glu, torch_masks
 from lora_kernels import NF4Weight
+from lora_kernels.ops.gather import pages_of
 
 
 def installed(module: str) -> Callable[[Case, torch.device], str | None]:
@@ -224,6 +225,39 @@ def peft_dense(data: CaseData) -> Prepared:
     """PEFT over nn.Linear, the weights shared with the other dense providers."""
     biases = [p.bias for p in data.projections]
     return _peft(data, [list(map(_linear, copy, biases)) for copy in data.layer_copies])
+
+
+def peft_mixed(data: CaseData) -> Prepared:
+    """PEFT's batch of many adapters: a name for each row, the rows of an adapter one after the
+    other."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    case, pages, weights = data.case, data.pages, data.dense_copies
+    names = [f"s{slot}" if slot >= 0 else "__base__" for slot in data.slots.tolist()]
+    layers = []
+    for w in weights:
+        layer: Any = _linear(w, data.bias)
+        model = nn.ModuleDict({"proj": layer})
+        for slot in sorted({int(name[1:]) for name in names if name != "__base__"} or {0}):
+            rank = int(pages.ranks[slot])
+            rows = pages.table[slot, : pages_of(rank)].long()
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=case.scale * rank,  # type: ignore[arg-type]
+                target_modules=["proj"],
+            )
+            layer = inject_adapter_in_model(config, model, adapter_name=f"s{slot}")["proj"]
+            a, b = (t[rows].flatten(0, 1)[:rank].clone() for t in (pages.a, pages.b))
+            layer.lora_A[f"s{slot}"].weight = _frozen(a)
+            layer.lora_B[f"s{slot}"].weight = _frozen(b.T.contiguous())
+        layers.append(layer.eval())
+    return linear_call(data, lambda i, x: layers[i](x, adapter_names=names), len(layers))
+
+
+def peft_mixed_refuses(case: Case, device: torch.device) -> str | None:
+    if case.backward:
+        return "mixes adapters in inference alone"
+    return installed("peft")(case, device)
 
 
 def peft_bnb(data: CaseData) -> Prepared:

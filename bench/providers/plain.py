@@ -64,6 +64,36 @@ def plain_dora(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
+def plain_gather(
+    x: Tensor, a: Tensor, b: Tensor, table: Tensor, slots: Tensor, scale: float
+) -> Tensor:
+    """scale · x·Aᵀ·B of each token's own adapter, its pages gathered to [M, r, K] and [M, r, N]."""
+    pages = table[slots.clamp(min=0).long()].long()  # [M, C]
+    a, b = a[pages].flatten(1, 2).to(x.dtype), b[pages].flatten(1, 2).to(x.dtype)
+    s = torch.bmm(a, x[:, :, None]).transpose(1, 2)  # [M, 1, r]
+    z = scale * torch.bmm(s, b)[:, 0]
+    return torch.where(slots[:, None] >= 0, z, torch.zeros_like(z))
+
+
+def gather(data: CaseData) -> Prepared:
+    """What one writes without a kernel: a gather of the weights and batched products."""
+    case, slots, bias = data.case, data.slots, data.bias if data.case.has_weight else None
+    weights, pools = data.dense_copies if case.has_weight else [], data.page_copies
+
+    def forward(i: int, x: Tensor) -> Tensor:
+        p = pools[i % len(pools)]
+        z = plain_gather(x, p.a, p.b, p.table, slots, case.scale)
+        return linear(x, weights[i % len(weights)], bias) + z if weights else z
+
+    return linear_call(
+        data,
+        forward,
+        max(len(weights), len(pools)),
+        lambda i: data.trained,
+        parameters=[*weights, *(t for p in pools for t in (p.a, p.b))],
+    )
+
+
 def plain_glu(gate: Tensor, up: Tensor) -> Tensor:
     """As transformers writes it."""
     return silu(gate) * up
@@ -148,6 +178,8 @@ def loss_of_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
 
 def eager(data: CaseData) -> Prepared:
     op = data.case.op
+    if data.case.is_gather:
+        return gather(data)
     if op == "linear_cross_entropy":
         return loss_call(data, loss_of_logits)
     if op == "glu":
