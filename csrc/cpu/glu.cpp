@@ -12,6 +12,7 @@ namespace {
 using vector::Chance;
 using vector::kLanes;
 using vector::load;
+using vector::load_some;
 using vector::min64;
 using vector::multiply_add;
 using vector::put;
@@ -51,15 +52,6 @@ struct GeluTanh {
     return {g * s.below, s.below * multiply_add(g * dz, s.above, splat(1.0f))};
   }
 };
-
-// The first `count` lanes; the others are 0.
-template <class T>
-LK_INLINE Vec load_some(const T* p, int64_t count) {
-  if (count >= kLanes) return load(p);
-  float lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = i < count ? to_float(p[i]) : 0.0f;
-  return load(lanes);
-}
 
 template <class T>
 LK_INLINE void put_some(T* p, Vec v, int64_t count) {

@@ -61,6 +61,8 @@ CALLS = {
     "no-token": Gather(t=0, base="dense"),
     "no-entry": Gather(mixture=0, slots="empty"),
     "last-slot": Gather(slots="last", ranks=(5, 0, 18)),
+    "few-slots": Gather(t=70, k=97, n=(130,), ranks=(40, 7, 17), base="dense", dropout=(0.2, 0.0)),
+    "mixed-mixture": Gather(t=20, k=70, n=(67,), ranks=RANKS, mixture=90),
     "one-slot": Gather(t=33, slots="one", base="dense"),
     "ranks": Gather(t=40, k=130, n=(97,), ranks=RANKS, slots="sorted"),
     "mixed-ranks": Gather(t=70, k=97, n=(130,), ranks=RANKS[::-1], dropout=(0.1, 0.0)),

@@ -180,6 +180,15 @@ LK_INLINE void put(T* p, Vec v) {
 
 #endif
 
+// The first `count` lanes; the others are 0.
+template <class T>
+LK_INLINE Vec load_some(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  float lanes[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = i < count ? to_float(p[i]) : 0.0f;
+  return load(lanes);
+}
+
 // fp32 rounded to T, as fp32.
 LK_INLINE Vec rounded(Vec v, float) { return v; }
 LK_INLINE Vec rounded(Vec v, Half) { return round_half(v); }
