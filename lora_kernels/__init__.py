@@ -1,6 +1,6 @@
 """Fast LoRA and QLoRA kernels for PyTorch."""
 
-from lora_kernels import functional
+from lora_kernels import functional, serving
 from lora_kernels.adapters import (
     LoRAConfig,
     LoRAReport,
@@ -40,6 +40,7 @@ __all__ = [
     "merge_and_unload",
     "model_report",
     "save_adapter",
+    "serving",
     "unmerge_adapters",
     "use_backend",
 ]

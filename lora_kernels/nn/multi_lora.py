@@ -1,0 +1,100 @@
+"""MultiLoRALinear: a linear layer whose batch rows each use their own adapter."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels import functional
+from lora_kernels.ops.gather import RankPages
+
+
+class Router(Protocol):
+    """Who knows the adapters and which row uses which: a `serving.AdapterPool`."""
+
+    def active_slots(self) -> Tensor | None:
+        """int32, the slot of each row or token, −1 for none; None: no adapters at all."""
+
+    def pages(self, module: str) -> RankPages:
+        """The adapters of a module."""
+
+
+class MultiLoRALinear(nn.Module):
+    """y = base(x) + scale·x·Aᵀ·Bᵀ, with A, B and scale of each row's own slot.
+
+    The base is any linear layer (nn.Linear, NF4Linear, bitsandbytes' Linear4bit) and is called as
+    it is: without active slots the layer is its base, and a row without adapter is what the base
+    gives, bit for bit, whoever else is in the batch.
+
+    Slots [B] are those of the rows of x [B, ..., K], each for all of its tokens. Where x has batch
+    and tokens folded into one dimension, [B·T, K], slots must be given for each token ([B, T] or
+    [B·T]). A layer that picks or reorders tokens (an expert of a mixture) cannot tell which token
+    is whose: it takes no adapters this way.
+
+    The state dict is the base's under `base.`; `serving.detach_pool` brings the base back.
+
+    Args:
+        base: the layer, which stays as it is.
+        router: gives the slots and the pages.
+        name: the module's name at the router.
+    """
+
+    def __init__(self, base: nn.Module, router: Router, name: str) -> None:
+        super().__init__()
+        layer: Any = base
+        pages = router.pages(name)
+        got, expected = (layer.in_features, layer.out_features), _features(pages)
+        if got != expected:
+            raise ValueError(
+                f"{name}: has in_features={got[0]}, out_features={got[1]}, the pool's pages are "
+                f"for {expected[0]}, {expected[1]}"
+            )
+        self.base, self.router, self.name = base, router, name
+        self.in_features, self.out_features = got
+        self.train(base.training)
+
+    @property
+    def weight(self) -> Any:
+        """The base's."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base's."""
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] to y [..., N]."""
+        y = self.base(x)
+        slots = self.router.active_slots()
+        if slots is None:
+            return y
+        slots = self._fit(slots, x)
+        pages = self.router.pages(self.name)
+        x = x.to(y.dtype)  # under autocast they differ
+        inputs = (x, y, pages.a, pages.b, pages.scales)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            return y + functional.gather_lora(x, pages, slots)
+        return functional.gather_lora(x, pages, slots, out=y.contiguous())
+
+    def _fit(self, slots: Tensor, x: Tensor) -> Tensor:
+        """The slots, for x's leading dimensions or the first of them."""
+        lead = x.shape[:-1]
+        if slots.shape == lead[: slots.dim()]:
+            return slots
+        if 1 in (slots.dim(), len(lead)) and slots.numel() == lead.numel():
+            return slots.reshape(lead)
+        raise ValueError(
+            f"{self.name}: slots: got shape {list(slots.shape)}, expected {list(lead)} as x has, "
+            "or the first of these; a layer that folds batch and tokens into one dimension needs "
+            "a slot for each token"
+        )
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}"
+
+
+def _features(pages: RankPages) -> tuple[int, int]:
+    return pages.a.shape[2], pages.b.shape[2]

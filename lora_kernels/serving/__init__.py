@@ -1,0 +1,21 @@
+"""Many adapters on one model: a pool of them in bounded memory, each row of a batch its own."""
+
+from lora_kernels.nn.multi_lora import MultiLoRALinear
+from lora_kernels.serving.errors import AdapterInUse, AdapterPoolFull
+from lora_kernels.serving.generate import Generated, generate_batch
+from lora_kernels.serving.pool import AdapterPool
+from lora_kernels.serving.routing import attach_pool, attached_pool, detach_pool
+from lora_kernels.serving.stats import PoolStats
+
+__all__ = [
+    "AdapterInUse",
+    "AdapterPool",
+    "AdapterPoolFull",
+    "Generated",
+    "MultiLoRALinear",
+    "PoolStats",
+    "attach_pool",
+    "attached_pool",
+    "detach_pool",
+    "generate_batch",
+]

@@ -1,0 +1,145 @@
+"""PoolForm: what an adapter has to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters import LoRAConfig
+from lora_kernels.adapters.apply import check_model
+from lora_kernels.adapters.targets import find_targets
+from lora_kernels.integrations.peft import ALL_LINEAR
+from lora_kernels.nn.multi_lora import MultiLoRALinear
+from lora_kernels.ops.common.checks import FLOATS, check_dtype
+from lora_kernels.ops.gather import PAGE, pages_of
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class PoolForm:
+    """The modules of a pool, and what all its adapters have in common.
+
+    Attributes:
+        modules: (in_features, out_features) by name.
+        all_linear: names that "all-linear" stands for; none where no model says so.
+        max_rank, dtype, device: of the pages.
+    """
+
+    modules: Shapes
+    all_linear: frozenset[str]
+    max_rank: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def columns(self) -> int:
+        """Pages that a slot has room for at each module."""
+        return pages_of(self.max_rank)
+
+    @property
+    def page_bytes(self) -> int:
+        """One page of each module."""
+        return sum(PAGE * (k + n) * self.dtype.itemsize for k, n in self.modules.values())
+
+    def table_bytes(self, slots: int) -> int:
+        """Tables, ranks and scales of all modules."""
+        return len(self.modules) * slots * (4 * self.columns + 4 + 4)
+
+    def modules_of(self, names: Iterable[str]) -> list[str]:
+        """The names that are modules here, in the pool's order."""
+        found = set(names)
+        return [name for name in self.modules if name in found]
+
+
+def positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}, expected an int of at least 1")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1")
+    return value
+
+
+def make_form(
+    model: nn.Module | Shapes,
+    *,
+    max_rank: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    target_modules: Any,
+    exclude_modules: Any,
+) -> PoolForm:
+    """Check what a pool is made from; a model is only looked at."""
+    positive("max_rank", max_rank)
+    if isinstance(model, nn.Module):
+        check_servable(model)
+        config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
+        found = find_targets(model, config).names
+        modules: Shapes = {n: _features(model.get_submodule(n)) for n in found}
+        linear = _all_linear(model) & set(found)
+        values = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+        dtype = dtype or next((t.dtype for t in values if t.dtype in FLOATS), None)
+        device = device or next((t.device for t in values), None)
+    elif isinstance(model, Mapping):
+        modules, linear = _checked_shapes(model), frozenset()
+    else:
+        raise TypeError(
+            f"model: got {type(model).__name__}, expected a torch.nn.Module or a mapping from "
+            "names to (in_features, out_features)"
+        )
+    form = PoolForm(
+        modules,
+        linear,
+        max_rank,
+        dtype or torch.get_default_dtype(),
+        _with_index(torch.device(device or "cpu")),
+    )
+    check_dtype("dtype", torch.empty(0, dtype=form.dtype), FLOATS)
+    if form.device.type == "meta":
+        raise ValueError("device: got meta, expected one that holds values")
+    return form
+
+
+def check_servable(model: nn.Module) -> None:
+    """Raise unless the model has neither adapters nor a pool yet."""
+    check_model(model)
+    attached = next((n for n, m in model.named_modules() if isinstance(m, MultiLoRALinear)), None)
+    if attached is not None:
+        raise ValueError(f"model: {attached} has a pool already; detach_pool removes it")
+
+
+def _all_linear(model: nn.Module) -> frozenset[str]:
+    config = LoRAConfig(target_modules=ALL_LINEAR, exclude_modules=())
+    try:
+        return frozenset(find_targets(model, config).names)
+    except ValueError:  # the model has an output layer only
+        return frozenset()
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Tensors on "cuda" say which one they are on, and are compared with the pool's device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _features(layer: Any) -> tuple[int, int]:
+    return layer.in_features, layer.out_features
+
+
+def _checked_shapes(shapes: Mapping[Any, Any]) -> Shapes:
+    if not shapes:
+        raise ValueError("model: got no module, expected one or more")
+    checked: dict[str, tuple[int, int]] = {}
+    for name, shape in shapes.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"model: got {name!r} as a module's name, expected a string")
+        if not isinstance(shape, tuple | list) or len(shape) != 2:
+            raise TypeError(f"model[{name!r}]: got {shape!r}, expected (in_features, out_features)")
+        k, n = shape
+        checked[name] = positive(f"{name}.in_features", k), positive(f"{name}.out_features", n)
+    return checked

@@ -1,0 +1,392 @@
+"""AdapterPool: many adapters of one model in bounded memory, each row of a batch its own."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.integrations.peft import ALL_LINEAR, CONFIG_FILE, WEIGHTS_FILE
+from lora_kernels.ops.common.checks import names as dtype_names
+from lora_kernels.ops.gather import RankPages
+from lora_kernels.serving.errors import AdapterInUse
+from lora_kernels.serving.form import Shapes, make_form, positive
+from lora_kernels.serving.library import Library, Origin, Read
+from lora_kernels.serving.routing import activated, active_slots
+from lora_kernels.serving.shelf import Resident, Shelf
+from lora_kernels.serving.state import AdapterState, Source, read_state
+from lora_kernels.serving.stats import PoolStats
+
+HOST_BYTES = 1 << 30
+
+
+class AdapterPool:
+    """Adapters in rank pages of a fixed number, loaded by name and put out when room is needed.
+
+    An adapter of rank r takes a slot and ceil(r / 16) pages at each of its modules, of all of them
+    or of none. The least recently used leaves first; one that a route holds or that is pinned
+    stays, and `AdapterPoolFull` says so. What left comes back by its name, from the host's cache
+    or from its directory. All methods may be called from any thread; files are read and checked
+    without keeping others waiting. On CUDA weights travel on a stream of their own, which routes
+    wait for on the device.
+
+    Args:
+        model: its target layers give the modules and their sizes (it is only looked at); or
+            {name: (in_features, out_features)}.
+        slots: adapters at one time.
+        pages: of each module; or `memory`, the bytes of all pages and tables together.
+        max_rank: of any adapter at any module.
+        dtype, device: of the pages; by default the model's.
+        target_modules, exclude_modules: which layers of a model, as in `apply_lora`.
+        host_bytes: how much the host's cache may hold.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of its range, the model has
+            no such layer, or adapters already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Shapes,
+        *,
+        slots: int,
+        pages: int | None = None,
+        memory: int | None = None,
+        max_rank: int = 64,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        target_modules: str | Iterable[str] = ALL_LINEAR,
+        exclude_modules: str | Iterable[str] = (),
+        host_bytes: int = HOST_BYTES,
+    ) -> None:
+        self.slots = positive("slots", slots)
+        if isinstance(host_bytes, bool) or not isinstance(host_bytes, int) or host_bytes < 0:
+            raise ValueError(f"host_bytes: got {host_bytes!r}, expected an int of at least 0")
+        if (pages is None) == (memory is None):
+            raise ValueError(f"pages: got {pages} and memory={memory}, expected one of them")
+        self.form = make_form(
+            model,
+            max_rank=max_rank,
+            dtype=dtype,
+            device=device,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+        )
+        if memory is not None:
+            least = self.form.table_bytes(slots) + self.form.page_bytes
+            if positive("memory", memory) < least:
+                raise ValueError(f"memory: got {memory} bytes, expected at least {least}")
+            pages = (memory - self.form.table_bytes(slots)) // self.form.page_bytes
+        self._shelf = Shelf(self.form, slots, positive("pages", pages))
+        self._lock = threading.Lock()
+        self._library = Library(host_bytes)
+        self._hits = self._misses = self._evicted = self._disk_reads = 0
+
+    # A copy of a model with a pool attached has the same pool: pages are not the model's.
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterPool:
+        return self
+
+    @property
+    def modules(self) -> Shapes:
+        """(in_features, out_features) of every module by name."""
+        return self.form.modules
+
+    @property
+    def device(self) -> torch.device:
+        return self.form.device
+
+    def pages(self, module: str) -> RankPages:
+        """The rank pages of a module, the same tensors for the pool's whole life."""
+        found = self._shelf.store.modules.get(module)
+        if found is None:
+            raise KeyError(f"module: got {module!r}, expected one of {', '.join(self.modules)}")
+        return found
+
+    def names(self) -> tuple[str, ...]:
+        """The adapters in a slot, least recently used first."""
+        with self._lock:
+            return tuple(self._shelf.residents)
+
+    def slot_of(self, name: str) -> int | None:
+        """The slot of an adapter; None while it is in none."""
+        with self._lock:
+            self._library.origin(name)
+            found = self._shelf.residents.get(name)
+            return None if found is None else found.slot
+
+    def register(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Give an adapter's directory a name; it is read when a route first asks for it."""
+        folder = Path(directory)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{folder / file}: no such file")
+        with self._lock:
+            self._library.check_new(name)
+            self._library.known[name] = Origin(folder)
+
+    def load(self, name: str, source: Source, config: object = None, *, pin: bool = False) -> int:
+        """Check an adapter and put it into a slot.
+
+        Args:
+            name: new to the pool.
+            source: a directory that PEFT or `save_adapter` wrote, or a state dict with PEFT's keys.
+                A state dict is copied and not kept: once both the pool and the host's cache have
+                let go of it, it has to be given again (`replace`).
+            config: of a state dict, PEFT's configuration: a mapping, `LoRAConfig` or PEFT's own.
+            pin: keep it in its slot until `unpin`.
+
+        Returns:
+            The slot.
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: as `load_adapter`; and for a rank over
+                max_rank, DoRA, or modules that the pool has not. The pool is as it was.
+            AdapterPoolFull: nothing that could leave makes enough room. The pool is as it was.
+        """
+        with self._lock:
+            self._library.check_new(name)
+        state = self._read(source, config)
+        with self._lock:
+            self._library.check_new(name)
+            self._shelf.bring({name: state})
+            self._library.remember(name, source, state)
+            found = self._shelf.residents[name]
+            found.pinned = bool(pin)
+            return found.slot
+
+    def replace(self, name: str, source: Source, config: object = None) -> None:
+        """Put new weights under a known name, in place: slot, pin and age stay.
+
+        The old ones stay until the new ones are checked and have all the pages they need. An
+        adapter in no slot stays in none.
+
+        Raises:
+            KeyError: the name is not known.
+            AdapterInUse: a route holds the adapter.
+            FileNotFoundError, ValueError, TypeError, AdapterPoolFull: as `load`.
+        """
+        with self._lock:
+            self._check_idle(name, "be replaced")
+        state = self._read(source, config)
+        with self._lock:
+            found = self._check_idle(name, "be replaced")
+            if found is not None:
+                self._shelf.rewrite(found, state)
+            self._library.remember(name, source, state)
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter: its slot, its pages, its copy on the host and its name.
+
+        Raises:
+            KeyError: the name is not known.
+            AdapterInUse: the adapter is pinned or held by a route.
+        """
+        with self._lock:
+            found = self._check_idle(name, "be unloaded", unpinned=True)
+            if found is not None:
+                self._shelf.leave(found)
+            self._library.forget(name)
+
+    def evict(self, name: str) -> None:
+        """Take an adapter out of its slot, if it is in one; it comes back when it is asked for.
+
+        Raises as `unload`.
+        """
+        with self._lock:
+            found = self._check_idle(name, "be evicted", unpinned=True)
+            if found is not None:
+                self._shelf.leave(found)
+                self._evicted += 1
+
+    def pin(self, name: str) -> None:
+        """Load a known adapter if need be, and keep it in its slot. Raises as `acquire`."""
+        with self._lock:
+            self._library.origin(name)
+        held = self._hold([name], counted=False)
+        with self._lock:
+            held[0].pinned = True
+        self._let_go(held)
+
+    def unpin(self, name: str) -> None:
+        """Let a pinned adapter leave again."""
+        with self._lock:
+            self._library.origin(name)
+            if name in self._shelf.residents:
+                self._shelf.residents[name].pinned = False
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Load known adapters that are in no slot, all at one time. Raises as `acquire`."""
+        self._let_go(self._hold(_given(names), counted=False))
+
+    def acquire(self, names: Sequence[str | None]) -> Tensor:
+        """Hold the adapters of a batch's rows, loading what is in no slot; `release` lets go.
+
+        Args:
+            names: of each row; None or "" for no adapter.
+
+        Returns:
+            int32 [rows] on the pool's device; −1 for no adapter.
+
+        Raises:
+            KeyError: a name is not known, or its state dict is gone.
+            AdapterPoolFull: the adapters do not fit beside what is pinned or in use; the pool is as
+                it was.
+            FileNotFoundError, ValueError, TypeError: a directory is not what it has to be.
+        """
+        rows = _given(names)
+        return self._slots(rows, self._hold(rows))
+
+    def release(self, names: Sequence[str | None]) -> None:
+        """Let go of what `acquire` of the same names holds.
+
+        Raises:
+            ValueError: one of them is not held.
+        """
+        wanted, marks = _distinct(_given(names)), self._shelf.transfer.marks()
+        with self._lock:
+            residents = self._shelf.residents
+            for name in wanted:
+                if name not in residents or not residents[name].refs:
+                    raise ValueError(f"names: got {name!r}, which nobody holds")
+            self._shelf.let_go([residents[name] for name in wanted], marks)
+
+    @contextmanager
+    def route(self, rows: Sequence[str | None] | Tensor) -> Iterator[Tensor]:
+        """`with pool.route(names):` what the pool's layers run inside is for these adapters.
+
+        It counts for this thread or asyncio task alone; an inner route hides an outer one.
+
+        Args:
+            rows: the adapter of each row (None or "": none), or slots, int32 [B], [B, T] or [B·T],
+                −1 for none: of loaded adapters, which reading tells from the device.
+
+        Yields:
+            The slots. Raises as `acquire`; ValueError for a slot without adapter.
+        """
+        if isinstance(rows, Tensor):
+            held = self._hold_slots(rows)
+            slots = rows.to(self.device, torch.int32, copy=True)
+        else:
+            given = _given(rows)
+            held = self._hold(given)
+            slots = self._slots(given, held)
+        try:
+            with activated(self, slots):
+                yield slots
+        finally:
+            self._let_go(held)
+
+    def active_slots(self) -> Tensor | None:
+        """The slots of the innermost route around the caller; None outside any."""
+        return active_slots(self)
+
+    def stats(self) -> PoolStats:
+        """What the pool holds, and what it has done so far."""
+        with self._lock:
+            free, total = self._shelf.store.pages_free, self._shelf.store.count * len(self.modules)
+            return PoolStats(
+                known=len(self._library.known),
+                loaded=len(self._shelf.residents),
+                pinned=sum(r.pinned for r in self._shelf.residents.values()),
+                in_use=sum(r.refs > 0 for r in self._shelf.residents.values()),
+                slots=self.slots,
+                pages_used=total - free,
+                pages_free=free,
+                hits=self._hits,
+                misses=self._misses,
+                evictions=self._shelf.evictions + self._evicted,
+                disk_reads=self._disk_reads,
+                device_bytes=self._shelf.store.device_bytes,
+                used_bytes=self._shelf.store.used_bytes,
+                host_bytes=self._library.host.nbytes,
+            )
+
+    def _read(self, source: Source, config: object = None) -> AdapterState:
+        """Not under the lock: it takes as long as the disk does."""
+        state = read_state(source, config, self.form)
+        if not isinstance(source, Mapping):
+            with self._lock:
+                self._disk_reads += 1
+        return state
+
+    def _hold(self, names: Sequence[str | None], *, counted: bool = True) -> list[Resident]:
+        """One route more for each adapter, loading those in no slot, all of them or none."""
+        wanted, residents = _distinct(names), self._shelf.residents
+        read: Read = {}
+        while True:
+            with self._lock:
+                origins = {name: self._library.origin(name) for name in wanted}
+                absent = [name for name in wanted if name not in residents]
+                found = {name: self._library.find(name, read) for name in absent}
+                folders = {n: f for n, f in found.items() if isinstance(f, Path)}
+                if not folders:
+                    states = {n: s for n, s in found.items() if isinstance(s, AdapterState)}
+                    self._shelf.bring(states, stay=wanted)
+                    self._library.used(wanted, states)
+                    if counted:
+                        self._hits += len(wanted) - len(absent)
+                        self._misses += len(absent)
+                    return [self._shelf.hold(name) for name in wanted]
+            for name, folder in folders.items():
+                read[name] = origins[name], self._read(folder)
+
+    def _slots(self, rows: Sequence[str | None], held: Sequence[Resident]) -> Tensor:
+        """int32, the slot of each row's adapter, −1 for None and ""."""
+        slots = {r.name: r.slot for r in held}
+        try:
+            pinned = self.device.type == "cuda"
+            numbers = [slots[name] if name else -1 for name in rows]
+            host = torch.tensor(numbers, dtype=torch.int32, pin_memory=pinned)
+            return host.to(self.device, non_blocking=True)
+        except BaseException:
+            self._let_go(held)
+            raise
+
+    def _hold_slots(self, slots: Tensor) -> list[Resident]:
+        if slots.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"slots: got dtype {dtype_names([slots.dtype])}, expected int32")
+        distinct = [s for s in slots.unique().tolist() if s != -1]
+        with self._lock:
+            found = [self._shelf.in_slot(slot) for slot in distinct]
+            for slot, resident in zip(distinct, found, strict=True):
+                if resident is None:
+                    raise ValueError(
+                        f"slots: got {slot}, expected -1 or the slot of a loaded adapter"
+                    )
+            return [self._shelf.hold(r.name) for r in found if r is not None]
+
+    def _let_go(self, held: Sequence[Resident]) -> None:
+        marks = self._shelf.transfer.marks()
+        with self._lock:
+            self._shelf.let_go(held, marks)
+
+    def _check_idle(self, name: str, what: str, *, unpinned: bool = False) -> Resident | None:
+        """The adapter in its slot, if it is in one; AdapterInUse if it has to stay as it is."""
+        self._library.origin(name)
+        found = self._shelf.residents.get(name)
+        if found is not None and found.refs:
+            raise AdapterInUse(f"{name!r} cannot {what}: {found.refs} route(s) hold it")
+        if found is not None and found.pinned and unpinned:
+            raise AdapterInUse(f"{name!r} cannot {what}: it is pinned")
+        return found
+
+
+def _given(rows: Iterable[str | None]) -> list[str | None]:
+    """The names of a batch's rows, as a list."""
+    if isinstance(rows, str):
+        raise TypeError(f"names: got the string {rows!r}, expected one name for each row")
+    given = list(rows)
+    for name in given:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"names: got {name!r}, expected a string or None")
+    return given
+
+
+def _distinct(names: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(name for name in names if name))

@@ -1,0 +1,97 @@
+"""Which rows use which slots right now, and the layers that ask."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lora_kernels.adapters import LoRAConfig
+from lora_kernels.adapters.layers import replace_module, unwrap
+from lora_kernels.adapters.targets import find_targets
+from lora_kernels.nn.multi_lora import MultiLoRALinear
+from lora_kernels.serving.form import check_servable
+
+if TYPE_CHECKING:
+    from lora_kernels.serving.pool import AdapterPool
+
+# Of each thread and each asyncio task its own: a route is seen by the code inside it alone.
+_ACTIVE: ContextVar[tuple[tuple[object, Tensor], ...]] = ContextVar("active routes", default=())
+
+
+@contextmanager
+def activated(owner: object, slots: Tensor) -> Iterator[Tensor]:
+    """Make the slots those that `owner`'s layers see; an inner one hides an outer one."""
+    token = _ACTIVE.set((*_ACTIVE.get(), (owner, slots)))
+    try:
+        yield slots
+    finally:
+        _ACTIVE.reset(token)
+
+
+def active_slots(owner: object) -> Tensor | None:
+    """The slots of the innermost route of this thread or task; None outside any."""
+    return next((slots for who, slots in reversed(_ACTIVE.get()) if who is owner), None)
+
+
+def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
+    """Put a `MultiLoRALinear` around each of the model's layers that the pool has pages for.
+
+    Outside `pool.route(...)` the model is what it was. Everything is checked before anything is
+    changed.
+
+    Returns:
+        The names of the layers.
+
+    Raises:
+        ValueError: a layer is not there, cannot be adapted, has another shape or is on another
+            device than the pool, or the model has adapters or a pool already.
+    """
+    model = unwrap(model)
+    check_servable(model)
+    names = list(pool.modules)
+    exactly = "|".join(re.escape(name) for name in names)
+    found = set(find_targets(model, LoRAConfig(target_modules=exactly, exclude_modules=())).names)
+    absent = [name for name in names if name not in found]
+    if absent:
+        raise ValueError(f"model: has no layer {absent[0]!r}, for which the pool has pages")
+    for owner in model.modules():
+        inside = {id(m) for m in owner.modules()}
+        if isinstance(owner, nn.TransformerEncoderLayer) and any(
+            id(model.get_submodule(name)) in inside for name in names
+        ):
+            raise ValueError(
+                "model: its nn.TransformerEncoderLayer reads its layers' weights without calling "
+                "them, so no adapter would be seen"
+            )
+    layers: dict[str, tuple[Any, MultiLoRALinear]] = {}
+    for name in names:
+        base: Any = model.get_submodule(name)
+        device = next((t.device for t in (*base.parameters(), *base.buffers())), pool.device)
+        if device != pool.device:
+            raise ValueError(f"{name}: is on {device}, the pool's pages are on {pool.device}")
+        layers[name] = base, MultiLoRALinear(base, pool, name)
+    for base, layer in layers.values():
+        replace_module(model, base, layer)
+    return tuple(layers)
+
+
+def detach_pool(model: nn.Module) -> tuple[str, ...]:
+    """Put the layers back that `attach_pool` wrapped; their names. Without a pool, nothing."""
+    model = unwrap(model)
+    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, MultiLoRALinear)]
+    for _, layer in wrapped:
+        replace_module(model, layer, layer.base)
+    return tuple(name for name, _ in wrapped)
+
+
+def attached_pool(model: nn.Module) -> AdapterPool:
+    """The pool of a model; ValueError where there is none."""
+    for module in model.modules():
+        if isinstance(module, MultiLoRALinear):
+            return module.router  # type: ignore[return-value]
+    raise ValueError(f"model: {type(model).__name__} has no pool; call attach_pool first")

@@ -1,0 +1,196 @@
+"""An adapter read and checked on the host, before a pool has any room for it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.adapters import LoRAConfig
+from lora_kernels.adapters.checkpoint import (
+    Factors,
+    _check_factors,
+    _drop_other_kinds,
+    _naming,
+    _read_config,
+    _read_weights,
+    _some,
+)
+from lora_kernels.adapters.targets import is_excluded
+from lora_kernels.integrations.peft import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    check_config,
+    key_of,
+    split_key,
+)
+from lora_kernels.integrations.peft import matches as named_by
+from lora_kernels.ops.common.checks import names
+from lora_kernels.serving.form import PoolForm
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+class PagedFactors(NamedTuple):
+    """One module's adapter as its pages hold it: a [r, K], b [r, N] (rows of Bᵀ), scale."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """An adapter that fits a pool, in the pool's dtype, on the host.
+
+    Attributes:
+        factors: by module; a module that the adapter leaves alone is absent.
+    """
+
+    factors: Mapping[str, PagedFactors]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.a.nbytes + f.b.nbytes for f in self.factors.values())
+
+
+def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
+    """Read an adapter and check all of it against the pool's form; nothing is shared with it.
+
+    Args:
+        source: a directory in PEFT's format, or a state dict with PEFT's keys.
+        config: of a state dict, PEFT's configuration: a mapping, `LoRAConfig` or PEFT's object.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: the adapter is damaged, not LoRA, does not fit the pool, or holds values that
+            are not finite; the message names the key, the module or the option.
+        TypeError: a tensor or an option has the wrong type.
+    """
+    if isinstance(source, Mapping):
+        options = _options(config)
+        where = "config"
+        factors, other = _split(source)
+    else:
+        if config is not None:
+            raise ValueError("config: was given beside a directory, expected None")
+        folder = Path(source)
+        options = _read_config(folder / CONFIG_FILE)
+        where = str(folder / CONFIG_FILE)
+        factors, other = _read_weights(folder / WEIGHTS_FILE)
+    with _naming(Path(where)):
+        made = LoRAConfig.from_peft_dict(options)
+        unknown = check_config(options)
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: not known here")
+        if made.use_dora:
+            raise ValueError("use_dora: got True, expected False: a pool serves LoRA only")
+    where = "state" if isinstance(source, Mapping) else str(Path(source) / WEIGHTS_FILE)
+    with _naming(Path(where)):
+        other += _drop_other_kinds(factors, ("A", "B"))
+        if other:
+            raise ValueError(f"{_some(sorted(other))}: not supported, expected lora_A and lora_B")
+        _check_factors(made, factors)
+        _check_modules(made, factors, form, some_layers=bool(options.get("layers_to_transform")))
+        return AdapterState(
+            {n: _paged(n, factors[n], made, form) for n in form.modules_of(factors)}
+        )
+
+
+def _options(config: object) -> dict[str, Any]:
+    if isinstance(config, LoRAConfig):
+        return config.to_peft_dict()
+    if not isinstance(config, Mapping) and hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            f"config: got {type(config).__name__}, expected the state dict's PEFT configuration"
+        )
+    return dict(config)
+
+
+def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], list[str]]:
+    """As `_read_weights`, of a state dict."""
+    factors: dict[str, Factors] = {}
+    other: list[str] = []
+    for key, t in state.items():
+        if not isinstance(key, str) or not isinstance(t, Tensor):
+            raise TypeError(f"{key!r}: got {type(t).__name__}, expected a name and its tensor")
+        where = split_key(key)
+        if where is None:
+            other.append(key)
+        elif t.is_meta:
+            raise ValueError(f"{key}: is on the meta device, expected values")
+        else:
+            factors.setdefault(where[0], {})[where[1]] = t.detach()
+    return factors, other
+
+
+def _check_modules(
+    config: LoRAConfig, factors: Mapping[str, Factors], form: PoolForm, *, some_layers: bool
+) -> None:
+    """Check that the adapter's modules are the pool's, and all that its configuration names."""
+    if not factors:
+        raise ValueError("holds no adapter, expected lora_A and lora_B of one module or more")
+    strangers = [key_of(name, "A") for name in factors if name not in form.modules]
+    if strangers:
+        raise ValueError(
+            f"{_some(strangers)}: the pool has no such module, expected some of "
+            f"{_some(list(form.modules))}"
+        )
+    if config.all_linear:
+        expected = set(form.all_linear) or set(factors)
+    else:
+        if not isinstance(config.target_modules, str):
+            for target in config.target_modules:
+                if not any(named_by([target], name) for name in form.modules):
+                    raise ValueError(f"target_modules: {target!r} matches no module of the pool")
+        expected = {n for n in form.modules if named_by(config.target_modules, n)}
+    expected = {n for n in expected if not is_excluded(config, n)}
+    extra = sorted(set(factors) - expected)
+    if extra:
+        raise ValueError(
+            f"{_some([key_of(n, 'A') for n in extra])}: not expected, target_modules is "
+            f"{config.target_modules!r}"
+        )
+    missing = sorted(expected - set(factors))
+    if missing and not some_layers:
+        keys = [key_of(n, f) for n in missing for f in "AB"]
+        raise ValueError(f"{_some(keys)}: missing, target_modules is {config.target_modules!r}")
+
+
+def _paged(name: str, pair: Factors, config: LoRAConfig, form: PoolForm) -> PagedFactors:
+    a, b = pair["A"], pair["B"]
+    r = a.shape[0]
+    if r > form.max_rank:
+        raise ValueError(
+            f"{key_of(name, 'A')}: got rank {r}, expected max_rank={form.max_rank} or less"
+        )
+    k, n = form.modules[name]
+    for factor, t, shape in (("A", a, (r, k)), ("B", b, (n, r))):
+        if tuple(t.shape) != shape:
+            raise ValueError(
+                f"{key_of(name, factor)}: got shape {list(t.shape)}, expected {list(shape)}"
+            )
+    scale = config.alpha_of(name) / (math.sqrt(r) if config.use_rslora else r)
+    if abs(scale) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: got scale {scale}, expected one that float32 holds")
+    paged = PagedFactors(_host_copy(a, form), _host_copy(b.T, form), scale)
+    for factor, t in (("A", paged.a), ("B", paged.b)):
+        if not bool(torch.isfinite(t).all()):
+            raise ValueError(f"{key_of(name, factor)}: overflows the pool's {names([form.dtype])}")
+    return paged
+
+
+def _host_copy(t: Tensor, form: PoolForm) -> Tensor:
+    """A copy of its own; in pinned memory where it is to travel without anyone's waiting."""
+    with torch.inference_mode(False):
+        pinned = form.device.type == "cuda"
+        own = torch.empty(t.shape, dtype=form.dtype, device="cpu", pin_memory=pinned)
+        return own.copy_(t)

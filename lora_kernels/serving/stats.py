@@ -1,0 +1,38 @@
+"""PoolStats: what a pool holds and what it has done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Counts of one moment.
+
+    Attributes:
+        known: adapters that the pool has a name for.
+        loaded, pinned, in_use: of those, in a slot, pinned, and held by a route.
+        slots: in all.
+        pages_used, pages_free: over all modules.
+        hits, misses: adapters that `acquire` found loaded, and that it had to load.
+        evictions: adapters that left their slot to make room or by `evict`.
+        disk_reads: directories read, and found right.
+        device_bytes: of all pages and tables; fixed when the pool is made.
+        used_bytes: of the pages in use and of all tables.
+        host_bytes: of the host's cache.
+    """
+
+    known: int
+    loaded: int
+    pinned: int
+    in_use: int
+    slots: int
+    pages_used: int
+    pages_free: int
+    hits: int
+    misses: int
+    evictions: int
+    disk_reads: int
+    device_bytes: int
+    used_bytes: int
+    host_bytes: int
