@@ -154,8 +154,8 @@ class Verifier:
         if case.is_gather:
             parts = [linear(x, weight(0), bias(0))] if case.has_weight else []
             if "a" in inputs:
-                table, slots = data.pages.table, data.slots
-                parts.append(plain_gather(x, inputs["a"], inputs["b"], table, slots, case.scale))
+                p, a, b = data.pages, inputs["a"], inputs["b"]
+                parts.append(plain_gather(x, a, b, p.table, p.ranks, data.slots, case.scale))
             return functools.reduce(torch.add, parts)
         if case.op == "lora_packed":
             return tuple(project(i, x) for i in range(len(data.projections)))

@@ -65,14 +65,18 @@ def plain_dora(
 
 
 def plain_gather(
-    x: Tensor, a: Tensor, b: Tensor, table: Tensor, slots: Tensor, scale: float
+    x: Tensor, a: Tensor, b: Tensor, table: Tensor, ranks: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """scale · x·Aᵀ·B of each token's own adapter, its pages gathered to [M, r, K] and [M, r, N]."""
-    pages = table[slots.clamp(min=0).long()].long()  # [M, C]
+    used = slots.clamp(min=0).long()
+    pages = table[used].long()  # [M, C]
     a, b = a[pages].flatten(1, 2).to(x.dtype), b[pages].flatten(1, 2).to(x.dtype)
-    s = torch.bmm(a, x[:, :, None]).transpose(1, 2)  # [M, 1, r]
-    z = scale * torch.bmm(s, b)[:, 0]
-    return torch.where(slots[:, None] >= 0, z, torch.zeros_like(z))
+    s = torch.bmm(a, x[:, :, None])[:, :, 0]  # [M, r]
+    ours = (
+        torch.arange(s.shape[1], device=x.device) < torch.where(slots >= 0, ranks[used], 0)[:, None]
+    )
+    s = scale * torch.where(ours, s, torch.zeros_like(s))
+    return torch.bmm(s[:, None], b)[:, 0]
 
 
 def gather(data: CaseData) -> Prepared:
@@ -82,7 +86,7 @@ def gather(data: CaseData) -> Prepared:
 
     def forward(i: int, x: Tensor) -> Tensor:
         p = pools[i % len(pools)]
-        z = plain_gather(x, p.a, p.b, p.table, slots, case.scale)
+        z = plain_gather(x, p.a, p.b, p.table, p.ranks, slots, case.scale)
         return linear(x, weights[i % len(weights)], bias) + z if weights else z
 
     return linear_call(

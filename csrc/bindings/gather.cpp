@@ -1,6 +1,8 @@
 // lora_kernels_native::gather_lora_{fwd,add,bwd} on the CPU.
 #include "bindings/gather.h"
 
+#include <array>
+
 namespace lora_kernels {
 namespace {
 
@@ -131,6 +133,26 @@ Tensor bias_rows(const Tensor& x, const std::optional<Tensor>& bias, int64_t n) 
   return y;
 }
 
+// The base's part. A dense one is torch's own, the bits that nn.Linear gives: its time is that of a
+// batch without adapters.
+Tensor base_forward(const Tensor& x, const Base& base, const Tensor& weight,
+                    const std::optional<Tensor>& bias) {
+  if (!base.meta.dense()) return linear_forward(x, base, bias);
+  if (bias.has_value()) {
+    vector_view("bias", bias, base.meta.n);
+    check_dtype("bias", *bias, x.scalar_type());
+  }
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor base_backward(const Tensor& dy, const Base& base, const Tensor& weight) {
+  return base.meta.dense() ? torch::stable::matmul(dy, weight) : linear_backward(dy, base);
+}
+
 std::tuple<Tensor, Tensor> gather_lora_fwd(
     const Tensor& any_x, const std::vector<Tensor>& base_tensors, const std::vector<int64_t>& meta,
     const std::optional<Tensor>& bias, const std::vector<Tensor>& pages,
@@ -138,8 +160,9 @@ std::tuple<Tensor, Tensor> gather_lora_fwd(
   LK_CHECK(meta.size() >= 2, "meta: got ", meta.size(), " numbers, expected 2 or more");
   const Call call(any_x, meta[0], meta[1], pages, entry_tensors, dropout);
   Tensor s = zeros(call.x, {call.entries.count, call.ranks()}, call.x.scalar_type());
-  Tensor y = base_tensors.empty() ? bias_rows(call.x, bias, meta[0])
-                                  : linear_forward(call.x, Base(base_tensors, meta), bias);
+  Tensor y = base_tensors.empty()
+                 ? bias_rows(call.x, bias, meta[0])
+                 : base_forward(call.x, Base(base_tensors, meta), base_tensors[0], bias);
   call.branch(false, matrix_view("y", y, -1, meta[0]), &s);
   return {y, s};
 }
@@ -272,7 +295,7 @@ Grads gather_lora_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
   Tensor dx = none(x.scalar_type()), dbias = none(x.scalar_type());
   if (want_x) {
     dx = base_tensors.empty() ? zeros(x, {x.size(0), meta[1]}, x.scalar_type())
-                              : linear_backward(dy, Base(base_tensors, meta));
+                              : base_backward(dy, Base(base_tensors, meta), base_tensors[0]);
     const std::vector<float> ones(size_t(call.entries.count), 1.0f);
     call.add_once(matrix_view("dx", dx, -1, meta[1]), 0, count, false,
                   [&](size_t i, const MatrixView& to, bool over) {

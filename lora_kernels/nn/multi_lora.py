@@ -15,7 +15,7 @@ class Router(Protocol):
     """Who knows the adapters and which row uses which: a `serving.AdapterPool`."""
 
     def active_slots(self) -> Tensor | None:
-        """int32, the slot of each row or token, −1 for none; None: no adapters at all."""
+        """int32, the slot of each row or token, −1 for none; None: nobody has an adapter."""
 
     def pages(self, module: str) -> RankPages:
         """The adapters of a module."""

@@ -277,13 +277,14 @@ class AdapterPool:
             held = self._hold(given)
             slots = self._slots(given, held)
         try:
-            with activated(self, slots):
+            # Without any adapter the layers are their bases, and take no longer.
+            with activated(self, slots if held else None):
                 yield slots
         finally:
             self._let_go(held)
 
     def active_slots(self) -> Tensor | None:
-        """The slots of the innermost route around the caller; None outside any."""
+        """The slots of the innermost route around the caller; None outside any, or for nobody."""
         return active_slots(self)
 
     def stats(self) -> PoolStats:

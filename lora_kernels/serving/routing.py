@@ -20,21 +20,22 @@ if TYPE_CHECKING:
     from lora_kernels.serving.pool import AdapterPool
 
 # Of each thread and each asyncio task its own: a route is seen by the code inside it alone.
-_ACTIVE: ContextVar[tuple[tuple[object, Tensor], ...]] = ContextVar("active routes", default=())
+_Routes = tuple[tuple[object, Tensor | None], ...]
+_ACTIVE: ContextVar[_Routes] = ContextVar("active routes", default=())
 
 
 @contextmanager
-def activated(owner: object, slots: Tensor) -> Iterator[Tensor]:
-    """Make the slots those that `owner`'s layers see; an inner one hides an outer one."""
+def activated(owner: object, slots: Tensor | None) -> Iterator[None]:
+    """Make the slots those that `owner`'s layers see; an inner one hides an outer one, None too."""
     token = _ACTIVE.set((*_ACTIVE.get(), (owner, slots)))
     try:
-        yield slots
+        yield
     finally:
         _ACTIVE.reset(token)
 
 
 def active_slots(owner: object) -> Tensor | None:
-    """The slots of the innermost route of this thread or task; None outside any."""
+    """The slots of the innermost route of this thread or task; None outside any, or for nobody."""
     return next((slots for who, slots in reversed(_ACTIVE.get()) if who is owner), None)
 
 

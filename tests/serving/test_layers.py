@@ -141,6 +141,8 @@ def test_an_inner_route_hides_the_outer_one_until_it_ends():
         with pool.route(["b"]) as inner:
             assert pool.active_slots() is inner
             assert other.active_slots() is None
+        with pool.route([None]):
+            assert pool.active_slots() is None  # its layers are their bases, at no cost
         assert pool.active_slots() is outer
     assert pool.active_slots() is None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +70,5 @@ def refuse_cuda_linear(x: Tensor, meta: Sequence[int]) -> str | None:
 def register_native(op: str, supports: Callable[..., str | None]) -> None:
     """Register `lora_kernels_native::<op>` as the native implementation of an op."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default(*args, **kwargs)
-
-    register(op, Implementation("native", call, supports))
+    packet = getattr(getattr(torch.ops, NATIVE_NAMESPACE), op)
+    register(op, Implementation("native", packet.default, supports))

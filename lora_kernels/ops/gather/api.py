@@ -15,6 +15,7 @@ Saved: x and s (and the parameters themselves).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -234,6 +235,14 @@ def _add(
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         raise ValueError(f"out: has strides {list(out.stride())}, expected the last to be 1")
-    with torch.no_grad():
-        torch.ops.lora_kernels.gather_lora_add(rows, to_rows(x), pages, entries, overwrite)
+    add_in_place(rows, to_rows(x), pages, entries, overwrite)
     return out
+
+
+def add_in_place(
+    out: Tensor, x: Tensor, pages: list[Tensor], entries: list[Tensor], overwrite: bool = False
+) -> None:
+    """The op on arguments that were checked, x [T, K] and out [T, N], outside autograd."""
+    # Entering the block takes as long as a small layer's kernel where caches are cold.
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+        torch.ops.lora_kernels.gather_lora_add(out, x, pages, entries, overwrite)

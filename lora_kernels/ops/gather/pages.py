@@ -82,25 +82,33 @@ class RankPages(NamedTuple):
 FIELDS = len(RankPages._fields)
 
 
-def check_pages(name: str, pages: RankPages) -> None:
+def check_pages(
+    name: str,
+    pages: RankPages,
+    k: int | str = "K",
+    slots: int | str = "S",
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
     """Raise ValueError or TypeError unless shapes, dtypes and devices fit; reads no values."""
-    check_shape(f"{name}.a", pages.a, ["P", PAGE, "K"])
-    check_shape(f"{name}.b", pages.b, [pages.a.shape[0], PAGE, "N"])
-    check_shape(f"{name}.table", pages.table, ["S", "C"])
-    for field, dtypes in (
-        ("a", FLOATS),
-        ("b", [pages.a.dtype]),
-        ("table", INTEGERS),
-        ("ranks", INTEGERS),
-        ("scales", FACTORS),
+    a, b, table, ranks, scales = pages
+    device = device or a.device
+    check_shape(f"{name}.a", a, ("P", PAGE, k))
+    check_shape(f"{name}.b", b, (a.shape[0], PAGE, "N"))
+    check_shape(f"{name}.table", table, (slots, "C"))
+    check_shape(f"{name}.ranks", ranks, table.shape[:1])
+    check_shape(f"{name}.scales", scales, table.shape[:1])
+    for field, t, expected in (
+        ("a", a, dtypes),
+        ("b", b, (a.dtype,)),
+        ("table", table, INTEGERS),
+        ("ranks", ranks, INTEGERS),
+        ("scales", scales, FACTORS),
     ):
-        t = getattr(pages, field)
-        check_dtype(f"{name}.{field}", t, dtypes)
-        check_device(f"{name}.{field}", t, pages.a.device)
-        if not t.is_contiguous():
+        if t.dtype not in expected or t.device != device or not t.is_contiguous():
+            check_dtype(f"{name}.{field}", t, expected)
+            check_device(f"{name}.{field}", t, device)
             raise ValueError(f"{name}.{field}: has stride {list(t.stride())}, expected contiguous")
-    for field in ("ranks", "scales"):
-        check_shape(f"{name}.{field}", getattr(pages, field), [pages.slots])
 
 
 def split_pages(flat: Sequence[Tensor]) -> list[RankPages]:

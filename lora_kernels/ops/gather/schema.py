@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import (
+    FLOATS,
     check_device,
     check_dtype,
     check_optional_vector,
@@ -80,13 +81,11 @@ def check_projections(pages: Sequence[RankPages], n: int, k: int, x: Tensor) -> 
     """Raise ValueError or TypeError unless the pages go with x [.., k] and y [.., n]."""
     if not pages:
         raise ValueError("pages: got none, expected those of one projection or more")
+    slots: int | str = "S"
+    dtypes: Sequence[torch.dtype] = FLOATS
     for i, p in enumerate(pages):
-        name = f"pages[{i}]"
-        check_pages(name, p)
-        check_device(f"{name}.a", p.a, x.device)
-        check_shape(f"{name}.a", p.a, ["P", 16, k])
-        check_dtype(f"{name}.a", p.a, [pages[0].a.dtype])
-        check_shape(f"{name}.table", p.table, [pages[0].slots, "C"])
+        check_pages(f"pages[{i}]", p, k, slots, dtypes, x.device)
+        slots, dtypes = p.table.shape[0], (p.a.dtype,)
     total = sum(p.b.shape[2] for p in pages)
     if total != n:
         raise ValueError(f"pages: give {total} outputs, expected {n} as the base has")
