@@ -21,6 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "lora_kernels.cli.finetune",
         "fine-tune a causal language model with LoRA or QLoRA",
     ),
+    "serve-demo": (
+        "lora_kernels.cli.serve_demo",
+        "serve many adapters in one batch, check every row and measure it",
+    ),
     "doctor": (
         "lora_kernels.cli.doctor",
         "show this machine, the installed versions and the path every op takes here",

@@ -60,35 +60,40 @@ DEMO = {
 }
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 1")
     return value
 
 
-def _not_negative(text: str) -> int:
+def not_negative(text: str) -> int:
+    """A whole number of at least 0."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"got {text}, expected a whole number of at least 0")
     return value
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """A number from 0 to below 1."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"got {text}, expected 0 <= value < 1")
     return value
 
 
-def _above_zero(text: str) -> float:
+def above_zero(text: str) -> float:
+    """A number above 0."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text}, expected a number above 0")
     return value
 
 
-def _from_zero(text: str) -> float:
+def from_zero(text: str) -> float:
+    """A number of at least 0."""
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text}, expected a number of at least 0")
@@ -122,14 +127,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group("adapter").add_argument
-    add("--rank", type=_positive, default=16, metavar="R", help="(default: %(default)s)")
+    add("--rank", type=positive, default=16, metavar="R", help="(default: %(default)s)")
     add(
         "--alpha",
-        type=_above_zero,
+        type=above_zero,
         default=32.0,
         help="the branch is scaled by alpha/rank (default: %(default)s)",
     )
-    add("--dropout", type=_share, default=0.05, metavar="P", help="(default: %(default)s)")
+    add("--dropout", type=share, default=0.05, metavar="P", help="(default: %(default)s)")
     add("--rslora", action="store_true", help="scale by alpha/sqrt(rank) instead")
     add("--dora", action="store_true", help="learn each output's magnitude as well (DoRA)")
     add(
@@ -150,7 +155,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--block-size",
-        type=_positive,
+        type=positive,
         default=64,
         metavar="N",
         help="weights that share a scale (default: %(default)s)",
@@ -163,28 +168,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=_above_zero, default=2e-4, help="(default: %(default)s)")
+    add("--lr", type=above_zero, default=2e-4, help="(default: %(default)s)")
     add(
         "--loraplus-ratio",
-        type=_above_zero,
+        type=above_zero,
         default=1.0,
         metavar="RATIO",
         help="LoRA+: learning rate of B over that of A (default: %(default)s)",
     )
-    add("--weight-decay", type=_from_zero, default=0.0, help="(default: %(default)s)")
-    add("--epochs", type=_above_zero, default=1.0, help="(default: %(default)s)")
-    add("--max-steps", type=_positive, metavar="N", help="optimiser steps; goes before --epochs")
-    add("--batch-size", type=_positive, default=8, metavar="N", help="(default: %(default)s)")
+    add("--weight-decay", type=from_zero, default=0.0, help="(default: %(default)s)")
+    add("--epochs", type=above_zero, default=1.0, help="(default: %(default)s)")
+    add("--max-steps", type=positive, metavar="N", help="optimiser steps; goes before --epochs")
+    add("--batch-size", type=positive, default=8, metavar="N", help="(default: %(default)s)")
     add(
         "--grad-accum",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="batches per optimiser step (default: %(default)s)",
     )
-    add(
-        "--max-length", type=_positive, default=512, metavar="TOKENS", help="(default: %(default)s)"
-    )
+    add("--max-length", type=positive, default=512, metavar="TOKENS", help="(default: %(default)s)")
     add(
         "--schedule",
         choices=("cosine", "linear", "constant_with_warmup"),
@@ -193,13 +196,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--warmup",
-        type=_from_zero,
+        type=from_zero,
         default=0.05,
         help="steps, or a share of all steps when below 1 (default: %(default)s)",
     )
     add(
         "--max-grad-norm",
-        type=_from_zero,
+        type=from_zero,
         default=1.0,
         help="0: no clipping (default: %(default)s)",
     )
@@ -208,29 +211,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="recompute activations in the backward: less memory, more time",
     )
-    add("--seed", type=_not_negative, default=0, help="(default: %(default)s)")
-    add("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    add("--seed", type=not_negative, default=0, help="(default: %(default)s)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
 
     add = parser.add_argument_group("checks and results").add_argument
     add(
         "--eval-fraction",
-        type=_share,
+        type=share,
         default=0.1,
         metavar="SHARE",
         help="share of --data that is held out (default: %(default)s)",
     )
-    add("--eval-steps", type=_positive, default=100, metavar="N", help="(default: %(default)s)")
-    add("--save-steps", type=_positive, default=100, metavar="N", help="(default: %(default)s)")
+    add("--eval-steps", type=positive, default=100, metavar="N", help="(default: %(default)s)")
+    add("--save-steps", type=positive, default=100, metavar="N", help="(default: %(default)s)")
     add(
         "--keep",
-        type=_positive,
+        type=positive,
         default=2,
         metavar="N",
         help="checkpoints kept (default: %(default)s)",
     )
     add(
         "--generate",
-        type=_not_negative,
+        type=not_negative,
         default=2,
         metavar="N",
         help="answers to show before and after (default: %(default)s)",

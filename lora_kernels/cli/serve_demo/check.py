@@ -1,0 +1,91 @@
+"""Each row of a mixed batch against the model with that adapter alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_kernels.cli.finetune.collate import can_trim_logits
+from lora_kernels.cli.serve_demo.adapters import Adapters, fill
+from lora_kernels.cli.serve_demo.progress import Tick
+from lora_kernels.dispatch import use_backend
+from lora_kernels.serving import AdapterPool
+from lora_kernels.testing import assert_within_budget
+
+
+@dataclass
+class Checked:
+    """What the comparison found.
+
+    Attributes:
+        rows: how many were compared.
+        wrong: a message for each row that is over the error budget.
+        tokens, chosen: how many were generated; how many of them are the most likely next token
+            of the adapter alone, after the tokens before (ends apart, which `decoding` forbids).
+    """
+
+    rows: int
+    tokens: int
+    chosen: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def check_rows(
+    served: Any,
+    pool: AdapterPool,
+    single: Any,
+    adapters: Adapters,
+    numbers: Sequence[int],
+    prompt: Tensor,
+    answers: Sequence[Tensor],
+    tick: Tick,
+) -> Checked:
+    """Hold the logits of a mixed batch's rows to the one error budget.
+
+    Each row's oracle is the model with the row's adapter alone in fp64, and its yardstick the same
+    in plain PyTorch in the model's dtype.
+
+    Args:
+        served: with the pool attached.
+        single: with one adapter, which is filled.
+        numbers: the adapter of each row.
+        prompt: int64 [L], of every row.
+        answers: int64 [T] of each row.
+    """
+    answer = torch.stack(list(answers)).to(served.device)  # [B, T]
+    ids = torch.cat([prompt.to(served.device).expand(len(numbers), -1), answer], 1)
+    with pool.route([adapters.name(i) for i in numbers]):
+        mixed = _logits(served, ids, answer.shape[1])
+    exact_model = copy.deepcopy(single).double()
+    dtype = pool.form.dtype
+    found = Checked(len(numbers), answer.numel())
+    ends = served.generation_config.eos_token_id
+    ends = [] if ends is None else torch.as_tensor(ends, device=served.device).view(-1)
+    for row, i in enumerate(numbers):
+        state = adapters.state(i)
+        for model in (single, exact_model):
+            fill(model, state, dtype)
+        with use_backend("reference"):
+            plain = _logits(single, ids[row : row + 1], answer.shape[1])[0]
+        exact = _logits(exact_model, ids[row : row + 1], answer.shape[1])[0]
+        try:
+            assert_within_budget(mixed[row], exact, plain, adapters.name(i))
+        except AssertionError as error:
+            found.wrong.append(str(error))
+        plain[:, ends] = float("-inf")
+        # The last position's choice was not generated.
+        found.chosen += int((plain[:-1].argmax(-1) == answer[row]).sum())
+        tick(adapters.name(i))
+    return found
+
+
+def _logits(model: Any, ids: Tensor, answer: int) -> Tensor:
+    """[B, T + 1, V], from the position that chose the first token of the answer."""
+    options = {"logits_to_keep": answer + 1} if can_trim_logits(model) else {}
+    return model(input_ids=ids, **options).logits[:, -answer - 1 :]

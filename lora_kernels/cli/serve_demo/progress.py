@@ -1,0 +1,38 @@
+"""A bar for each stage, or plain lines where the output is no terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Tick = Callable[[str], None]
+LINES = 4  # of a stage, where there is no bar
+
+
+@contextmanager
+def stage(console: Console, title: str, total: int) -> Iterator[Tick]:
+    """Yields what is called after each of `total` steps, with a note on it."""
+    if console.is_terminal:
+        columns = (
+            TextColumn(title),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(title, total=total, note="")
+            yield lambda note: bar.update(task, advance=1, note=note)
+        return
+    done = 0
+
+    def tick(note: str) -> None:
+        nonlocal done
+        done += 1
+        if done * LINES // total > (done - 1) * LINES // total:
+            console.print(f"{title} {done}/{total}  {note}".rstrip())
+
+    yield tick
