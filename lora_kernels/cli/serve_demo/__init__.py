@@ -16,7 +16,7 @@ from lora_kernels.cli.finetune.args import not_negative, positive
 
 __all__ = ["add_arguments", "run"]
 
-QUESTION = "Tell me about yourself."
+QUESTION = "What will you do tomorrow?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--train-steps",
         type=positive,
-        default=12,
+        default=8,
         metavar="N",
         help="for each of the fine-tuned adapters (default: %(default)s)",
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_kernels.cli.finetune.collate import can_trim_logits
 from lora_kernels.cli.serve_demo.adapters import Adapters, fill
@@ -26,7 +27,7 @@ class Checked:
         rows: how many were compared.
         wrong: a message for each row that is over the error budget.
         tokens, chosen: how many were generated; how many of them are the most likely next token
-            of the adapter alone, after the tokens before (ends apart, which `decoding` forbids).
+            of the adapter alone, after the tokens before.
     """
 
     rows: int
@@ -56,36 +57,35 @@ def check_rows(
         single: with one adapter, which is filled.
         numbers: the adapter of each row.
         prompt: int64 [L], of every row.
-        answers: int64 [T] of each row.
+        answers: int64 [T] of each row, T its own.
     """
-    answer = torch.stack(list(answers)).to(served.device)  # [B, T]
-    ids = torch.cat([prompt.to(served.device).expand(len(numbers), -1), answer], 1)
+    lengths = [len(answer) for answer in answers]
+    prompts = prompt.to(served.device).expand(len(answers), -1)
+    # What fills up short rows comes after all that they are compared in.
+    filled = pad_sequence(list(answers), batch_first=True).to(served.device)  # [B, T]
+    ids = torch.cat([prompts, filled], 1)
     with pool.route([adapters.name(i) for i in numbers]):
-        mixed = _logits(served, ids, answer.shape[1])
+        mixed = _logits(served, ids, filled.shape[1])
     exact_model = copy.deepcopy(single).double()
-    dtype = pool.form.dtype
-    found = Checked(len(numbers), answer.numel())
-    ends = served.generation_config.eos_token_id
-    ends = [] if ends is None else torch.as_tensor(ends, device=served.device).view(-1)
-    for row, i in enumerate(numbers):
+    found = Checked(len(numbers), sum(lengths))
+    for row, (i, length) in enumerate(zip(numbers, lengths, strict=True)):
         state = adapters.state(i)
         for model in (single, exact_model):
-            fill(model, state, dtype)
+            fill(model, state, pool.form.dtype)
+        own = ids[row : row + 1, : len(prompt) + length]
         with use_backend("reference"):
-            plain = _logits(single, ids[row : row + 1], answer.shape[1])[0]
-        exact = _logits(exact_model, ids[row : row + 1], answer.shape[1])[0]
+            plain = _logits(single, own, length)[0]
+        exact = _logits(exact_model, own, length)[0]
         try:
-            assert_within_budget(mixed[row], exact, plain, adapters.name(i))
+            assert_within_budget(mixed[row, :length], exact, plain, adapters.name(i))
         except AssertionError as error:
             found.wrong.append(str(error))
-        plain[:, ends] = float("-inf")
-        # The last position's choice was not generated.
-        found.chosen += int((plain[:-1].argmax(-1) == answer[row]).sum())
+        found.chosen += int((plain.argmax(-1) == own[0, -length:]).sum())
         tick(adapters.name(i))
     return found
 
 
 def _logits(model: Any, ids: Tensor, answer: int) -> Tensor:
-    """[B, T + 1, V], from the position that chose the first token of the answer."""
+    """[B, T, V], of the positions that chose the answer's tokens, the last T of ids [B, L + T]."""
     options = {"logits_to_keep": answer + 1} if can_trim_logits(model) else {}
-    return model(input_ids=ids, **options).logits[:, -answer - 1 :]
+    return model(input_ids=ids, **options).logits[:, -answer - 1 : -1]

@@ -172,13 +172,13 @@ class ServeDemo:
         report.memory(self.out, self.arithmetic, self.pool, self.base)
 
     def answer(self) -> Generated:
-        """The mixed batch: each row its own adapter."""
-        return self._answer(self.args.batch)
+        """The mixed batch: each row its own adapter, to its own end."""
+        return self._answer(self.args.batch, 1)
 
-    def _answer(self, distinct: int) -> Generated:
+    def _answer(self, distinct: int, least: int) -> Generated:
         rows = [self.names[i % distinct] for i in range(self.args.batch)]
         prompts = [self.prompt] * len(rows)
-        options = decoding(self.args.tokens)
+        options = decoding(least, self.args.tokens)
         return generate_batch(self.served, self.tokenizer, prompts, rows, **options)
 
     def check(self, generated: Generated) -> Checked:
@@ -198,7 +198,8 @@ class ServeDemo:
 
     def answers(self, generated: Generated) -> dict[str, str]:
         """The base's answer and those of the first rows, by name."""
-        base = generate(self.base, self.ids[None], self.args.tokens, self.tokenizer.pad_token_id)
+        pad = self.tokenizer.pad_token_id
+        base = generate(self.base, self.ids[None], 1, self.args.tokens, pad)
         shown = {BASE: self.tokenizer.decode(base[0], skip_special_tokens=True)}
         return shown | dict(zip(self.names, generated.texts[: report.SHOWN], strict=False))
 
@@ -206,7 +207,8 @@ class ServeDemo:
         """The batch with few and many adapters in it, and what PEFT does with it."""
         args = self.args
         rows, pad = self.ids.expand(args.batch, -1), self.tokenizer.pad_token_id
-        cases = [Case(BASE, 0, lambda: generate(self.base, rows, args.tokens, pad))]
+        many = args.tokens, args.tokens, pad  # no row ends early
+        cases = [Case(BASE, 0, lambda: generate(self.base, rows, *many))]
         peft, loaded = self.load_peft()
         for distinct in counts(args.batch):
             cases.append(Case(POOL, distinct, lambda d=distinct: self._tokens(d)))  # type: ignore[misc]
@@ -216,16 +218,14 @@ class ServeDemo:
                     Case(
                         PEFT,
                         distinct,
-                        lambda n=names: generate(  # type: ignore[misc]
-                            peft, rows, args.tokens, pad, adapter_names=n
-                        ),
+                        lambda n=names: generate(peft, rows, *many, adapter_names=n),  # type: ignore[misc]
                     )
                 )
         with stage(self.console, "measuring", len(cases) * (args.rounds + 1)) as tick:
             return measure(cases, args.rounds, tick), loaded
 
     def _tokens(self, distinct: int) -> Tensor:
-        return torch.stack(self._answer(distinct).tokens)
+        return torch.stack(self._answer(distinct, self.args.tokens).tokens)
 
     def load_peft(self) -> tuple[Any, report.Loaded]:
         """PEFT's model of the batch's adapters, if it is there and wanted."""

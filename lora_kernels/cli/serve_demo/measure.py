@@ -65,21 +65,21 @@ def measure(cases: Sequence[Case], rounds: int, tick: Tick) -> Rates:
 
 
 @torch.no_grad()
-def generate(model: Any, ids: Tensor, tokens: int, pad: int, **options: Any) -> Tensor:
+def generate(model: Any, ids: Tensor, least: int, tokens: int, pad: int, **options: Any) -> Tensor:
     """Greedy answers of a model to rows of one length: int64 [B, T] on the host."""
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=torch.ones_like(ids).to(model.device),
         pad_token_id=pad,
-        **decoding(tokens),
+        **decoding(least, tokens),
         **options,
     )
     return out[:, ids.shape[1] :].cpu()
 
 
-def decoding(tokens: int) -> dict[str, Any]:
-    """Greedy, and the same number of tokens for everyone: no row ends early."""
-    return {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+def decoding(least: int, most: int) -> dict[str, Any]:
+    """Greedy, with so many tokens."""
+    return {"min_new_tokens": least, "max_new_tokens": most, "do_sample": False}
 
 
 def load_peft(
