@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import tempfile
 from collections.abc import Callable
@@ -14,9 +15,11 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from lora_kernels.cli import main
 from lora_kernels.cli.serve_demo import adapters, job, measure, memory, plot
+from lora_kernels.cli.serve_demo.progress import stage
 from lora_kernels.serving import AdapterPool
 
 # (in, out) of each layer of the tiny model but its head, whose one layer is 64 wide.
@@ -81,8 +84,8 @@ def test_run(serve, tmp_path, capsys):
     assert "PEFT took" in captured.out and f"to load {BATCH} adapters" in captured.out
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["plot.png", "temporary"]
-    for stage in ("fine-tuning 8/8", "loading 6/6", "checking 5/5"):
-        assert stage in captured.err
+    for line in ("fine-tuning 8/8", "loading 6/6", "checking 5/5"):
+        assert line in captured.err
 
 
 @pytest.mark.slow
@@ -102,6 +105,22 @@ def test_a_wrong_row_is_found_and_peft_can_be_left_out(serve, monkeypatch, capsy
     assert "pirate-4: largest error" in out
     assert all(found[distinct][2] == "-" for distinct in "1245")
     assert "PEFT left out: --peft-seconds 0" in out
+
+
+@pytest.mark.slow
+def test_peft_is_measured_with_what_it_could_load(serve, monkeypatch, capsys):
+    load = job.load_peft
+
+    def no_time(*given: Any) -> Any:
+        *others, _seconds, tick = given
+        return load(*others, 0.0, tick)
+
+    monkeypatch.setattr(job, "load_peft", no_time)
+    assert serve() == 0
+    out = capsys.readouterr().out
+    found = rows(out)
+    assert float(found["1"][2]) > 0 and all(found[distinct][2] == "-" for distinct in "245")
+    assert "to load 1 adapters of 5, then its --peft-seconds were over" in out
 
 
 @pytest.mark.slow
@@ -176,6 +195,18 @@ def test_figures_are_medians_in_rotating_order(monkeypatch):
     cases = [case("a", [99, 2, 3, 50]), case("b", [99, 1, 1, 1])]
     assert measure.measure(cases, 3, lambda note: None) == {("a", 1): 6 / 3, ("b", 1): 6.0}
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+
+
+def test_a_stage_is_a_bar_on_a_terminal_and_lines_elsewhere():
+    shown = []
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+        with stage(console, "loading", 10) as tick:
+            for i in range(10):
+                tick(f"note {i}")
+        shown.append(console.file.getvalue())
+    assert "loading" in shown[0] and "10/10" in shown[0] and "\x1b[" in shown[0]
+    assert shown[1].splitlines() == [f"loading {i + 1}/10  note {i}" for i in (2, 4, 7, 9)]
 
 
 @pytest.mark.parametrize(

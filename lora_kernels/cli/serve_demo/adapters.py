@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_kernels.adapters import adapter_layers, apply_lora, save_adapter
+from lora_kernels.cli.errors import UsageError
 from lora_kernels.cli.finetune.collate import Collator, can_trim_logits
 from lora_kernels.cli.finetune.data import Message, encode_all
 from lora_kernels.cli.serve_demo.progress import Tick
@@ -47,6 +48,8 @@ def train_voice(single: Any, tokenizer: Any, voice: str, steps: int, tick: Tick)
         layer.reset_adapter()
         factors += [layer.lora_A, layer.lora_B]
     examples, _, _ = encode_all(tokenizer, _conversations(voice), MAX_LENGTH)
+    if not examples:
+        raise UsageError(f"--model: its prompts leave no room for an answer in {MAX_LENGTH} tokens")
     batch = Collator(tokenizer.pad_token_id, can_trim_logits(single))(examples)
     batch = {name: t.to(single.device) for name, t in batch.items()}
     optimizer = torch.optim.AdamW(factors, lr=LEARNING_RATE, weight_decay=0.0)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_kernels.adapters import adapter_layers
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.cli.finetune.data import segments
+from lora_kernels.cli.finetune.generate import spread
 from lora_kernels.cli.finetune.models import (
     Source,
     load_model,
@@ -148,7 +149,10 @@ class ServeDemo:
                 args.train_steps,
                 tick,
             )
-        self.names = [self.adapters.name(i) for i in range(args.adapters)]
+        trained = len(self.adapters.folders)
+        derived = spread(list(range(trained, args.adapters)), args.batch - trained)
+        self.numbers = [*range(trained), *derived][: args.batch]  # the adapter of each row
+        self.names = [self.adapters.name(i) for i in self.numbers]
 
     def fill_pool(self) -> None:
         """Every adapter into a slot and pages of its own."""
@@ -162,7 +166,8 @@ class ServeDemo:
             host_bytes=0,  # all of them are in the pool
         )
         with stage(self.console, "loading", args.adapters) as tick:
-            for i, name in enumerate(self.names):
+            for i in range(args.adapters):
+                name = adapters.name(i)
                 if name in adapters.folders:
                     self.pool.load(name, adapters.folders[name])
                 else:
@@ -183,14 +188,13 @@ class ServeDemo:
 
     def check(self, generated: Generated) -> Checked:
         """Every row against the model with its adapter alone."""
-        batch = range(self.args.batch)
-        with stage(self.console, "checking", len(batch)) as tick:
+        with stage(self.console, "checking", self.args.batch) as tick:
             return check_rows(
                 self.served,
                 self.pool,
                 self.single,
                 self.adapters,
-                batch,
+                self.numbers,
                 self.ids,
                 generated.tokens,
                 tick,
@@ -236,7 +240,7 @@ class ServeDemo:
             return None, report.Loaded(0, "not installed, so not measured")
         with stage(self.console, "loading into PEFT", args.batch) as tick:
             peft, loaded, took = load_peft(
-                twin(self.base), self.adapters, args.batch, self.dtype, args.peft_seconds, tick
+                twin(self.base), self.adapters, self.numbers, self.dtype, args.peft_seconds, tick
             )
         what = f"took {took:.1f} s to load {loaded} adapters"
         if loaded < args.batch:

@@ -83,13 +83,18 @@ def decoding(least: int, most: int) -> dict[str, Any]:
 
 
 def load_peft(
-    model: Any, adapters: Adapters, wanted: int, dtype: torch.dtype, seconds: float, tick: Tick
+    model: Any,
+    adapters: Adapters,
+    numbers: Sequence[int],
+    dtype: torch.dtype,
+    seconds: float,
+    tick: Tick,
 ) -> tuple[Any, int, float]:
-    """A PEFT model with the first adapters: as many as it takes in the time, at least one.
+    """A PEFT model with a batch's adapters: as many as it takes in the time, at least one.
 
     Args:
         model: becomes PEFT's.
-        wanted: at most so many.
+        numbers: the adapter of each row; the first ones are loaded first.
         dtype: of the factors, as in the pool.
 
     Returns:
@@ -100,7 +105,8 @@ def load_peft(
     start = time.perf_counter()
     options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
     peft: Any = None
-    for i in range(wanted):
+    loaded = 0
+    for i in numbers:
         config = LoraConfig(
             r=adapters.config["r"],
             lora_alpha=adapters.config["lora_alpha"],
@@ -116,8 +122,9 @@ def load_peft(
                 peft.add_adapter(name, config, **options)
         state = {key: t.to(dtype) for key, t in adapters.state(i).items()}
         set_peft_model_state_dict(peft, state, name, low_cpu_mem_usage=True)
+        loaded += 1
         tick(name)
         took = time.perf_counter() - start
         if took > seconds:
             break
-    return peft.eval(), i + 1, took
+    return peft.eval(), loaded, took

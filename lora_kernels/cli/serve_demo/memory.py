@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from lora_kernels.cli.errors import UsageError
@@ -66,8 +67,6 @@ def free_bytes(device: torch.device) -> int:
     """What can be had on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
     return psutil.virtual_memory().available
 
 

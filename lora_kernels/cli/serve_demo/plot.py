@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.cli.serve_demo.measure import BASE, PEFT, POOL, Rates
 
@@ -29,9 +32,6 @@ def check_place(file: str) -> Path:
 
 def draw(rates: Rates, batch: int, path: Path, title: str) -> None:
     """Draw what was measured, and replace the file when the picture is whole."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
