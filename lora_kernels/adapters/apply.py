@@ -24,6 +24,7 @@ from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
 from lora_kernels.nn.common import check_finite_weight, check_linear_layer
 from lora_kernels.nn.linear4bit import check_linear4bit, check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype
+from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
 from lora_kernels.ops.nf4.base import check_block_size
 from lora_kernels.ops.nf4.weight import check_quant_type
 
@@ -278,6 +279,12 @@ def check_model(model: nn.Module) -> None:
             f"model: is a {type(model).__name__}, which cannot be replaced inside itself; use "
             "LoRALinear.from_linear"
         )
+    training = [n for n, m in model.named_modules() if isinstance(m, TrainableMultiLoRALinear)]
+    if training:
+        raise ValueError(
+            f"model: {type(model).__name__} has adapters in training on {training[0]} and others; "
+            "training.detach_adapters removes them"
+        )
     adapted = [name for name, _ in adapter_layers(model)]
     if adapted:
         raise ValueError(
@@ -330,7 +337,7 @@ def _plan_quantisation(
 
 def _leave_fast_path(model: nn.Module) -> None:
     """Make nn.TransformerEncoderLayer call its layers: its fused path reads their weights only."""
-    ours = (LoRALinear, NF4Linear)
+    ours = (LoRALinear, NF4Linear, TrainableMultiLoRALinear)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(child, ours) for child in module.modules()

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,9 +31,11 @@ from lora_kernels.integrations.peft import (
 )
 from lora_kernels.integrations.transformers import base_model_name, task_type
 from lora_kernels.nn import LoRAMixin
+from lora_kernels.nn.multi_lora_training import SlotAdapter
 from lora_kernels.ops.common.checks import FLOATS, names
 
 Factors = dict[str, Tensor]
+AdapterLayer = LoRAMixin | SlotAdapter
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,27 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         ValueError: the model has no adapters, they are on the meta device, or their dropout or
             use_rslora or use_dora differ (PEFT's configuration has one value for all).
     """
+    model = unwrap(model)
+    asked = getattr(model, "lora_config", None)
+    return save_layers(model, require_adapters(model), asked, directory)
+
+
+def save_layers(
+    model: nn.Module,
+    layers: Sequence[tuple[str, AdapterLayer]],
+    asked: LoRAConfig | None,
+    directory: str | os.PathLike[str],
+) -> Path:
+    """`save_adapter` of these layers; `asked` is the configuration that they were made from."""
     from safetensors.torch import save_file
 
-    model = unwrap(model)
-    layers = require_adapters(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers:
         for factor, t in _tensors_of(layer).items():
             if t.is_meta:
                 raise ValueError(f"{name}: its adapter is on the meta device, expected values")
             tensors[key_of(name, factor)] = t.detach().to("cpu").contiguous()
-    config = _saved_config(model, layers).to_peft_dict(
+    config = _saved_config(model, layers, asked).to_peft_dict(
         base_model=base_model_name(model), task_type=task_type(model)
     )
     folder = Path(directory)
@@ -90,7 +102,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def _tensors_of(layer: LoRAMixin) -> Factors:
+def _tensors_of(layer: AdapterLayer) -> Factors:
     """The adapter's tensors by their names in a checkpoint."""
     factors: Factors = {"A": layer.lora_A, "B": layer.lora_B}
     if layer.lora_magnitude_vector is not None:
@@ -98,14 +110,16 @@ def _tensors_of(layer: LoRAMixin) -> Factors:
     return factors
 
 
-def _saved_config(model: nn.Module, layers: list[tuple[str, LoRAMixin]]) -> LoRAConfig:
+def _saved_config(
+    model: nn.Module, layers: Sequence[tuple[str, AdapterLayer]], asked: LoRAConfig | None
+) -> LoRAConfig:
     """A configuration that describes the layers as they are, whatever was asked for at first."""
     for option in ("dropout", "use_rslora", "use_dora"):
         values = {getattr(layer, option) for _, layer in layers}
         if len(values) > 1:
             raise ValueError(f"{option}: the layers have {sorted(values)}, expected one value")
     first = layers[0][1]
-    asked = getattr(model, "lora_config", None) or LoRAConfig(
+    asked = asked or LoRAConfig(
         r=_usual(layer.r for _, layer in layers),
         alpha=_usual(layer.alpha for _, layer in layers),
         init=first.init,

@@ -77,10 +77,10 @@ def cast_like(t: Tensor | None, x: Tensor) -> Tensor | None:
     return t if t is None or t.dtype == x.dtype else t.to(x.dtype)
 
 
-def draw_kaiming(t: Tensor) -> None:
+def draw_kaiming(t: Tensor, generator: torch.Generator | None = None) -> None:
     """Fill in place with nn.Linear's and LoRA's choice: Kaiming-uniform, a=√5."""
     if t.numel() > 0:  # torch warns about anything smaller
-        nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
 
 def draw_linear_weight(weight: Tensor, bias: Tensor | None) -> None:

@@ -53,6 +53,22 @@ def default_adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if base_dtype in (torch.float16, torch.bfloat16) else base_dtype
 
 
+def scale_of(alpha: float, r: int, use_rslora: bool) -> float:
+    """What the branch is multiplied by: alpha/r, or alpha/√r with `use_rslora`."""
+    return alpha / (math.sqrt(r) if use_rslora else r)
+
+
+@torch.no_grad()
+def draw_adapter(a: Tensor, b: Tensor, init: str, generator: torch.Generator | None = None) -> None:
+    """Fill A [r, K] as `init` says (Kaiming-uniform with a=√5, or normal with std 1/r), B with
+    zeros."""
+    if init == "gaussian":
+        nn.init.normal_(a, std=1 / a.shape[0], generator=generator)
+    else:
+        draw_kaiming(a, generator)
+    nn.init.zeros_(b)
+
+
 def _key_of(weight: Tensor | NF4Weight) -> tuple[Any, ...] | None:
     """What changes when the weight does; None for a tensor that has no memory of its own."""
     tensors = weight.base if isinstance(weight, NF4Weight) else [weight]
@@ -144,11 +160,7 @@ class LoRAMixin(nn.Module):
     def reset_adapter(self) -> None:
         """Draw A anew (Kaiming-uniform with a=√5, or normal with std 1/r), set B to zero and the
         magnitude to what changes nothing."""
-        if self.init == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / self.r)
-        else:
-            draw_kaiming(self.lora_A)
-        nn.init.zeros_(self.lora_B)
+        draw_adapter(self.lora_A, self.lora_B, self.init)
         self.reset_magnitude()
 
     @torch.no_grad()
@@ -195,7 +207,7 @@ class LoRAMixin(nn.Module):
     @property
     def scale(self) -> float:
         """What the branch is multiplied by: alpha/r, or alpha/√r with `use_rslora`."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return scale_of(self.alpha, self.r, self.use_rslora)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to y [..., N]."""

@@ -71,7 +71,7 @@ class MultiLoRALinear(nn.Module):
         slots = self.router.active_slots()
         if slots is None:
             return y
-        slots = self._fit(slots, x)
+        slots = fit_slots(self.name, slots, x)
         pages = self.router.pages(self.name)
         x = x.to(y.dtype)  # under autocast they differ
         inputs = (x, y, pages.a, pages.b, pages.scales)
@@ -79,21 +79,23 @@ class MultiLoRALinear(nn.Module):
             return y + functional.gather_lora(x, pages, slots)
         return functional.gather_lora(x, pages, slots, out=y.contiguous())
 
-    def _fit(self, slots: Tensor, x: Tensor) -> Tensor:
-        """The slots, for x's leading dimensions or the first of them."""
-        lead = x.shape[:-1]
-        if slots.shape == lead[: slots.dim()]:
-            return slots
-        if 1 in (slots.dim(), len(lead)) and slots.numel() == lead.numel():
-            return slots.reshape(lead)
-        raise ValueError(
-            f"{self.name}: slots: got shape {list(slots.shape)}, expected {list(lead)} as x has, "
-            "or the first of these; a layer that folds batch and tokens into one dimension needs "
-            "a slot for each token"
-        )
-
     def extra_repr(self) -> str:
         return f"name={self.name!r}"
+
+
+def fit_slots(name: str, slots: Tensor, x: Tensor) -> Tensor:
+    """The slots, for x's leading dimensions or the first of them; ValueError, with the layer's
+    name, where they are for something else."""
+    lead = x.shape[:-1]
+    if slots.shape == lead[: slots.dim()]:
+        return slots
+    if 1 in (slots.dim(), len(lead)) and slots.numel() == lead.numel():
+        return slots.reshape(lead)
+    raise ValueError(
+        f"{name}: slots: got shape {list(slots.shape)}, expected {list(lead)} as x has, or the "
+        "first of these; a layer that folds batch and tokens into one dimension needs a slot for "
+        "each token"
+    )
 
 
 def _features(pages: RankPages) -> tuple[int, int]:

@@ -194,9 +194,10 @@ def _apply(
     return from_rows(y, x)
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed [1] from the device's default generator, so that checkpointing replays it."""
-    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A seed [1] from the device's default generator, so that checkpointing replays it; or from
+    another of that device."""
+    return torch.randint(0, 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device)
 
 
 def dropout_mask(shape: Sequence[int], p: float, seed: Tensor | int, stream: int = 0) -> Tensor:

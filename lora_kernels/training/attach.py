@@ -1,0 +1,143 @@
+"""Putting many trainable adapters on a model's layers, and taking them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters import LoRAConfig
+from lora_kernels.adapters.apply import (
+    _check_layer,
+    _check_patterns,
+    _leave_fast_path,
+    _plan_quantisation,
+    _without_adapter,
+    check_model,
+)
+from lora_kernels.adapters.layers import replace_module
+from lora_kernels.adapters.targets import find_targets
+from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
+from lora_kernels.nn.lora import check_adapter_dtype, default_adapter_dtype
+from lora_kernels.nn.multi_lora import MultiLoRALinear
+from lora_kernels.nn.multi_lora_training import (
+    RouteHolder,
+    SlotAdapter,
+    TrainableMultiLoRALinear,
+)
+from lora_kernels.ops.nf4.base import check_block_size
+from lora_kernels.ops.nf4.weight import check_quant_type
+
+Layers = dict[str, TrainableMultiLoRALinear]
+
+
+def attach_adapters(
+    model: nn.Module,
+    configs: Sequence[LoRAConfig],
+    generators: Sequence[torch.Generator],
+    *,
+    quantize: str | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+    adapter_dtype: torch.dtype | None = None,
+) -> tuple[Layers, RouteHolder]:
+    """Freeze the model and put one adapter of each configuration on it, in slots 0, 1, ...
+
+    The layers are those that `apply_lora` would adapt, and A is drawn in the same order from the
+    slot's generator. `quantize` stores in 4 bits what `apply_lora` would for any of the
+    configurations. Everything is checked before the first layer is replaced.
+
+    Returns:
+        The layers with an adapter by name, and where they look for the batch under way.
+
+    Raises:
+        As `apply_lora`; ValueError for a model with adapters or a pool already.
+    """
+    check_model(model)
+    pool = next((n for n, m in model.named_modules() if isinstance(m, MultiLoRALinear)), None)
+    if pool is not None:
+        raise ValueError(f"model: {pool} has a pool; serving.detach_pool removes it")
+    if quantize is not None:
+        check_quant_type(quantize)
+        check_block_size("block_size", block_size)
+    if adapter_dtype is not None:
+        check_adapter_dtype(adapter_dtype)
+    targets = []
+    dense: set[str] = set()
+    for config in configs:
+        names = find_targets(model, config).names
+        _check_patterns(config, names)
+        targets.append(names)
+        if quantize is not None:
+            dense |= _plan_quantisation(model, config, names)[0]
+    adapted = {name for names in targets for name in names}
+    theirs = [name for name, module in model.named_modules() if is_linear4bit(module)]
+    for name in theirs:
+        check_not_repacked(name, model.get_submodule(name))
+    for name in sorted(adapted | dense):
+        _check_layer(name, model.get_submodule(name), quantised=name in dense)
+    model.requires_grad_(False)
+    form: dict[str, Any] = {
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "quant_type": quantize,
+    }
+    holder, layers = RouteHolder(), Layers()
+    for name in [n for n, _ in model.named_modules() if n in adapted | dense]:
+        base: Any = model.get_submodule(name)
+        old = base
+        if name in dense or is_linear4bit(base):
+            base = _without_adapter(base, form if name in dense else {})
+        if name in adapted:
+            base = layers[name] = TrainableMultiLoRALinear(base, len(configs), holder, name)
+        replace_module(model, old, base)
+    for slot, (config, names) in enumerate(zip(configs, targets, strict=True)):
+        for name in names:  # in apply_lora's order, in which A is drawn
+            layers[name].add(slot, _drawn(layers[name], config, generators[slot], adapter_dtype))
+    _leave_fast_path(model)
+    return layers, holder
+
+
+def _drawn(
+    layer: TrainableMultiLoRALinear,
+    config: LoRAConfig,
+    generator: torch.Generator,
+    dtype: torch.dtype | None,
+) -> SlotAdapter:
+    weight = layer.base.weight
+    return SlotAdapter(
+        layer.in_features,
+        layer.out_features,
+        r=config.rank_of(layer.name),
+        alpha=config.alpha_of(layer.name),
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        init=config.init,
+        dtype=dtype or default_adapter_dtype(weight.dtype),
+        device=weight.device,
+        generator=generator,
+    )
+
+
+def detach_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Put the layers back that a `MultiLoRATrainer` adapted, in 4 bits where it quantised them;
+    their names."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, TrainableMultiLoRALinear)]
+    for _, layer in found:
+        replace_module(model, layer, layer.base)
+    return tuple(name for name, _ in found)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where all of a model is.
+
+    Raises:
+        ValueError: the model is on several devices, on meta, or has no values at all.
+    """
+    found = {t.device for t in (*model.parameters(), *model.buffers())}
+    if len(found) != 1 or any(device.type == "meta" for device in found):
+        listed = ", ".join(sorted(map(str, found))) or "none"
+        raise ValueError(f"model: is on {listed}, expected one device that holds values")
+    return found.pop()

@@ -1,0 +1,112 @@
+"""Batch: the micro-batches of several adapters as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels.ops.common.checks import names as dtype_names
+
+IGNORE = -100
+KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids")
+
+
+class Batch(NamedTuple):
+    """Micro-batches of several adapters, one below the other.
+
+    A micro-batch [B, L] keeps the padding of its own, on whichever side; shorter ones are filled
+    up on the right, behind their last column, so that positions are what they were. What fills up
+    is masked, has no label and no adapter: it changes nothing for anyone.
+
+    Attributes:
+        inputs: int64 [ΣB, max L] by the model's argument; input_ids and attention_mask are always
+            there, the others where a micro-batch has them.
+        labels: int64 [ΣB, max L], −100 for none; not shifted.
+        slots: int32 [ΣB, max L], −1 where a micro-batch was filled up.
+        rows: (first, behind the last) row, and columns, of each slot.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    slots: Tensor
+    rows: dict[int, tuple[slice, int]]
+
+    @classmethod
+    def join(
+        cls,
+        parts: Mapping[int, tuple[str, Mapping[str, Tensor]]],
+        device: torch.device,
+        pad_id: int = 0,
+    ) -> Batch:
+        """Put (adapter's name, micro-batch) of each slot together, on a device.
+
+        A micro-batch has int64 input_ids and labels [B, L]; it may have attention_mask,
+        position_ids and token_type_ids [B, L].
+
+        Raises:
+            ValueError: no micro-batch, one without input_ids, labels or any label to learn, with
+                an argument that is not known, or of a shape that does not fit; with the name.
+            TypeError: a value is no int64 (the mask: nor bool) tensor.
+        """
+        if not parts:
+            raise ValueError("parts: got none, expected one or more")
+        for name, part in parts.values():
+            check_micro_batch(name, part)
+        width = max(part["input_ids"].shape[1] for _, part in parts.values())
+        used = [k for k in KEYS if any(k in part for _, part in parts.values())]
+        columns: dict[str, list[Tensor]] = {k: [] for k in {*used, "attention_mask"}}
+        slots, rows, first = [], {}, 0
+        for slot, (_, part) in parts.items():
+            count, length = part["input_ids"].shape
+            rows[slot] = slice(first, first + count), length
+            first += count
+            own = torch.full((count, length), slot, dtype=torch.int32)
+            slots.append(F.pad(own, (0, width - length), value=-1))
+            for key, made in columns.items():
+                value = part[key].to(torch.int64) if key in part else _default(key, part)
+                made.append(F.pad(value, (0, width - length), value=_fill(key, pad_id)))
+        joined = {key: torch.cat(made).to(device) for key, made in columns.items()}
+        labels = joined.pop("labels")
+        return cls(joined, labels, torch.cat(slots).to(device), rows)
+
+
+def _default(key: str, part: Mapping[str, Tensor]) -> Tensor:
+    """What a model takes where a micro-batch leaves the argument out."""
+    ids = part["input_ids"]
+    if key == "position_ids":
+        return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return torch.full_like(ids, int(key == "attention_mask"))
+
+
+def _fill(key: str, pad_id: int) -> int:
+    return {"input_ids": pad_id, "labels": IGNORE}.get(key, 0)
+
+
+def check_micro_batch(name: str, part: Mapping[str, Tensor]) -> None:
+    """Raise ValueError or TypeError, with the adapter's name, for what `Batch` does not take."""
+    where = f"batches of {name!r}"
+    if not isinstance(part, Mapping):
+        raise TypeError(f"{where}: got {type(part).__name__}, expected a mapping to tensors")
+    for key in ("input_ids", "labels"):
+        if key not in part:
+            raise ValueError(f"{where}: {key} is missing, got {', '.join(map(str, part))}")
+    shape = list(part["input_ids"].shape) if isinstance(part["input_ids"], Tensor) else None
+    for key, value in part.items():
+        if key not in KEYS:
+            raise ValueError(f"{where}: got {key!r}, expected some of {', '.join(KEYS)}")
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{where}: {key}: got {type(value).__name__}, expected a tensor")
+        masks = (torch.bool, torch.int32) if key == "attention_mask" else ()
+        if value.dtype not in (torch.int64, *masks):
+            raise TypeError(
+                f"{where}: {key}: got dtype {dtype_names([value.dtype])}, expected int64"
+            )
+        if value.dim() != 2 or list(value.shape) != shape:
+            expected = "[B, L]" if key == "input_ids" else f"{shape} as input_ids"
+            raise ValueError(f"{where}: {key}: got shape {list(value.shape)}, expected {expected}")
+    if not bool((part["labels"][:, 1:] != IGNORE).any()):
+        raise ValueError(f"{where}: labels: got none to learn, expected one or more")

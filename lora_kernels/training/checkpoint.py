@@ -1,0 +1,78 @@
+"""Saving the adapters of a training run, each in a directory of its own, and going on from them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters.checkpoint import _read_weights, save_layers
+from lora_kernels.integrations.peft import WEIGHTS_FILE, key_of
+from lora_kernels.training.run import AdapterRun
+
+STATE_FILE = "training_state.pt"
+
+
+def check_name(name: object) -> None:
+    """Raise unless an adapter's name can be a directory's."""
+    if not isinstance(name, str):
+        raise TypeError(f"jobs: got {name!r} as a name, expected a string")
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"jobs: got {name!r} as a name, expected one that a directory can have")
+
+
+def save_run(model: nn.Module, run: AdapterRun, folder: Path) -> Path:
+    """Write an adapter's directory in PEFT's format, with its training state beside the weights.
+
+    It is written under another name and put in its place when it is whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / run.name
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    try:
+        whole = staging / "whole"
+        save_layers(model, run.layers, run.job.config, whole)
+        torch.save(run.state(), whole / STATE_FILE)
+        if place.exists():
+            place.rename(staging / "replaced")
+        os.replace(whole, place)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return place
+
+
+@torch.no_grad()
+def load_run(run: AdapterRun, folder: Path) -> None:
+    """Go on from what `save_run` wrote.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: the adapter is for other layers or of another rank.
+    """
+    place = folder / run.name
+    factors, other = _read_weights(place / WEIGHTS_FILE)
+    expected = {key_of(n, f) for n, _ in run.layers for f in "AB"}
+    got = {key_of(n, f) for n, pair in factors.items() for f in pair} | set(other)
+    if got != expected:
+        odd = sorted(got ^ expected)
+        raise ValueError(f"{place / WEIGHTS_FILE}: {odd[0]}: expected the layers of {run.name!r}")
+    pairs = [
+        (key_of(name, factor), parameter, factors[name][factor])
+        for name, layer in run.layers
+        for factor, parameter in (("A", layer.lora_A), ("B", layer.lora_B))
+    ]
+    for key, parameter, value in pairs:
+        if parameter.shape != value.shape:
+            raise ValueError(
+                f"{place / WEIGHTS_FILE}: {key}: got shape {list(value.shape)}, expected "
+                f"{list(parameter.shape)}"
+            )
+    # The generator's state lies on the host whatever the device; load_state_dict moves the rest.
+    state = torch.load(place / STATE_FILE, map_location="cpu", weights_only=True)
+    for _, parameter, value in pairs:
+        parameter.copy_(value)
+    run.restore(state)

@@ -1,0 +1,104 @@
+"""AdapterRun: one adapter's place in its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lora_kernels.nn.multi_lora_training import SlotAdapter
+from lora_kernels.training.job import AdapterJob
+
+Layers = list[tuple[str, SlotAdapter]]
+
+
+class AdapterRun:
+    """An adapter with its data, optimiser and generator; nothing here is shared with another.
+
+    Attributes:
+        layers: (module's name, adapter there).
+        parameters: of all layers, A before B.
+        step: how many are done.
+        losses: of each step done.
+        finished: no step is left, or no batch.
+    """
+
+    def __init__(
+        self, name: str, slot: int, job: AdapterJob, generator: torch.Generator, layers: Layers
+    ) -> None:
+        self.name, self.slot, self.job, self.generator = name, slot, job, generator
+        self.layers = layers
+        self.parameters: list[Parameter] = [
+            p for _, layer in layers for p in (layer.lora_A, layer.lora_B)
+        ]
+        self.optimizer = job.make_optimizer(self.parameters)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, job.factor)
+        self.step, self.finished = 0, False
+        self.losses: list[float] = []
+        self._batches: Iterator[Mapping[str, Tensor]] | None = None
+        self._next: Mapping[str, Tensor] | None = None  # taken, and not trained on yet
+
+    def next_batch(self) -> Mapping[str, Tensor] | None:
+        """The micro-batch of the next step; None, and finished, where there is none.
+
+        Raises:
+            ValueError: the batches ended before the steps did and cannot begin again.
+        """
+        if self._next is not None or self.finished:
+            return self._next
+        if self._batches is None:
+            self._batches = iter(self.job.batches)
+        found = next(self._batches, None)
+        if found is None and self.job.steps is not None:
+            self._batches = iter(self.job.batches)
+            found = next(self._batches, None)
+            if found is None:
+                raise ValueError(
+                    f"batches of {self.name!r}: ended after {self.step} steps, expected "
+                    f"{self.job.steps} (an iterator cannot begin again)"
+                )
+        self._next, self.finished = found, found is None
+        return found
+
+    def update(self, loss: float) -> None:
+        """Clip the gradients that the backward left, step and forget them."""
+        if self.job.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.job.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss)
+        self._pass()
+
+    def _pass(self) -> None:
+        self._next = None
+        self.step += 1
+        self.finished = self.step == self.job.total
+
+    def state(self) -> dict[str, Any]:
+        """All that resuming needs but A and B, which the adapter's own files hold."""
+        return {
+            "step": self.step,
+            "losses": list(self.losses),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`: past the batches that were used."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"])
+        self.step, self.finished, self._batches, self._next = 0, False, None, None
+        while self.step < state["step"] and self.next_batch() is not None:
+            self._pass()
+        if self.step < state["step"]:
+            raise ValueError(
+                f"batches of {self.name!r}: ended after {self.step}, expected at least the "
+                f"{state['step']} that the checkpoint has used"
+            )
+        self.losses = list(state["losses"])

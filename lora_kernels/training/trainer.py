@@ -1,0 +1,198 @@
+"""MultiLoRATrainer: many adapters, each with its own data, trained in one batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_kernels.adapters.layers import unwrap
+from lora_kernels.nn.multi_lora_training import BatchRoute
+from lora_kernels.training.attach import attach_adapters, detach_adapters, device_of
+from lora_kernels.training.batch import Batch
+from lora_kernels.training.checkpoint import check_name, load_run, save_run
+from lora_kernels.training.job import AdapterJob
+from lora_kernels.training.loss import Loss, causal_loss, losses_of
+from lora_kernels.training.run import AdapterRun
+
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+
+class MultiLoRATrainer:
+    """Train adapters of any ranks, scales, dropouts, layers and data over one frozen base.
+
+    A step takes one micro-batch of each adapter that is not finished, runs the model once over all
+    of them, and sums their losses, each the mean over its own tokens: no adapter's gradient has
+    anything of another. Clipping, optimiser and schedule are each adapter's own, and so are A's
+    first values and the dropout: an adapter learns what it would alone, with the same seed, but
+    for the rounding of sums. (Random numbers that the model itself draws, as for dropout of its
+    own, are shared.)
+
+    Args:
+        model: dense, or with NF4Linear or bitsandbytes layers; it is changed in place and frozen.
+        jobs: by name, which is also the directory's in `save`.
+        quantize, block_size, double_quant, adapter_dtype: as in `apply_lora`.
+        pad_id: fills up the shorter micro-batches; any token does.
+        loss: of logits [B, L, V] and labels [B, L] of one adapter.
+
+    Raises:
+        As `apply_lora`; TypeError or ValueError for a job or a name that makes no sense.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        jobs: Mapping[str, AdapterJob],
+        *,
+        quantize: str | None = None,
+        block_size: int = 64,
+        double_quant: bool = True,
+        adapter_dtype: torch.dtype | None = None,
+        pad_id: int = 0,
+        loss: Loss = causal_loss,
+    ) -> None:
+        if not isinstance(jobs, Mapping) or not jobs:
+            raise ValueError(f"jobs: got {jobs!r}, expected one or more by name")
+        for name, job in jobs.items():
+            check_name(name)
+            if not isinstance(job, AdapterJob):
+                raise TypeError(f"jobs[{name!r}]: got {type(job).__name__}, expected AdapterJob")
+        self.model, self.pad_id, self.loss = unwrap(model), pad_id, loss
+        self.device = device_of(self.model)
+        generators = [torch.Generator(self.device).manual_seed(j.seed) for j in jobs.values()]
+        layers, self._holder = attach_adapters(
+            self.model,
+            [job.config for job in jobs.values()],
+            generators,
+            quantize=quantize,
+            block_size=block_size,
+            double_quant=double_quant,
+            adapter_dtype=adapter_dtype,
+        )
+        self.runs: dict[str, AdapterRun] = {}
+        for slot, (name, job) in enumerate(jobs.items()):
+            found = [(n, a) for n, layer in layers.items() if (a := layer.adapter(slot))]
+            self.runs[name] = AdapterRun(name, slot, job, generators[slot], found)
+
+    @property
+    def losses(self) -> dict[str, list[float]]:
+        """Of each adapter, one for each of its steps."""
+        return {name: list(run.losses) for name, run in self.runs.items()}
+
+    @property
+    def finished(self) -> bool:
+        """Whether no adapter has a step left."""
+        return all(run.finished for run in self.runs.values())
+
+    def step(self) -> dict[str, float]:
+        """One step of every adapter that is not finished; their losses, none when all are.
+
+        Raises:
+            ValueError, TypeError: a micro-batch is not what `Batch` takes; nobody has stepped.
+        """
+        found = [(run, run.next_batch()) for run in self.runs.values()]
+        parts = {run.slot: (run.name, part) for run, part in found if part is not None}
+        if not parts:
+            return {}
+        taken = [run for run, part in found if part is not None]
+        batch = Batch.join(parts, self.device, self.pad_id)
+        was_training = self.model.training
+        self.model.train()
+        self._holder.route = BatchRoute(batch.slots, {r.slot: r.generator for r in taken})
+        try:
+            losses = losses_of(self.model(**batch.inputs), batch, self.loss)
+            # Inside the route: layers that are checkpointed run again in the backward.
+            torch.stack(list(losses.values())).sum().backward()
+        finally:
+            self._holder.route = None
+            self.model.train(was_training)
+        values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+        for run, value in zip(taken, values, strict=True):
+            run.update(value)
+        return {run.name: value for run, value in zip(taken, values, strict=True)}
+
+    def train(
+        self,
+        steps: int | None = None,
+        *,
+        on_step: OnStep | None = None,
+        progress: bool | None = None,
+    ) -> dict[str, list[float]]:
+        """Step until every adapter is finished, or `steps` times.
+
+        Args:
+            on_step: is told how many steps are done and their losses by name.
+            progress: True for a bar (needs tqdm), False for none; None shows it where standard
+                error is a terminal and tqdm is installed.
+
+        Returns:
+            `losses`.
+        """
+        bar = _bar(self._left(steps), progress)
+        try:
+            done = 0
+            while (steps is None or done < steps) and (losses := self.step()):
+                done += 1
+                if bar is not None:
+                    mean = sum(losses.values()) / len(losses)
+                    bar.set_postfix_str(f"loss {mean:.3f}, {len(losses)} adapters", refresh=False)
+                    bar.update()
+                if on_step is not None:
+                    on_step(done, losses)
+        finally:
+            if bar is not None:
+                bar.close()
+        return self.losses
+
+    def _left(self, steps: int | None) -> int | None:
+        """How many steps a bar shows; None where only the data tells."""
+        totals = [run.job.total for run in self.runs.values()]
+        left = [
+            t - r.step for t, r in zip(totals, self.runs.values(), strict=True) if t is not None
+        ]
+        if len(left) < len(totals):
+            return steps
+        return max(left) if steps is None else min(steps, max(left))
+
+    def save(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
+        """Write each adapter as PEFT does into a directory of its name, with what `resume` needs.
+
+        Each directory is written under another name and put in its place when it is whole.
+
+        Returns:
+            The directories by name.
+        """
+        return {name: save_run(self.model, run, Path(folder)) for name, run in self.runs.items()}
+
+    def resume(self, folder: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote, with the same jobs: the losses are those of a run that was
+        never stopped. Batches that were used are read again and passed over.
+
+        Raises:
+            FileNotFoundError: an adapter's file is not there.
+            ValueError: an adapter has other layers or ranks, or fewer batches than it has used.
+        """
+        for run in self.runs.values():
+            load_run(run, Path(folder))
+
+    def detach(self) -> tuple[str, ...]:
+        """Put the base layers back, for serving; the adapters can still be saved before it."""
+        return detach_adapters(self.model)
+
+
+def _bar(total: int | None, progress: bool | None) -> Any:
+    if progress is False:
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress:
+            raise
+        return None
+    return tqdm(
+        total=total, desc="training", unit="step", disable=None if progress is None else False
+    )

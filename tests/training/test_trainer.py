@@ -1,0 +1,170 @@
+"""Each adapter of a joint run against the same one trained alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_kernels import LoRAConfig
+from lora_kernels.testing import assert_within_budget
+from lora_kernels.training import AdapterJob, MultiLoRATrainer
+from lora_kernels.training.loss import causal_loss
+from tests.adapters.models import llama
+from tests.training.jobs import alone, batches, jobs, weights
+
+
+def sgd(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Keeps errors in proportion: Adam divides by gradients that are little but errors."""
+    return torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("optimizer", [None, sgd])
+def test_each_adapter_learns_what_it_would_alone(quantize, dropout, optimizer):
+    given = {name: replace(job, optimizer=optimizer) for name, job in jobs(dropout).items()}
+    trainer = MultiLoRATrainer(llama(), given, quantize=quantize)
+    losses = trainer.train(progress=False)
+    assert trainer.finished and trainer.step() == {}
+    curves: list[list[float]] = [[], [], []]  # of all adapters: a few values say little of errors
+    for name, job in given.items():
+        plain_losses, plain = alone(job, torch.float32, quantize)
+        exact_losses, exact = alone(job, torch.float64, quantize)
+        assert len(losses[name]) == len(set(plain_losses)) == len(plain_losses)
+        for curve, of_name in zip(curves, (losses[name], exact_losses, plain_losses), strict=True):
+            curve += of_name
+        got = weights(trainer.runs[name].layers)
+        assert got.keys() == exact.keys()
+        if optimizer is not None:
+            for factor in "AB":
+                joined = [
+                    torch.cat([t.flatten() for key, t in found.items() if key.endswith(factor)])
+                    for found in (got, exact, plain)
+                ]
+                assert_within_budget(*joined, f"{factor} of {name}")
+    actual, oracle, plain_curve = (torch.tensor(c, dtype=torch.float64) for c in curves)
+    assert_within_budget(actual.float(), oracle, plain_curve.float(), "losses")
+
+
+def two(**options) -> dict[str, AdapterJob]:
+    return {
+        "a": AdapterJob(LoRAConfig(r=3, dropout=0.1), batches(1, count=2), **options),
+        "b": AdapterJob(LoRAConfig(r=20, dropout=0.2), batches(2, length=11, left=3), **options),
+    }
+
+
+def test_what_fills_up_changes_nothing():
+    runs = [MultiLoRATrainer(llama(), two(lr=1e-2), pad_id=pad).train() for pad in (0, 99)]
+    assert runs[0] == runs[1]
+
+
+def test_position_ids_of_ones_own():
+    """Those that start behind the padding on the left, beside an adapter that brings none."""
+    given = two(lr=1e-2)
+    with_positions = [
+        {**b, "position_ids": (b["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+        for b in given["b"].batches
+    ]
+    job = replace(given["b"], batches=with_positions)
+    together = MultiLoRATrainer(llama(), {"a": given["a"], "b": job}).train()
+    single = MultiLoRATrainer(llama(), {"b": job}).train()
+    without = MultiLoRATrainer(llama(), given).train()
+    assert together["a"] == without["a"]
+    assert together["b"] == pytest.approx(single["b"])
+    assert together["b"] != without["b"]
+
+
+def test_an_absent_adapter_stays_as_it_is():
+    trainer = MultiLoRATrainer(llama(), two(lr=1e-2))
+    trainer.train(2)
+    a, b = trainer.runs.values()
+    assert a.finished and not b.finished
+    before = weights(a.layers), weights(b.layers), a.generator.get_state()
+    assert list(trainer.step()) == ["b"]
+    assert all(torch.equal(t, before[0][key]) for key, t in weights(a.layers).items())
+    assert not any(torch.equal(t, before[1][key]) for key, t in weights(b.layers).items())
+    assert torch.equal(a.generator.get_state(), before[2])
+    assert all(p.grad is None for run in (a, b) for p in run.parameters)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_gradients_of_one_have_nothing_of_another():
+    """An adapter whose values are no numbers any more leaves the others theirs, to the bit."""
+    given = two(lr=1e-2)
+    wild = replace(given["a"], lr=1e30)
+    sane = MultiLoRATrainer(llama(), given).train()
+    beside = MultiLoRATrainer(llama(), {"a": wild, "b": given["b"]}).train()
+    assert beside["a"][1] != beside["a"][1]
+    assert beside["b"] == sane["b"]
+
+
+def test_checkpointed_layers_drop_the_same_again():
+    def run(checkpointing: bool) -> dict[str, list[float]]:
+        model = llama()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return MultiLoRATrainer(model, two(lr=1e-2)).train()
+
+    assert run(True) == run(False)
+
+
+def test_an_error_leaves_every_adapter_where_it_was():
+    given = two(lr=1e-2)
+    spoiled = [*batches(1, count=1), {"input_ids": torch.zeros(1, 2)}]
+    trainer = MultiLoRATrainer(llama(), {**given, "a": replace(given["a"], batches=spoiled)})
+    trainer.step()
+    before = trainer.losses
+    for _ in range(2):
+        with pytest.raises(ValueError, match="batches of 'a': labels is missing, got input_ids"):
+            trainer.step()
+    assert trainer.losses == before
+    assert [run.step for run in trainer.runs.values()] == [1, 1]
+
+
+def test_detached_the_model_is_its_base_again():
+    model = llama()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    trainer = MultiLoRATrainer(model, two())
+    with pytest.raises(ValueError, match=r"has adapters in training .*detach_adapters"):
+        MultiLoRATrainer(model, two())
+    trainer.train(1)
+    assert len(trainer.detach()) == 14
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(t, before[key]) for key, t in after.items())
+
+
+def test_on_step_and_the_number_of_steps():
+    seen = []
+    trainer = MultiLoRATrainer(llama(), two())
+    trainer.train(3, on_step=lambda done, losses: seen.append((done, sorted(losses))))
+    assert seen == [(1, ["a", "b"]), (2, ["a", "b"]), (3, ["b"])]
+    assert not trainer.finished and len(trainer.train()["b"]) == 4
+
+
+class Tiny(torch.nn.Module):
+    """No transformers model: a plain one that takes what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(100, 32)
+        self.up = torch.nn.Linear(32, 48)
+        self.head = torch.nn.Linear(48, 100, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.up(self.embed(input_ids))) * attention_mask[..., None])
+
+
+def test_any_model_and_any_loss():
+    def halved(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return causal_loss(logits, labels) / 2
+
+    job = AdapterJob(LoRAConfig(r=4, target_modules=("up", "head"), exclude_modules=()), batches(1))
+    torch.manual_seed(0)
+    model = Tiny()
+    whole = MultiLoRATrainer(copy.deepcopy(model), {"x": job}).train(1)["x"]
+    half = MultiLoRATrainer(model, {"x": job}, loss=halved).train(1)["x"]
+    assert half == [whole[0] / 2]
