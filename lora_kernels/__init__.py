@@ -1,6 +1,6 @@
 """Fast LoRA and QLoRA kernels for PyTorch."""
 
-from lora_kernels import functional, serving
+from lora_kernels import functional, serving, training
 from lora_kernels.adapters import (
     LoRAConfig,
     LoRAReport,
@@ -41,6 +41,7 @@ __all__ = [
     "model_report",
     "save_adapter",
     "serving",
+    "training",
     "unmerge_adapters",
     "use_backend",
 ]

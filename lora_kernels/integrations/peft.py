@@ -87,6 +87,11 @@ def split_key(key: str) -> tuple[str, str] | None:
     return (match["module"], match["factor"] or match["magnitude"]) if match else None
 
 
+def base_key_of(module: str) -> str:
+    """The key under which PEFT saves a copy of an adapted embedding's or output layer's weight."""
+    return f"{_PREFIX}{module}.base_layer.weight"
+
+
 def check_config(config: Mapping[str, Any]) -> list[str]:
     """Refuse whatever is not LoRA or DoRA; return the set options that are not known here.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.adapters.apply import check_model
 from lora_kernels.adapters.targets import find_targets
-from lora_kernels.integrations.peft import ALL_LINEAR
+from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of
+from lora_kernels.integrations.transformers import output_layer
 from lora_kernels.nn.multi_lora import MultiLoRALinear
 from lora_kernels.ops.common.checks import FLOATS, check_dtype
 from lora_kernels.ops.gather import PAGE, pages_of
@@ -28,6 +29,7 @@ class PoolForm:
         modules: (in_features, out_features) by name.
         all_linear: names that "all-linear" stands for; none where no model says so.
         max_rank, dtype, device: of the pages.
+        saved: weights of which PEFT puts a copy into an adapter's file, by key.
     """
 
     modules: Shapes
@@ -35,6 +37,7 @@ class PoolForm:
     max_rank: int
     dtype: torch.dtype
     device: torch.device
+    saved: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def columns(self) -> int:
@@ -75,12 +78,19 @@ def make_form(
 ) -> PoolForm:
     """Check what a pool is made from; a model is only looked at."""
     positive("max_rank", max_rank)
+    saved: dict[str, Tensor] = {}
     if isinstance(model, nn.Module):
         check_servable(model)
         config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
         found = find_targets(model, config).names
         modules: Shapes = {n: _features(model.get_submodule(n)) for n in found}
         linear = _all_linear(model) & set(found)
+        saved = {
+            base_key_of(n): layer.weight
+            for n in found
+            if (layer := model.get_submodule(n)) is output_layer(model)
+            and isinstance(layer.weight, Tensor)
+        }
         values = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
         dtype = dtype or next((t.dtype for t in values if t.dtype in FLOATS), None)
         device = device or next((t.device for t in values), None)
@@ -97,6 +107,7 @@ def make_form(
         max_rank,
         dtype or torch.get_default_dtype(),
         _with_index(torch.device(device or "cpu")),
+        saved,
     )
     check_dtype("dtype", torch.empty(0, dtype=form.dtype), FLOATS)
     if form.device.type == "meta":

@@ -93,6 +93,7 @@ def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
             raise ValueError("use_dora: got True, expected False: a pool serves LoRA only")
     where = "state" if isinstance(source, Mapping) else str(Path(source) / WEIGHTS_FILE)
     with _naming(Path(where)):
+        other = [key for key in other if not _is_base(key, source, form)]
         other += _drop_other_kinds(factors, ("A", "B"))
         if other:
             raise ValueError(f"{_some(sorted(other))}: not supported, expected lora_A and lora_B")
@@ -130,6 +131,24 @@ def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], list[str]]:
         else:
             factors.setdefault(where[0], {})[where[1]] = t.detach()
     return factors, other
+
+
+def _is_base(key: str, source: Source, form: PoolForm) -> bool:
+    """Whether a tensor is the model's own weight, of which PEFT saves a copy with an adapted
+    output layer; ValueError where it is another."""
+    if key not in form.saved:
+        return False
+    if isinstance(source, Mapping):
+        copy = source[key]
+    else:
+        from safetensors import safe_open
+
+        with safe_open(Path(source) / WEIGHTS_FILE, "pt") as file:
+            copy = file.get_tensor(key)
+    own = form.saved[key].detach()
+    if copy.shape != own.shape or not torch.equal(copy.to(own.device, own.dtype), own):
+        raise ValueError(f"{key}: is not the weight of the pool's model, expected the same base")
+    return True
 
 
 def _check_modules(
