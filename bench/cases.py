@@ -243,6 +243,12 @@ def _targets() -> Iterator[Case]:
         yield Case("nf4_lora_linear", square, m, BOTH, 16, 0.05, adapter_dtype=adapter)
     yield Case("nf4_dequantize", square, 0)
     yield Case("nf4_quantize", square, 0)
+    for r, loaded, mixed in ((16, 64, False), (16, 1000, False), (32, 64, False), (32, 64, True)):
+        yield Case("gather_lora_add", square, 64, FWD, r, adapters=64, loaded=loaded, mixed=mixed)
+    for layer in (square, "smollm2-135m.gate_proj"):
+        yield Case("gather_lora", layer, 64, FWD, 16, adapters=64, loaded=64)
+    yield Case("gather_lora", square, 512, FWD, 16, adapters=4, loaded=4)
+    yield Case("gather_lora", square, 64, FWD, 16, adapters=0, loaded=64)
     yield STEP
 
 

@@ -10,7 +10,7 @@ import torch
 from bench.cases import BOTH, FWD, LAYERS, OPS, SUITES, Case, suite
 from bench.costmodel import saved_bytes
 from bench.providers import PROVIDERS, select
-from bench.targets import FLOOR, NEEDED, STEP_OURS, TARGETS, reached
+from bench.targets import FLOOR, NEEDED, SELF, STEP_OURS, TARGETS, reached
 from lora_kernels.dispatch.registry import ops
 
 CPU = torch.device("cpu")
@@ -162,11 +162,12 @@ def test_every_op_of_the_package_is_benched() -> None:
 
 def test_targets_name_measured_cases_and_providers() -> None:
     measured = {c.name for c in suite("targets")}
-    assert {t.case.name for t in TARGETS} == measured
-    names = {p.name for p in PROVIDERS} | {FLOOR, NEEDED, "peft", "peft+bnb"}
+    assert {c.name for t in TARGETS for c in (t.case, t.than) if c is not None} == measured
+    names = {p.name for p in PROVIDERS} | {FLOOR, NEEDED, SELF, "peft", "peft+bnb"}
     assert {t.peer for t in TARGETS} <= names
     for target in TARGETS:
-        if target.ours != STEP_OURS and target.peer not in (FLOOR, NEEDED):
+        assert (target.peer == SELF) == (target.than is not None)
+        if target.ours != STEP_OURS and target.peer not in (FLOOR, NEEDED, SELF):
             peer = next(p for p in PROVIDERS if p.name == target.peer)
             assert target.case.op in peer.ops, target
             assert peer.refuses(target.case, CPU) is None, target
@@ -186,6 +187,21 @@ def test_reached_takes_the_median_of_paired_ratios() -> None:
     assert found[target].met
     others = [r for t, r in found.items() if t != target]
     assert all(r.ratio is None and r.met is None for r in others)
+
+
+def test_reached_compares_ours_on_two_cases() -> None:
+    target = next(t for t in TARGETS if t.than is not None)
+    case, than = target.case.name, target.than.name
+    rows = [
+        {"case": c, "provider": "ours:native", "p50": p, "samples": [p]}
+        for c, p in ((case, 3.0), (than, 2.0))
+    ]
+    for r in rows:
+        r["over_floor"] = None
+    found = {r.target: r.ratio for r in reached({"rows": rows})}
+    assert found[target] == 1.5
+    found = {r.target: r.ratio for r in reached({"rows": rows[:1]})}
+    assert found[target] is None
 
 
 def test_saved_bytes_are_promised_for_every_adapter_case() -> None:
