@@ -2,7 +2,15 @@
 
 from lora_kernels.ops.cross_entropy import linear_cross_entropy
 from lora_kernels.ops.dora import dora_linear, weight_norm_squared
-from lora_kernels.ops.gather import Mixture, RankPages, SlotDropout, gather_lora, page_adapters
+from lora_kernels.ops.gather import (
+    Mixture,
+    RankPages,
+    SlotDropout,
+    gather_lora,
+    gather_lora_embedding,
+    page_adapters,
+    page_embedding_adapters,
+)
 from lora_kernels.ops.glu import gated_activation
 from lora_kernels.ops.lora import dropout_mask, lora_linear, nf4_lora_linear
 from lora_kernels.ops.nf4 import nf4_linear
@@ -16,6 +24,7 @@ __all__ = [
     "dropout_mask",
     "gated_activation",
     "gather_lora",
+    "gather_lora_embedding",
     "linear_cross_entropy",
     "lora_linear",
     "lora_mlp",
@@ -23,5 +32,6 @@ __all__ = [
     "nf4_linear",
     "nf4_lora_linear",
     "page_adapters",
+    "page_embedding_adapters",
     "weight_norm_squared",
 ]

@@ -19,6 +19,11 @@ from lora_kernels.ops.nf4.double_quant import dynamic_map
 from tests.ops.case import BASES, DTYPES, Case, Source, dtype_name, size_name, strided
 from tests.ops.cross_entropy_inputs import cross_entropy, linear_cross_entropy
 from tests.ops.dora_inputs import dora_linear_bwd, dora_linear_fwd, dora_norm
+from tests.ops.gather_embedding_inputs import (
+    gather_lora_embed_add,
+    gather_lora_embed_bwd,
+    gather_lora_embed_fwd,
+)
 from tests.ops.gather_inputs import gather_lora_add, gather_lora_bwd, gather_lora_fwd
 from tests.ops.glu_inputs import glu_bwd, glu_fwd
 from tests.ops.packed_inputs import lora_packed_bwd, lora_packed_fwd
@@ -320,6 +325,9 @@ GENERATORS: dict[str, Callable[[], Iterator[Case]]] = {
     "gather_lora_fwd": gather_lora_fwd,
     "gather_lora_add": gather_lora_add,
     "gather_lora_bwd": gather_lora_bwd,
+    "gather_lora_embed_fwd": gather_lora_embed_fwd,
+    "gather_lora_embed_add": gather_lora_embed_add,
+    "gather_lora_embed_bwd": gather_lora_embed_bwd,
 }
 
 

@@ -109,7 +109,8 @@ def accepts(op: str, backend: str, args: tuple[Any, ...]) -> bool:
 def oracle_args(op: str, args: tuple[Any, ...]) -> list[Any]:
     """The arguments in fp64. A 4-bit base is decoded to the compute type first: the weight's
     rounding belongs to the format, not to the error of a kernel."""
-    compute = next(a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    dtypes = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+    compute = dtypes[0] if dtypes else torch.float32  # none: there is no base
     schema = getattr(torch.ops.lora_kernels, op).default._schema
     # Trailing arguments may be left to their defaults.
     named = dict(zip((a.name for a in schema.arguments), args, strict=False))

@@ -1,10 +1,14 @@
 """Many adapters in one batch: each token adds its own."""
 
-from lora_kernels.ops.gather import schema  # defines the ops that the others implement
+from lora_kernels.ops.gather import (
+    embedding_schema,
+    schema,
+)  # define the ops that the others implement
 
 # isort: split
-from lora_kernels.ops.gather import native, reference
+from lora_kernels.ops.gather import embedding_reference, native, reference
 from lora_kernels.ops.gather.api import Mixture, SlotDropout, gather_lora
+from lora_kernels.ops.gather.embedding import gather_lora_embedding, page_embedding_adapters
 from lora_kernels.ops.gather.pages import PAGE, RankPages, page_adapters, pages_of
 
 __all__ = [
@@ -12,9 +16,13 @@ __all__ = [
     "Mixture",
     "RankPages",
     "SlotDropout",
+    "embedding_reference",
+    "embedding_schema",
     "gather_lora",
+    "gather_lora_embedding",
     "native",
     "page_adapters",
+    "page_embedding_adapters",
     "pages_of",
     "reference",
     "schema",

@@ -1,0 +1,81 @@
+"""Schemas, checks and fakes of many adapters on an embedding. ids are 1-D here.
+
+`pages` is one `RankPages` whose A is stored by token: a [P, V, 16], so that the 16 ranks of a token
+lie side by side; b [P, 16, D] and the rest as ever. ids int32 or int64 [T], slots int32 [T].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.dispatch.registry import define
+from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.gather.pages import INTEGERS, PAGE, RankPages, check_pages
+
+IDS = (torch.int64, torch.int32)
+
+
+def check_embedding_pages(name: str, pages: RankPages) -> None:
+    """`check_pages` of pages whose a is [P, V, 16]; reads no values."""
+    check_shape(f"{name}.a", pages.a, ["P", "V", PAGE])
+    if not pages.a.is_contiguous():
+        raise ValueError(f"{name}.a: has stride {list(pages.a.stride())}, expected contiguous")
+    # An empty width: the rest knows nothing of V.
+    check_pages(name, pages._replace(a=pages.a.new_empty(pages.a.shape[0], PAGE, 0)))
+
+
+def check_gather_embed(
+    ids: Tensor, weight: Tensor | None, pages: Sequence[Tensor], slots: Tensor
+) -> None:
+    """Raise ValueError or TypeError that names the argument which does not fit."""
+    p = RankPages(*pages)
+    check_embedding_pages("pages", p)
+    device = p.a.device
+    check_dtype("ids", ids, IDS)
+    check_shape("ids", ids, ["T"])
+    check_device("ids", ids, device)
+    check_dtype("slots", slots, INTEGERS)
+    check_shape("slots", slots, [ids.shape[0]])
+    check_device("slots", slots, device)
+    if weight is not None:
+        check_dtype("weight", weight, FLOATS)
+        check_shape("weight", weight, [p.a.shape[1], p.b.shape[2]])
+        check_device("weight", weight, device)
+
+
+def _fwd_fake(ids: Tensor, weight: Tensor | None, pages: Sequence[Tensor], slots: Tensor) -> Tensor:
+    like = pages[0] if weight is None else weight
+    return like.new_empty((ids.shape[0], pages[1].shape[2]))
+
+
+def _add_fake(out: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor) -> None:
+    return None
+
+
+def _bwd_fake(
+    dy: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = zip((pages[0], pages[1], pages[4]), needs, strict=True)
+    da, db, dscales = (t.new_empty(t.shape if want else (0,)) for t, want in wanted)
+    return da, db, dscales
+
+
+define(
+    "gather_lora_embed_fwd",
+    "(Tensor ids, Tensor? weight, Tensor[] pages, Tensor slots) -> Tensor y",
+    _fwd_fake,
+)
+define(
+    "gather_lora_embed_add",
+    "(Tensor(a!) out, Tensor ids, Tensor[] pages, Tensor slots) -> ()",
+    _add_fake,
+)
+define(
+    "gather_lora_embed_bwd",
+    "(Tensor dy, Tensor ids, Tensor[] pages, Tensor slots, bool[] needs) -> "
+    "(Tensor da, Tensor db, Tensor dscales)",
+    _bwd_fake,
+)
