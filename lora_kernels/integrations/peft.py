@@ -16,10 +16,12 @@ ALL_LINEAR = "all-linear"
 
 _PREFIX = "base_model.model."
 MAGNITUDE = "magnitude_vector"
+EMBEDDING = {"A": "embedding_A", "B": "embedding_B"}  # A [r, V], B [D, r] of an nn.Embedding
 # The adapter's name stands in the key only where a whole PEFT model was saved by hand.
 _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_"
-    rf"((?P<factor>[AB])(\.default)?\.weight|(?P<magnitude>{MAGNITUDE})(\.default\.weight)?)"
+    rf"((?P<factor>[AB])(\.default)?\.weight|(?P<magnitude>{MAGNITUDE})(\.default\.weight)?"
+    rf"|(?P<embedding>embedding_[AB])(\.default)?)"
 )
 
 # Options that change what a layer computes, with the values that are LoRA or DoRA.
@@ -78,13 +80,16 @@ _WITHOUT_EFFECT = frozenset(
 
 def key_of(module: str, factor: str) -> str:
     """The tensor key of `lora_A`, `lora_B` or DoRA's magnitude (factor "A", "B" or `MAGNITUDE`)."""
-    return f"{_PREFIX}{module}.lora_{factor}{'' if factor == MAGNITUDE else '.weight'}"
+    return f"{_PREFIX}{module}.lora_{factor}{'.weight' if factor in 'AB' else ''}"
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(module, "A", "B" or `MAGNITUDE`) of an adapter tensor's key; None for any other key."""
+    """(module, "A", "B", `MAGNITUDE` or one of `EMBEDDING`) of an adapter tensor's key; None for
+    any other key."""
     match = _KEY.fullmatch(key)
-    return (match["module"], match["factor"] or match["magnitude"]) if match else None
+    if match is None:
+        return None
+    return match["module"], match["factor"] or match["magnitude"] or match["embedding"]
 
 
 def base_key_of(module: str) -> str:

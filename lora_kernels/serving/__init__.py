@@ -1,6 +1,7 @@
 """Many adapters on one model: a pool of them in bounded memory, each row of a batch its own."""
 
 from lora_kernels.nn.multi_lora import MultiLoRALinear
+from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding
 from lora_kernels.serving.errors import AdapterInUse, AdapterPoolFull
 from lora_kernels.serving.generate import Generated, generate_batch
 from lora_kernels.serving.pool import AdapterPool
@@ -12,6 +13,7 @@ __all__ = [
     "AdapterPool",
     "AdapterPoolFull",
     "Generated",
+    "MultiLoRAEmbedding",
     "MultiLoRALinear",
     "PoolStats",
     "attach_pool",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.adapters.apply import check_model
-from lora_kernels.adapters.targets import find_targets
-from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of
+from lora_kernels.adapters.targets import find_targets, is_excluded
+from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of, matches
 from lora_kernels.integrations.transformers import output_layer
 from lora_kernels.nn.multi_lora import MultiLoRALinear
+from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding, check_embedding
 from lora_kernels.ops.common.checks import FLOATS, check_dtype
 from lora_kernels.ops.gather import PAGE, pages_of
 
@@ -29,6 +31,7 @@ class PoolForm:
         modules: (in_features, out_features) by name.
         all_linear: names that "all-linear" stands for; none where no model says so.
         max_rank, dtype, device: of the pages.
+        embeddings: which modules are embeddings, in_features their vocabulary.
         saved: weights of which PEFT puts a copy into an adapter's file, by key.
     """
 
@@ -37,6 +40,7 @@ class PoolForm:
     max_rank: int
     dtype: torch.dtype
     device: torch.device
+    embeddings: frozenset[str] = frozenset()
     saved: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
@@ -79,16 +83,19 @@ def make_form(
     """Check what a pool is made from; a model is only looked at."""
     positive("max_rank", max_rank)
     saved: dict[str, Tensor] = {}
+    embeddings: frozenset[str] = frozenset()
     if isinstance(model, nn.Module):
         check_servable(model)
         config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
-        found = find_targets(model, config).names
+        embeddings, linears = find_modules(model, config)
+        every = {*embeddings, *linears}
+        found = [n for n, _ in model.named_modules() if n in every]
         modules: Shapes = {n: _features(model.get_submodule(n)) for n in found}
-        linear = _all_linear(model) & set(found)
+        linear = _all_linear(model) & every
         saved = {
             base_key_of(n): layer.weight
             for n in found
-            if (layer := model.get_submodule(n)) is output_layer(model)
+            if ((layer := model.get_submodule(n)) is output_layer(model) or n in embeddings)
             and isinstance(layer.weight, Tensor)
         }
         values = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
@@ -107,6 +114,7 @@ def make_form(
         max_rank,
         dtype or torch.get_default_dtype(),
         _with_index(torch.device(device or "cpu")),
+        embeddings,
         saved,
     )
     check_dtype("dtype", torch.empty(0, dtype=form.dtype), FLOATS)
@@ -118,7 +126,8 @@ def make_form(
 def check_servable(model: nn.Module) -> None:
     """Raise unless the model has neither adapters nor a pool yet."""
     check_model(model)
-    attached = next((n for n, m in model.named_modules() if isinstance(m, MultiLoRALinear)), None)
+    ours = (MultiLoRALinear, MultiLoRAEmbedding)
+    attached = next((n for n, m in model.named_modules() if isinstance(m, ours)), None)
     if attached is not None:
         raise ValueError(f"model: {attached} has a pool already; detach_pool removes it")
 
@@ -138,7 +147,46 @@ def _with_index(device: torch.device) -> torch.device:
     return device
 
 
+def find_modules(model: nn.Module, config: LoRAConfig) -> tuple[frozenset[str], tuple[str, ...]]:
+    """(embeddings, linear layers) that a configuration names; "all-linear" names no embedding.
+
+    Raises:
+        ValueError: as `find_targets`.
+        TypeError: an embedding does more than to look up.
+    """
+    if config.all_linear:
+        return frozenset(), find_targets(model, config).names
+    embeddings = frozenset(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and matches(config.target_modules, name)
+        and not is_excluded(config, name)
+    )
+    for name in sorted(embeddings):
+        check_embedding(name, model.get_submodule(name))
+    if not embeddings:
+        return embeddings, find_targets(model, config).names
+    targets = config.target_modules
+    others = [
+        name
+        for name, module in model.named_modules()
+        if name and matches(targets, name) and name not in embeddings
+    ]
+    if isinstance(targets, str):
+        rest: str | tuple[str, ...] = "|".join(map(re.escape, others))
+    else:
+        rest = tuple(t for t in targets if not any(matches([t], name) for name in embeddings))
+        if not rest and others:  # one name for both kinds
+            rest = tuple(others)
+    return embeddings, find_targets(
+        model, replace(config, target_modules=rest)
+    ).names if rest else ()
+
+
 def _features(layer: Any) -> tuple[int, int]:
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
     return layer.in_features, layer.out_features
 
 

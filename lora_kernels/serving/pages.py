@@ -39,7 +39,11 @@ class PageStore:
             self.scales = torch.zeros(m, slots, dtype=torch.float32, device=device)
             self.modules = {
                 name: RankPages(
-                    torch.empty(pages, PAGE, k, dtype=form.dtype, device=device),
+                    torch.empty(
+                        (pages, k, PAGE) if name in form.embeddings else (pages, PAGE, k),
+                        dtype=form.dtype,
+                        device=device,
+                    ),
                     torch.empty(pages, PAGE, n, dtype=form.dtype, device=device),
                     self.tables[i],
                     self.ranks[i],
@@ -74,8 +78,9 @@ class PageStore:
             scales.append(0.0 if f is None else f.scale)
             if f is None:
                 continue
+            a = into.a.transpose(1, 2) if name in self.form.embeddings else into.a
             for c, page in enumerate(pages):
-                for to, source in ((into.a, f.a), (into.b, f.b)):
+                for to, source in ((a, f.a), (into.b, f.b)):
                     rows = source[c * PAGE : (c + 1) * PAGE]
                     to[page, : rows.shape[0]].copy_(rows, non_blocking=True)
         # The ranks last: until then nobody finds the pages through the slot.

@@ -43,7 +43,8 @@ class AdapterPool:
         pages: of each module; or `memory`, the bytes of all pages and tables together.
         max_rank: of any adapter at any module.
         dtype, device: of the pages; by default the model's.
-        target_modules, exclude_modules: which layers of a model, as in `apply_lora`.
+        target_modules, exclude_modules: which layers of a model, as in `apply_lora`; an embedding
+            where it is named.
         host_bytes: how much the host's cache may hold.
 
     Raises:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.adapters.layers import replace_module, unwrap
-from lora_kernels.adapters.targets import find_targets
 from lora_kernels.nn.multi_lora import MultiLoRALinear
-from lora_kernels.serving.form import check_servable
+from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding
+from lora_kernels.serving.form import check_servable, find_modules
 
 if TYPE_CHECKING:
     from lora_kernels.serving.pool import AdapterPool
 
+_WRAPPERS = (MultiLoRALinear, MultiLoRAEmbedding)
 # Of each thread and each asyncio task its own: a route is seen by the code inside it alone.
 _Routes = tuple[tuple[object, Tensor | None], ...]
 _ACTIVE: ContextVar[_Routes] = ContextVar("active routes", default=())
@@ -56,7 +57,9 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
     check_servable(model)
     names = list(pool.modules)
     exactly = "|".join(re.escape(name) for name in names)
-    found = set(find_targets(model, LoRAConfig(target_modules=exactly, exclude_modules=())).names)
+    config = LoRAConfig(target_modules=exactly, exclude_modules=())
+    embeddings, linears = find_modules(model, config)
+    found = {*embeddings, *linears}
     absent = [name for name in names if name not in found]
     if absent:
         raise ValueError(f"model: has no layer {absent[0]!r}, for which the pool has pages")
@@ -69,13 +72,18 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
                 "model: its nn.TransformerEncoderLayer reads its layers' weights without calling "
                 "them, so no adapter would be seen"
             )
-    layers: dict[str, tuple[Any, MultiLoRALinear]] = {}
+    layers: dict[str, tuple[Any, MultiLoRALinear | MultiLoRAEmbedding]] = {}
     for name in names:
         base: Any = model.get_submodule(name)
         device = next((t.device for t in (*base.parameters(), *base.buffers())), pool.device)
         if device != pool.device:
             raise ValueError(f"{name}: is on {device}, the pool's pages are on {pool.device}")
-        layers[name] = base, MultiLoRALinear(base, pool, name)
+        kind = MultiLoRAEmbedding if name in embeddings else MultiLoRALinear
+        if (name in embeddings) != (name in pool.form.embeddings):
+            raise ValueError(
+                f"{name}: is a {type(base).__name__}, the pool's pages are not for one"
+            )
+        layers[name] = base, kind(base, pool, name)
     for base, layer in layers.values():
         replace_module(model, base, layer)
     return tuple(layers)
@@ -84,7 +92,7 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
 def detach_pool(model: nn.Module) -> tuple[str, ...]:
     """Put the layers back that `attach_pool` wrapped; their names. Without a pool, nothing."""
     model = unwrap(model)
-    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, MultiLoRALinear)]
+    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, _WRAPPERS)]
     for _, layer in wrapped:
         replace_module(model, layer, layer.base)
     return tuple(name for name, _ in wrapped)
@@ -93,6 +101,6 @@ def detach_pool(model: nn.Module) -> tuple[str, ...]:
 def attached_pool(model: nn.Module) -> AdapterPool:
     """The pool of a model; ValueError where there is none."""
     for module in model.modules():
-        if isinstance(module, MultiLoRALinear):
+        if isinstance(module, _WRAPPERS):
             return module.router  # type: ignore[return-value]
     raise ValueError(f"model: {type(model).__name__} has no pool; call attach_pool first")

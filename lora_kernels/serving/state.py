@@ -25,6 +25,7 @@ from lora_kernels.adapters.checkpoint import (
 from lora_kernels.adapters.targets import is_excluded
 from lora_kernels.integrations.peft import (
     CONFIG_FILE,
+    EMBEDDING,
     WEIGHTS_FILE,
     check_config,
     key_of,
@@ -94,6 +95,7 @@ def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
     where = "state" if isinstance(source, Mapping) else str(Path(source) / WEIGHTS_FILE)
     with _naming(Path(where)):
         other = [key for key in other if not _is_base(key, source, form)]
+        _name_alike(factors, form)
         other += _drop_other_kinds(factors, ("A", "B"))
         if other:
             raise ValueError(f"{_some(sorted(other))}: not supported, expected lora_A and lora_B")
@@ -131,6 +133,19 @@ def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], list[str]]:
         else:
             factors.setdefault(where[0], {})[where[1]] = t.detach()
     return factors, other
+
+
+def _name_alike(factors: dict[str, Factors], form: PoolForm) -> None:
+    """Call an embedding's factors A and B too; ValueError for a linear layer's in their place."""
+    for name in form.embeddings & set(factors):
+        pair = factors[name]
+        if not set(pair) <= set(EMBEDDING.values()):
+            odd = next(kind for kind in pair if kind not in EMBEDDING.values())
+            raise ValueError(
+                f"{key_of(name, odd)}: is for a linear layer, {name} is an embedding: expected "
+                f"{key_of(name, EMBEDDING['A'])}"
+            )
+        factors[name] = {f: pair[kind] for f, kind in EMBEDDING.items() if kind in pair}
 
 
 def _is_base(key: str, source: Source, form: PoolForm) -> bool:
