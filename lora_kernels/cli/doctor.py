@@ -172,6 +172,7 @@ def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
     up = torch.ones(M, K, dtype=dtype, device=device)
     dora = {**adapter, "magnitude": torch.ones(N, device=device, requires_grad=True)}
     pages = functional.page_adapters([a, a], [b, b], [2.0, 1.0])
+    vocabulary = functional.page_embedding_adapters([a, a], [b, b], [2.0, 1.0])  # K words
     own = torch.arange(M, dtype=torch.int32, device=device) % 3 - 1
     y = torch.zeros(M, N, dtype=dtype, device=device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
@@ -207,6 +208,12 @@ def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
             functional.gather_lora, dtype, device, base=w, pages=pages, slots=own
         ),
         "many adapters alone": lambda: _discard(functional.gather_lora(up, pages, own, out=y)),
+        "embedding + many adapters": lambda: (
+            functional.gather_lora_embedding(labels, vocabulary, own, weight=w.T).sum().backward()
+        ),
+        "embedding's adapters alone": lambda: _discard(
+            functional.gather_lora_embedding(labels, vocabulary, own, out=y)
+        ),
         "loss": lambda: _train(
             functional.linear_cross_entropy, dtype, device, weight=w, labels=labels
         ),

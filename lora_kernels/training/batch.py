@@ -67,9 +67,10 @@ class Batch(NamedTuple):
             own = torch.full((count, length), slot, dtype=torch.int32)
             slots.append(F.pad(own, (0, width - length), value=-1))
             for key, made in columns.items():
-                value = part[key].to(torch.int64) if key in part else _default(key, part)
+                value = part[key] if key in part else _default(key, part)
+                value = value.to(device, torch.int64)
                 made.append(F.pad(value, (0, width - length), value=_fill(key, pad_id)))
-        joined = {key: torch.cat(made).to(device) for key, made in columns.items()}
+        joined = {key: torch.cat(made) for key, made in columns.items()}
         labels = joined.pop("labels")
         return cls(joined, labels, torch.cat(slots).to(device), rows)
 
