@@ -383,7 +383,7 @@ def _nf4() -> Iterator[Case]:
 
 def _gather() -> Iterator[Case]:
     """Serving many adapters: decode with one each, real ranks, prefill, no adapter at all, and a
-    pool of up to a thousand; then training."""
+    pool of up to a thousand; then training. On a GPU: `run --device cuda --suite gather`."""
     for layer in ("square-4096", "smollm2-135m.gate_proj"):
         for op in GATHER:
             for count in (1, 8, 64):

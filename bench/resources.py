@@ -25,6 +25,8 @@ from lora_kernels.ops.common.strategies import (
     explain_config,
     use_strategy,
 )
+from lora_kernels.ops.gather.pages import PAGE, pages_of
+from lora_kernels.ops.gather.triton.plan import WAYS, use_way
 from lora_kernels.ops.glu.schema import ACTIVATIONS
 from lora_kernels.ops.packed.schema import META
 from lora_kernels.ops.packed.triton.plan import plan
@@ -33,7 +35,8 @@ from lora_kernels.ops.packed.triton.plan import plan
 @dataclass(frozen=True)
 class Call:
     """A call of an op to compile; where a tile is given it is forced on the products. Of gated
-    units the strategy is the activation, M and N are the sizes; the codec has none, N and K are."""
+    units the strategy is the activation, M and N are the sizes; the codec has none, N and K are; of
+    many adapters it is the way."""
 
     op: str
     shape: tuple[int, int, int, int]  # M, N, K, r
@@ -122,6 +125,29 @@ def _quantize_scales(call: Call) -> list[Any]:
     return [torch.zeros(call.shape[1] * call.shape[2] // 64), *map(torch.zeros, (256, 1)), 256]
 
 
+def _gather_forward(call: Call) -> list[Any]:
+    """M tokens of 8 slots; without a base, whose product is a layer's own."""
+    m, n, k, r = call.shape
+    slots, columns = 8, pages_of(r)
+    a, b = (torch.empty(slots * columns, PAGE, c, dtype=torch.bfloat16) for c in (k, n))
+    table = torch.arange(slots * columns, dtype=torch.int32).view(slots, columns)
+    ranks = torch.full((slots,), r, dtype=torch.int32)
+    dropout = []
+    if call.dropout:
+        rows = torch.zeros(m, dtype=torch.int32)
+        dropout = [torch.zeros(slots, dtype=torch.int64), torch.full_like(ranks, 6554), rows]
+    entries = [torch.arange(m, dtype=torch.int32) % slots]
+    x = torch.empty(m, k, dtype=torch.bfloat16)
+    return [x, [], [n, k], None, [a, b, table, ranks, torch.ones(slots)], entries, dropout]
+
+
+def _gather_backward(call: Call) -> list[Any]:
+    x, base, meta, _, pages, entries, dropout = _gather_forward(call)
+    s = x.new_empty(x.shape[0], pages[2].shape[1] * PAGE)
+    needs = [True, False, False, True, True, True]
+    return [x.new_empty(x.shape[0], meta[0]), x, s, base, meta, pages, entries, dropout, needs]
+
+
 # What another op needs to be compiled too: its arguments for a call.
 ARGUMENTS: dict[str, Callable[[Call], list[Any]]] = {
     "lora_linear_fwd": _forward,
@@ -135,6 +161,8 @@ ARGUMENTS: dict[str, Callable[[Call], list[Any]]] = {
     "nf4_quantize_scales": _quantize_scales,
     "glu_fwd": _glu("glu_fwd"),
     "glu_bwd": _glu("glu_bwd"),
+    "gather_lora_fwd": _gather_forward,
+    "gather_lora_bwd": _gather_backward,
 }
 # The kernels with a large product in them.
 PRODUCTS = re.compile("gemm|packed_(forward|grad_x)")
@@ -191,6 +219,9 @@ def calls(target: Target) -> Iterator[Call]:
         yield Call(op, (m, width, width, 64), 0.1, "epilogue")
     for op, activation in product(("glu_fwd", "glu_bwd"), ACTIVATIONS):
         yield Call(op, (8192, 14336, 0, 0), 0.0, activation)
+    for (m, way), r in product(((64, "entries"), (4096, "chunks")), (16, 64)):
+        yield Call("gather_lora_fwd", (m, 4096, 4096, r), 0.0, way)
+        yield Call("gather_lora_bwd", (m, 4096, 4096, r), 0.1, way)
 
 
 def _fits(
@@ -223,7 +254,8 @@ def launches(call: Call, target: Target) -> list[Launch]:
     function = getattr(torch.ops.lora_kernels, call.op).default
     args = ARGUMENTS[call.op](call)
     strategy = call.strategy if call.strategy in STRATEGIES else None
-    made = record(device, lambda: function(*args), strategy)
+    with use_way(call.strategy if call.strategy in WAYS else None):
+        made = record(device, lambda: function(*args), strategy)
     # The other launches do not depend on the tile; the calls of real sizes have them.
     return [x for x in made if call.tile is None or PRODUCTS.search(x.kernel.fn.__name__)]
 

@@ -22,7 +22,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "traffic",
         help="count the bytes that the Triton kernels move by executing their PTX on the CPU",
     )
-    p.add_argument("--family", action="append", help="lora, packed, dora, glu, nf4 (default: all)")
+    p.add_argument(
+        "--family", action="append", help="lora, packed, dora, glu, nf4, gather (default: all)"
+    )
     p.add_argument("--target", action="append", help="sm_80 or sm_90 (default: both)")
     p.add_argument("--shape", default="1024,1024,1024,16", help="M,N,K,r (default: %(default)s)")
     p.add_argument("--dropout", type=float, action="append", help="default: 0 and 0.1")
@@ -67,6 +69,7 @@ def shape_of(text: str) -> tuple[int, int, int, int]:
 def _traffic(args: argparse.Namespace) -> int:
     constant = _constant()
     from bench.gpu import traffic_table
+    from bench.gpu.subjects import PLANNED as LAYERS
     from bench.gpu.subjects import families_of, subjects
     from bench.traffic import PLANNED, beyond_product, explain, measure, targets_of
 
@@ -79,7 +82,7 @@ def _traffic(args: argparse.Namespace) -> int:
             start = time.perf_counter()
             planned = {}
             if not args.own_tile:
-                layers = [f for f in families if f not in ("glu", "nf4")]
+                layers = [f for f in families if f in LAYERS]
                 size = (*PLANNED, shape[3])
                 planned = {s.name: s for s in subjects(layers, size, dropout, torch.empty)}
             for subject in subjects(families, shape, dropout):

@@ -55,12 +55,30 @@ LORAFUSION = (
 )
 LORAFUSION_SIZES = Sizes(1024, 1024, 1024, 16)
 
+_SERVED = "anchors/gpu-counts.md, sm_80, N=K=1024"
+# Serving engines' kernels, by the call's name (`gather_subjects.py`).
+SERVING = (
+    Rival("vLLM", "gather decode", False, 3, 1.00, 10.1, None, "", _SERVED),
+    Rival("SGLang", "gather decode", False, 2, 1.00, 1.7, None, "", _SERVED),
+    Rival("Punica", "gather decode", False, 3, 1.00, 2.3, None, "", _SERVED),
+    Rival("vLLM", "gather decode r=64", False, 3, 1.00, 11.1, None, "", _SERVED),
+    Rival("SGLang", "gather decode r=64", False, 2, 1.00, 1.2, None, "", _SERVED),
+    Rival("Punica", "gather decode r=64", False, 3, 1.00, 2.5, None, "", _SERVED),
+    Rival("vLLM", "gather decode r=8-64", False, 3, 2.09, 21.0, None, "", _SERVED),
+    Rival("SGLang", "gather decode r=8-64", False, 2, 1.03, 1.5, None, "", _SERVED),
+    Rival("Punica", "gather decode r=8-64", False, 3, 2.08, 5.1, None, "", _SERVED),
+    Rival("vLLM", "gather prefill", False, 3, 1.03, 1.8, None, "", _SERVED),
+    Rival("SGLang, chunks of 16", "gather prefill", False, 2, 1.01, 2.7, None, "", _SERVED),
+    Rival("SGLang, chunks of 128", "gather prefill", False, 2, 1.01, 1.1, None, "", _SERVED),
+)
+
 
 def rivals(sizes: Sizes, op: str, dropout: bool) -> list[Rival]:
-    """Plain PyTorch and the order of `addmm_`, modelled, and what was counted on this shape; of a
-    LoRA layer's "forward" and "backward", none of other ops."""
+    """What was counted on this shape; for a LoRA layer's "forward" and "backward" also plain
+    PyTorch and the order of `addmm_`, modelled."""
     if op not in ("forward", "backward"):
-        return []
+        same = (sizes.n, sizes.k) == (1024, 1024)
+        return [r for r in SERVING if same and (r.op, r.dropout) == (op, dropout)]
     found = [
         _modelled("plain PyTorch", sizes, op, dropout, _plain(sizes, dropout)[op]),
         _modelled("addmm_ order", sizes, op, dropout, _addmm(sizes, dropout)[op]),

@@ -1,9 +1,8 @@
-"""The calls whose traffic `bench traffic` counts: their arguments, the bytes they cannot avoid, the
-FLOPs they need, and what they should give in fp64."""
+"""The calls whose traffic `bench traffic` counts, by family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,69 +11,18 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from bench.gpu.gather_subjects import gather
 from bench.gpu.recorder import lora_backward, lora_forward, normal
 from bench.gpu.rivals import Sizes
+from bench.gpu.subject import BF16, Fill, Shape, Subject, call, nbytes
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.glu.schema import ACTIVATIONS
 from lora_kernels.ops.packed.schema import META
 
-Shape = tuple[int, int, int, int]
-Fill = Callable[..., Tensor]  # torch.empty: only what launches depend on is made
-BF16 = torch.bfloat16
 SCALE = 1.5
-FAMILIES = ("lora", "packed", "dora", "glu", "nf4")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A call to count.
-
-    Attributes:
-        name: for the table; plain "forward" and "backward" are those of one LoRA layer.
-        op: its name in the schema, and its arguments.
-        floor: bytes of each input once and each output once; s counts as neither.
-        flops: of the products, at the true rank.
-        outputs: numbers that it makes.
-        strategies: the ways to run it; None where there is one way.
-        dense: where W is 4-bit, the call with W decoded, which fp64 is asked about.
-    """
-
-    name: str
-    op: str
-    args: list[Any]
-    sizes: Sizes
-    dropout: float
-    floor: int
-    flops: int
-    outputs: int
-    strategies: tuple[str | None, ...] = (None,)
-    dense: tuple[str, list[Any]] | None = None
-
-    def run(self) -> dict[str, Tensor]:
-        """The op by the backend in force."""
-        return call(self.op, self.args)
-
-    def exact(self) -> dict[str, Tensor]:
-        """The same in fp64 from the same numbers."""
-        op, args = self.dense or (self.op, self.args)
-        with use_backend("reference"):
-            return call(op, _double(args))
-
-
-def call(op: str, args: list[Any]) -> dict[str, Tensor]:
-    """An op's outputs by their names in the schema, those of a list numbered."""
-    function = getattr(torch.ops.lora_kernels, op).default
-    made = function(*args)
-    found = {}
-    returns = function._schema.returns
-    for returned, value in zip(returns, [made] if len(returns) == 1 else made, strict=True):
-        name = returned.name or "y"
-        if isinstance(value, Tensor):
-            found[name] = value
-        else:
-            found |= {f"{name}{i}": v for i, v in enumerate(value)}
-    return found
+FAMILIES = ("lora", "packed", "dora", "glu", "nf4", "gather")
+PLANNED = ("lora", "packed", "dora")  # whose tiles are those of a larger layer
 
 
 def subjects(
@@ -82,7 +30,7 @@ def subjects(
 ) -> list[Subject]:
     """Every subject of the families; only the LoRA layers' have a dropout other than 0."""
     makers = {"lora": _lora, "packed": _packed, "dora": _dora}
-    plain = {"glu": _glu, "nf4": _nf4}
+    plain = {"glu": _glu, "nf4": _nf4, "gather": gather}
     found = []
     for family in families:
         if family in makers:
@@ -102,21 +50,6 @@ def families_of(names: list[str] | None) -> list[str]:
         if name not in FAMILIES:
             raise ValueError(f"family: got {name!r}, expected one of {', '.join(FAMILIES)}")
     return list(names or FAMILIES)
-
-
-def _double(value: Any) -> Any:
-    """In fp64, but for the scales of a 4-bit weight: what it decodes to is a matter of its fp32."""
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if not isinstance(value, list):
-        return value
-    if value and isinstance(value[0], Tensor) and value[0].dtype == torch.uint8:
-        return value
-    return [_double(v) for v in value]
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(t.nbytes for t in tensors)
 
 
 def _made(op: str, args: list[Any], fill: Fill) -> dict[str, Tensor]:
@@ -185,7 +118,7 @@ def _packed(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
     needs = [True] * (1 + 2 * 3) + [False] * (2 * 3)
     back = [dy, x, s, w, meta, a, b, [SCALE] * 3, p, seed, needs]
     z = Sizes(m, sum(widths), k, r)
-    forward = _bytes(x, *w, *a, *b, *dy)
+    forward = nbytes(x, *w, *a, *b, *dy)
     thin = 2 * m * r * sum(width + k for width in widths)
     product = 2 * m * sum(widths) * k
     both = ("single_pass", "epilogue")
@@ -196,7 +129,7 @@ def _packed(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
         ),
         Subject(
             "packed backward", "lora_packed_bwd", back, z, dropout,
-            forward + _bytes(x, *a, *b), product + 2 * thin, m * k, both,
+            forward + nbytes(x, *a, *b), product + 2 * thin, m * k, both,
         ),
     ]  # fmt: skip
 
@@ -215,8 +148,8 @@ def _dora(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
     needs = [True, True, True, True, False, False]
     back = [layer.dy, x, made["s"], base, meta, a, b, scale, magnitude, norm, p, seed]
     back += [*saved, needs]
-    rows = _bytes(magnitude, norm)
-    small = _bytes(layer.w, a, b) + norm.nbytes
+    rows = nbytes(magnitude, norm)
+    small = nbytes(layer.w, a, b) + norm.nbytes
     return [
         Subject(
             "dora norm", "dora_norm", [None, base, meta, a, b, scale], z, dropout,
@@ -238,7 +171,7 @@ def _glu(shape: Shape, fill: Fill) -> list[Subject]:
     m, n = shape[:2]
     dh, g, u = (fill(m, n, dtype=BF16) for _ in range(3))
     z, silu = Sizes(m, n, 0, 0), ACTIVATIONS.index("silu")
-    floor = _bytes(g, u, dh)
+    floor = nbytes(g, u, dh)
     return [
         Subject("glu forward", "glu_fwd", [g, u, silu], z, 0.0, floor, 0, m * n),
         Subject("glu backward", "glu_bwd", [dh, g, u, silu, True], z, 0.0, 2 * floor, 0, 3 * m * n),
@@ -251,7 +184,7 @@ def _nf4(shape: Shape, fill: Fill) -> list[Subject]:
     found = []
     for kind in ("plain", "nested"):
         q = _quantised(n, 4 * k, kind == "nested", fill)
-        floor = _bytes(*q.base) + 2 * n * 4 * k
+        floor = nbytes(*q.base) + 2 * n * 4 * k
         args = [q.base, q.meta, BF16]
         name, z = f"nf4 dequantise {kind}", Sizes(0, n, 4 * k, 0)
         found.append(Subject(name, "nf4_dequantize", args, z, 0.0, floor, 0, 4 * n * k))
@@ -261,7 +194,7 @@ def _nf4(shape: Shape, fill: Fill) -> list[Subject]:
     for tokens, ways in ((64, ("epilogue",)), (m, ("epilogue", "addmm"))):
         z = Sizes(tokens, n, k, 0)
         x, dy = fill(tokens, k, dtype=BF16), fill(tokens, n, dtype=BF16)
-        floor, flops = _bytes(x, dy, *q.base), 2 * tokens * n * k
+        floor, flops = nbytes(x, dy, *q.base), 2 * tokens * n * k
         forward, back = [x, q.base, q.meta, None], [dy, q.base, q.meta]
         for name, op, args, size, dense in (
             ("nf4 forward", "nf4_linear_fwd", forward, tokens * n, _dense_forward(x, w)),
@@ -280,7 +213,7 @@ def _over(q: NF4Weight, w: Tensor, layer: Subject) -> Subject:
         layer,
         name=f"nf4 lora {layer.name}",
         args=args,
-        floor=layer.floor - w.nbytes + _bytes(*q.base),
+        floor=layer.floor - w.nbytes + nbytes(*q.base),
         dense=(layer.op, dense),
     )
 

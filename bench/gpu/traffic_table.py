@@ -94,19 +94,30 @@ _UNIQUE = {
     ("packed forward", "single_pass"): 1.05,
     ("nf4 dequantise plain", ""): 1.05,
     ("nf4 dequantise nested", ""): 1.05,
+    ("gather decode r=8-64", ""): 1.02,
 }
 _ASKED = {
     **{("forward", s): 5.0 for s in STRATEGIES},
     ("nf4 dequantise plain", ""): 1.05,
     ("nf4 dequantise nested", ""): 1.05,
+    ("gather decode", ""): 1.3,
+    ("gather decode r=64", ""): 1.15,
+    ("gather decode r=8-64", ""): 1.3,
+    ("gather prefill", ""): 1.15,
 }
+_SECTORS = {("gather decode", ""): 1.3, ("gather decode r=64", ""): 1.2}
 _LAUNCHES = {
     ("forward", "single_pass"): 1,
     **{("backward", s): 4 for s in STRATEGIES},
     ("packed forward", "single_pass"): 1,
     ("nf4 dequantise plain", ""): 1,
     ("nf4 dequantise nested", ""): 1,
+    ("gather decode", ""): 2,
+    ("gather decode r=64", ""): 2,
+    ("gather decode r=8-64", ""): 2,
 }
+# A token alone is one of the 16 rows of a tensor core's product.
+_PADDING = {name: 16.0 for name in ("gather decode", "gather decode r=64", "gather decode r=8-64")}
 _INSTRUCTIONS = {("nf4 dequantise plain", ""): 8.0, ("nf4 dequantise nested", ""): 8.0}
 
 
@@ -118,6 +129,7 @@ def reached(t: Traffic) -> Iterator[tuple[str, float, Target]]:
         (_UNIQUE, "unique / floor", t.over_floor(whole.unique)),
         (_LAUNCHES, "launches", whole.launches),
         (_ASKED, "asked / floor", t.over_floor(whole.asked)),
+        (_SECTORS, "sectors / floor", t.over_floor(whole.sectors)),
         (_INSTRUCTIONS, "instructions / output", whole.instructions / subject.outputs),
     ):
         if key in bounds:
@@ -125,6 +137,7 @@ def reached(t: Traffic) -> Iterator[tuple[str, float, Target]]:
     yield who, whole.atomics, Target("atomics", 0)
     if subject.flops:
         branch = 1.15 if t.strategy != "single_pass" else 1.15 + subject.sizes.r / _block_n(t)
+        branch = _PADDING.get(subject.name, branch)
         yield who, whole.flops / subject.flops, Target("MMA / needed", branch)
     for name, value in t.error.items():
         yield name, value, Target("error / rounding", 1.5)

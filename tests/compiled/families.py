@@ -11,7 +11,14 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from lora_kernels.ops.common.configs import GemmConfig
-from tests.compiled import dora_problems, glu_problems, nf4_problems, packed_problems, problems
+from tests.compiled import (
+    dora_problems,
+    gather_problems,
+    glu_problems,
+    nf4_problems,
+    packed_problems,
+    problems,
+)
 from tests.ops.case import Case, Source
 
 
@@ -41,6 +48,9 @@ def calls() -> Iterator[tuple[Tiled, Case]]:
     yield from _calls(nf4_problems.CODEC_MAKERS, nf4_problems.CODEC)
     yield from _calls(nf4_problems.BASE_MAKERS, nf4_problems.BASE)
     yield from _calls(nf4_problems.LORA_MAKERS, nf4_problems.LORA)
+    over = (*gather_problems.PROBLEMS, *gather_problems.OVER)
+    yield from _calls(gather_problems.BOTH_WAYS, over)
+    yield from _calls(gather_problems.ADDS, gather_problems.PROBLEMS)
 
 
 def _calls(

@@ -20,6 +20,7 @@ from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import use_executor
 from lora_kernels.ops.common.strategies import use_strategy
+from lora_kernels.ops.gather.triton.plan import WAYS, use_way
 from tests.compiled.families import Tiled, calls
 from tests.ops.case import Case
 from tests.ops.parity import assert_agrees
@@ -46,7 +47,8 @@ class Way:
         self.runs.append(Emulator(self.cc, self.device, {"check": False}))
         with ExitStack() as stack:
             stack.enter_context(use_backend("triton"))
-            stack.enter_context(use_strategy(self.strategy))
+            way = use_way if self.strategy in WAYS else use_strategy
+            stack.enter_context(way(self.strategy))
             stack.enter_context(use_executor(self.runs[-1]))
             yield
 

@@ -17,6 +17,7 @@ from lora_kernels.dispatch import BACKENDS, native, ops
 from lora_kernels.ops.common.configs import GENERIC, GemmConfig
 from lora_kernels.ops.common.launch import Executor, use_executor
 from lora_kernels.ops.common.strategies import STRATEGIES, use_strategy
+from lora_kernels.ops.gather.triton.plan import WAYS, use_way
 from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.reference import dense_weight
 from lora_kernels.ops.packed.schema import split_base
@@ -25,6 +26,8 @@ from tests.ops.case import Case
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Ops whose Triton kernels know several ways (`use_strategy`).
 WITH_STRATEGIES = ("lora_linear_fwd", "lora_linear_bwd", "lora_packed_fwd", "lora_packed_bwd")
+# Ops whose Triton kernels are cut several ways (`use_way`).
+WITH_WAYS = ("gather_lora_fwd", "gather_lora_add", "gather_lora_bwd")
 # A forced strategy in the interpreter takes one case in so many, other ones for each strategy.
 THINNED = 12
 
@@ -66,7 +69,9 @@ class Variant:
             if self.isa is not None:
                 stack.enter_context(native.use_isa(self.isa))
             if self.backend == "triton":
-                stack.enter_context(use_strategy(self.strategy))
+                stack.enter_context(
+                    use_way(self.strategy) if self.strategy in WAYS else use_strategy(self.strategy)
+                )
                 if self.device == "cpu" and interpreting():
                     stack.enter_context(use_executor(Interpreted()))
             yield
@@ -76,6 +81,8 @@ class Variant:
         if self.strategy is None or self.device != "cpu":
             return True
         turn = zlib.crc32(f"{case.op}/{case.label}".encode()) % THINNED
+        if self.strategy in WAYS:  # the cost model's own choice is one of the two
+            return turn % 2 == WAYS.index(self.strategy)
         return turn == STRATEGIES.index(self.strategy)
 
 
@@ -84,6 +91,8 @@ def variants_of(op: str) -> tuple[Variant, ...]:
     found = list(all_variants())
     if op in WITH_STRATEGIES:
         found += [Variant("triton", d, strategy=s) for d in DEVICES for s in STRATEGIES]
+    if op in WITH_WAYS:
+        found += [Variant("triton", d, strategy=w) for d in DEVICES for w in WAYS]
     return tuple(found)
 
 

@@ -1,12 +1,10 @@
 """Many adapters in one batch: each token adds its own."""
 
-from lora_kernels.ops.gather import (
-    embedding_schema,
-    schema,
-)  # define the ops that the others implement
+# Define the ops that the others implement.
+from lora_kernels.ops.gather import embedding_schema, schema
 
 # isort: split
-from lora_kernels.ops.gather import embedding_reference, native, reference
+from lora_kernels.ops.gather import embedding_reference, native, reference, triton
 from lora_kernels.ops.gather.api import Mixture, SlotDropout, gather_lora
 from lora_kernels.ops.gather.embedding import gather_lora_embedding, page_embedding_adapters
 from lora_kernels.ops.gather.pages import PAGE, RankPages, page_adapters, pages_of
@@ -26,4 +24,5 @@ __all__ = [
     "pages_of",
     "reference",
     "schema",
+    "triton",
 ]

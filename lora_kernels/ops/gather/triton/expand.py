@@ -1,0 +1,195 @@
+"""out[t] += Σ_e weight[e]·scale·s[e]·B[slot]ᵀ: token by token, or a chunk of one slot at a time."""
+
+import triton
+import triton.language as tl
+
+from lora_kernels.ops.common.tiles import cast, dot, first_of, keep_tile
+from lora_kernels.ops.gather.triton.tiles import (
+    PAGE,
+    kept_scale,
+    page_tile,
+    rank_of,
+    slot_of,
+    sums_tile,
+)
+
+
+@triton.jit
+def _gather_expand_kernel(
+    p_s,
+    p_b,
+    p_out,
+    p_keep,
+    p_slots,
+    p_weights,
+    p_table,
+    p_ranks,
+    p_scales,
+    p_order,
+    p_edges,
+    p_seeds,
+    p_thresholds,
+    p_rows,
+    N,
+    S,
+    C,
+    size,
+    stream,
+    stride_s,
+    stride_om,
+    stride_keep,
+    OVERWRITE: tl.constexpr,
+    MASK_S: tl.constexpr,
+    MASK_OUT: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """out[t] (+)= Σ_e f[e] · drop(s[e]·b), f = weight · scale, over the entries e of token t in
+    their order, rounded once. A token without an adapter is not written, or is 0 where OVERWRITE.
+
+    Shapes: s[E, ..] in PARTS parts of `size` elements, b[P, 16, N] out[T, N] keep[E, ..]. Entries
+        of token t: order[edges[t] : edges[t + 1]], or t itself. MASK_S: the parts still lack the
+        factor of x's mask; MASK_OUT: what an entry adds is masked itself. keep takes s, rounded.
+    Grid: [T, cdiv(N, BN)]. Sums in fp32, page by page.
+    """
+    t = tl.program_id(0)
+    n0 = tl.program_id(1) * BN
+    o_n = n0 + tl.arange(0, BN)
+    o_row = tl.arange(0, PAGE)
+    b_out = tl.full([BN], 0.0, tl.float32)  # [BN]
+    found = 0
+    first = t
+    last = t + 1
+    if p_edges is not None:
+        first = tl.load(p_edges + t)
+        last = tl.load(p_edges + t + 1)
+    for i in range(first, last):
+        e = i
+        if p_edges is not None:
+            e = tl.load(p_order + i)
+        slot = slot_of(p_slots, None, e, S, 0)
+        rank = rank_of(p_ranks, slot, C)
+        if rank > 0:
+            found = 1
+            factor = tl.load(p_scales + slot)
+            if p_weights is not None:
+                factor *= tl.load(p_weights + e)
+            b_z = tl.full([PAGE, BN], 0.0, tl.float32)  # [16, BN], the first row counts
+            for c in range(0, tl.cdiv(rank, PAGE)):
+                rows = rank - c * PAGE
+                page = tl.load(p_table + slot * C + c)
+                b_b = page_tile(p_b, page, rows, o_n, N, DTYPE)  # [16, BN]
+                b_s = sums_tile(
+                    p_s, o_row + e, o_row == 0, c * PAGE, size, stride_s, PARTS, PAGE
+                )  # [16, 16]
+                if MASK_S:
+                    b_s *= kept_scale(p_thresholds, slot)
+                b_s = cast(b_s, DTYPE)
+                if p_keep is not None:
+                    if n0 == 0:
+                        o_j = tl.arange(0, PAGE) + c * PAGE
+                        o_keep = (o_row + e).to(tl.int64)[:, None] * stride_keep + o_j[None, :]
+                        m_keep = (o_row == 0)[:, None] & (o_j < rank)[None, :]
+                        tl.store(p_keep + o_keep, b_s, mask=m_keep)
+                b_z = dot(b_s, b_b, b_z, PRECISION)
+            b_row = first_of(b_z, 0)  # [BN]
+            if MASK_OUT:
+                threshold = tl.load(p_thresholds + slot)
+                o_m = tl.load(p_rows + e) + tl.arange(0, 1)
+                m_drop = keep_tile(p_seeds + slot, o_m, n0, stream, threshold, 1, BN)
+                b_row = tl.where(
+                    tl.reshape(m_drop, [BN]), b_row * kept_scale(p_thresholds, slot), 0.0
+                )
+            b_out = tl.fma(b_row, tl.full([BN], 1.0, tl.float32) * factor, b_out)
+    if OVERWRITE or found > 0:
+        p_row = p_out + t.to(tl.int64) * stride_om
+        if not OVERWRITE:
+            b_out += tl.load(p_row + o_n, mask=o_n < N, other=0.0).to(tl.float32)
+        tl.store(p_row + o_n, cast(b_out, p_out.dtype.element_ty), mask=o_n < N)
+
+
+@triton.jit
+def _gather_expand_chunk_kernel(
+    p_s,
+    p_b,
+    p_out,
+    p_table,
+    p_ranks,
+    p_scales,
+    p_order,
+    p_work,
+    p_seeds,
+    p_thresholds,
+    p_rows,
+    N,
+    S,
+    C,
+    stream,
+    stride_s,
+    stride_om,
+    OVERWRITE: tl.constexpr,
+    MASK_OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The same for a chunk of BM tokens of one slot, each with this entry alone.
+
+    Shapes: s[E, ..] b[P, 16, N] out[T, N]; work holds (slot, first, count) of each chunk, whose
+        tokens are order[first : first + count]; a slot from S on has no adapter.
+    ONE_PAGE: C is 1.
+    Grid: [chunks, cdiv(N, BLOCKS · BN)]. Sums in fp32, page by page.
+    """
+    o_m = tl.arange(0, BM)
+    p_work += tl.program_id(0) * 3
+    slot = tl.load(p_work)
+    count = tl.load(p_work + 2)
+    slot = tl.where(slot < S, slot, -1)
+    rank = rank_of(p_ranks, slot, C)
+    if count > 0 and (OVERWRITE or rank > 0):
+        m_m = o_m < count
+        o_e = tl.load(p_order + tl.load(p_work + 1) + o_m, mask=m_m, other=0)
+        scale = 0.0
+        pages = tl.cdiv(rank, PAGE)
+        if rank > 0:
+            scale = tl.load(p_scales + slot)
+        if ONE_PAGE:
+            page = 0
+            if rank > 0:
+                page = tl.load(p_table + slot)
+            m_one = m_m & (o_m * 0 + rank > 0)
+            b_one = cast(sums_tile(p_s, o_e, m_one, 0, 0, stride_s, 1, BM), DTYPE)
+        if MASK_OUT:
+            o_rows = tl.load(p_rows + o_e, mask=m_m, other=0)
+        first = tl.program_id(1) * BLOCKS * BN
+        for n0 in range(first, tl.minimum(first + BLOCKS * BN, N), BN):
+            o_n = n0 + tl.arange(0, BN)
+            b_z = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
+            if ONE_PAGE:
+                b_b = page_tile(p_b, page, rank, o_n, N, DTYPE)  # [16, BN]
+                b_z = dot(b_one, b_b, b_z, PRECISION)
+            else:
+                for c in range(0, pages):
+                    column = c * PAGE
+                    own = tl.load(p_table + slot * C + c)
+                    b_b = page_tile(p_b, own, rank - column, o_n, N, DTYPE)  # [16, BN]
+                    b_s = sums_tile(p_s, o_e, m_m, column, 0, stride_s, 1, BM)  # [BM, 16]
+                    b_z = dot(cast(b_s, DTYPE), b_b, b_z, PRECISION)
+            if MASK_OUT:
+                if rank > 0:
+                    threshold = tl.load(p_thresholds + slot)
+                    m_drop = keep_tile(p_seeds + slot, o_rows, n0, stream, threshold, BM, BN)
+                    b_z = tl.where(m_drop, b_z * kept_scale(p_thresholds, slot), 0.0)
+            # As a chain that begins with 0, which an entry's own program has.
+            b_scale = tl.full([BM, BN], 1.0, tl.float32) * scale
+            b_z = tl.fma(b_z, b_scale, tl.full([BM, BN], 0.0, tl.float32))
+            o_out = o_e.to(tl.int64)[:, None] * stride_om + o_n[None, :]
+            m_out = m_m[:, None] & (o_n < N)[None, :]
+            if not OVERWRITE:
+                b_z += tl.load(p_out + o_out, mask=m_out, other=0.0).to(tl.float32)
+            tl.store(p_out + o_out, cast(b_z, p_out.dtype.element_ty), mask=m_out)

@@ -1,0 +1,105 @@
+"""gather_lora_fwd and gather_lora_add by the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.gather.pages import RankPages, split_pages
+from lora_kernels.ops.gather.schema import sums_width
+from lora_kernels.ops.gather.triton.passes import Mask, expand, shrink
+from lora_kernels.ops.gather.triton.plan import GatherProblem, Plan, plan
+from lora_kernels.ops.gather.triton.work import Entries
+from lora_kernels.ops.nf4.triton.linear import nf4_linear_fwd
+
+
+def gather_lora_fwd(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    bias: Tensor | None,
+    pages: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    dropout: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """y [T, N] and s [E, columns of every projection]; zeros where an entry has no rank."""
+    s = x.new_zeros((entries[0].shape[0], sums_width(pages)))
+    if base:
+        y = nf4_linear_fwd(x, base, meta, bias)
+    elif bias is not None:
+        y = bias.expand(x.shape[0], -1).contiguous()
+    else:
+        y = x.new_empty((x.shape[0], meta[0]))
+    _add(y, x, pages, entries, dropout, s, overwrite=not base and bias is None)
+    return y, s
+
+
+def gather_lora_add(
+    out: Tensor, x: Tensor, pages: Sequence[Tensor], entries: Sequence[Tensor], overwrite: bool
+) -> None:
+    """out += the adapters' part, or out = it."""
+    if out.stride(-1) != 1 and out.shape[-1] > 1:
+        raise ValueError(f"out: has strides {list(out.stride())}, expected the last to be 1")
+    _add(out, x, pages, entries, [], None, overwrite)
+
+
+def _add(
+    out: Tensor,
+    x: Tensor,
+    pages: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    dropout: Sequence[Tensor],
+    s: Tensor | None,
+    overwrite: bool,
+) -> None:
+    """The adapters' part of every projection; s takes the sums where it is given."""
+    projections = split_pages(pages)
+    given = Entries(entries, x.shape[0], projections[0].slots)
+    if given.count == 0 or given.slots_count == 0:
+        if overwrite:
+            out.zero_()
+        return
+    n = r = 0
+    for stream, p in enumerate(projections):
+        columns, ranks = slice(n, n + p.b.shape[2]), slice(r, r + p.width)
+        n, r = columns.stop, ranks.stop
+        own = None if s is None else s[:, ranks]
+        mask = Mask(dropout, stream) if dropout else None
+        chosen = chosen_plan(x, p.b.shape[2], p, given, mask)
+        _project(out[:, columns], x, p, given, mask, own, overwrite, chosen)
+
+
+def _project(
+    out: Tensor,
+    x: Tensor,
+    p: RankPages,
+    entries: Entries,
+    mask: Mask | None,
+    s: Tensor | None,
+    overwrite: bool,
+    chosen: Plan,
+) -> None:
+    """One projection, in two launches."""
+    spans = chosen.spans if chosen.split else 1
+    parts = s
+    if s is None or spans > 1:
+        shape, dtype = (spans, entries.count, p.width), torch.float32 if spans > 1 else x.dtype
+        parts = x.new_empty(shape, dtype=dtype)
+    assert parts is not None
+    shrink(x, p.a, parts, p, entries, mask, chosen)
+    keep = s if spans > 1 else None
+    late = mask if spans > 1 else None
+    expand(parts, p.b, out, p, entries, chosen, dtype=x.dtype, keep=keep, late=late,
+           overwrite=overwrite)  # fmt: skip
+
+
+def chosen_plan(x: Tensor, n: int, p: RankPages, entries: Entries, mask: Mask | None) -> Plan:
+    """How a pass from x [T, K] to n columns is cut."""
+    mixture, k = entries.tokens is not None, x.shape[1]
+    problem = GatherProblem(
+        entries.count, entries.slots_count, p.width, n, k, x.dtype, mixture, mask is not None
+    )
+    return plan(problem, planned_device(x.device))

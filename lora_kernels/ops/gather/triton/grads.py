@@ -1,0 +1,113 @@
+"""Gradients of the pages and the scales: sums over the entries of a slot, in their order."""
+
+import triton
+import triton.language as tl
+
+from lora_kernels.ops.common.tiles import cast, dot, keep_operand
+from lora_kernels.ops.gather.triton.tiles import PAGE, kept_scale, rank_of
+
+
+@triton.jit
+def _gather_grad_kernel(
+    p_t,
+    p_x,
+    p_out,
+    p_tokens,
+    p_weights,
+    p_table,
+    p_ranks,
+    p_scales,
+    p_order,
+    p_edges,
+    p_seeds,
+    p_thresholds,
+    p_rows,
+    K,
+    C,
+    stream,
+    stride_t,
+    stride_xm,
+    stride_xk,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out[page, j, k] = scale · Σ_e weight[e] · t[e, 16 c + j] · drop(x)[t, k] over the entries e
+    of the slot whose page c it is; zeros past the rank.
+
+    Shapes: t[E, ..] x[T, K] out[P, 16, K]; entries of slot i: order[edges[i] : edges[i + 1]].
+    Grid: [S, C, cdiv(K, BK)]. Sums in fp32.
+    """
+    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    slot = tl.program_id(0)
+    rank = rank_of(p_ranks, slot, C)
+    column = tl.program_id(1) * PAGE
+    if rank > column:
+        k0 = tl.program_id(2) * BK
+        o_k = k0 + tl.arange(0, BK)
+        o_j = tl.arange(0, PAGE)
+        m_k = o_k < K
+        m_j = o_j < rank - column
+        first = tl.load(p_edges + slot)
+        last = tl.load(p_edges + slot + 1)
+        p_columns = p_x + o_k[None, :].to(tl.int64) * stride_xk
+        b_sum = tl.full([PAGE, BK], 0.0, tl.float32)  # [16, BK]
+        for i0 in range(first, last, BM):
+            o_i = i0 + tl.arange(0, BM)
+            m_i = o_i < last
+            o_e = tl.load(p_order + o_i, mask=m_i, other=0)  # [BM]
+            o_t = o_e
+            if p_tokens is not None:
+                o_t = tl.load(p_tokens + o_e, mask=m_i, other=0)
+            o_s = o_e.to(tl.int64)[None, :] * stride_t + (o_j + column)[:, None]
+            b_t = tl.load(p_t + o_s, mask=m_j[:, None] & m_i[None, :], other=0.0)  # [16, BM]
+            if p_weights is not None:
+                b_weight = tl.load(p_weights + o_e, mask=m_i, other=0.0)
+                b_t = b_t.to(tl.float32) * b_weight[None, :]
+            o_x = o_t.to(tl.int64)[:, None] * stride_xm
+            b_x = tl.load(p_columns + o_x, mask=m_i[:, None] & m_k[None, :], other=0.0)  # [BM, BK]
+            if p_seeds is not None:
+                o_rows = tl.load(p_rows + o_e, mask=m_i, other=0)
+                threshold = tl.load(p_thresholds + slot)
+                m_keep = keep_operand(p_seeds + slot, o_rows, k0, stream, threshold, BM, BK)
+                b_x = tl.where(m_keep, b_x, 0.0)
+            b_sum = dot(cast(b_t, DTYPE), b_x, b_sum, PRECISION)
+        factor = tl.load(p_scales + slot)
+        if p_seeds is not None:
+            factor *= kept_scale(p_thresholds, slot)
+        b_sum = tl.where(m_j[:, None], b_sum * factor, 0.0)
+        page = tl.load(p_table + slot * C + tl.program_id(1))
+        p_page = p_out + page.to(tl.int64) * PAGE * K
+        tl.store(
+            p_page + o_j[:, None] * K + o_k[None, :],
+            cast(b_sum, p_out.dtype.element_ty),
+            mask=m_k[None, :],
+        )
+
+
+@triton.jit
+def _gather_scale_grad_kernel(
+    p_product,
+    p_weights,
+    p_out,
+    p_order,
+    p_edges,
+    BLOCK: tl.constexpr,
+):
+    """out[i] = Σ_e weight[e] · product[e] over the entries e of slot i.
+
+    Shapes: product[E] weights[E] out[S]. Grid: [S]. Sums in fp32.
+    """
+    slot = tl.program_id(0)
+    first = tl.load(p_edges + slot)
+    last = tl.load(p_edges + slot + 1)
+    b_sum = tl.full([BLOCK], 0.0, tl.float32)  # [BLOCK]
+    for i0 in range(first, last, BLOCK):
+        o_i = i0 + tl.arange(0, BLOCK)
+        m_i = o_i < last
+        o_e = tl.load(p_order + o_i, mask=m_i, other=0)
+        b_product = tl.load(p_product + o_e, mask=m_i, other=0.0)
+        if p_weights is not None:
+            b_product *= tl.load(p_weights + o_e, mask=m_i, other=0.0)
+        b_sum += b_product
+    tl.store(p_out + slot, tl.sum(b_sum, axis=0))

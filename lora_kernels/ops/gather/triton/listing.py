@@ -1,0 +1,69 @@
+"""The entries of each slot, and the chunks that they make: what a call's programs take."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _key(p_slots, p_tokens, o_e, E, T, S):
+    """Slots of entries; S where there is none, and past that past the last entry."""
+    m_e = o_e < E
+    b_slot = tl.load(p_slots + o_e, mask=m_e, other=0)
+    m_none = (b_slot < 0) | (b_slot >= S)
+    if p_tokens is not None:
+        b_token = tl.load(p_tokens + o_e, mask=m_e, other=0)
+        m_none = m_none | (b_token < 0) | (b_token >= T)
+    return tl.where(m_e, tl.where(m_none, S, b_slot), S + 1)
+
+
+@triton.jit
+def _gather_list_kernel(
+    p_slots,
+    p_tokens,
+    p_order,
+    p_edges,
+    p_work,
+    E,
+    T,
+    S,
+    capacity,
+    block_m,
+    BLOCK: tl.constexpr,
+):
+    """order[edges[g] : edges[g + 1]] = the entries of slot g in their order, S for those of none;
+    work: (slot, first place in order, count) of its chunks of block_m, and counts of 0 between.
+
+    With as many before it as all lower slots can make, a slot's chunks have places of their own.
+
+    Shapes: slots[E] tokens[E] order[E] edges[S + 2] work[capacity, 3]. Grid: [S + 1]. Integers.
+    """
+    g = tl.program_id(0)
+    o_i = tl.arange(0, BLOCK)
+    first = 0
+    count = 0
+    for e0 in range(0, E, BLOCK):
+        b_key = _key(p_slots, p_tokens, e0 + o_i, E, T, S)  # [BLOCK]
+        first += tl.sum((b_key < g).to(tl.int32), axis=0)
+        count += tl.sum((b_key == g).to(tl.int32), axis=0)
+    place = first
+    for e0 in range(0, E, BLOCK):
+        b_key = _key(p_slots, p_tokens, e0 + o_i, E, T, S)  # [BLOCK]
+        b_own = (b_key == g).to(tl.int32)
+        o_order = place + tl.cumsum(b_own, axis=0) - 1
+        tl.store(p_order + o_order, e0 + o_i, mask=b_key == g)
+        place += tl.sum(b_own, axis=0)
+    tl.store(p_edges + g, first)
+    if g == S:
+        tl.store(p_edges + g + 1, first + count)
+    begin = (first + g * (block_m - 1)) // block_m
+    end = (first + count + (g + 1) * (block_m - 1)) // block_m
+    end = tl.where(g == S, capacity, end)
+    for c0 in range(begin, end, BLOCK):
+        o_c = c0 + o_i
+        m_c = o_c < end
+        b_first = (o_c - begin) * block_m
+        b_count = tl.minimum(tl.maximum(count - b_first, 0), block_m)
+        o_work = o_c * 3
+        tl.store(p_work + o_work, tl.zeros_like(o_c) + g, mask=m_c)
+        tl.store(p_work + o_work + 1, first + b_first, mask=m_c)
+        tl.store(p_work + o_work + 2, b_count, mask=m_c)

@@ -1,0 +1,214 @@
+"""How a multi-adapter call is cut, and which way a cost model takes.
+
+entries  a program an entry: nothing is sorted, pages are read once for every entry
+chunks   a program a chunk of entries of one slot, found on the device: pages are read once a chunk
+
+Both make every sum in the same order, of 16 ranks at a time and span by span of K, so that a token
+is the same bits either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import ceil
+
+import torch
+
+from lora_kernels.ops.common.checks import names
+from lora_kernels.ops.common.configs import (
+    ConfigExplanation,
+    Device,
+    Estimate,
+    GemmConfig,
+    mask_seconds,
+)
+from lora_kernels.ops.gather.pages import PAGE
+from lora_kernels.ops.gather.triton.work import capacity
+
+WAYS = ("entries", "chunks")
+# Spans of K at most: parts of s are a small share of what is read beside them.
+MOST_SPANS = 8
+SPAN = 256
+# Beside the two passes: the list of chunks, and torch's sort and search of a mixture's tokens.
+LIST_LAUNCHES = 1
+SORT_LAUNCHES = 5
+
+_forced: str | None = None
+
+
+@contextmanager
+def use_way(name: str | None) -> Iterator[None]:
+    """Cut multi-adapter calls one way, in the whole process, until the block ends.
+
+    Raises:
+        ValueError: `name` is none of `WAYS`.
+    """
+    global _forced
+    if name is not None and name not in WAYS:
+        raise ValueError(f"way: got {name!r}, expected one of {', '.join(WAYS)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@dataclass(frozen=True)
+class GatherProblem:
+    """A call as the cost model sees it.
+
+    Attributes:
+        entries, slots, ranks: E, S and the ranks that a slot has room for.
+        n, k: output and input features of a projection.
+        dtype: of x.
+        mixture: whether a token may have several entries.
+        dropout: whether the mask is regenerated.
+    """
+
+    entries: int
+    slots: int
+    ranks: int
+    n: int
+    k: int
+    dtype: torch.dtype = torch.bfloat16
+    mixture: bool = False
+    dropout: bool = False
+
+    def __str__(self) -> str:
+        text = f"E={self.entries} S={self.slots} r<={self.ranks} N={self.n} K={self.k}"
+        return f"{text} {names([self.dtype])}{' mixture' * self.mixture}{' dropout' * self.dropout}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles of the two launches of a projection.
+
+    Attributes:
+        chunked: the way; see above.
+        split: whether a program takes one of the `spans` spans of K, `span` long.
+        block_m: entries of a chunk; block_k: of a step of K.
+        block_n: columns of a program of one token; chunk_n: of a chunk's, `blocks` times.
+        page_programs: programs that share the pages of a slot.
+    """
+
+    chunked: bool
+    split: bool
+    span: int
+    spans: int
+    block_k: int
+    block_m: int
+    block_n: int
+    chunk_n: int
+    blocks: int
+    page_programs: int
+    shrink_warps: int
+    expand_warps: int
+    chunk_warps: int
+    stages: int
+
+
+def explain_gather(problem: GatherProblem, device: Device) -> ConfigExplanation:
+    """What the cost model says of each way, and which is taken."""
+    found = tuple(_estimate(way, problem, device) for way in WAYS)
+    return ConfigExplanation(f"gather_lora {problem}", device, found)
+
+
+def plan(problem: GatherProblem, device: Device) -> Plan:
+    """The forced way's tiles, or those of the cheaper."""
+    return _plan(problem, device, _forced)
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: GatherProblem, device: Device, forced: str | None) -> Plan:
+    chosen = explain_gather(problem, device).chosen
+    assert chosen is not None
+    return _tiles(forced or chosen.strategy, problem, device)
+
+
+def _tiles(way: str, p: GatherProblem, device: Device) -> Plan:
+    span = SPAN
+    while ceil(p.k / span) > MOST_SPANS:
+        span *= 2
+    spans = max(1, ceil(p.k / span))
+    wide = p.dtype == torch.float32
+    found = Plan(
+        chunked=way == "chunks",
+        split=way == "entries" and spans > 1,
+        span=span,
+        spans=spans,
+        block_k=64 if wide else SPAN,
+        block_m=64,
+        block_n=64 if wide else 256,
+        chunk_n=64 if wide else 128,
+        blocks=2,
+        page_programs=1,
+        shrink_warps=2,
+        expand_warps=2,
+        chunk_warps=2,
+        stages=2,
+    )
+    columns = max(1, p.ranks // PAGE)
+    if found.chunked:
+        programs = capacity(p.entries, p.slots, found.block_m)
+        found = replace(
+            found,
+            # A step of fp32 is a sum of its own: its length is the same either way.
+            block_k=64,
+            shrink_warps=4,
+            # Two ask for the fewest bytes; a mask, or the sums of more pages, take registers.
+            chunk_warps=4 if p.dropout or columns > 1 else 2,
+            stages=2 if wide else 3,
+        )
+    else:
+        programs = p.entries * spans
+    # Few programs share a slot's pages, so that more of them are under way.
+    share = max(1, device.multiprocessors // max(1, programs))
+    return replace(found, page_programs=min(columns, share))
+
+
+def _estimate(way: str, p: GatherProblem, device: Device) -> Estimate:
+    tiles = _tiles(way, p, device)
+    size = p.dtype.itemsize
+    groups = min(p.slots, p.entries)
+    pages = size * p.ranks * (p.n + p.k)
+    tokens = size * p.entries * (p.k + 2 * p.n)
+    if way == "entries":
+        programs, columns, repeat = p.entries, tiles.block_n, 16
+        reads = p.entries
+    else:
+        programs, columns, repeat = capacity(p.entries, p.slots, tiles.block_m), tiles.chunk_n, 1
+        reads = programs
+    sums = 4 * p.entries * p.ranks * (tiles.spans if tiles.split else 1)
+    if p.mixture:
+        reads = max(reads, p.entries)
+    dram = groups * pages + tokens + 2 * sums
+    asked = reads * pages + tokens + sums * (1 + ceil(p.n / columns))
+    if way == "chunks":
+        asked += 8 * p.entries * (p.slots + 1)  # every slot's program looks at every entry
+        asked += size * p.entries * p.k * (ceil(p.ranks / PAGE) - 1)
+    flops = 2.0 * p.entries * p.ranks * (p.n + p.k) * repeat
+    peak = device.matrix_flops if size == 2 else device.fp32_flops
+    launches = 2 + LIST_LAUNCHES * (way == "chunks") + SORT_LAUNCHES * p.mixture
+    seconds = max(dram / device.bandwidth, asked / device.l2_bandwidth, flops / peak)
+    if p.dropout:
+        seconds += mask_seconds(repeat * p.entries * p.k, device)
+    config = GemmConfig(
+        tiles.block_m if tiles.chunked else 1,
+        columns,
+        tiles.block_k,
+        tiles.chunk_warps if tiles.chunked else tiles.expand_warps,
+        tiles.stages,
+    )
+    return Estimate(
+        way,
+        config,
+        launches,
+        dram,
+        asked,
+        flops,
+        ceil(programs * ceil(p.n / columns) / device.multiprocessors),
+        seconds + launches * device.launch_seconds,
+    )
