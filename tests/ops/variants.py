@@ -78,10 +78,13 @@ class Variant:
 
     def takes(self, case: Case) -> bool:
         """Whether the grid of cases includes this one (a backend may still refuse it)."""
-        if self.strategy is None or self.device != "cpu":
+        if self.device != "cpu":
             return True
+        if self.strategy is None:
+            # Every other case is forced one of the ways.
+            return self.backend != "triton" or case.op not in WITH_WAYS or case.core
         turn = zlib.crc32(f"{case.op}/{case.label}".encode()) % THINNED
-        if self.strategy in WAYS:  # the cost model's own choice is one of the two
+        if self.strategy in WAYS:
             return turn % 2 == WAYS.index(self.strategy)
         return turn == STRATEGIES.index(self.strategy)
 

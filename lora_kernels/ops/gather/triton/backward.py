@@ -78,7 +78,7 @@ def gather_lora_bwd(
                 _scale_sums(product, dscales[i], given)
             if want.weights:
                 there = given.slots.clamp(0, given.slots_count - 1).long()
-                dweights += p.scales[there] * product
+                dweights += p.scales.index_select(0, there) * product
     return dx, dbias, dweights, da, db, dscales
 
 
