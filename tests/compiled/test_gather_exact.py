@@ -1,0 +1,59 @@
+"""The multi-adapter kernels' compiled PTX, to the bit: a token's result does not depend on its
+company, on the way that a batch is cut, or on anything past a rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from bench.gpu import emulator
+from lora_kernels.ops.gather.triton.plan import WAYS
+from tests.compiled.test_ptx import DEVICES, Way
+from tests.ops.case import Source
+from tests.ops.gather_inputs import Gather, _add
+
+pytestmark = pytest.mark.skipif(
+    emulator.missing() is not None, reason=emulator.missing() or "the PTX emulator is there"
+)
+
+CALL = Gather(t=37, k=600, n=(136,), ranks=(16, 5, 40))
+
+
+def _run(cc: int, way: str, out: Tensor, *args: object) -> Tensor:
+    out = out.clone()
+    runs = Way(cc, DEVICES[cc], way)
+    with runs.active():
+        torch.ops.lora_kernels.gather_lora_add(out, *args)
+    assert not runs.faults()
+    return out
+
+
+@pytest.mark.parametrize("cc", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_way_and_every_company_gives_the_same_bits(cc, dtype):
+    out, x, pages, entries, _ = _add(CALL, dtype, Source(7), overwrite=False)
+    whole = {way: _run(cc, way, out, x, pages, entries, False) for way in WAYS}
+    assert torch.equal(whole["entries"], whole["chunks"])
+    nobody = entries[0] < 0
+    assert nobody.any() and torch.equal(whole["entries"][nobody], out[nobody])
+    assert not torch.equal(whole["entries"][~nobody], out[~nobody])
+    for t in (0, 17, 36):
+        row = slice(t, t + 1)
+        for way in WAYS:
+            alone = _run(cc, way, out[row], x[row], pages, [entries[0][row]], False)
+            assert torch.equal(alone[0], whole[way][t]), (t, way)
+
+
+@pytest.mark.parametrize("cc", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_slot_that_is_not_there_is_none(cc, way):
+    out, x, pages, entries, _ = _add(CALL, torch.bfloat16, Source(8), overwrite=False)
+    wrong = torch.where(entries[0] == 1, 3, entries[0])
+    wrong[wrong == 2] = 2**31 - 1
+    made = _run(cc, way, out, x, pages, [wrong], False)
+    none = wrong != 0
+    assert torch.equal(made[none], out[none])
+    assert not torch.equal(made[~none], out[~none])
