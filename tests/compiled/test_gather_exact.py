@@ -57,3 +57,25 @@ def test_a_slot_that_is_not_there_is_none(cc, way):
     none = wrong != 0
     assert torch.equal(made[none], out[none])
     assert not torch.equal(made[~none], out[~none])
+
+
+@pytest.mark.parametrize("cc", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_launches_of_one_mix_serve_another(cc, way):
+    """What a CUDA graph replays: the same launches, on the same memory, with other slots in it."""
+    first, x, pages, entries, _ = _add(CALL, torch.bfloat16, Source(9), overwrite=False)
+    mixes = [entries[0], entries[0].flip(0), torch.full_like(entries[0], 2), entries[0] * 0 - 1]
+    slots, out = mixes[0].clone(), first.clone()
+    runs = Way(cc, DEVICES[cc], way)
+    with runs.active():
+        torch.ops.lora_kernels.gather_lora_add(out, x, pages, [slots], False)
+        captured = [run.launch for run in runs.runs[-1].runs]
+        assert torch.equal(out, _run(cc, way, first, x, pages, [mixes[0]], False))
+    for mix in mixes[1:]:
+        slots.copy_(mix)
+        out.copy_(first)
+        with runs.active():
+            for launch in captured:
+                runs.runs[-1].run(launch)
+        assert not runs.faults()
+        assert torch.equal(out, _run(cc, way, first, x, pages, [mix], False))
