@@ -23,9 +23,11 @@ OPS = (
     "linear_cross_entropy",
     "gather_lora",
     "gather_lora_add",
+    "gather_lora_embed",
     "step",
 )
 GATHER = ("gather_lora", "gather_lora_add")
+EMBED = "gather_lora_embed"
 FWD, BOTH = "fwd", "fwd+bwd"
 
 
@@ -61,6 +63,8 @@ LAYERS: dict[str, Layer] = {
     **_model("smollm2-135m", 576, 192, 1536),
     # An output layer: the vocabulary.
     "smollm2-135m.lm_head": Layer("smollm2-135m.lm_head", 49152, 576),
+    # An embedding, as the layer of one-hot rows that it is: k is the vocabulary.
+    "smollm2-135m.embed_tokens": Layer("smollm2-135m.embed_tokens", 576, 49152),
     "tiny": Layer("tiny", 96, 128),
     "tiny-bias": Layer("tiny-bias", 64, 64, bias=True),
 }
@@ -100,6 +104,7 @@ class Case:
 
     Many adapters (`gather_lora`; `gather_lora_add` without the base) are those of `adapters` slots
     in turn, token by token, of `loaded` in the pool; `mixed` ranks are 1/4, 3/4, 5/4 and 7/4 of r.
+    An embedding's (`gather_lora_embed`) is over its base; x is M ids, wᵀ its weight.
 
     A quantiser or decoder is timed into a fresh tensor (`fresh`): on a CPU every call takes pages
     that the system has to provide first, as loading a model does, whatever the allocator would
@@ -139,7 +144,7 @@ class Case:
                 f"adapters: got {self.adapters} of {self.loaded} loaded, which does not fit op "
                 f"{self.op!r}"
             )
-        if self.op == "gather_lora_add" and self.backward:
+        if self.op in ("gather_lora_add", EMBED) and self.backward:
             raise ValueError(f"direction: got {self.direction!r}, expected 'fwd' of {self.op}")
         if self.dropout and not (self.has_adapter and self.direction == BOTH):
             raise ValueError(
@@ -177,11 +182,12 @@ class Case:
             *("lora_linear", "nf4_lora_linear", "lora_packed", "lora_mlp", "dora_linear"),
             "step",
             *GATHER,
+            EMBED,
         )
 
     @property
     def is_gather(self) -> bool:
-        return self.op in GATHER
+        return self.op in (*GATHER, EMBED)
 
     @property
     def has_weight(self) -> bool:
@@ -288,6 +294,7 @@ def _smoke() -> Iterator[Case]:
     yield Case("nf4_quantize", "tiny", 0, dtype="fp32")
     yield Case("gather_lora", "tiny", 9, BOTH, 8, adapters=3, loaded=5, mixed=True)
     yield Case("gather_lora_add", "tiny", 6, FWD, 4, adapters=6, loaded=6)
+    yield Case(EMBED, "tiny", 9, FWD, 8, adapters=3, loaded=5, mixed=True)
 
 
 def _scaling() -> Iterator[Case]:
@@ -313,7 +320,7 @@ def _models() -> Iterator[Case]:
                 yield Case("linear_cross_entropy", layer.name, 1024, direction)
             continue
         shape = (layer.n, layer.k, layer.bias)
-        if shape in seen or layer.name.startswith("tiny"):
+        if shape in seen or layer.name.startswith("tiny") or layer.name.endswith("embed_tokens"):
             continue
         seen.add(shape)
         for m in (1, 8, 32, 512, 2048):
@@ -394,6 +401,8 @@ def _gather() -> Iterator[Case]:
             yield Case(op, layer, 512, FWD, 16, adapters=4, loaded=4)
         yield Case("gather_lora", layer, 64, FWD, 16, adapters=0, loaded=64)
         yield Case("gather_lora", layer, 512, BOTH, 16, adapters=8, loaded=8, adapter_dtype="fp32")
+    for m, count in itertools.product((64, 512), (8, 64)):
+        yield Case(EMBED, "smollm2-135m.embed_tokens", m, FWD, 16, adapters=count, loaded=64)
 
 
 def _full() -> Iterator[Case]:

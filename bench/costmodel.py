@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.cases import DTYPES, Case
+from bench.cases import DTYPES, EMBED, Case
 
 NESTED_BLOCK = 256
 SEED_BYTES = 8
@@ -123,6 +123,8 @@ def cost(case: Case) -> Cost:
         return Cost(2 * passes * case.m * case.n * case.k, dense + x + labels, (passes - 1) * x + 4)
     if case.op == "glu":
         return _glu(case, size)
+    if case.op == EMBED:
+        return _embed(case, size)
     total = _linear_fwd(case, size)
     return total + _linear_bwd(case, size) if case.backward else total
 
@@ -133,6 +135,14 @@ def _glu(case: Case, size: int) -> Cost:
     elements, tensor = case.m * case.n, case.m * case.n * size
     forward = Cost(2 * elements, 2 * tensor, tensor)
     return forward + Cost(7 * elements, 3 * tensor, 2 * tensor) if case.backward else forward
+
+
+def _embed(case: Case, size: int) -> Cost:
+    """Of each token an int64 id, its row, the ranks of A at it; B of every adapter in use."""
+    rows, ranks = case.m * case.n * size, case.m * case.r if case.adapters else 0
+    adapters = ranks + case.adapters * case.r * case.n
+    read = 8 * case.m + rows + adapters * DTYPES[case.adapter_dtype].itemsize
+    return Cost(2 * ranks * case.n, read, rows)
 
 
 def _adapter_bytes(case: Case) -> int:

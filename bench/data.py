@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, Case, Layer
+from bench.cases import DTYPES, EMBED, Case, Layer
 from bench.costmodel import weight_bytes
 from lora_kernels import NF4Weight, use_backend
-from lora_kernels.functional import RankPages, page_adapters
+from lora_kernels.functional import RankPages, page_adapters, page_embedding_adapters
 
 MAX_COPIES = 128
 INPUT_COPIES = 4  # an activation has just been written by the layer before: a few are enough
@@ -67,6 +67,10 @@ class CaseData:
 
     def _inputs(self, width: int) -> list[Tensor]:
         case = self.case
+        if case.op == EMBED:
+            size = (INPUT_COPIES, case.m)
+            ids = torch.randint(case.k, size, generator=self._generator)
+            return list(ids.to(self.device))
         drawn = [self._normal(case.m, width, dtype=self.dtype) for _ in range(INPUT_COPIES)]
         return [t.requires_grad_(case.backward) for t in drawn]
 
@@ -125,7 +129,8 @@ class CaseData:
 
         a = [draw(r, case.k, std=case.k**-0.5) for r in ranks]
         b = [draw(case.n, r, std=0.1) for r in ranks]
-        pages = page_adapters(a, b, [case.scale] * case.loaded)
+        page = page_embedding_adapters if case.op == EMBED else page_adapters
+        pages = page(a, b, [case.scale] * case.loaded)
         pages = RankPages(*(t.to(self.device) for t in pages))
         for t in (pages.a, pages.b):
             t.requires_grad_(case.backward)
@@ -196,6 +201,11 @@ class CaseData:
     @functools.cached_property
     def dense_copies(self) -> list[Tensor]:
         return [self.weight.clone() for _ in range(self.copies(self.weight.nbytes))]
+
+    @functools.cached_property
+    def table_copies(self) -> list[Tensor]:
+        """Copies of an embedding's weight [K, N]."""
+        return [self.weight.T.contiguous() for _ in range(self.copies(self.weight.nbytes))]
 
     @functools.cached_property
     def layer_copies(self) -> list[list[Tensor]]:

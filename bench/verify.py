@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from bench.cases import EMBED
 from bench.data import CaseData
 from bench.providers.base import BASE, Outputs, Prepared, Provider, Result, named
-from bench.providers.plain import loss_of_logits, plain_gather
+from bench.providers.plain import loss_of_logits, plain_gather, plain_gather_embed
 from lora_kernels import use_backend
 from lora_kernels.testing import assert_within_budget
 
@@ -100,6 +101,8 @@ class Verifier:
         wide = dtype == torch.float64
 
         def leaf(t: Tensor) -> Tensor:
+            if not t.is_floating_point():
+                return t
             return t.detach().to(dtype if wide else t.dtype).requires_grad_(case.backward)
 
         inputs = {"x": leaf(data.x[copy % len(data.x)])}
@@ -151,6 +154,10 @@ class Verifier:
         x = inputs["x"]
         if case.op == "glu":
             return silu(x) * inputs["up"]
+        if case.op == EMBED:
+            p, a, b = data.pages, inputs["a"], inputs["b"]
+            w = weight(0).T
+            return plain_gather_embed(x, w, a, b, p.table, p.ranks, data.slots, case.scale)
         if case.is_gather:
             parts = [linear(x, weight(0), bias(0))] if case.has_weight else []
             if "a" in inputs:

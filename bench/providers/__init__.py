@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from bench.cases import GATHER
+from bench.cases import EMBED, GATHER
 from bench.providers import ours, peers, plain
 from bench.providers.base import BASE, FULL, Outputs, Prepared, Provider
 
@@ -22,7 +22,7 @@ PROVIDERS: tuple[Provider, ...] = (
     ours.provider("triton"),
     ours.provider("reference", suites="short"),
     Provider("dense", (*_LINEAR, *_GROUPS, "dora_linear", "gather_lora"), plain.frozen_linear),
-    Provider("torch", (*_ADAPTED, "glu", *_LOSS, *GATHER), plain.eager),
+    Provider("torch", (*_ADAPTED, "glu", *_LOSS, *GATHER, EMBED), plain.eager),
     Provider("addmm", (*_LORA, *_GROUPS), plain.addmm, plain.addmm_refuses),
     Provider("compile", (*_ADAPTED, "glu", *_LOSS), plain.compiled, suites="long"),
     Provider("peft", _ADAPTED, peers.peft_dense, peers.installed("peft")),

@@ -175,6 +175,17 @@ def _gather_lora_add(data: CaseData) -> Prepared:
     )
 
 
+def _gather_lora_embed(data: CaseData) -> Prepared:
+    weights, pools, slots = data.table_copies, data.page_copies, data.slots
+    return linear_call(
+        data,
+        lambda i, ids: lkf.gather_lora_embedding(
+            ids, pools[i % len(pools)], slots, weight=weights[i % len(weights)]
+        ),
+        max(len(weights), len(pools)),
+    )
+
+
 def _linear_cross_entropy(data: CaseData) -> Prepared:
     return loss_call(data, lkf.linear_cross_entropy)
 
@@ -202,5 +213,6 @@ _BUILDERS = {
     "dora_linear": _dora_linear,
     "gather_lora": _gather_lora,
     "gather_lora_add": _gather_lora_add,
+    "gather_lora_embed": _gather_lora_embed,
     "linear_cross_entropy": _linear_cross_entropy,
 }

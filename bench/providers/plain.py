@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, dropout, linear, silu
+from torch.nn.functional import cross_entropy, dropout, embedding, linear, silu
 
-from bench.cases import Case
+from bench.cases import EMBED, Case
 from bench.data import CaseData, Projection
 from bench.providers.base import BASE, FULL, Prepared, Result, linear_call, loss_call
 
@@ -72,11 +72,43 @@ def plain_gather(
     pages = table[used].long()  # [M, C]
     a, b = a[pages].flatten(1, 2).to(x.dtype), b[pages].flatten(1, 2).to(x.dtype)
     s = torch.bmm(a, x[:, :, None])[:, :, 0]  # [M, r]
-    ours = (
-        torch.arange(s.shape[1], device=x.device) < torch.where(slots >= 0, ranks[used], 0)[:, None]
-    )
+    return _expand(s, b, ranks, slots, scale)
+
+
+def _expand(s: Tensor, b: Tensor, ranks: Tensor, slots: Tensor, scale: float) -> Tensor:
+    """scale · s·B of each token's b [M, r, N], without the ranks past its adapter's."""
+    own = torch.where(slots >= 0, ranks[slots.clamp(min=0).long()], 0)
+    ours = torch.arange(s.shape[1], device=s.device) < own[:, None]
     s = scale * torch.where(ours, s, torch.zeros_like(s))
     return torch.bmm(s[:, None], b)[:, 0]
+
+
+def plain_gather_embed(
+    ids: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    table: Tensor,
+    ranks: Tensor,
+    slots: Tensor,
+    scale: float,
+) -> Tensor:
+    """w[id] + scale · A[:, id]ᵀ·B of each token's own adapter, w [V, D], a [P, V, 16]."""
+    pages = table[slots.clamp(min=0).long()].long()  # [M, C]
+    s = a[pages, ids[:, None]].flatten(1).to(w.dtype)  # [M, r]
+    return embedding(ids, w) + _expand(s, b[pages].flatten(1, 2).to(w.dtype), ranks, slots, scale)
+
+
+def gather_embed(data: CaseData) -> Prepared:
+    """The same of an embedding."""
+    case, slots = data.case, data.slots
+    weights, pools = data.table_copies, data.page_copies
+
+    def forward(i: int, ids: Tensor) -> Tensor:
+        p, w = pools[i % len(pools)], weights[i % len(weights)]
+        return plain_gather_embed(ids, w, p.a, p.b, p.table, p.ranks, slots, case.scale)
+
+    return linear_call(data, forward, max(len(weights), len(pools)))
 
 
 def gather(data: CaseData) -> Prepared:
@@ -182,6 +214,8 @@ def loss_of_logits(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
 
 def eager(data: CaseData) -> Prepared:
     op = data.case.op
+    if op == EMBED:
+        return gather_embed(data)
     if data.case.is_gather:
         return gather(data)
     if op == "linear_cross_entropy":

@@ -146,6 +146,13 @@ def test_ours_keep_what_the_model_says(case: Case, backend: str) -> None:
     assert kept == saved_bytes(case)
 
 
+def test_embedding_reads_the_rows_of_its_tokens() -> None:
+    """9 ids, rows of 96, r=8, 3 adapters in use, bf16."""
+    case = Case("gather_lora_embed", "tiny", 9, r=8, adapters=3, loaded=5)
+    read = 8 * 9 + 2 * 9 * 96 + 2 * (9 * 8 + 3 * 8 * 96)
+    assert cost(case) == Cost(2 * 9 * 8 * 96, read, 2 * 9 * 96)
+
+
 def test_bias_is_read_once() -> None:
     with_bias = cost(Case("lora_linear", "tiny-bias", 3, r=8))
     # 3x64 x, 64x64 w, 64 bias and 8x(64+64) adapters, 2 bytes each

@@ -70,6 +70,10 @@ FAMILIES = {
     "dora": Case("dora_linear", "tiny", 16, BOTH, 4),
     "dora-dropout": Case("dora_linear", "tiny", 16, BOTH, 4, 0.25, adapter_dtype="fp32"),
     "dora-bias": Case("dora_linear", "tiny-bias", 16, BOTH, 4, 0.0, "fp32", "fp32"),
+    "embed": Case("gather_lora_embed", "tiny", 9, FWD, 8, adapters=3, loaded=5, mixed=True),
+    "embed-fp32-pages": Case(
+        *("gather_lora_embed", "tiny", 9, FWD, 8), adapters=5, loaded=5, adapter_dtype="fp32"
+    ),
     "dora-forward": Case("dora_linear", "tiny-bias", 1, FWD, 4, dtype="fp16"),
 }
 PAIRS = [
@@ -94,6 +98,7 @@ def test_families_are_right_by_every_provider(provider: Provider, case: Case) ->
         ("packed", "y0 y1 y2 dx da0 db0 da1 db1 da2 db2"),
         ("mlp", "y dx da0 db0 da1 db1 da2 db2"),
         ("glu", "y dx dup"),
+        ("embed", "y"),
         ("dora-dropout", "y dx da db dmagnitude"),
     ],
 )
