@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from bench import compare, report, targets, tune
-from bench.cases import SHORT, SUITES, Case, suite
+from bench.cases import Case
 from bench.gpu import commands as gpu_commands
 from bench.gpu import tune as gpu_tune
 from bench.machine import Limits, describe, measure_limits, summary
 from bench.providers import PROVIDERS, Provider, select
 from bench.runner import FAILED, OK, WRONG, Row, Settings, derive, run_case
+from bench.suites import SHORT, SUITES, suite
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

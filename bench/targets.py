@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.cases import BOTH, FWD, STEP, Case
+from bench.cases import BOTH, FWD, Case
 from bench.costmodel import saved_bytes
+from bench.suites import STEP
 
 OURS = "ours:native"
 STEP_OURS = "ours"

@@ -1,7 +1,7 @@
 """The same cases and providers under pytest-benchmark.
 
     pytest bench --benchmark-enable                                  # tiny cases
-    LORA_KERNELS_BENCH_SUITE=quick pytest bench --benchmark-enable   # any suite of bench/cases.py
+    LORA_KERNELS_BENCH_SUITE=quick pytest bench --benchmark-enable   # any suite of bench/suites.py
     LORA_KERNELS_BENCH_DEVICE=cuda ...
 
 Without --benchmark-enable each one runs once, checked, untimed. Results are verified first here
@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import SHORT, Case, suite
+from bench.cases import Case
 from bench.data import CaseData
 from bench.providers import Provider, select
 from bench.runner import refusal
+from bench.suites import SHORT, suite
 from bench.verify import Verifier
 from lora_kernels.dispatch.registry import BackendError
 

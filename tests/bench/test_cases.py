@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import BOTH, FWD, LAYERS, OPS, SUITES, Case, suite
+from bench.cases import BOTH, FWD, LAYERS, OPS, Case
 from bench.costmodel import saved_bytes
 from bench.providers import PROVIDERS, select
+from bench.suites import SUITES, suite
 from bench.targets import FLOOR, NEEDED, SELF, STEP_OURS, TARGETS, reached
 from lora_kernels.dispatch.registry import ops
 

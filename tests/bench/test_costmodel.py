@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import BOTH, FWD, STEP, Case
+from bench.cases import BOTH, FWD, Case
 from bench.costmodel import Cost, cost, quantised_bytes, saved_bytes, weight_bytes
 from bench.data import CaseData
 from bench.memory import saved_for_backward
 from bench.providers import PROVIDERS
+from bench.suites import STEP
 from lora_kernels import NF4Weight
 from lora_kernels.dispatch import native
 
