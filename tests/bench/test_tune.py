@@ -66,11 +66,18 @@ def test_every_value_fits(knob: tune.Knob) -> None:
             assert native.tuning()[knob.name] == v
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, **samples: tuple[float, ...]) -> tune.Tuned:
-    """Tune one size with these samples of the values 8 and 32, which are p20, p50 and p80 too; no
-    samples are a wrong result. The default takes `USUAL`, the tuned sizes 5 s throughout."""
+def sizes() -> tuple[int, int, int]:
+    """Block sizes: the default of this machine, and two others."""
+    default = native.default_tuning()["block_strips"]
+    one, other = [v for v in (8, 32, 64) if v != default][:2]
+    return default, one, other
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, samples: dict[int, tuple[float, ...]]) -> tune.Tuned:
+    """Tune one size with these samples of its values, which are p20, p50 and p80 too; no samples
+    are a wrong result. Others take `USUAL`, the tuned sizes 5 s throughout."""
     names = {"default": USUAL, "tuned": (5.0, 5.0, 5.0)}
-    names |= {f"block_strips={v[1:]}": times for v, times in samples.items()}
+    names |= {f"block_strips={v}": times for v, times in samples.items()}
 
     def run_case(case: Case, providers: Iterable[Provider], *args: object) -> list[Row]:
         rows = []
@@ -83,16 +90,17 @@ def chosen(monkeypatch: pytest.MonkeyPatch, **samples: tuple[float, ...]) -> tun
 
     monkeypatch.setattr(tune, "run_case", run_case)
     on_tiles = native.current_isa() == "amx"
-    return tune.tune(Settings(), TINY, (tune.Knob("block_strips", (8, 32), on_tiles),))
+    return tune.tune(Settings(), TINY, (tune.Knob("block_strips", sizes()[1:], on_tiles),))
 
 
 def test_the_fastest_of_the_clearly_faster_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = chosen(monkeypatch, v8=(7.0, 8.0, 8.5), v32=(7.0, 7.5, 8.0))
-    assert found.values == {"block_strips": 32}
+    default, one, other = sizes()
+    found = chosen(monkeypatch, {one: (7.0, 8.0, 8.5), other: (7.0, 7.5, 8.0)})
+    assert found.values == {"block_strips": other}
     assert found.gains == pytest.approx({"block_strips": 0.25, "all": 0.5})
     first, second = found.trials
-    assert (first.base, first.chosen) == (native.default_tuning()["block_strips"], 32)
-    assert (second.base, second.chosen) == (32, 32)
+    assert (first.base, first.chosen) == (default, other)
+    assert (second.base, second.chosen) == (other, other)
 
 
 @pytest.mark.parametrize(
@@ -106,10 +114,11 @@ def test_the_fastest_of_the_clearly_faster_is_chosen(monkeypatch: pytest.MonkeyP
 def test_what_is_not_clearly_faster_replaces_nothing(
     times: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = chosen(monkeypatch, v8=times)
+    one = sizes()[1]
+    found = chosen(monkeypatch, {one: times})
     assert found.values == found.gains == {}
     assert len(found.trials) == 1
-    assert (8 in found.trials[0].spans) == bool(times)
+    assert (one in found.trials[0].spans) == bool(times)
 
 
 def test_a_small_gain_replaces_nothing() -> None:
@@ -119,8 +128,8 @@ def test_a_small_gain_replaces_nothing() -> None:
 
 
 def test_nothing_is_chosen_against_a_wrong_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    default = f"v{native.default_tuning()['block_strips']}"
-    found = chosen(monkeypatch, v8=(1.0, 1.0, 1.0), **{default: ()})
+    default, one, _ = sizes()
+    found = chosen(monkeypatch, {one: (1.0, 1.0, 1.0), default: ()})
     assert found.values == {} and found.trials[0].spans == {}
 
 

@@ -175,7 +175,7 @@ def test_a_tied_weight_survives_merging():
 
 
 def test_merging_into_4_bits():
-    layer = make("qlora", torch.bfloat16).eval()
+    layer = make("qlora", torch.bfloat16).bfloat16().eval()  # the adapter too
     x = torch.randn(3, K, dtype=torch.bfloat16)
     y, before = layer(x), _bits(layer)
     merged = layer.merged_weight(dtype=torch.float32)

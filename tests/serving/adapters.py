@@ -65,11 +65,12 @@ def assert_serves(
     with pool.route([name, None]) as slots:
         for module, (k, _) in SHAPES.items():
             scale = alpha / state[key_of(module, "A")].shape[0]
-            x = torch.randn(2, k, generator=torch.Generator().manual_seed(9))
+            # Tokens enough to judge errors by: those of one token's outputs go together.
+            x = torch.randn(2, 64, k, generator=torch.Generator().manual_seed(9))
             y = gather_lora(x, pool.pages(module), slots)
             exact = contribution(x, module, state, scale, torch.float64)
             plain = contribution(x, module, state, scale, torch.float32)
-            assert_within_budget(y[:1], exact[:1], plain[:1], f"{name} at {module}")
+            assert_within_budget(y[0], exact[0], plain[0], f"{name} at {module}")
             assert not y[1].any()
 
 
