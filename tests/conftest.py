@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 from pathlib import Path
@@ -26,6 +27,8 @@ import numpy as np  # noqa: E402  (after OMP_NUM_THREADS)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.interpreter import patch_once  # noqa: E402
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(_THREADS)
@@ -33,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # value), so an output element that a kernel forgot to write cannot pass for a right one.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if _INTERPRETING and importlib.util.find_spec("triton"):
+        patch_once()
 
 
 def pytest_report_header() -> str:
