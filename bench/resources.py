@@ -14,19 +14,18 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from bench.gpu import ways
 from bench.gpu.compile import TARGETS, Facts, Target, compile_launch
 from bench.gpu.recorder import lora_backward, lora_forward, record
 from bench.traffic import tile_of
 from lora_kernels.ops.common.configs import GEMM_CONFIGS, GemmConfig
 from lora_kernels.ops.common.launch import Launch
 from lora_kernels.ops.common.strategies import (
-    STRATEGIES,
     Problem,
     explain_config,
     use_strategy,
 )
 from lora_kernels.ops.gather.pages import PAGE, pages_of
-from lora_kernels.ops.gather.triton.plan import WAYS, use_way
 from lora_kernels.ops.glu.schema import ACTIVATIONS
 from lora_kernels.ops.packed.schema import META
 from lora_kernels.ops.packed.triton.plan import plan
@@ -126,7 +125,7 @@ def _quantize_scales(call: Call) -> list[Any]:
 
 
 def _gather_forward(call: Call) -> list[Any]:
-    """M tokens of 8 slots; without a base, whose product is a layer's own."""
+    """M tokens of 8 slots; a 4-bit base or none, a dense one's product being torch's own."""
     m, n, k, r = call.shape
     slots, columns = 8, pages_of(r)
     a, b = (torch.empty(slots * columns, PAGE, c, dtype=torch.bfloat16) for c in (k, n))
@@ -138,7 +137,8 @@ def _gather_forward(call: Call) -> list[Any]:
         dropout = [torch.zeros(slots, dtype=torch.int64), torch.full_like(ranks, 6554), rows]
     entries = [torch.arange(m, dtype=torch.int32) % slots]
     x = torch.empty(m, k, dtype=torch.bfloat16)
-    return [x, [], [n, k], None, [a, b, table, ranks, torch.ones(slots)], entries, dropout]
+    base, meta = _base(n, k) if call.quantised else ([], [n, k])
+    return [x, base, meta, None, [a, b, table, ranks, torch.ones(slots)], entries, dropout]
 
 
 def _gather_backward(call: Call) -> list[Any]:
@@ -222,6 +222,8 @@ def calls(target: Target) -> Iterator[Call]:
     for (m, way), r in product(((64, "entries"), (4096, "chunks")), (16, 64)):
         yield Call("gather_lora_fwd", (m, 4096, 4096, r), 0.0, way)
         yield Call("gather_lora_bwd", (m, 4096, 4096, r), 0.1, way)
+    for m in (16, 64, 256):
+        yield Call("gather_lora_fwd", (m, 4096, 4096, 64), 0.1, "fused", quantised=True)
 
 
 def _fits(
@@ -253,9 +255,8 @@ def launches(call: Call, target: Target) -> list[Launch]:
         device = replace(device, tiles=(call.tile,))
     function = getattr(torch.ops.lora_kernels, call.op).default
     args = ARGUMENTS[call.op](call)
-    strategy = call.strategy if call.strategy in STRATEGIES else None
-    with use_way(call.strategy if call.strategy in WAYS else None):
-        made = record(device, lambda: function(*args), strategy)
+    way = call.strategy if call.strategy in ways.NAMES else None
+    made = record(device, lambda: function(*args), way)
     # The other launches do not depend on the tile; the calls of real sizes have them.
     return [x for x in made if call.tile is None or PRODUCTS.search(x.kernel.fn.__name__)]
 

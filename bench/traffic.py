@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu import ways
 from bench.gpu.compile import TARGETS, Target
 from bench.gpu.emulator import UNCHECKED, Emulated, Emulator
 from bench.gpu.recorder import record
@@ -26,7 +27,7 @@ from bench.gpu.subjects import Subject
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import ConfigExplanation, Device, Estimate, GemmConfig
 from lora_kernels.ops.common.launch import use_executor
-from lora_kernels.ops.common.strategies import Problem, explain_config, use_strategy
+from lora_kernels.ops.common.strategies import Problem, explain_config
 
 OPS = {"forward": "lora_linear_fwd", "backward": "lora_linear_bwd"}
 # Where the cost model is asked for the tile: a layer of a 7B model and 8192 tokens.
@@ -152,7 +153,7 @@ def measure(
     emulator = Emulator(int(target.arch), device, options)
     with ExitStack() as stack:
         stack.enter_context(use_backend("triton"))
-        stack.enter_context(use_strategy(strategy))
+        stack.enter_context(ways.use(strategy))
         stack.enter_context(use_executor(emulator))
         outputs = subject.run()
     exact = subject.exact()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from bench.gpu.rivals import Sizes
-from bench.gpu.subject import BF16, Fill, Shape, Subject, nbytes
+from bench.gpu.subject import BF16, Fill, Shape, Subject, nbytes, quantised
+from lora_kernels import use_backend
 from lora_kernels.ops.gather import PAGE, pages_of
+from lora_kernels.ops.gather.triton.base_plan import BASES
 
 # name: tokens, ranks of the slots; slot t·S/T is token t's
 CALLS = {
@@ -20,7 +24,9 @@ CALLS = {
 
 def gather(shape: Shape, fill: Fill) -> list[Subject]:
     """Every call, N and K being those of the shape."""
-    return [_subject(name, *sizes, shape[1], shape[2], fill) for name, sizes in CALLS.items()]
+    n, k = shape[1:3]
+    found = [_subject(name, *sizes, n, k, fill) for name, sizes in CALLS.items()]
+    return [*found, _over_nf4(found[0], n, k, fill)]
 
 
 def _subject(name: str, tokens: int, ranks: tuple[int, ...], n: int, k: int, fill: Fill) -> Subject:
@@ -42,3 +48,24 @@ def _subject(name: str, tokens: int, ranks: tuple[int, ...], n: int, k: int, fil
     z = Sizes(tokens, n, k, max(ranks))
     args = [out, x, p, [slots], False]
     return Subject(name, "gather_lora_add", args, z, 0.0, floor, flops, tokens * n)
+
+
+def _over_nf4(decode: Subject, n: int, k: int, fill: Fill) -> Subject:
+    """The whole layer: y = x·Wᵀ + the adapters' part over a 4-bit W."""
+    out, x, pages, entries, _ = decode.args
+    q = quantised(n, k, True, fill)
+    with use_backend("reference"):
+        w = q.dequantize(BF16)
+    args, dense = (
+        [x, *base, None, pages, entries, []] for base in ((q.base, q.meta), ([w], [n, k]))
+    )
+    return replace(
+        decode,
+        name="gather decode over nf4",
+        op="gather_lora_fwd",
+        args=args,
+        floor=decode.floor - nbytes(out) + nbytes(*q.base),
+        flops=decode.flops + 2 * x.shape[0] * n * k,
+        strategies=BASES,
+        dense=("gather_lora_fwd", dense),
+    )

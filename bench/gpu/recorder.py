@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu import ways
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import Executor, Launch, use_executor
-from lora_kernels.ops.common.strategies import use_strategy
 
 
 @dataclass
@@ -40,7 +40,7 @@ def record(device: Device, call: Callable[[], Any], strategy: str | None = None)
     recorder = Recorder(device)
     with ExitStack() as stack:
         stack.enter_context(use_backend("triton"))
-        stack.enter_context(use_strategy(strategy))
+        stack.enter_context(ways.use(strategy))
         stack.enter_context(use_executor(recorder))
         call()
     return recorder.launches

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.rivals import Sizes
-from lora_kernels import use_backend
+from lora_kernels import NF4Weight, use_backend
 
 Shape = tuple[int, int, int, int]
 Fill = Callable[..., Tensor]  # torch.empty: only what launches depend on is made
@@ -86,3 +86,8 @@ def _double(value: Any) -> Any:
 
 def nbytes(*tensors: Tensor) -> int:
     return sum(t.nbytes for t in tensors)
+
+
+def quantised(n: int, k: int, nested: bool, fill: Fill) -> NF4Weight:
+    with use_backend("reference"):
+        return NF4Weight.quantize(fill(n, k, dtype=BF16), 64, nested)

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from bench.gpu.gather_subjects import gather
 from bench.gpu.recorder import lora_backward, lora_forward, normal
 from bench.gpu.rivals import Sizes
-from bench.gpu.subject import BF16, Fill, Shape, Subject, call, nbytes
+from bench.gpu.subject import BF16, Fill, Shape, Subject, call, nbytes, quantised
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.glu.schema import ACTIVATIONS
@@ -183,12 +183,12 @@ def _nf4(shape: Shape, fill: Fill) -> list[Subject]:
     m, n, k, _ = shape
     found = []
     for kind in ("plain", "nested"):
-        q = _quantised(n, 4 * k, kind == "nested", fill)
+        q = quantised(n, 4 * k, kind == "nested", fill)
         floor = nbytes(*q.base) + 2 * n * 4 * k
         args = [q.base, q.meta, BF16]
         name, z = f"nf4 dequantise {kind}", Sizes(0, n, 4 * k, 0)
         found.append(Subject(name, "nf4_dequantize", args, z, 0.0, floor, 0, 4 * n * k))
-    q = _quantised(n, k, True, fill)
+    q = quantised(n, k, True, fill)
     with use_backend("reference"):
         w = q.dequantize(BF16)  # one rounding rule: what it is in bf16, whoever decodes it
     for tokens, ways in ((64, ("epilogue",)), (m, ("epilogue", "addmm"))):
@@ -216,11 +216,6 @@ def _over(q: NF4Weight, w: Tensor, layer: Subject) -> Subject:
         floor=layer.floor - w.nbytes + nbytes(*q.base),
         dense=(layer.op, dense),
     )
-
-
-def _quantised(n: int, k: int, nested: bool, fill: Fill) -> NF4Weight:
-    with use_backend("reference"):
-        return NF4Weight.quantize(fill(n, k, dtype=BF16), 64, nested)
 
 
 def _dense_forward(x: Tensor, w: Tensor) -> tuple[str, list[Any]]:

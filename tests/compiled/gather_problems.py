@@ -6,7 +6,7 @@ The makers are those of `tests/ops/gather_inputs.py`: what an op must not read i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from lora_kernels.ops.gather.triton.plan import WAYS
 from tests.compiled.problems import BF16, FP16, FP32
 from tests.ops.case import Source
 from tests.ops.gather_inputs import QKV, Gather, _add, _backward, _forward
+
+OVER_BASE = (*WAYS, "fused")
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,26 @@ PROBLEMS = (
     Many("strided", Gather(t=18, k=40, n=(48,), ranks=(3, 17), strides="transposed")),
     Many("nobody", Gather(t=5, k=40, n=(48,), slots="none")),
 )
+_OVER = {"k": 64, "n": (72,), "ranks": (4, 20)}
 OVER = (
-    Many("dense-base", Gather(t=20, k=64, n=(72,), ranks=(4, 20), base="dense", bias=True)),
-    Many("nf4-base", Gather(t=20, k=64, n=(72,), ranks=(4, 20), base="nf4-nested")),
+    Many("dense-base", Gather(t=20, **_OVER, base="dense", bias=True), strategies=OVER_BASE),
+    Many("nf4-base", Gather(t=20, **_OVER, base="nf4-nested"), strategies=OVER_BASE),
 )
+# Where the base's product adds the adapters itself.
+FUSED = (
+    Many("rows", Gather(t=33, k=600, n=(136,), ranks=(16, 3, 0), base="nf4", dropout=(0.2,))),
+    Many("wide", Gather(t=70, k=96, n=(130,), ranks=(40, 7), base="dense", bias=True)),
+    Many("odd", Gather(t=5, k=41, n=(67,), ranks=(1, 17), base="nf4"), FP16),
+    Many("fp32", Gather(t=9, k=40, n=(48,), ranks=(7, 20), base="dense"), FP32),
+)
+FUSED = tuple(replace(p, name=f"over-{p.name}", strategies=("fused",)) for p in FUSED)
 
 
 OVERWRITE = ("whole", "nobody", "qkv")
 Makers = dict[str, Callable[[Many, Source], tuple[Any, ...]]]
+FORWARD: Makers = {"gather_lora_fwd": lambda p, r: _forward(p.call, p.dtype, r)}
 BOTH_WAYS: Makers = {
-    "gather_lora_fwd": lambda p, r: _forward(p.call, p.dtype, r),
+    **FORWARD,
     "gather_lora_bwd": lambda p, r: _backward(p.call, p.dtype, r),
 }
 ADDS: Makers = {"gather_lora_add": lambda p, r: _add(p.call, p.dtype, r, p.name in OVERWRITE)}

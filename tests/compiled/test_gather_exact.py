@@ -13,13 +13,14 @@ from bench.gpu import emulator
 from lora_kernels.ops.gather.triton.plan import WAYS
 from tests.compiled.test_ptx import DEVICES, Way
 from tests.ops.case import Source
-from tests.ops.gather_inputs import Gather, _add
+from tests.ops.gather_inputs import Gather, _add, _forward
 
 pytestmark = pytest.mark.skipif(
     emulator.missing() is not None, reason=emulator.missing() or "the PTX emulator is there"
 )
 
 CALL = Gather(t=37, k=600, n=(136,), ranks=(16, 5, 40))
+OVER = Gather(t=37, k=600, n=(136,), ranks=(16, 5, 40), base="nf4", bias=True)
 
 
 def _run(cc: int, way: str, out: Tensor, *args: object) -> Tensor:
@@ -79,3 +80,29 @@ def test_the_launches_of_one_mix_serve_another(cc, way):
                 runs.runs[-1].run(launch)
         assert not runs.faults()
         assert torch.equal(out, _run(cc, way, first, x, pages, [mix], False))
+
+
+@pytest.mark.parametrize("cc", DEVICES)
+def test_over_a_4_bit_base_a_row_is_the_same_in_any_company(cc):
+    """Where the base's product adds the adapters itself; without one a row is the base alone."""
+    x, base, meta, bias, pages, entries, _ = _forward(OVER, torch.bfloat16, Source(10))
+    runs = Way(cc, DEVICES[cc], "fused")
+
+    def layer(slots: Tensor) -> Tensor:
+        with runs.active():
+            y, _ = torch.ops.lora_kernels.gather_lora_fwd(x, base, meta, bias, pages, [slots], [])
+        assert any(r.launch.kernel.fn.__name__ == "_gather_gemm_kernel" for r in runs.runs[-1].runs)
+        assert not runs.faults()
+        return y
+
+    mixed = layer(entries[0])
+    with runs.active():
+        alone = torch.ops.lora_kernels.nf4_linear_fwd(x, base, meta, bias)
+    nobody = entries[0] < 0
+    assert nobody.any() and torch.equal(mixed[nobody], alone[nobody])
+    assert not torch.equal(mixed[~nobody], alone[~nobody])
+    pages[0][int(pages[2][0, 0])] = torch.inf  # of slot 0
+    for slot in (1, 2):
+        own = entries[0] == slot
+        assert torch.equal(layer(entries[0])[own], mixed[own])
+        assert torch.equal(layer(torch.full_like(entries[0], slot))[own], mixed[own])

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from bench.gpu import emulator
+from bench.gpu import emulator, ways
 from bench.gpu.compile import TARGETS
 from bench.gpu.emulator import Emulator
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import use_executor
-from lora_kernels.ops.common.strategies import use_strategy
-from lora_kernels.ops.gather.triton.plan import WAYS, use_way
 from tests.compiled.families import Tiled, calls
 from tests.ops.case import Case
 from tests.ops.parity import assert_agrees
@@ -47,8 +45,7 @@ class Way:
         self.runs.append(Emulator(self.cc, self.device, {"check": False}))
         with ExitStack() as stack:
             stack.enter_context(use_backend("triton"))
-            way = use_way if self.strategy in WAYS else use_strategy
-            stack.enter_context(way(self.strategy))
+            stack.enter_context(ways.use(self.strategy))
             stack.enter_context(use_executor(self.runs[-1]))
             yield
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu import ways
 from lora_kernels import use_backend
 from lora_kernels.dispatch import BACKENDS, native, ops
 from lora_kernels.ops.common.configs import GENERIC, GemmConfig
 from lora_kernels.ops.common.launch import Executor, use_executor
-from lora_kernels.ops.common.strategies import STRATEGIES, use_strategy
-from lora_kernels.ops.gather.triton.plan import WAYS, use_way
+from lora_kernels.ops.common.strategies import STRATEGIES
+from lora_kernels.ops.gather.triton.plan import WAYS
 from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.reference import dense_weight
 from lora_kernels.ops.packed.schema import split_base
@@ -28,6 +29,9 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 WITH_STRATEGIES = ("lora_linear_fwd", "lora_linear_bwd", "lora_packed_fwd", "lora_packed_bwd")
 # Ops whose Triton kernels are cut several ways (`use_way`).
 WITH_WAYS = ("gather_lora_fwd", "gather_lora_add", "gather_lora_bwd")
+# The way that a base's product adds many adapters itself, and the cases that it is for.
+FUSED = "fused"
+OVER_BASES = ("-base", "-nf4", "-few-slots", "-one-slot", "-no-adapter", "-rank-0", "-fp32-pages")
 # A forced strategy in the interpreter takes one case in so many, other ones for each strategy.
 THINNED = 12
 
@@ -69,9 +73,7 @@ class Variant:
             if self.isa is not None:
                 stack.enter_context(native.use_isa(self.isa))
             if self.backend == "triton":
-                stack.enter_context(
-                    use_way(self.strategy) if self.strategy in WAYS else use_strategy(self.strategy)
-                )
+                stack.enter_context(ways.use(self.strategy))
                 if self.device == "cpu" and interpreting():
                     stack.enter_context(use_executor(Interpreted()))
             yield
@@ -84,6 +86,8 @@ class Variant:
             # Every other case is forced one of the ways.
             return self.backend != "triton" or case.op not in WITH_WAYS or case.core
         turn = zlib.crc32(f"{case.op}/{case.label}".encode()) % THINNED
+        if self.strategy == FUSED:
+            return case.label.endswith(OVER_BASES)
         if self.strategy in WAYS:
             return turn % 2 == WAYS.index(self.strategy)
         return turn == STRATEGIES.index(self.strategy)
@@ -96,6 +100,8 @@ def variants_of(op: str) -> tuple[Variant, ...]:
         found += [Variant("triton", d, strategy=s) for d in DEVICES for s in STRATEGIES]
     if op in WITH_WAYS:
         found += [Variant("triton", d, strategy=w) for d in DEVICES for w in WAYS]
+    if op == "gather_lora_fwd":
+        found += [Variant("triton", d, strategy=FUSED) for d in DEVICES]
     return tuple(found)
 
 

@@ -10,10 +10,13 @@ from torch import Tensor
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.gather.pages import RankPages, split_pages
 from lora_kernels.ops.gather.schema import sums_width
+from lora_kernels.ops.gather.triton.base_plan import fused_config
+from lora_kernels.ops.gather.triton.gemm import gemm_with_adapters
 from lora_kernels.ops.gather.triton.passes import Mask, expand, shrink
-from lora_kernels.ops.gather.triton.plan import GatherProblem, Plan, plan
+from lora_kernels.ops.gather.triton.plan import GatherProblem, Plan, few_parts, plan
 from lora_kernels.ops.gather.triton.work import Entries
-from lora_kernels.ops.nf4.triton.linear import nf4_linear_fwd
+from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.nf4.triton.linear import base_problem, nf4_linear_fwd
 
 
 def gather_lora_fwd(
@@ -28,6 +31,9 @@ def gather_lora_fwd(
     """y [T, N] and s [E, columns of every projection]; zeros where an entry has no rank."""
     s = x.new_zeros((entries[0].shape[0], sums_width(pages)))
     if base:
+        made = _with_base(x, base, meta, bias, pages, entries, dropout, s)
+        if made is not None:
+            return made, s
         y = nf4_linear_fwd(x, base, meta, bias)
     elif bias is not None:
         y = bias.expand(x.shape[0], -1).contiguous()
@@ -35,6 +41,35 @@ def gather_lora_fwd(
         y = x.new_empty((x.shape[0], meta[0]))
     _add(y, x, pages, entries, dropout, s, overwrite=not base and bias is None)
     return y, s
+
+
+def _with_base(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    bias: Tensor | None,
+    pages: Sequence[Tensor],
+    entries: Sequence[Tensor],
+    dropout: Sequence[Tensor],
+    s: Tensor,
+) -> Tensor | None:
+    """y where the base's product adds the adapters itself: see `base_plan.py`."""
+    projections = split_pages(pages)
+    if len(projections) > 1:  # their parts of y meet inside a tile
+        return None
+    p, w = projections[0], Weight(base, meta)
+    given = Entries(entries, x.shape[0], p.slots)
+    if given.count == 0 or given.slots_count == 0 or x.shape[1] == 0:
+        return None
+    mask = Mask(dropout, 0) if dropout else None
+    problem, device = problem_of(x, p.b.shape[2], p, given, mask), planned_device(x.device)
+    config = fused_config(problem, base_problem(x, w), device)
+    if config is None:
+        return None
+    y = x.new_empty((x.shape[0], meta[0]))
+    parts, keep, late = _sums(x, p, given, mask, s, few_parts(plan(problem, device), x.shape[1]))
+    gemm_with_adapters(x, w, bias, y, parts, p, given, config, device, keep=keep, late=late)
+    return y
 
 
 def gather_lora_add(
@@ -83,6 +118,16 @@ def _project(
     chosen: Plan,
 ) -> None:
     """One projection, in two launches."""
+    parts, keep, late = _sums(x, p, entries, mask, s, chosen)
+    expand(parts, p.b, out, p, entries, chosen, dtype=x.dtype, keep=keep, late=late,
+           overwrite=overwrite)  # fmt: skip
+
+
+def _sums(
+    x: Tensor, p: RankPages, entries: Entries, mask: Mask | None, s: Tensor | None, chosen: Plan
+) -> tuple[Tensor, Tensor | None, Mask | None]:
+    """The sums of a projection, in s where they are whole; else their parts, the s that takes them
+    and the mask whose factor they lack."""
     spans = chosen.spans if chosen.split else 1
     parts = s
     if s is None or spans > 1:
@@ -90,16 +135,19 @@ def _project(
         parts = x.new_empty(shape, dtype=dtype)
     assert parts is not None
     shrink(x, p.a, parts, p, entries, mask, chosen)
-    keep = s if spans > 1 else None
-    late = mask if spans > 1 else None
-    expand(parts, p.b, out, p, entries, chosen, dtype=x.dtype, keep=keep, late=late,
-           overwrite=overwrite)  # fmt: skip
+    return (parts, s, mask) if spans > 1 else (parts, None, None)
+
+
+def problem_of(
+    x: Tensor, n: int, p: RankPages, entries: Entries, mask: Mask | None
+) -> GatherProblem:
+    """A pass from x [T, K] to n columns, as the cost model sees it."""
+    mixture, k = entries.tokens is not None, x.shape[1]
+    return GatherProblem(
+        entries.count, entries.slots_count, p.width, n, k, x.dtype, mixture, mask is not None
+    )
 
 
 def chosen_plan(x: Tensor, n: int, p: RankPages, entries: Entries, mask: Mask | None) -> Plan:
-    """How a pass from x [T, K] to n columns is cut."""
-    mixture, k = entries.tokens is not None, x.shape[1]
-    problem = GatherProblem(
-        entries.count, entries.slots_count, p.width, n, k, x.dtype, mixture, mask is not None
-    )
-    return plan(problem, planned_device(x.device))
+    """How it is cut."""
+    return plan(problem_of(x, n, p, entries, mask), planned_device(x.device))

@@ -39,7 +39,7 @@ def mask_args(mask: Mask | None) -> dict[str, Any]:
     }
 
 
-def _layout(s: Tensor) -> dict[str, Any]:
+def layout(s: Tensor) -> dict[str, Any]:
     """Of s [E, ..] or its parts [spans, E, ..], whose last stride is 1."""
     return {"size": s.stride(0) if s.dim() == 3 else 0, "stride_s": s.stride(-2)}
 
@@ -62,6 +62,7 @@ def shrink(
         (programs, plan.spans if plan.split else 1, min(plan.page_programs, p.table.shape[1])),
         plan.shrink_warps,
         plan.stages,
+        whole_registers=mask is not None,
         p_x=x,
         p_a=a,
         p_s=s,
@@ -83,7 +84,7 @@ def shrink(
         BM=16 if chunks is None else plan.block_m,
         BK=plan.block_k,
         ONE_STEP=plan.split and plan.span == plan.block_k,
-        **_layout(s),
+        **layout(s),
         **mask_args(mask),
     )
 
@@ -161,7 +162,7 @@ def expand(
         MASK_S=late is not None,
         PARTS=s.shape[0] if s.dim() == 3 else 1,
         BN=plan.block_n,
-        **_layout(s),
+        **layout(s),
         **shared,
     )
 

@@ -32,6 +32,8 @@ WAYS = ("entries", "chunks")
 # Spans of K at most: parts of s are a small share of what is read beside them.
 MOST_SPANS = 8
 SPAN = 256
+_CHUNK = 64  # entries of a chunk
+_TILE_PARTS = 2
 # Beside the two passes: the list of chunks, and torch's sort and search of a mixture's tokens.
 LIST_LAUNCHES = 1
 SORT_LAUNCHES = 5
@@ -140,7 +142,7 @@ def _tiles(way: str, p: GatherProblem, device: Device) -> Plan:
         span=span,
         spans=spans,
         block_k=64 if wide else SPAN,
-        block_m=64,
+        block_m=_CHUNK,
         block_n=64 if wide else 256,
         chunk_n=64 if wide else 128,
         blocks=2,
@@ -212,3 +214,23 @@ def _estimate(way: str, p: GatherProblem, device: Device) -> Estimate:
         ceil(programs * ceil(p.n / columns) / device.multiprocessors),
         seconds + launches * device.launch_seconds,
     )
+
+
+def expand_estimate(p: GatherProblem, device: Device) -> Estimate:
+    """What the pass takes that adds the adapters' part to y, by the cheaper way."""
+    size = p.dtype.itemsize
+    tokens = 2 * size * p.entries * p.n
+    page = size * p.ranks * p.n
+    reads = min(p.entries, capacity(p.entries, p.slots, _CHUNK))
+    dram = min(p.slots, p.entries) * page + tokens
+    asked = reads * page + tokens
+    seconds = max(dram / device.bandwidth, asked / device.l2_bandwidth) + device.launch_seconds
+    return Estimate("expand", None, 1, dram, asked, 0.0, 1, seconds)
+
+
+def few_parts(found: Plan, k: int) -> Plan:
+    """The plan with parts of s that every tile of a product can read."""
+    if not found.split or found.spans <= _TILE_PARTS:
+        return found
+    span = ceil(k / (_TILE_PARTS * SPAN)) * SPAN
+    return replace(found, span=span, spans=ceil(k / span), stages=3)

@@ -13,13 +13,21 @@ from lora_kernels.ops.nf4.triton.base import Weight
 from lora_kernels.ops.nf4.triton.product import product, product_t
 
 
+def base_problem(x: Tensor, w: Weight) -> Problem:
+    """The product x·Wᵀ without a branch, as the cost model sees it."""
+    n, k = w.meta.n, w.meta.k
+    return Problem(x.shape[0], n, k, 0, x.dtype, False, w.takes_tma(x), w.quantised)
+
+
 def nf4_linear_fwd(
     x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
 ) -> Tensor:
-    """y = x·Wᵀ + bias, decoded in the product or a slab before it, as `strategies.py` says."""
+    """y = x·Wᵀ + bias, decoded in the product or a slab before it, as `strategies.py` says; of a
+    dense W torch's own product, with its bits."""
     w, device = Weight(base, meta), planned_device(x.device)
-    problem = Problem(x.shape[0], meta[0], meta[1], 0, x.dtype, False, w.takes_tma(x), True)
-    plan = choose("lora_linear_fwd", problem, device)
+    if not w.quantised:
+        return product(x, w, bias)
+    plan = choose("lora_linear_fwd", base_problem(x, w), device)
     if plan.config is None:
         return product(x, w, bias)
     y = x.new_empty((x.shape[0], meta[0]))
@@ -28,8 +36,10 @@ def nf4_linear_fwd(
 
 
 def nf4_linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
-    """dx = dy·W."""
+    """dx = dy·W, the same way."""
     w, device = Weight(base, meta), planned_device(dy.device)
+    if not w.quantised:
+        return product_t(dy, w)
     problem = Problem(dy.shape[0], meta[0], meta[1], 0, dy.dtype, False, w.takes_tma(dy), True)
     plan = choose("lora_linear_bwd", problem, device)
     if plan.config is None:

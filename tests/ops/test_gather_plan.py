@@ -1,0 +1,62 @@
+"""What the cost model says of many adapters on a GPU, and what keeps a way from being taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from lora_kernels.ops.common.configs import DEVICES
+from lora_kernels.ops.common.problem import Problem
+from lora_kernels.ops.gather.triton.base_plan import BASES, explain_base, fused_config, use_base
+from lora_kernels.ops.gather.triton.plan import WAYS, GatherProblem, explain_gather, plan, use_way
+
+DECODE = GatherProblem(entries=32, slots=32, ranks=16, n=4096, k=4096)
+QUANTISED = Problem(32, 4096, 4096, 0, quantised=True)
+DENSE = Problem(32, 4096, 4096, 0)
+devices = pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+
+
+@devices
+def test_every_way_is_explained_and_can_be_forced(device):
+    said = explain_gather(DECODE, device)
+    assert [e.strategy for e in said.estimates] == list(WAYS) and said.chosen in said.estimates
+    assert all(way in str(said) for way in WAYS) and "modelled, not measured" in str(said)
+    for way in WAYS:
+        with use_way(way):
+            assert plan(DECODE, device).chunked == (way == "chunks")
+
+
+@devices
+def test_a_4_bit_base_may_add_the_adapters_itself(device):
+    said = explain_base(DECODE, QUANTISED, device)
+    assert [e.strategy for e in said.estimates] == list(BASES) and said.chosen in said.estimates
+    fused, composed = said.estimates
+    assert fused.refusal is None and fused.launches < composed.launches
+    # The product's own tile, for the bits of a row without an adapter.
+    assert fused.config == composed.config
+    with use_base("fused"):
+        assert fused_config(DECODE, QUANTISED, device) == fused.config
+    with use_base("composed"):
+        assert fused_config(DECODE, QUANTISED, device) is None
+
+
+@devices
+def test_a_dense_base_is_torchs_own_product_unless_asked(device):
+    assert "for its bits" in explain_base(DECODE, DENSE, device).estimates[0].refusal
+    assert fused_config(DECODE, DENSE, device) is None
+    with use_base("fused"):
+        assert fused_config(DECODE, DENSE, device) is not None
+
+
+def test_a_mixture_is_composed():
+    mixture = GatherProblem(64, 32, 16, 4096, 4096, torch.bfloat16, mixture=True)
+    with use_base("fused"):
+        assert fused_config(mixture, QUANTISED, DEVICES[0]) is None
+
+
+@pytest.mark.parametrize("use", [use_way, use_base])
+def test_an_unknown_way_is_refused(use):
+    with pytest.raises(ValueError, match="got 'other', expected one of"), use("other"):
+        pass
