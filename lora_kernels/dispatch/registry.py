@@ -125,6 +125,17 @@ def _get(name: str) -> Op:
     return _ops[name]
 
 
+def unwatched() -> bool:
+    """Whether nobody asks which backend runs, or for another than the first, in Python or by a
+    mode of torch's: then a caller may go straight to an op of that backend."""
+    return (
+        not torch.compiler.is_compiling()
+        and _forced is None
+        and _log is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def run(name: str, *args: Any, **kwargs: Any) -> Any:
     """Run the op on the first backend that accepts the arguments (or on the one asked for)."""
     if _log is not None:

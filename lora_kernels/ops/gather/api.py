@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.ops.common.checks import check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
+from lora_kernels.ops.common.native import native_op
 from lora_kernels.ops.gather.pages import FIELDS, RankPages
 from lora_kernels.ops.gather.schema import Needs, check_gather_lora
 from lora_kernels.ops.nf4.weight import NF4Weight
@@ -170,16 +171,48 @@ def gather_lora(
         check_shape("base", base, ["N", "K"])
         meta, tensors = list(base.shape), [base]
     drops = [] if dropout is None else _dropout(dropout, entries[0])
+    given = [*tensors, *flat, *entries, *drops]
+    grad = needs_grad(x, bias, *given)
+    if not grad and x.dim():
+        y = _quick(x, tensors, meta, bias, flat, entries, drops)
+        if y is not None:
+            return y
     check_gather_lora(x, tensors, meta, bias, flat, entries, drops)
     rows = to_rows(x)
-    given = [*tensors, *flat, *entries, *drops]
-    if needs_grad(x, bias, *given):
+    if grad:
         counts = _Counts(len(tensors), len(flat), len(entries), len(drops))
         y = GatherLoRAFunction.apply(rows, bias, meta, counts, *given)
     else:
         y, _ = torch.ops.lora_kernels.gather_lora_fwd(
             rows, tensors, meta, bias, flat, entries, drops
         )
+    return from_rows(y, x)
+
+
+def _quick(
+    x: Tensor,
+    base: list[Tensor],
+    meta: list[int],
+    bias: Tensor | None,
+    pages: list[Tensor],
+    entries: list[Tensor],
+    drops: list[Tensor],
+) -> Tensor | None:
+    """y straight from the native op, where it takes the call; a dense base is torch's own product,
+    and needs no s."""
+    dense = len(base) == 1 and not drops
+    native = native_op("gather_lora_add" if dense else "gather_lora_fwd", x)
+    if native is None:
+        return None
+    rows = to_rows(x)
+    try:
+        if dense:
+            y = torch.nn.functional.linear(rows, base[0], bias)
+            native(y, rows, pages, entries, False)
+        else:
+            y, _ = native(rows, base, meta, bias, pages, entries, drops)
+    except RuntimeError:
+        return None  # the checks of the usual way say what is wrong
     return from_rows(y, x)
 
 
@@ -231,10 +264,17 @@ def _add(
         )
     if out.requires_grad and torch.is_grad_enabled():
         raise ValueError("out: requires a gradient, expected a tensor outside autograd")
-    check_gather_lora(x, [], [out.shape[-1], x.shape[-1]], None, pages, entries, [])
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         raise ValueError(f"out: has strides {list(out.stride())}, expected the last to be 1")
+    native = native_op("gather_lora_add", x)
+    if native is not None:
+        try:
+            native(rows, to_rows(x), pages, entries, overwrite)
+            return out
+        except RuntimeError:
+            pass
+    check_gather_lora(x, [], [out.shape[-1], x.shape[-1]], None, pages, entries, [])
     add_in_place(rows, to_rows(x), pages, entries, overwrite)
     return out
 
