@@ -1,6 +1,7 @@
 // Passes over rank pages on fp32 vectors: every pass streams four rows of a page at a time, over
 // blocks of columns that leave the other operand in the first cache, and serves up to four entries
-// with each row that it has loaded.
+// with each row that it has loaded. A single entry takes row after row: it waits for memory, which
+// gives one long stream best.
 #pragma once
 
 #include "gather_units.h"
@@ -11,11 +12,13 @@ namespace {
 namespace vector {
 
 constexpr int kTokens = 4;       // entries that share a row of a page
-constexpr int kRows = 4;         // of a page, streamed together
+constexpr int kRows = 4;         // of a page, streamed together for several entries
 constexpr int64_t kLine = 4096;  // columns of a block, over its entries; a multiple of 4 kWord
 
 // Rows of a block: as long as few entries allow, as long rows stream better.
 LK_INLINE int64_t block_of(int64_t tokens) { return tokens == 1 ? kLine : kLine / kTokens; }
+
+LK_INLINE int64_t rows_of(int64_t tokens) { return tokens == 1 ? 1 : kRows; }
 
 LK_INLINE bool drops(const GatherPass& f, const SlotGroup& g) {
   return f.dropout.seeds != nullptr && f.dropout.thresholds[g.slot] != 0;
@@ -69,6 +72,24 @@ LK_INLINE void dots(const P* const* page, const float* x, int64_t stride, int64_
     for (int r = 0; r < rows; ++r)
       for (int t = 0; t < tokens; ++t) acc[r][t] += sum[r][t];
   }
+}
+
+// acc[0][0] += row · x over a block: the sums of `dots`, several chains at a time.
+template <class P>
+LK_INLINE void dot_row(const P* row, const float* x, int64_t count, Vec (*acc)[kTokens]) {
+  constexpr int kChains = 8;
+  int64_t begin = 0;
+  for (; begin + kChains * kChain <= count; begin += kChains * kChain) {
+    Vec chain[kChains];
+    for (Vec& v : chain) v = splat(0.0f);
+    for (int64_t c = begin; c < begin + kChain; c += kLanes)
+      for (int i = 0; i < kChains; ++i)
+        chain[i] = multiply_add(load(row + c + i * kChain), load(x + c + i * kChain), chain[i]);
+    for (const Vec& v : chain) acc[0][0] += v;
+  }
+  if (begin == count) return;
+  const P* rest = row + begin;
+  dots<1, 1>(&rest, x + begin, 0, count - begin, acc);
 }
 
 // out[token] += Σ_row coefficient[row][token] · row over a block.
@@ -150,6 +171,10 @@ void shrink_page(const GatherPass& f, const SlotGroup& g, const MatrixView& m, i
     const int64_t count = min64(block, f.columns - c);
     for (int64_t t = 0; t < tokens; ++t)
       read_row(f, g, g.entries[at + t], m, c, count, x + t * block);
+    if (tokens == 1) {
+      for (int64_t r = 0; r < n; ++r) dot_row(page_row<P>(f, g, first + r) + c, x, count, acc + r);
+      continue;
+    }
     for (int64_t r = 0; r < n; r += kRows) {
       const int64_t rows = min64(kRows, n - r);
       const P* page[kRows];
@@ -189,8 +214,9 @@ void expand_block(const GatherPass& f, const SlotGroup& g, const float* factor, 
   const int64_t block = block_of(tokens);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < count; i += kLanes) put(sum + t * block + i, splat(0.0f));
-  for (int64_t r = 0; r < g.rank; r += kRows) {
-    const int64_t rows = min64(kRows, g.rank - r);
+  const int64_t together = rows_of(tokens);
+  for (int64_t r = 0; r < g.rank; r += together) {
+    const int64_t rows = min64(together, g.rank - r);
     const P* page[kRows];
     float by[kRows][kTokens];
     for (int64_t i = 0; i < rows; ++i) {
