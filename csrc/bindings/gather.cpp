@@ -1,88 +1,29 @@
 // lora_kernels_native::gather_lora_{fwd,add,bwd} on the CPU.
-#include "bindings/gather.h"
-
 #include <array>
+#include <cstring>
+
+#include "bindings/gather_call.h"
 
 namespace lora_kernels {
 namespace {
-
-int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
 MatrixView columns_of(const MatrixView& m, int64_t first, int64_t count) {
   const char* data = static_cast<const char*>(m.data) + first * element_size(m.dtype);
   return {data, m.dtype, m.rows, count, m.stride};
 }
 
-void check_memory(bool ok) {
-  if (!ok) throw std::runtime_error("out of memory for a kernel's workspace");
-}
-
-Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  Tensor t = new_tensor(like, shape, dtype);
-  return torch::stable::zero_(t);
-}
-
-Tensor zeros_like(const Tensor& pages) {
-  return zeros(pages, {pages.size(0), pages.size(1), pages.size(2)}, pages.scalar_type());
-}
-
 // What a call has in common.
-struct Call {
+struct Call : GatherCall {
   Tensor x;
-  MatrixView view;
-  Entries entries;
+  MatrixView view;  // of x
   std::vector<Projection> projections;
   Drops drops;
-  Parallel parallel = torch_parallel();
 
   Call(const Tensor& any_x, int64_t n, int64_t k, const std::vector<Tensor>& pages,
        const std::vector<Tensor>& entry_tensors, const std::vector<Tensor>& dropout)
-      : x(rows_of("x", any_x, k)),
-        view(matrix_view("x", x, -1, k)),
-        entries(entry_tensors, slots_of(pages), view.rows),
-        projections(projections_of(pages, n, k, entries)),
-        drops(dropout, entries) {}
+      : Call(rows_of("x", any_x, k), pages, entry_tensors, dropout, n, k) {}
 
   int64_t ranks() const { return projections.back().rank_column + projections.back().width; }
-
-  Tensor new_sums(const Projection& p) const {
-    return new_tensor(x, {entries.count, p.width}, ScalarType::Float);
-  }
-
-  GatherPass pass(const Projection& p, const Tensor& pages, const std::vector<SlotGroup>& groups,
-                  const Tensor& sums, const SlotDropout& dropout) const {
-    return {pages.const_data_ptr(),
-            p.dtype,
-            view.dtype,
-            pages.size(2),
-            groups.data(),
-            int64_t(groups.size()),
-            entries.repeats,
-            entries.tokens.data(),
-            static_cast<float*>(const_cast<void*>(sums.const_data_ptr())),
-            p.width,
-            dropout};
-  }
-
-  // Sums of m with the pages' rows; also to s where not null, rounded, rows `stride` apart.
-  void shrink(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
-              const MatrixView& m, const Tensor& sums, void* s = nullptr,
-              int64_t stride = 0) const {
-    check_memory(
-        gather_kernels().shrink(pass(p, pages, p.groups, sums, dropout), m, s, stride, parallel));
-  }
-
-  void expand(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
-              const Tensor& sums, const float* factor, bool overwrite,
-              const MatrixView& out) const {
-    check_memory(gather_kernels().expand(pass(p, pages, p.turns, sums, dropout), factor, overwrite,
-                                         out, parallel));
-  }
-
-  void outer(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
-             const MatrixView& m, const Tensor& sums) const {
-    check_memory(gather_kernels().outer(pass(p, pages, p.groups, sums, dropout), m, parallel));
-  }
 
   // out += what the `parts` calls of add(i, view, overwrite) give, or = it: rounded once, though a
   // token may be added to more than once.
@@ -111,7 +52,7 @@ struct Call {
       const Tensor sums = new_sums(p);
       char* rounded = s == nullptr ? nullptr
                                    : static_cast<char*>(s->mutable_data_ptr()) +
-                                         p.rank_column * element_size(view.dtype);
+                                         p.rank_column * element_size(activations);
       shrink(p, *p.a, drops.of(i), view, sums, rounded, ranks());
       add_once(columns_of(out, p.column, p.n), i, 1, overwrite,
                [&](size_t, const MatrixView& to, bool over) {
@@ -119,6 +60,16 @@ struct Call {
                });
     }
   }
+
+ private:
+  Call(const Tensor& rows, const std::vector<Tensor>& pages,
+       const std::vector<Tensor>& entry_tensors, const std::vector<Tensor>& dropout, int64_t n,
+       int64_t k)
+      : GatherCall("x", rows, rows.size(0), entry_tensors, slots_of(pages)),
+        x(rows),
+        view(matrix_view("x", rows, -1, k)),
+        projections(projections_of(pages, n, k, entries)),
+        drops(dropout, entries) {}
 };
 
 // y = bias, without a base.
@@ -176,66 +127,19 @@ void gather_lora_add(const Tensor& out, const Tensor& x, const std::vector<Tenso
   call.branch(overwrite, matrix_view("out", out, -1, -1), nullptr);
 }
 
-float element(const void* from, Dtype dtype, int64_t i) {
-  switch (dtype) {
-    case Dtype::f16:
-      return to_float(static_cast<const Half*>(from)[i]);
-    case Dtype::bf16:
-      return to_float(static_cast<const BFloat16*>(from)[i]);
-    default:
-      return static_cast<const float*>(from)[i];
-  }
-}
-
 // s of one projection times weight and scale.
 Tensor scaled_sums(const Tensor& s, const Call& call, const Projection& p) {
   const Tensor out = call.new_sums(p);
   float* to = mutable_data<float>(out);
-  for (const SlotGroup& g : p.groups)
-    for (int64_t i = 0; i < g.count; ++i) {
-      const int64_t e = g.entries[i];
-      for (int64_t j = 0; j < g.rank; ++j)
-        to[e * p.width + j] = p.factor[size_t(e)] * element(s.const_data_ptr(), call.view.dtype,
-                                                            e * s.stride(0) + p.rank_column + j);
-    }
+  with_type(call.activations, [&](auto of) {
+    const auto* from = data<decltype(of)>(s) + p.rank_column;
+    for (const SlotGroup& g : p.groups)
+      for (int64_t i = 0; i < g.count; ++i)
+        for (int64_t e = g.entries[i], j = 0; j < g.rank; ++j)
+          to[e * p.width + j] = to_float(from[e * s.stride(0) + j]);
+  });
+  scale_rows(p, to);
   return out;
-}
-
-// dscales[slot] = Σ weight · u · s and dweights[e] += scale · u · s, each where not null.
-void product_grads(const Call& call, const Projection& p, const float* u, const float* s,
-                   float* dscales, float* dweights) {
-  for (const SlotGroup& g : p.groups) {
-    if (g.rank == 0) continue;
-    double of_slot = 0.0;
-    for (int64_t i = 0; i < g.count; ++i) {
-      const int64_t e = g.entries[i];
-      double product = 0.0;
-      for (int64_t j = 0; j < g.rank; ++j)
-        product += double(u[e * p.width + j]) * s[e * p.width + j];
-      of_slot += call.entries.weight(e) * product;
-      if (dweights != nullptr) dweights[e] += float(p.scales[g.slot] * product);
-    }
-    if (dscales != nullptr) dscales[g.slot] = float(of_slot);
-  }
-}
-
-void scale_rows(const Projection& p, float* u) {
-  for (const SlotGroup& g : p.groups)
-    for (int64_t i = 0; i < g.count; ++i)
-      for (int64_t j = 0; j < g.rank; ++j)
-        u[g.entries[i] * p.width + j] *= p.factor[size_t(g.entries[i])];
-}
-
-// A page's gradient is written by the one slot that names it.
-void check_unshared(const Projection& p) {
-  std::vector<char> seen(size_t(p.a->size(0)), 0);
-  for (const SlotGroup& g : p.groups)
-    for (int64_t c = 0; c * kPage < g.rank; ++c) {
-      char& mark = seen[size_t(g.pages[c])];
-      LK_CHECK(mark == 0, "pages.table: got page ", g.pages[c], " at slot ", g.slot,
-               " and at another, expected pages of one slot each where a gradient is asked for");
-      mark = 1;
-    }
 }
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, std::vector<Tensor>,
@@ -259,19 +163,18 @@ Grads gather_lora_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
   check_dtype("s", s, x.scalar_type());
   const bool want_x = needs[0], want_bias = needs[1], want_weights = needs[2];
   const MatrixView dy_view = matrix_view("dy", dy, -1, meta[0]);
-  const auto none = [&](ScalarType dtype) { return new_tensor(x, {0}, dtype); };
 
-  Tensor dweights =
-      want_weights ? zeros(x, {call.entries.count}, ScalarType::Float) : none(ScalarType::Float);
+  Tensor dweights = want_weights ? zeros(x, {call.entries.count}, ScalarType::Float)
+                                 : call.none(ScalarType::Float);
   std::vector<Tensor> da, db, dscales, gradients;  // the last: of s, times weight and scale
   for (size_t i = 0; i < count; ++i) {
     const Projection& p = call.projections[i];
     const bool want_a = needs[3 + i], want_b = needs[3 + count + i];
     const bool want_scales = needs[3 + 2 * count + i];
-    da.push_back(want_a ? zeros_like(*p.a) : none(p.a->scalar_type()));
-    db.push_back(want_b ? zeros_like(*p.b) : none(p.b->scalar_type()));
+    da.push_back(want_a ? zeros_like(*p.a) : call.none(p.a->scalar_type()));
+    db.push_back(want_b ? zeros_like(*p.b) : call.none(p.b->scalar_type()));
     dscales.push_back(want_scales ? zeros(x, {call.entries.slots}, ScalarType::Float)
-                                  : none(ScalarType::Float));
+                                  : call.none(ScalarType::Float));
     if (want_a || want_b) check_unshared(p);
     const MatrixView dz = columns_of(dy_view, p.column, p.n);
     const Tensor u = call.new_sums(p);
@@ -292,7 +195,7 @@ Grads gather_lora_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
       gather_kernels().outer(call.pass(p, db[i], p.groups, scaled_sums(s, call, p), SlotDropout{}),
                              dz, call.parallel);
   }
-  Tensor dx = none(x.scalar_type()), dbias = none(x.scalar_type());
+  Tensor dx = call.none(x.scalar_type()), dbias = call.none(x.scalar_type());
   if (want_x) {
     dx = base_tensors.empty() ? zeros(x, {x.size(0), meta[1]}, x.scalar_type())
                               : base_backward(dy, Base(base_tensors, meta), base_tensors[0]);

@@ -111,7 +111,7 @@ struct Entries {
 struct Projection {
   const Tensor *a, *b;
   Dtype dtype;
-  int64_t n, k, width;          // outputs, inputs, ranks that a slot has room for
+  int64_t n, width;             // outputs, ranks that a slot has room for
   int64_t column, rank_column;  // where its part of y, and of s, begins
   const int32_t *table, *ranks;
   const float* scales;
@@ -150,49 +150,57 @@ inline int64_t slots_of(const std::vector<Tensor>& pages) {
   return pages[2].size(0);
 }
 
+// The adapters of the five tensors at `pages`, a of this shape (-1: any).
+inline Projection projection_of(const std::string& name, const Tensor* pages,
+                                std::initializer_list<int64_t> a_shape, const Entries& entries) {
+  const auto of = [&](const char* field) { return name + "." + field; };
+  const Tensor &a = pages[0], &b = pages[1], &table = pages[2];
+  check_shape(of("a").c_str(), a, a_shape);
+  check_shape(of("b").c_str(), b, {a.size(0), kPage, -1});
+  check_cpu_contiguous(of("a").c_str(), a);
+  check_cpu_contiguous(of("b").c_str(), b);
+  check_dtype(of("b").c_str(), b, a.scalar_type());
+  check_cpu(of("table").c_str(), table, ScalarType::Int, {entries.slots, -1});
+  check_cpu(of("ranks").c_str(), pages[3], ScalarType::Int, {entries.slots});
+  check_cpu(of("scales").c_str(), pages[4], ScalarType::Float, {entries.slots});
+  Projection p{&a,
+               &b,
+               kernel_dtype(of("a").c_str(), a),
+               b.size(2),
+               table.size(1) * kPage,
+               0,
+               0,
+               data<int32_t>(table),
+               data<int32_t>(pages[3]),
+               data<float>(pages[4]),
+               {},
+               {},
+               {}};
+  p.factor.assign(size_t(entries.count), 0.0f);
+  for (const Entries::Run& run : entries.by_slot.runs) {
+    if (run.slot < 0) continue;
+    check_slot(name, p, run.slot);
+    p.used = p.used || p.ranks[run.slot] > 0;
+    for (int64_t j = run.begin; j < run.end; ++j) {
+      const int64_t e = entries.by_slot.entries[size_t(j)];
+      p.factor[size_t(e)] = entries.weight(e) * p.scales[run.slot];
+    }
+  }
+  p.groups = groups_of(p, entries.by_slot);
+  p.turns = groups_of(p, entries.in_order());
+  return p;
+}
+
 inline std::vector<Projection> projections_of(const std::vector<Tensor>& pages, int64_t n,
                                               int64_t k, const Entries& entries) {
   std::vector<Projection> found;
   int64_t column = 0, rank_column = 0;
   for (size_t i = 0; i < pages.size(); i += kPageFields) {
     const std::string name = "pages[" + std::to_string(i / kPageFields) + "]";
-    const auto of = [&](const char* field) { return name + "." + field; };
-    const Tensor &a = pages[i], &b = pages[i + 1], &table = pages[i + 2];
-    check_shape(of("a").c_str(), a, {-1, kPage, k});
-    check_shape(of("b").c_str(), b, {a.size(0), kPage, -1});
-    check_cpu_contiguous(of("a").c_str(), a);
-    check_cpu_contiguous(of("b").c_str(), b);
-    check_dtype(of("a").c_str(), a, pages[0].scalar_type());
-    check_dtype(of("b").c_str(), b, a.scalar_type());
-    check_cpu(of("table").c_str(), table, ScalarType::Int, {entries.slots, -1});
-    check_cpu(of("ranks").c_str(), pages[i + 3], ScalarType::Int, {entries.slots});
-    check_cpu(of("scales").c_str(), pages[i + 4], ScalarType::Float, {entries.slots});
-    Projection p{&a,
-                 &b,
-                 kernel_dtype(of("a").c_str(), a),
-                 b.size(2),
-                 k,
-                 table.size(1) * kPage,
-                 column,
-                 rank_column,
-                 data<int32_t>(table),
-                 data<int32_t>(pages[i + 3]),
-                 data<float>(pages[i + 4]),
-                 {},
-                 {},
-                 {}};
-    p.factor.assign(size_t(entries.count), 0.0f);
-    for (const Entries::Run& run : entries.by_slot.runs) {
-      if (run.slot < 0) continue;
-      check_slot(name, p, run.slot);
-      p.used = p.used || p.ranks[run.slot] > 0;
-      for (int64_t j = run.begin; j < run.end; ++j) {
-        const int64_t e = entries.by_slot.entries[size_t(j)];
-        p.factor[size_t(e)] = entries.weight(e) * p.scales[run.slot];
-      }
-    }
-    p.groups = groups_of(p, entries.by_slot);
-    p.turns = groups_of(p, entries.in_order());
+    check_dtype((name + ".a").c_str(), pages[i], pages[0].scalar_type());
+    Projection p = projection_of(name, &pages[i], {-1, kPage, k}, entries);
+    p.column = column;
+    p.rank_column = rank_column;
     column += p.n;
     rank_column += p.width;
     found.push_back(std::move(p));

@@ -41,7 +41,7 @@ else()
 endif()
 
 set(binding_sources csrc/bindings/module.cpp csrc/bindings/common.cpp)
-foreach(family ${LK_FAMILIES})
+foreach(family ${LK_BINDINGS})
   if(EXISTS ${PROJECT_SOURCE_DIR}/csrc/bindings/${family}.cpp)
     list(APPEND binding_sources csrc/bindings/${family}.cpp)
   endif()

@@ -9,20 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.ops.case import DTYPES, Case, Source, dtype_name
+from tests.ops.case import DTYPES, Case, Source, dtype_name, strided
 from tests.ops.gather_inputs import FP32, RANKS, Gather, _pages, _slots
 
-# k is the vocabulary, n the width.
+RAGGED = (1, 7, 16, 17, 64)
+# k is the vocabulary, n the width; sorted slots come with int32 ids.
 CALLS = {
     "plain": Gather(),
     "base": Gather(base="dense"),
     "fp32-pages": Gather(page_dtype=FP32, base="dense"),
+    "fp16-pages": Gather(t=21, page_dtype=torch.float16, ranks=RAGGED, base="dense"),
+    "bf16-pages": Gather(page_dtype=torch.bfloat16, slots="sorted", base="dense"),
     "no-adapter": Gather(slots="none", base="dense"),
     "no-token": Gather(t=0, base="dense"),
     "last-slot": Gather(slots="last", ranks=(5, 0, 18)),
     "repeated-ids": Gather(t=70, k=3, n=(130,), ranks=(40, 7, 17), base="dense"),
     "one-slot": Gather(t=33, slots="one"),
     "ranks": Gather(t=40, k=130, n=(97,), ranks=RANKS, slots="sorted", base="dense"),
+    "ragged": Gather(t=37, k=29, n=(67,), ranks=RAGGED, base="dense"),
+    "ragged-fp32-pages": Gather(t=37, k=5, ranks=RAGGED, slots="sorted", page_dtype=FP32),
+    "wide": Gather(t=6, k=9, n=(1030,), ranks=(16, 5, 20), base="dense"),
+    "transposed": Gather(base="dense", strides="transposed"),
+    "padded-rows": Gather(base="dense", strides="padded-rows"),
     "rank-0": Gather(ranks=(0, 0), base="dense"),
     "narrow": Gather(k=1, n=(1,), ranks=(1, 2)),
 }
@@ -37,14 +45,19 @@ def _forward(
     pages[0] = pages[0].transpose(1, 2).contiguous()
     ids = torch.randint(0, c.k, (c.t,), generator=r.generator)
     ids = ids.int() if c.slots == "sorted" else ids
-    weight = r.normal(c.k, c.n[0], dtype=dtype) if c.base else None
+    weight = _rows(c, c.k, dtype, r) if c.base else None
     return ids, weight, pages, _slots(c, c.t, r)
+
+
+def _rows(c: Gather, count: int, dtype: torch.dtype, r: Source) -> Tensor:
+    rows = r.normal(count, c.n[0], dtype=dtype)
+    return strided(rows, c.strides) if c.strides else rows
 
 
 def _add(c: Gather, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
     """out, ids, pages, slots"""
     ids, _, pages, slots = _forward(c, dtype, r)
-    return r.normal(c.t, c.n[0], dtype=dtype), ids, pages, slots
+    return _rows(c, c.t, dtype, r), ids, pages, slots
 
 
 def _backward(c: Gather, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:

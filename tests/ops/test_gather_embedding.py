@@ -7,7 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from lora_kernels.functional import gather_lora_embedding, page_embedding_adapters
-from lora_kernels.testing import assert_call_within_budget
+from lora_kernels.testing import assert_call_within_budget, assert_within_budget
+from tests.ops.variants import all_variants
+
+CPU = [v for v in all_variants() if v.device == "cpu" and v.backend in ("native", "reference")]
+variants = pytest.mark.parametrize("variant", CPU, ids=str)
 
 V, D, RANKS = 11, 6, (1, 20, 3)
 SCALES = (2.0, 0.5, -1.0)
@@ -29,20 +33,54 @@ def ours(weight, a, b):
     return gather_lora_embedding(IDS, pages, SLOTS, weight=weight)
 
 
-def plain(weight, a, b):
+def plain(weight, a, b, scales=SCALES):
     y = F.embedding(IDS, weight).clone()
     for slot in range(len(RANKS)):
         y = torch.where(
             (slot == SLOTS)[..., None],
-            y + SCALES[slot] * (F.embedding(IDS, a[slot].T) @ b[slot].T),
+            y + scales[slot] * (F.embedding(IDS, a[slot].T) @ b[slot].T),
             y,
         )
     return y
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_equation(dtype):
-    assert_call_within_budget(ours, plain, [torch.randn(V, D).to(dtype), *adapters(dtype)])
+@variants
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_equation(variant, dtype):
+    with variant.active():
+        assert_call_within_budget(ours, plain, [torch.randn(V, D).to(dtype), *adapters(dtype)])
+
+
+@variants
+def test_gradients_are_those_of_the_expression(variant):
+    """Of the weight, of each adapter and of its scale."""
+    dy = torch.randn(*IDS.shape, D, dtype=torch.float64)
+
+    def gradients(call):
+        def of(weight, a, b, scales):
+            leaves = [t.detach().requires_grad_() for t in (weight, *a, *b, scales)]
+            y = call(leaves[0], leaves[1:4], leaves[4:7], leaves[7])
+            return torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+        return of
+
+    def paged(weight, a, b, scales):
+        pages = page_embedding_adapters(a, b, scales)
+        return gather_lora_embedding(IDS, pages, SLOTS, weight=weight)
+
+    given = [torch.randn(V, D), *adapters(), torch.tensor(SCALES)]
+    with variant.active():
+        found = gradients(paged)(*given)
+    oracle, expression = gradients(plain)(*_double(given)), gradients(plain)(*given)
+    for name, *values in zip(NAMES, found, oracle, expression, strict=True):
+        assert_within_budget(*values, name)
+
+
+NAMES = ("weight", *(f"{f}{i}" for f in "ab" for i in range(3)), "scales")
+
+
+def _double(value):
+    return value.double() if isinstance(value, torch.Tensor) else [_double(v) for v in value]
 
 
 def test_gradcheck():
@@ -58,7 +96,13 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(call, [t.requires_grad_() for t in inputs])
 
 
-def test_a_token_without_adapter_is_the_embedding_to_the_bit():
+@variants
+def test_a_token_without_adapter_is_the_embedding_to_the_bit(variant):
+    with variant.active():
+        _without_adapter()
+
+
+def _without_adapter():
     weight = torch.randn(V, D)
     weight[0] = -0.0
     y, alone = ours(weight, *adapters()), F.embedding(IDS, weight)
@@ -73,10 +117,12 @@ def test_a_token_without_adapter_is_the_embedding_to_the_bit():
     assert torch.equal(own[1], gather_lora_embedding(IDS, pages, SLOTS[:, :1].expand(2, 4))[1])
 
 
-def test_gradients_of_an_absent_adapter_are_zeros():
+@variants
+def test_gradients_of_an_absent_adapter_are_zeros(variant):
     a, b = adapters()
     pages = page_embedding_adapters([t.requires_grad_() for t in a], b, SCALES)
-    gather_lora_embedding(IDS, pages, torch.full((2,), 1, dtype=torch.int32)).sum().backward()
+    with variant.active():
+        gather_lora_embedding(IDS, pages, torch.full((2,), 1, dtype=torch.int32)).sum().backward()
     assert not a[0].grad.any() and not a[2].grad.any()
     present = IDS.unique()
     absent = [v for v in range(V) if v not in present]
@@ -103,7 +149,8 @@ PAGES = page_embedding_adapters(*adapters(), SCALES)
         ({"out": torch.zeros(2, 4, D), "weight": torch.zeros(V, D)}, ValueError, "weight: was"),
     ],
 )
-def test_bad_input(changes, error, message):
+@variants
+def test_bad_input(variant, changes, error, message):
     given = {"ids": IDS, "pages": PAGES, "slots": SLOTS} | changes
-    with pytest.raises(error, match=message):
+    with variant.active(), pytest.raises(error, match=message):
         gather_lora_embedding(**given)
