@@ -102,7 +102,8 @@ class Case:
 
     Many adapters (`gather_lora`; `gather_lora_add` without the base) are those of `adapters` slots
     in turn, token by token, of `loaded` in the pool; `mixed` ranks are 1/4, 3/4, 5/4 and 7/4 of r.
-    An embedding's (`gather_lora_embed`) is over its base; x is M ids, wᵀ its weight.
+    An embedding's (`gather_lora_embed`) is over its base; x is M ids, which have no gradient, and
+    wᵀ its weight.
 
     A quantiser or decoder is timed into a fresh tensor (`fresh`): on a CPU every call takes pages
     that the system has to provide first, as loading a model does, whatever the allocator would
@@ -142,7 +143,7 @@ class Case:
                 f"adapters: got {self.adapters} of {self.loaded} loaded, which does not fit op "
                 f"{self.op!r}"
             )
-        if self.op in ("gather_lora_add", EMBED) and self.backward:
+        if self.op == "gather_lora_add" and self.backward:
             raise ValueError(f"direction: got {self.direction!r}, expected 'fwd' of {self.op}")
         if self.dropout and not (self.has_adapter and self.direction == BOTH):
             raise ValueError(

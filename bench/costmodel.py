@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from bench.cases import DTYPES, EMBED, Case
 
 NESTED_BLOCK = 256
-SEED_BYTES = 8
+SEED_BYTES = ID_BYTES = 8
+SLOT_BYTES = 4
 NORM_BYTES = 4
 _NESTED_TABLE_BYTES = 4 * 256 + 4  # code map and offset, fp32
 
@@ -75,11 +76,14 @@ def saved_bytes(case: Case) -> int:
     """What a backward cannot do without, weights and adapters left out: x and the s of each layer
     in x's type, and with dropout the seed (int64) that makes the mask again. An MLP keeps gate's
     and up's outputs too; DoRA the norms (fp32), and for its magnitude y or what y was made of; a
-    gated activation keeps its two inputs.
+    gated activation keeps its two inputs; an embedding ids (int64) and slots (int32), as s is read
+    from its adapters.
     """
     size = DTYPES[case.dtype].itemsize
     if case.op == "glu":
         return 2 * case.m * case.n * size
+    if case.op == EMBED:
+        return (ID_BYTES + SLOT_BYTES) * case.m
     kept = case.m * case.k * size + _made_for_backward(case, size)
     if case.op == "dora_linear" and not _dora_keeps_z(case):
         kept += case.m * case.n * size
@@ -138,11 +142,14 @@ def _glu(case: Case, size: int) -> Cost:
 
 
 def _embed(case: Case, size: int) -> Cost:
-    """Of each token an int64 id, its row, the ranks of A at it; B of every adapter in use."""
+    """Of each token its id, its row, the ranks of A at it; B of every adapter in use. The backward
+    reads rows of dy instead of W's (u = dy·B, dB = sᵀ·dy) and writes every adapter in use."""
     rows, ranks = case.m * case.n * size, case.m * case.r if case.adapters else 0
     adapters = ranks + case.adapters * case.r * case.n
-    read = 8 * case.m + rows + adapters * DTYPES[case.adapter_dtype].itemsize
-    return Cost(2 * ranks * case.n, read, rows)
+    read = ID_BYTES * case.m + rows + adapters * DTYPES[case.adapter_dtype].itemsize
+    forward = Cost(2 * ranks * case.n, read, rows)
+    backward = Cost(4 * ranks * case.n, read, _adapter_bytes(case))
+    return forward + backward if case.backward else forward
 
 
 def _adapter_bytes(case: Case) -> int:

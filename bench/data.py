@@ -70,7 +70,7 @@ class CaseData:
         if case.op == EMBED:
             size = (INPUT_COPIES, case.m)
             ids = torch.randint(case.k, size, generator=self._generator)
-            return list(ids.to(self.device))
+            return [row.clone() for row in ids.to(self.device)]
         drawn = [self._normal(case.m, width, dtype=self.dtype) for _ in range(INPUT_COPIES)]
         return [t.requires_grad_(case.backward) for t in drawn]
 

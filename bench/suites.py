@@ -68,7 +68,8 @@ def _smoke() -> Iterator[Case]:
     yield Case("nf4_quantize", "tiny", 0, dtype="fp32")
     yield Case("gather_lora", "tiny", 9, BOTH, 8, adapters=3, loaded=5, mixed=True)
     yield Case("gather_lora_add", "tiny", 6, FWD, 4, adapters=6, loaded=6)
-    yield Case(EMBED, "tiny", 9, FWD, 8, adapters=3, loaded=5, mixed=True)
+    for direction in (FWD, BOTH):
+        yield Case(EMBED, "tiny", 9, direction, 8, adapters=3, loaded=5, mixed=True)
 
 
 def _scaling() -> Iterator[Case]:
@@ -175,8 +176,10 @@ def _gather() -> Iterator[Case]:
             yield Case(op, layer, 512, FWD, 16, adapters=4, loaded=4)
         yield Case("gather_lora", layer, 64, FWD, 16, adapters=0, loaded=64)
         yield Case("gather_lora", layer, 512, BOTH, 16, adapters=8, loaded=8, adapter_dtype="fp32")
+    tokens = "smollm2-135m.embed_tokens"
     for m, count in itertools.product((64, 512), (8, 64)):
-        yield Case(EMBED, "smollm2-135m.embed_tokens", m, FWD, 16, adapters=count, loaded=64)
+        yield Case(EMBED, tokens, m, FWD, 16, adapters=count, loaded=64)
+    yield Case(EMBED, tokens, 512, BOTH, 16, adapters=8, loaded=8, adapter_dtype="fp32")
 
 
 def _full() -> Iterator[Case]:

@@ -115,9 +115,10 @@ class Verifier:
             if not case.backward:
                 return y
             dy = [t.to(dtype) for t in data.dy[copy % len(data.dy)]]
-            grads = torch.autograd.grad(list(y.values()), list(inputs.values()), dy)
+            wanted = {name: t for name, t in inputs.items() if t.requires_grad}
+            grads = torch.autograd.grad(list(y.values()), list(wanted.values()), dy)
         found = {name: t.detach() for name, t in y.items()}
-        return {**found, **{f"d{name}": t for name, t in zip(inputs, grads, strict=True)}}
+        return {**found, **{f"d{name}": t for name, t in zip(wanted, grads, strict=True)}}
 
     def _forward(
         self, dtype: torch.dtype, inputs: Mapping[str, Tensor], masks: Sequence[Tensor] | None

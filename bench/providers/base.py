@@ -24,9 +24,10 @@ class Prepared:
 
     Attributes:
         call: runs copy i of the weight and returns the results by name: `y` (of several
-            projections `y0`, `y1`, ...), with gradients also `dx` and, with an adapter, `d` and the
-            name of each tensor of `CaseData.trained` (`da`, `db`), of a gated activation `dup`;
-            `loss` and `dx` of a cross-entropy; `w`, or `packed` and `absmax`, for codecs.
+            projections `y0`, `y1`, ...), with gradients also `dx` (but of ids) and, with an
+            adapter, `d` and the name of each tensor of `CaseData.trained` (`da`, `db`), of a gated
+            activation `dup`; `loss` and `dx` of a cross-entropy; `w`, or `packed` and `absmax`, for
+            codecs.
         copies: how many weight copies there are; `call` takes any i and wraps around.
         computes: "full", or "base" where the adapter is left out (the frozen linear).
         forward: the forward alone with gradients on, for counting what it keeps; else None.
@@ -92,7 +93,7 @@ def linear_call(
         copy = i % copies
         xi = x[i % len(x)]
         y = named(forward(copy, xi))
-        inputs = {"x": xi, **trained(copy)}
+        inputs = {**({"x": xi} if xi.is_floating_point() else {}), **trained(copy)}
         grads = torch.autograd.grad(list(y.values()), list(inputs.values()), dy[i % len(dy)])
         return {**y, **{f"d{name}": t for name, t in zip(inputs, grads, strict=True)}}
 

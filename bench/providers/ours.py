@@ -183,6 +183,8 @@ def _gather_lora_embed(data: CaseData) -> Prepared:
             ids, pools[i % len(pools)], slots, weight=weights[i % len(weights)]
         ),
         max(len(weights), len(pools)),
+        lambda i: data.trained,
+        parameters=[*weights, *(t for p in pools for t in p)],
     )
 
 

@@ -108,7 +108,13 @@ def gather_embed(data: CaseData) -> Prepared:
         p, w = pools[i % len(pools)], weights[i % len(weights)]
         return plain_gather_embed(ids, w, p.a, p.b, p.table, p.ranks, slots, case.scale)
 
-    return linear_call(data, forward, max(len(weights), len(pools)))
+    return linear_call(
+        data,
+        forward,
+        max(len(weights), len(pools)),
+        lambda i: data.trained,
+        parameters=[*weights, *(t for p in pools for t in p)],
+    )
 
 
 def gather(data: CaseData) -> Prepared:

@@ -132,6 +132,7 @@ def test_dora_reads_norms_and_keeps_what_the_magnitude_scaled() -> None:
         Case("dora_linear", "tiny", 40, BOTH, 8),
         Case("dora_linear", "tiny-bias", 40, BOTH, 8),
         Case("dora_linear", "tiny", 40, BOTH, 8, 0.25, adapter_dtype="fp32"),
+        Case("gather_lora_embed", "tiny", 40, BOTH, 8, adapters=3, loaded=5, mixed=True),
     ],
     ids=lambda case: case.name,
 )
@@ -152,6 +153,9 @@ def test_embedding_reads_the_rows_of_its_tokens() -> None:
     case = Case("gather_lora_embed", "tiny", 9, r=8, adapters=3, loaded=5)
     read = 8 * 9 + 2 * 9 * 96 + 2 * (9 * 8 + 3 * 8 * 96)
     assert cost(case) == Cost(2 * 9 * 8 * 96, read, 2 * 9 * 96)
+    # u and dB; the gradients of three adapters, A of 128 tokens.
+    backward = Cost(4 * 9 * 8 * 96, read, 2 * 3 * 8 * (128 + 96))
+    assert cost(replace(case, direction=BOTH)) == cost(case) + backward
 
 
 def test_bias_is_read_once() -> None:

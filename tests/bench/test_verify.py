@@ -71,6 +71,9 @@ FAMILIES = {
     "dora-dropout": Case("dora_linear", "tiny", 16, BOTH, 4, 0.25, adapter_dtype="fp32"),
     "dora-bias": Case("dora_linear", "tiny-bias", 16, BOTH, 4, 0.0, "fp32", "fp32"),
     "embed": Case("gather_lora_embed", "tiny", 9, FWD, 8, adapters=3, loaded=5, mixed=True),
+    "embed-backward": Case(
+        *("gather_lora_embed", "tiny", 9, BOTH, 8), adapters=3, loaded=5, adapter_dtype="fp32"
+    ),
     "embed-fp32-pages": Case(
         *("gather_lora_embed", "tiny", 9, FWD, 8), adapters=5, loaded=5, adapter_dtype="fp32"
     ),
@@ -99,6 +102,7 @@ def test_families_are_right_by_every_provider(provider: Provider, case: Case) ->
         ("mlp", "y dx da0 db0 da1 db1 da2 db2"),
         ("glu", "y dx dup"),
         ("embed", "y"),
+        ("embed-backward", "y da db"),
         ("dora-dropout", "y dx da db dmagnitude"),
     ],
 )
