@@ -50,7 +50,8 @@ def calls() -> Iterator[tuple[Tiled, Case]]:
     yield from _calls(nf4_problems.LORA_MAKERS, nf4_problems.LORA)
     over = (*gather_problems.PROBLEMS, *gather_problems.OVER)
     yield from _calls(gather_problems.BOTH_WAYS, over)
-    yield from _calls(gather_problems.FORWARD, gather_problems.FUSED)
+    forward = (*gather_problems.FUSED, *gather_problems.SCATTERED)
+    yield from _calls(gather_problems.FORWARD, forward)
     yield from _calls(gather_problems.ADDS, gather_problems.PROBLEMS)
 
 

@@ -49,6 +49,10 @@ OVER = (
     Many("dense-base", Gather(t=20, **_OVER, base="dense", bias=True), strategies=OVER_BASE),
     Many("nf4-base", Gather(t=20, **_OVER, base="nf4-nested"), strategies=OVER_BASE),
 )
+# More chunks than programs: each walks several.
+SCATTERED = (
+    Many("scattered", Gather(t=300, k=32, n=(32,), ranks=(2,) * 280), strategies=("chunks",)),
+)
 # Where the base's product adds the adapters itself.
 FUSED = (
     Many("rows", Gather(t=33, k=600, n=(136,), ranks=(16, 3, 0), base="nf4", dropout=(0.2,))),

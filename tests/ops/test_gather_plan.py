@@ -11,6 +11,7 @@ from lora_kernels.ops.common.configs import DEVICES
 from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.gather.triton.base_plan import BASES, explain_base, fused_config, use_base
 from lora_kernels.ops.gather.triton.plan import WAYS, GatherProblem, explain_gather, plan, use_way
+from lora_kernels.ops.gather.triton.work import Entries, capacity
 
 DECODE = GatherProblem(entries=32, slots=32, ranks=16, n=4096, k=4096)
 QUANTISED = Problem(32, 4096, 4096, 0, quantised=True)
@@ -48,6 +49,17 @@ def test_a_dense_base_is_torchs_own_product_unless_asked(device):
     assert fused_config(DECODE, DENSE, device) is None
     with use_base("fused"):
         assert fused_config(DECODE, DENSE, device) is not None
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [(512, 1000), (4096, 4), (64, 64), (1, 1000)])
+def test_few_programs_find_no_work(tokens, slots):
+    """However many adapters are loaded, and whatever the mix."""
+    entries = Entries([torch.zeros(tokens, dtype=torch.int32)], tokens, slots)
+    for across in (1, 16):
+        blocks = across * entries.programs(64, across)
+        assert blocks <= across * -(-tokens // 64) + 128 + across
+    # No mix makes more chunks than there is room for.
+    assert min(tokens, slots + 1) <= capacity(tokens, slots, 64) <= tokens
 
 
 def test_a_mixture_is_composed():

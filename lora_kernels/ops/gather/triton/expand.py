@@ -127,6 +127,7 @@ def _gather_expand_chunk_kernel(
     S,
     C,
     stream,
+    chunks,
     stride_s,
     stride_om,
     OVERWRITE: tl.constexpr,
@@ -143,53 +144,54 @@ def _gather_expand_chunk_kernel(
     Shapes: s[E, ..] b[P, 16, N] out[T, N]; work holds (slot, first, count) of each chunk, whose
         tokens are order[first : first + count]; a slot from S on has no adapter.
     ONE_PAGE: C is 1.
-    Grid: [chunks, cdiv(N, BLOCKS · BN)]. Sums in fp32, page by page.
+    Grid: [programs that walk the chunks, cdiv(N, BLOCKS · BN)]. Sums in fp32, page by page.
     """
     o_m = tl.arange(0, BM)
-    p_work += tl.program_id(0) * 3
-    slot = tl.load(p_work)
-    count = tl.load(p_work + 2)
-    slot = tl.where(slot < S, slot, -1)
-    rank = rank_of(p_ranks, slot, C)
-    if count > 0 and (OVERWRITE or rank > 0):
-        m_m = o_m < count
-        o_e = tl.load(p_order + tl.load(p_work + 1) + o_m, mask=m_m, other=0)
-        scale = 0.0
-        pages = tl.cdiv(rank, PAGE)
-        if rank > 0:
-            scale = tl.load(p_scales + slot)
-        if ONE_PAGE:
-            page = 0
+    for at in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        p_chunk = p_work + at * 3
+        slot = tl.load(p_chunk)
+        count = tl.load(p_chunk + 2)
+        slot = tl.where(slot < S, slot, -1)
+        rank = rank_of(p_ranks, slot, C)
+        if count > 0 and (OVERWRITE or rank > 0):
+            m_m = o_m < count
+            o_e = tl.load(p_order + tl.load(p_chunk + 1) + o_m, mask=m_m, other=0)
+            scale = 0.0
+            pages = tl.cdiv(rank, PAGE)
             if rank > 0:
-                page = tl.load(p_table + slot)
-            m_one = m_m & (o_m * 0 + rank > 0)
-            b_one = cast(sums_tile(p_s, o_e, m_one, 0, 0, stride_s, 1, BM), DTYPE)
-        if MASK_OUT:
-            o_rows = tl.load(p_rows + o_e, mask=m_m, other=0)
-        first = tl.program_id(1) * BLOCKS * BN
-        for n0 in range(first, tl.minimum(first + BLOCKS * BN, N), BN):
-            o_n = n0 + tl.arange(0, BN)
-            b_z = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
+                scale = tl.load(p_scales + slot)
             if ONE_PAGE:
-                b_b = page_tile(p_b, page, rank, o_n, N, DTYPE)  # [16, BN]
-                b_z = dot(b_one, b_b, b_z, PRECISION)
-            else:
-                for c in range(0, pages):
-                    column = c * PAGE
-                    own = tl.load(p_table + slot * C + c)
-                    b_b = page_tile(p_b, own, rank - column, o_n, N, DTYPE)  # [16, BN]
-                    b_s = sums_tile(p_s, o_e, m_m, column, 0, stride_s, 1, BM)  # [BM, 16]
-                    b_z = dot(cast(b_s, DTYPE), b_b, b_z, PRECISION)
-            if MASK_OUT:
+                page = 0
                 if rank > 0:
-                    threshold = tl.load(p_thresholds + slot)
-                    m_drop = keep_tile(p_seeds + slot, o_rows, n0, stream, threshold, BM, BN)
-                    b_z = tl.where(m_drop, b_z * kept_scale(p_thresholds, slot), 0.0)
-            # As a chain that begins with 0, which an entry's own program has.
-            b_scale = tl.full([BM, BN], 1.0, tl.float32) * scale
-            b_z = tl.fma(b_z, b_scale, tl.full([BM, BN], 0.0, tl.float32))
-            o_out = o_e.to(tl.int64)[:, None] * stride_om + o_n[None, :]
-            m_out = m_m[:, None] & (o_n < N)[None, :]
-            if not OVERWRITE:
-                b_z += tl.load(p_out + o_out, mask=m_out, other=0.0).to(tl.float32)
-            tl.store(p_out + o_out, cast(b_z, p_out.dtype.element_ty), mask=m_out)
+                    page = tl.load(p_table + slot)
+                m_one = m_m & (o_m * 0 + rank > 0)
+                b_one = cast(sums_tile(p_s, o_e, m_one, 0, 0, stride_s, 1, BM), DTYPE)
+            if MASK_OUT:
+                o_rows = tl.load(p_rows + o_e, mask=m_m, other=0)
+            first = tl.program_id(1) * BLOCKS * BN
+            for n0 in range(first, tl.minimum(first + BLOCKS * BN, N), BN):
+                o_n = n0 + tl.arange(0, BN)
+                b_z = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
+                if ONE_PAGE:
+                    b_b = page_tile(p_b, page, rank, o_n, N, DTYPE)  # [16, BN]
+                    b_z = dot(b_one, b_b, b_z, PRECISION)
+                else:
+                    for c in range(0, pages):
+                        column = c * PAGE
+                        own = tl.load(p_table + slot * C + c)
+                        b_b = page_tile(p_b, own, rank - column, o_n, N, DTYPE)  # [16, BN]
+                        b_s = sums_tile(p_s, o_e, m_m, column, 0, stride_s, 1, BM)  # [BM, 16]
+                        b_z = dot(cast(b_s, DTYPE), b_b, b_z, PRECISION)
+                if MASK_OUT:
+                    if rank > 0:
+                        threshold = tl.load(p_thresholds + slot)
+                        m_drop = keep_tile(p_seeds + slot, o_rows, n0, stream, threshold, BM, BN)
+                        b_z = tl.where(m_drop, b_z * kept_scale(p_thresholds, slot), 0.0)
+                # As a chain that begins with 0, which an entry's own program has.
+                b_scale = tl.full([BM, BN], 1.0, tl.float32) * scale
+                b_z = tl.fma(b_z, b_scale, tl.full([BM, BN], 0.0, tl.float32))
+                o_out = o_e.to(tl.int64)[:, None] * stride_om + o_n[None, :]
+                m_out = m_m[:, None] & (o_n < N)[None, :]
+                if not OVERWRITE:
+                    b_z += tl.load(p_out + o_out, mask=m_out, other=0.0).to(tl.float32)
+                tl.store(p_out + o_out, cast(b_z, p_out.dtype.element_ty), mask=m_out)

@@ -33,7 +33,8 @@ def _gather_list_kernel(
     """order[edges[g] : edges[g + 1]] = the entries of slot g in their order, S for those of none;
     work: (slot, first place in order, count) of its chunks of block_m, and counts of 0 between.
 
-    With as many before it as all lower slots can make, a slot's chunks have places of their own.
+    With as many before it as the lower slots in use can make, a slot's chunks have places of their
+    own: g of them at most, and one for each entry before.
 
     Shapes: slots[E] tokens[E] order[E] edges[S + 2] work[capacity, 3]. Grid: [S + 1]. Integers.
     """
@@ -55,8 +56,9 @@ def _gather_list_kernel(
     tl.store(p_edges + g, first)
     if g == S:
         tl.store(p_edges + g + 1, first + count)
-    begin = (first + g * (block_m - 1)) // block_m
-    end = (first + count + (g + 1) * (block_m - 1)) // block_m
+    begin = (first + tl.minimum(g, first) * (block_m - 1)) // block_m
+    end = first + count
+    end = (end + tl.minimum(g + 1, end) * (block_m - 1)) // block_m
     end = tl.where(g == S, capacity, end)
     for c0 in range(begin, end, BLOCK):
         o_c = c0 + o_i

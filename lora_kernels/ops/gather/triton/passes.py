@@ -56,13 +56,14 @@ def shrink(
     """s [E, ..] in its type, or fp32 parts [spans, E, ..] where the plan splits K."""
     k = x.shape[1]
     chunks = entries.chunks(plan.block_m) if plan.chunked else None
-    programs = entries.count if chunks is None else chunks.work.shape[0]
+    shares = min(plan.page_programs, p.table.shape[1])
+    programs = entries.count if chunks is None else entries.programs(plan.block_m, shares)
     run(
         _gather_shrink_kernel,
-        (programs, plan.spans if plan.split else 1, min(plan.page_programs, p.table.shape[1])),
+        (programs, plan.spans if plan.split else 1, shares),
         plan.shrink_warps,
         plan.stages,
-        whole_registers=mask is not None,
+        whole_registers=True,
         p_x=x,
         p_a=a,
         p_s=s,
@@ -76,6 +77,7 @@ def shrink(
         K=k,
         S=entries.slots_count,
         C=p.table.shape[1],
+        count_all=programs if chunks is None else chunks.work.shape[0],
         span=plan.span,
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
@@ -132,13 +134,15 @@ def expand(
     }
     if plan.chunked and entries.tokens is None:
         chunks = entries.chunks(plan.block_m)
+        across = ceil(n / (plan.chunk_n * plan.blocks))
         run(
             _gather_expand_chunk_kernel,
-            (chunks.work.shape[0], ceil(n / (plan.chunk_n * plan.blocks))),
+            (entries.programs(plan.block_m, across), across),
             plan.chunk_warps,
             plan.stages,
             p_order=chunks.order,
             p_work=chunks.work,
+            chunks=chunks.work.shape[0],
             ONE_PAGE=p.table.shape[1] == 1,
             BLOCKS=plan.blocks,
             BM=plan.block_m,

@@ -28,6 +28,7 @@ def _gather_shrink_kernel(
     span,
     size,
     stream,
+    count_all,
     stride_xm,
     stride_xk,
     stride_s,
@@ -41,72 +42,74 @@ def _gather_shrink_kernel(
 
     Shapes: x[T, K] a[P, 16, K] table[S, C]; s[E, ..] in its own type, or where SPLIT fp32 parts
         [spans, E, ..] of `size` elements, one for each span of K, without the mask's factor.
-    Grid: [entries, or chunks of BM entries of one slot where `work` holds (slot, first, count),
-        spans where SPLIT, programs that share the pages]. Sums in fp32, span by span.
+    count_all: entries, or chunks of BM entries of one slot where `work` holds (slot, first, count).
+    Grid: [programs that walk these, spans where SPLIT, programs that share the pages]. Sums in
+        fp32, span by span.
     """
     DTYPE: tl.constexpr = p_x.dtype.element_ty
     o_m = tl.arange(0, BM)
     o_k = tl.arange(0, BK)
-    if p_work is None:
-        slot = slot_of(p_slots, p_tokens, tl.program_id(0), S, T)
-        m_m = o_m == 0
-        o_e = o_m + tl.program_id(0)
-    else:
-        p_work += tl.program_id(0) * 3
-        slot = tl.load(p_work)
-        count = tl.load(p_work + 2)
-        slot = tl.where((slot < S) & (count > 0), slot, -1)
-        m_m = o_m < count
-        o_e = tl.load(p_order + tl.load(p_work + 1) + o_m, mask=m_m, other=0)
-    rank = rank_of(p_ranks, slot, C)
-    if rank > 0:
-        o_t = o_e
-        if p_tokens is not None:
-            o_t = tl.load(p_tokens + o_e, mask=m_m, other=0)
-        p_tile = p_x + o_t.to(tl.int64)[:, None] * stride_xm
-        first = 0
-        last = K
-        p_sums = p_s
-        if SPLIT:
-            first = tl.program_id(1) * span
-            last = tl.minimum(first + span, K)
-            p_sums += tl.program_id(1).to(tl.int64) * size
-        if p_seeds is not None:
-            threshold = tl.load(p_thresholds + slot)
-            o_rows = tl.load(p_rows + o_e, mask=m_m, other=0)
-        if ONE_STEP:
-            o_i = first + o_k
-            m_x = m_m[:, None] & (o_i < last)[None, :]
-            b_x = tl.load(p_tile + o_i[None, :].to(tl.int64) * stride_xk, mask=m_x, other=0.0)
+    for at in range(tl.program_id(0), count_all, tl.num_programs(0)):
+        if p_work is None:
+            slot = slot_of(p_slots, p_tokens, at, S, T)
+            m_m = o_m == 0
+            o_e = o_m + at
+        else:
+            p_chunk = p_work + at * 3
+            slot = tl.load(p_chunk)
+            count = tl.load(p_chunk + 2)
+            slot = tl.where((slot < S) & (count > 0), slot, -1)
+            m_m = o_m < count
+            o_e = tl.load(p_order + tl.load(p_chunk + 1) + o_m, mask=m_m, other=0)
+        rank = rank_of(p_ranks, slot, C)
+        if rank > 0:
+            o_t = o_e
+            if p_tokens is not None:
+                o_t = tl.load(p_tokens + o_e, mask=m_m, other=0)
+            p_tile = p_x + o_t.to(tl.int64)[:, None] * stride_xm
+            first = 0
+            last = K
+            p_sums = p_s
+            if SPLIT:
+                first = tl.program_id(1) * span
+                last = tl.minimum(first + span, K)
+                p_sums += tl.program_id(1).to(tl.int64) * size
             if p_seeds is not None:
-                m_keep = keep_operand(p_seeds + slot, o_rows, first, stream, threshold, BM, BK)
-                b_x = tl.where(m_keep, b_x, 0.0)
-        for c in range(tl.program_id(2), tl.cdiv(rank, PAGE), tl.num_programs(2)):
-            page = tl.load(p_table + slot * C + c)
-            b_s = tl.full([PAGE, BM], 0.0, tl.float32)  # [16, BM]
+                threshold = tl.load(p_thresholds + slot)
+                o_rows = tl.load(p_rows + o_e, mask=m_m, other=0)
             if ONE_STEP:
-                b_a = page_tile(p_a, page, rank - c * PAGE, first + o_k, K, DTYPE)  # [16, BK]
-                b_s = dot(b_a, b_x.T, b_s, PRECISION)
-            else:
-                for start in range(first, last, span):
-                    b_part = tl.full([PAGE, BM], 0.0, tl.float32)  # [16, BM]
-                    end = tl.minimum(start + span, last)
-                    for k0 in range(start, end, BK):
-                        o_i = k0 + o_k
-                        m_x = m_m[:, None] & (o_i < end)[None, :]
-                        o_x = o_i[None, :].to(tl.int64) * stride_xk
-                        b_x = tl.load(p_tile + o_x, mask=m_x, other=0.0)  # [BM, BK]
-                        if p_seeds is not None:
-                            m_keep = keep_operand(
-                                p_seeds + slot, o_rows, k0, stream, threshold, BM, BK
-                            )
-                            b_x = tl.where(m_keep, b_x, 0.0)
-                        b_a = page_tile(p_a, page, rank - c * PAGE, o_i, K, DTYPE)  # [16, BK]
-                        b_part = dot(b_a, b_x.T, b_part, PRECISION)
-                    b_s += b_part
-            if not SPLIT:
+                o_i = first + o_k
+                m_x = m_m[:, None] & (o_i < last)[None, :]
+                b_x = tl.load(p_tile + o_i[None, :].to(tl.int64) * stride_xk, mask=m_x, other=0.0)
                 if p_seeds is not None:
-                    b_s *= kept_scale(p_thresholds, slot)
-            o_j = tl.arange(0, PAGE) + c * PAGE
-            o_s = o_e.to(tl.int64)[None, :] * stride_s + o_j[:, None]
-            tl.store(p_sums + o_s, cast(b_s, p_s.dtype.element_ty), mask=m_m[None, :])
+                    m_keep = keep_operand(p_seeds + slot, o_rows, first, stream, threshold, BM, BK)
+                    b_x = tl.where(m_keep, b_x, 0.0)
+            for c in range(tl.program_id(2), tl.cdiv(rank, PAGE), tl.num_programs(2)):
+                page = tl.load(p_table + slot * C + c)
+                b_s = tl.full([PAGE, BM], 0.0, tl.float32)  # [16, BM]
+                if ONE_STEP:
+                    b_a = page_tile(p_a, page, rank - c * PAGE, first + o_k, K, DTYPE)  # [16, BK]
+                    b_s = dot(b_a, b_x.T, b_s, PRECISION)
+                else:
+                    for start in range(first, last, span):
+                        b_part = tl.full([PAGE, BM], 0.0, tl.float32)  # [16, BM]
+                        end = tl.minimum(start + span, last)
+                        for k0 in range(start, end, BK):
+                            o_i = k0 + o_k
+                            m_x = m_m[:, None] & (o_i < end)[None, :]
+                            o_x = o_i[None, :].to(tl.int64) * stride_xk
+                            b_x = tl.load(p_tile + o_x, mask=m_x, other=0.0)  # [BM, BK]
+                            if p_seeds is not None:
+                                m_keep = keep_operand(
+                                    p_seeds + slot, o_rows, k0, stream, threshold, BM, BK
+                                )
+                                b_x = tl.where(m_keep, b_x, 0.0)
+                            b_a = page_tile(p_a, page, rank - c * PAGE, o_i, K, DTYPE)  # [16, BK]
+                            b_part = dot(b_a, b_x.T, b_part, PRECISION)
+                        b_s += b_part
+                if not SPLIT:
+                    if p_seeds is not None:
+                        b_s *= kept_scale(p_thresholds, slot)
+                o_j = tl.arange(0, PAGE) + c * PAGE
+                o_s = o_e.to(tl.int64)[None, :] * stride_s + o_j[:, None]
+                tl.store(p_sums + o_s, cast(b_s, p_s.dtype.element_ty), mask=m_m[None, :])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -13,11 +14,13 @@ from lora_kernels.ops.common.triton_host import run
 
 # Entries that a program of the list looks at together.
 LIST_BLOCK = 1024
+# Programs beside those of full chunks: what a large GPU runs at once.
+_SPARE_PROGRAMS = 128
 
 
 def capacity(entries: int, slots: int, block: int) -> int:
-    """The most chunks of `block` entries that the slots, and those of none, can make."""
-    return (entries + (slots + 1) * (block - 1)) // block
+    """The most chunks of `block` entries that the slots in use, and those of none, can make."""
+    return (entries + min(slots + 1, entries) * (block - 1)) // block
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ class Entries:
         if block not in self._chunks:
             self._chunks[block] = self._list(block)
         return self._chunks[block]
+
+    def programs(self, block: int, beside: int) -> int:
+        """Programs that walk the chunks where `beside` others do for each: a GPU's worth more than
+        full chunks would take, for those that are not."""
+        few = ceil(_SPARE_PROGRAMS / beside)
+        most = capacity(self.count, self.slots_count, block)
+        return min(most, ceil(self.count / block) + few)
 
     def _list(self, block: int) -> Chunks:
         from lora_kernels.ops.gather.triton.listing import _gather_list_kernel
