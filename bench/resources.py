@@ -148,6 +148,19 @@ def _gather_backward(call: Call) -> list[Any]:
     return [x.new_empty(x.shape[0], meta[0]), x, s, base, meta, pages, entries, dropout, needs]
 
 
+def _embed_forward(call: Call) -> list[Any]:
+    """K is the vocabulary."""
+    *_, pages, entries, _ = _gather_forward(replace(call, dropout=0.0))
+    pages[0] = pages[0].transpose(1, 2).contiguous()
+    ids = torch.zeros(call.shape[0], dtype=torch.int64)
+    return [ids, pages[0].new_empty(call.shape[2], call.shape[1]), pages, entries[0]]
+
+
+def _embed_backward(call: Call) -> list[Any]:
+    ids, weight, pages, slots = _embed_forward(call)
+    return [weight.new_empty(ids.shape[0], weight.shape[1]), ids, pages, slots, [True] * 3]
+
+
 # What another op needs to be compiled too: its arguments for a call.
 ARGUMENTS: dict[str, Callable[[Call], list[Any]]] = {
     "lora_linear_fwd": _forward,
@@ -163,6 +176,8 @@ ARGUMENTS: dict[str, Callable[[Call], list[Any]]] = {
     "glu_bwd": _glu("glu_bwd"),
     "gather_lora_fwd": _gather_forward,
     "gather_lora_bwd": _gather_backward,
+    "gather_lora_embed_fwd": _embed_forward,
+    "gather_lora_embed_bwd": _embed_backward,
 }
 # The kernels with a large product in them.
 PRODUCTS = re.compile("gemm|packed_(forward|grad_x)")
@@ -222,6 +237,8 @@ def calls(target: Target) -> Iterator[Call]:
     for (m, way), r in product(((64, "entries"), (4096, "chunks")), (16, 64)):
         yield Call("gather_lora_fwd", (m, 4096, 4096, r), 0.0, way)
         yield Call("gather_lora_bwd", (m, 4096, 4096, r), 0.1, way)
+    for op in ("gather_lora_embed_fwd", "gather_lora_embed_bwd"):
+        yield Call(op, (64, 4096, 8192, 16), 0.0, "entries")
     for m in (16, 64, 256):
         yield Call("gather_lora_fwd", (m, 4096, 4096, 64), 0.1, "fused", quantised=True)
 

@@ -52,6 +52,8 @@ def calls() -> Iterator[tuple[Tiled, Case]]:
     yield from _calls(gather_problems.BOTH_WAYS, over)
     forward = (*gather_problems.FUSED, *gather_problems.SCATTERED)
     yield from _calls(gather_problems.FORWARD, forward)
+    yield from _calls(gather_problems.EMBED, gather_problems.EMBEDDING)
+    yield from _calls(gather_problems.EMBED_ADD, gather_problems.EMBEDDING[:1])
     yield from _calls(gather_problems.ADDS, gather_problems.PROBLEMS)
 
 

@@ -14,6 +14,7 @@ import torch
 from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.gather.triton.plan import WAYS
 from tests.compiled.problems import BF16, FP16, FP32
+from tests.ops import gather_embedding_inputs as embedding
 from tests.ops.case import Source
 from tests.ops.gather_inputs import QKV, Gather, _add, _backward, _forward
 
@@ -71,3 +72,16 @@ BOTH_WAYS: Makers = {
     "gather_lora_bwd": lambda p, r: _backward(p.call, p.dtype, r),
 }
 ADDS: Makers = {"gather_lora_add": lambda p, r: _add(p.call, p.dtype, r, p.name in OVERWRITE)}
+
+# On an embedding: k is the vocabulary.
+EMBEDDING = (
+    Many("tokens", Gather(t=37, k=29, n=(67,), ranks=(3, 16, 40), base="dense"), FP16),
+    Many("runs", Gather(t=90, k=3, n=(136,), ranks=(16, 5), page_dtype=FP32)),
+)
+EMBED: Makers = {
+    "gather_lora_embed_fwd": lambda p, r: embedding._forward(p.call, p.dtype, r),
+    "gather_lora_embed_bwd": lambda p, r: embedding._backward(p.call, p.dtype, r),
+}
+EMBED_ADD: Makers = {
+    "gather_lora_embed_add": lambda p, r: embedding._add(p.call, p.dtype, r),
+}

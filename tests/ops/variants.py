@@ -29,6 +29,8 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 WITH_STRATEGIES = ("lora_linear_fwd", "lora_linear_bwd", "lora_packed_fwd", "lora_packed_bwd")
 # Ops whose Triton kernels are cut several ways (`use_way`).
 WITH_WAYS = ("gather_lora_fwd", "gather_lora_add", "gather_lora_bwd")
+# Their passes again, after what is read by token: fewer cases.
+WITH_THE_SAME = ("gather_lora_embed_fwd", "gather_lora_embed_add", "gather_lora_embed_bwd")
 # The way that a base's product adds many adapters itself, and the cases that it is for.
 FUSED = "fused"
 OVER_BASES = ("-base", "-nf4", "-few-slots", "-one-slot", "-no-adapter", "-rank-0", "-fp32-pages")
@@ -84,12 +86,14 @@ class Variant:
             return True
         if self.strategy is None:
             # Every other case is forced one of the ways.
-            return self.backend != "triton" or case.op not in WITH_WAYS or case.core
+            ways = WITH_WAYS + WITH_THE_SAME
+            return self.backend != "triton" or case.op not in ways or case.core
         turn = zlib.crc32(f"{case.op}/{case.label}".encode()) % THINNED
         if self.strategy == FUSED:
             return case.label.endswith(OVER_BASES)
         if self.strategy in WAYS:
-            return turn % 2 == WAYS.index(self.strategy)
+            many = 2 if case.op in WITH_WAYS else 6
+            return turn % many == WAYS.index(self.strategy)
         return turn == STRATEGIES.index(self.strategy)
 
 
@@ -98,7 +102,7 @@ def variants_of(op: str) -> tuple[Variant, ...]:
     found = list(all_variants())
     if op in WITH_STRATEGIES:
         found += [Variant("triton", d, strategy=s) for d in DEVICES for s in STRATEGIES]
-    if op in WITH_WAYS:
+    if op in WITH_WAYS + WITH_THE_SAME:
         found += [Variant("triton", d, strategy=w) for d in DEVICES for w in WAYS]
     if op == "gather_lora_fwd":
         found += [Variant("triton", d, strategy=FUSED) for d in DEVICES]

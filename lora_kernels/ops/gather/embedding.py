@@ -80,7 +80,8 @@ def gather_lora_embedding(
         [..., D] in weight's dtype, else the pages'; `out` where given.
 
     Raises:
-        ValueError: a shape, a device, a slot or an id does not fit.
+        ValueError: a shape, a device, a slot or an id does not fit (the last two on the CPU; on a
+            GPU nobody waits to read them: what is not there is no adapter, and a row of zeros).
         TypeError: a dtype does not fit.
     """
     [own] = _entries(ids.unsqueeze(-1), slots)

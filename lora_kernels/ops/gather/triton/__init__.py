@@ -50,6 +50,32 @@ def _bwd(
     return _refuse([x, dy, s], pages, entries)
 
 
+def _embed(activations: Tensor, pages: Sequence[Tensor]) -> str | None:
+    return _refuse([activations], pages, ())
+
+
+def _embed_fwd(
+    ids: Tensor, weight: Tensor | None, pages: Sequence[Tensor], slots: Tensor
+) -> str | None:
+    return _embed(pages[0] if weight is None else weight, pages)
+
+
+def _embed_add(out: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor) -> str | None:
+    if out.stride(-1) != 1 and out.shape[-1] > 1:
+        return "takes an out whose last dimension is contiguous"
+    return _embed(out, pages)
+
+
+def _embed_bwd(
+    dy: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor, needs: Sequence[bool]
+) -> str | None:
+    return _embed(dy, pages)
+
+
+_EMBEDDING = "lora_kernels.ops.gather.triton.embedding"
+register_triton("gather_lora_embed_fwd", _EMBEDDING, _embed_fwd)
+register_triton("gather_lora_embed_add", _EMBEDDING, _embed_add)
+register_triton("gather_lora_embed_bwd", _EMBEDDING, _embed_bwd)
 register_triton("gather_lora_fwd", "lora_kernels.ops.gather.triton.forward", _fwd)
 register_triton("gather_lora_add", "lora_kernels.ops.gather.triton.forward", _add)
 register_triton("gather_lora_bwd", "lora_kernels.ops.gather.triton.backward", _bwd)

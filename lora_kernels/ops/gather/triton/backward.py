@@ -63,34 +63,34 @@ def gather_lora_bwd(
         own, part = s[:, ranks], dy[:, columns]
         mask = Mask(dropout, i) if dropout else None
         if want.b[i]:
-            _grad(own, part, db[i], p, given, None)
+            grad(own, part, db[i], p, given, None)
         if not (want.x or want.a[i] or want.scales[i] or want.weights):
             continue
-        u = _grad_sums(part, p, given)
+        u = grad_sums(part, p.a.shape[2], p, given)
         if want.a[i]:
-            _grad(u, x, da[i], p, given, mask)
+            grad(u, x, da[i], p, given, mask)
         if want.x:
             plan = chosen_plan(part, p.a.shape[2], p, given, mask)
             expand(u, p.a, dx, p, given, plan, dtype=x.dtype, mask=mask, overwrite=False)
         if want.scales[i] or want.weights:
             product = (u * own).sum(1)
             if want.scales[i]:
-                _scale_sums(product, dscales[i], given)
+                scale_sums(product, dscales[i], given)
             if want.weights:
                 there = given.slots.clamp(0, given.slots_count - 1).long()
                 dweights += p.scales.index_select(0, there) * product
     return dx, dbias, dweights, da, db, dscales
 
 
-def _grad_sums(dy: Tensor, p: RankPages, entries: Entries) -> Tensor:
-    """u [E, ranks] = dy·B in fp32, zeros where there is no rank."""
+def grad_sums(dy: Tensor, n: int, p: RankPages, entries: Entries) -> Tensor:
+    """u [E, ranks] = dy·B in fp32, zeros where there is no rank; n columns come of it."""
     u = dy.new_zeros((entries.count, p.width), dtype=torch.float32)
-    plan = replace(chosen_plan(dy, p.a.shape[2], p, entries, None), split=False)
+    plan = replace(chosen_plan(dy, n, p, entries, None), split=False)
     shrink(dy, p.b, u, p, entries, None, plan)
     return u
 
 
-def _grad(
+def grad(
     t: Tensor, x: Tensor, out: Tensor, p: RankPages, entries: Entries, mask: Mask | None
 ) -> None:
     """The gradient of a or b: out [P, 16, K] from t [E, ranks] and x [T, K]."""
@@ -124,7 +124,7 @@ def _grad(
     )
 
 
-def _scale_sums(product: Tensor, out: Tensor, entries: Entries) -> None:
+def scale_sums(product: Tensor, out: Tensor, entries: Entries) -> None:
     by_slot = entries.chunks(_GROUP)
     run(
         _gather_scale_grad_kernel,
