@@ -63,12 +63,12 @@ def answers(out: Console, shown: Mapping[str, str], generated: Generated, checke
     rows = [(name, "", " ".join(text.split())) for name, text in shown.items()]
     if checked.rows > len(shown) - 1:
         rows.append((f"and {checked.rows - len(shown) + 1} more", "", ""))
+    rows.append(("distinct answers", f"{len(set(generated.texts))}", f"of {checked.rows} rows"))
     _rows(out, f"one batch, {checked.rows} rows, an adapter each", rows)
     _rows(
         out,
         "the same rows against the adapter alone",
         [
-            ("different answers", f"{len(set(generated.texts))}", f"of {checked.rows}"),
             ("logits within the error budget", f"{right}", f"of {checked.rows} rows"),
             ("tokens it would choose too", f"{checked.chosen}", f"of {checked.tokens}"),
         ],

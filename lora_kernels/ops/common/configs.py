@@ -169,6 +169,8 @@ GEMM_CONFIGS = (
 PHILOX_OPERATIONS = 14.0
 # To decode a weight from 4 bits in a product's main loop, stored for the tensor cores.
 DECODE_OPERATIONS = 9.0
+# When the time of a tile counts as that of the best, and from how many waves on.
+_NEARLY, _MANY_WAVES = 1.06, 4
 # fp32 products are unrolled into multiply-adds: a larger tile takes minutes to compile.
 _MAX_FP32_TILE = 64 * 64 * 32
 
@@ -289,8 +291,12 @@ def best_gemm(
     masked_y: bool = False,
     quantised: bool = False,
     tma: bool = False,
+    exactly: bool = False,
 ) -> tuple[GemmConfig, float, int] | None:
     """The tile of the least modelled time, that time in seconds and its waves; None if none fits.
+
+    Where W is dense and there are many waves, tiles of nearly that time count as equal, and the one
+    that asks least of L2 is taken.
 
     Args:
         m, n, k: of the product.
@@ -300,8 +306,9 @@ def best_gemm(
         masked_x, masked_y: whether the mask of x, or of the result, is regenerated.
         quantised: whether the right side is decoded from 4 bits in the main loop.
         tma: whether the operands allow tensor descriptors.
+        exactly: whether only the time counts.
     """
-    found = None
+    found = []
     for config in (device.tiles or GEMM_CONFIGS) if configs is None else configs:
         if not is_valid(config, device, size, block_r, masked_y, tma, masked_x, quantised):
             continue
@@ -309,9 +316,14 @@ def best_gemm(
         seconds, waves = _gemm_seconds(
             m, n, k, device, size, config, block_r, branch, mask, quantised
         )
-        if found is None or seconds < found[1]:
-            found = config, seconds, waves
-    return found
+        found.append((config, seconds, waves))
+    if not found:
+        return None
+    best = min(found, key=lambda f: f[1])
+    if best[2] < _MANY_WAVES or quantised or exactly:
+        return best
+    near = [f for f in found if f[1] <= _NEARLY * best[1]]
+    return min(near, key=lambda f: gemm_asked_bytes(f[0], m, n, k, size))
 
 
 def gemm_tiles(config: GemmConfig, m: int, n: int) -> int:
@@ -367,7 +379,8 @@ def thin_rows(m: int, k: int, device: Device, block_r: int, size: int = 2) -> Th
     if size == 4:
         return ThinConfig(16, 32, 4, 2)
     block = 64 if m > 64 else max(16, next_power_of_2(m))
-    smallest = 64 if device.tma else 16  # below 64 rows Hopper falls back to older instructions
+    # Below 64 rows Hopper falls back to older instructions; at 16 a program asks for q as for x.
+    smallest = 64 if device.tma else 32 if m >= 1024 else 16
     while block > smallest and ceil(m / block) < device.multiprocessors:
         block //= 2
     step = 128 if block <= 32 and block_r <= 64 else 64

@@ -284,7 +284,7 @@ def _epilogue(
 def _addmm(p: Problem, n: int, k: int, device: Device, beside: Work) -> Estimate:
     """The vendor's GEMM [m, n] over k, taken to be as good as ours, and one more pass over y."""
     size = p.size
-    found = best_gemm(p.m, n, k, device, size, tma=p.tma)
+    found = best_gemm(p.m, n, k, device, size, tma=p.tma, exactly=True)
     if found is None:
         return _refused("addmm", "no tile fits the device")
     slabs = ceil(p.n * p.k * size / WORKSPACE_BYTES) if p.quantised else 0
