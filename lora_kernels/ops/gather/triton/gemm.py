@@ -49,9 +49,9 @@ def _own_rows_tile(
 ):
     """b_y[m] + scale·s[m]·b of row m's own slot [BM, BN]; b_y itself in rows without an adapter.
 
-    A rank at a time: every row reads its own row of its own page, so that nothing is asked of
-    memory but what is needed, whatever the mix, and a row is the same in any company. UNROLL: ranks
-    whose loads are under way together.
+    A rank at a time: every row reads its own row of its own page, so that of B nothing is asked for
+    but what is needed, whatever the mix, and a row is the same in any company. UNROLL: ranks whose
+    loads are under way together.
     """
     o_m = m0 + tl.arange(0, BM)
     o_n = n0 + tl.arange(0, BN)
