@@ -1,6 +1,6 @@
 """The cost model's configurations: constraints, choices, and what must hold whatever it says."""
 
-from __future__ import annotations
+from __future__ import itertools
 
 from dataclasses import replace
 
@@ -189,6 +189,13 @@ def test_single_pass_reads_x_once(device):
     ).estimates
     assert single.dram_bytes == 2 * (m * k + n * k + m * n + m * r + r * (n + k))
     assert single.dram_bytes < epilogue.dram_bytes < addmm.dram_bytes
+
+
+@by_device
+def test_blocks_of_rows_fit_shared_memory(device):
+    for m, block_r, size in itertools.product((1, 64, 100, 1024, 8192), (16, 32, 64), (2, 4)):
+        found = thin_rows(m, 4096, device, block_r, size)
+        assert found.shared_bytes(size, block_r) <= device.shared_bytes, (m, block_r, size)
 
 
 @by_device

@@ -388,7 +388,10 @@ def thin_rows(m: int, k: int, device: Device, block_r: int, size: int = 2) -> Th
     spans = 1
     while spans < 16 and blocks * spans * 2 <= device.multiprocessors and k // (spans * 2) >= 1024:
         spans *= 2
-    return ThinConfig(block, step, 4, 3 if block_r > 64 else 4, spans)
+    found = ThinConfig(block, step, 4, 3 if block_r > 64 else 4, spans)
+    # AMD's shared memory holds fewer long steps.
+    fits = found.shared_bytes(size, block_r) <= device.shared_bytes
+    return found if fits else replace(found, step=64)
 
 
 def thin_columns(m: int, columns: int, device: Device, block_r: int, size: int = 2) -> ThinConfig:
