@@ -1,7 +1,8 @@
 """The cost model's configurations: constraints, choices, and what must hold whatever it says."""
 
-from __future__ import itertools
+from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
