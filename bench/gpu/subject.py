@@ -51,7 +51,7 @@ class Subject:
         """The same in fp64 from the same numbers."""
         op, args = self.dense or (self.op, self.args)
         with use_backend("reference"):
-            return call(op, _double(args))
+            return call(op, in_fp64(args))
 
 
 def call(op: str, args: list[Any]) -> dict[str, Tensor]:
@@ -73,15 +73,15 @@ def call(op: str, args: list[Any]) -> dict[str, Tensor]:
     return found
 
 
-def _double(value: Any) -> Any:
-    """In fp64, but for the scales of a 4-bit weight: what it decodes to is a matter of its fp32."""
+def in_fp64(value: Any) -> Any:
+    """The same in fp64, but for a 4-bit weight's scales: what it decodes to is a matter of fp32."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if not isinstance(value, list):
         return value
     if value and isinstance(value[0], Tensor) and value[0].dtype == torch.uint8:
         return value
-    return [_double(v) for v in value]
+    return [in_fp64(v) for v in value]
 
 
 def nbytes(*tensors: Tensor) -> int:

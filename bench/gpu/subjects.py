@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from bench.gpu.gather_subjects import gather
 from bench.gpu.recorder import lora_backward, lora_forward, normal
 from bench.gpu.rivals import Sizes
-from bench.gpu.subject import BF16, Fill, Shape, Subject, call, nbytes, quantised
+from bench.gpu.subject import BF16, Fill, Shape, Subject, call, in_fp64, nbytes, quantised
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.glu.schema import ACTIVATIONS
@@ -53,14 +53,16 @@ def families_of(names: list[str] | None) -> list[str]:
 
 
 def _made(op: str, args: list[Any], fill: Fill) -> dict[str, Tensor]:
-    """What a forward gives its backward."""
-    hollow = fill is torch.empty
+    """What a forward that rounds once gives its backward, in the type of its first argument."""
+    hollow, dtype = fill is torch.empty, args[0].dtype
     with (
         FakeTensorMode(allow_non_fake_inputs=True) if hollow else nullcontext(),
         use_backend("reference"),
     ):
-        made = call(op, args)
-    return {n: torch.empty(t.shape, dtype=t.dtype) if hollow else t for n, t in made.items()}
+        made = call(op, args if hollow else in_fp64(args))
+    return {
+        n: torch.empty(t.shape, dtype=dtype) if hollow else t.to(dtype) for n, t in made.items()
+    }
 
 
 @dataclass

@@ -63,6 +63,26 @@ def test_traffic_from_end_to_end(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_triton
+@needs_emulator
+def test_shared_memory_is_read_without_conflicts_and_dora_rounds_twice(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.csv"
+    families = ("--family", "lora", "--family", "dora")
+    args = (*families, "--target", "sm_80", "--shape", "256,256,256,16", "--output", str(path))
+    code, out = _bench("traffic", *args)
+    assert code == 0, out
+    lines = [line for line in csv.DictReader(path.open()) if line["conflicts"]]
+    assert {line["dropout"] for line in lines} == {"0.0", "0.1"}
+    for line in lines:
+        assert float(line["conflicts"]) <= 0.05, line
+    (back,) = [e["error"] for e in lines if e["op"] == "dora backward" and e["dropout"] == "0.0"
+               and e["kernel"] == "whole"]  # fmt: skip
+    errors = dict(part.split("=") for part in back.split())
+    # dy times the magnitude, and the result: ds is not rounded as well.
+    assert float(errors["dx"]) <= 1.5 and float(errors["da"]) <= 1.5
+
+
+@pytest.mark.slow
+@needs_triton
 def test_resources_from_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "resources.csv"
     args = ("--target", "sm_80", "--target", "gfx942", "--only", "addmm M=16 ")

@@ -40,6 +40,12 @@ def _cast_kernel(p_in, p_out, N: tl.constexpr):
 
 
 @triton.jit
+def _rest_kernel(p_in, p_out, N: tl.constexpr):
+    o_n = tl.arange(0, N)
+    tl.store(p_out + o_n, tiles.rest_of(tl.load(p_in + o_n), p_out.dtype.element_ty))
+
+
+@triton.jit
 def _keep_kernel(
     p_seed, p_out, m0, k0, stream, threshold, cols, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -77,6 +83,20 @@ def test_cast_rounds_to_nearest_even_as_torch_does(dtype, device):
     out = torch.empty(len(values), dtype=dtype, device=device)
     _cast_kernel[(1,)](values, out, len(values))
     assert torch.equal(bits(out), bits(values.to(dtype)))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize("device", RUNS_ON)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rest_is_what_rounding_takes_but_of_an_overflow(dtype, device):
+    values = _awkward()
+    values[-2:] = torch.tensor([torch.inf, -torch.inf])
+    rounded = values.to(dtype).float()
+    rest = torch.where(rounded.isfinite(), values - rounded, 0.0).to(dtype)
+    out = torch.empty(len(values), dtype=dtype, device=device)
+    _rest_kernel[(1,)](values.to(device), out, len(values))
+    assert torch.equal(bits(out.cpu()), bits(rest))
+    assert rest.count_nonzero() > 900
 
 
 @pytest.mark.parametrize("device", RUNS_ON)

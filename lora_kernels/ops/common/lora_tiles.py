@@ -8,7 +8,14 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.common.nf4_tiles import right_tile
-from lora_kernels.ops.common.tiles import cast, dot, in_registers, keep_operand, keep_tile
+from lora_kernels.ops.common.tiles import (
+    cast,
+    dot,
+    in_registers,
+    keep_operand,
+    keep_tile,
+    rest_of,
+)
 
 
 @triton.jit
@@ -35,9 +42,14 @@ def branch_tile(
     factor=None,
     p_col=None,
     stride_col=1,
+    p_rest=None,
 ):
-    """b_sum + (factor · rank ∘ t)·(u ∘ col) [BM, BN] of t[M, R] u[R, N] rank[R] col[N], operands
-    rounded to DTYPE; factors that are None are 1."""
+    """b_sum + (factor · rank ∘ t)·(u ∘ col) [BM, BN] of t[M, R] u[R, N] rank[R] col[N]; factors
+    that are None are 1.
+
+    Operands are rounded to DTYPE. The left side's rest is added where factor is given, for t was
+    rounded before; without factor and rank that of t itself may be given in p_rest.
+    """
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     m_m = o_m < M - m0
@@ -60,9 +72,12 @@ def branch_tile(
             b_t = b_t.to(tl.float32) * b_rank[None, :].to(tl.float32)
         if factor is not None:
             b_t = b_t.to(tl.float32) * factor
-            if tl.float32 != DTYPE:  # what rounding takes from t, which was rounded before
-                b_rest = b_t - cast(b_t, DTYPE).to(tl.float32)
-                b_sum = dot(cast(b_rest, DTYPE), cast(b_u, DTYPE), b_sum, PRECISION)
+            if tl.float32 != DTYPE:
+                b_sum = dot(rest_of(b_t, DTYPE), cast(b_u, DTYPE), b_sum, PRECISION)
+        if p_rest is not None:
+            p_rest_tile = p_rest + m0.to(tl.int64) * stride_tm
+            b_rest = tl.load(p_rest_tile + o_t, mask=m_m[:, None] & m_r[None, :], other=0.0)
+            b_sum = dot(b_rest, cast(b_u, DTYPE), b_sum, PRECISION)
         b_sum = dot(cast(b_t, DTYPE), cast(b_u, DTYPE), b_sum, PRECISION)
     return b_sum
 
@@ -118,6 +133,7 @@ def product_tile(
     descriptors; w's box is [BN, BK] where W_ROWS (its rows run along K), else [BK, BN].
     HOLD_X: see `in_registers`. CHUNK > 0: w is 4-bit, its codes and scales as in `right_tile`.
     """
+    MASKED: tl.constexpr = OWN_BRANCH and MASK_X
     o_k = tl.arange(0, BK)
     p_x = x
     p_w = w
@@ -166,7 +182,18 @@ def product_tile(
             p_x += BK * stride_xk
             if CHUNK == 0:
                 p_w += BK * stride_wk
-        b_y = dot(in_registers(b_x) if HOLD_X else b_x, b_w, b_y, PRECISION)
+        b_left = b_x
+        if MASKED:
+            o_rows = m0 + tl.arange(0, BM)
+            m_keep = keep_operand(p_seed, o_rows, k0, stream, threshold, BM, BK)
+            b_left = tl.where(m_keep, b_x, 0.0)
+        if HOLD_X:
+            b_x = in_registers(b_x)
+        elif MASKED:
+            # All of x (K > 0), but as the other product's left side is made: of a tile that is read
+            # in two layouts Triton 3.9 does not swizzle the shared memory.
+            b_x = tl.where(m_keep | (K > 0), b_x, 0.0)
+        b_y = dot(b_x, b_w, b_y, PRECISION)
         if OWN_BRANCH:
             if EVEN_K:
                 b_q = tl.load(p_q_tile)  # [BK, BR]
@@ -176,11 +203,6 @@ def product_tile(
             if p_row is not None:
                 b_row = tl.load(p_row + (k0 + o_k) * stride_row, mask=m_k, other=0.0)  # [BK]
                 b_q = b_q.to(tl.float32) * b_row[:, None].to(tl.float32)
-            b_left = b_x
-            if MASK_X:
-                o_rows = m0 + tl.arange(0, BM)
-                m_keep = keep_operand(p_seed, o_rows, k0, stream, threshold, BM, BK)
-                b_left = tl.where(m_keep, b_x, 0.0)
             b_s = dot(b_left, cast(b_q, DTYPE), b_s, PRECISION)
     return b_y, b_s
 

@@ -47,6 +47,13 @@ def cast(b_value, dtype: tl.constexpr):
 
 
 @triton.jit
+def rest_of(b_value, dtype: tl.constexpr):
+    """What rounding to dtype takes from fp32 values, itself rounded; 0 where a value overflows."""
+    b_rounded = cast(b_value, dtype).to(tl.float32)
+    return cast(tl.where(tl.abs(b_rounded) < float("inf"), b_value - b_rounded, 0.0), dtype)
+
+
+@triton.jit
 def in_registers(b_value):
     """b_value, for a product on Hopper whose left side must come from registers.
 

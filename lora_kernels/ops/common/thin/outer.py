@@ -45,10 +45,11 @@ def _outer(
     BC: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
+    p_rest=None,
 ):
     """out[c, r] = factor · Σ_m keep(x)[m, c] · t[m, r] and bias[c] = Σ_m x[m, c], over a span of m.
 
-    One block of C and R; x[M, C] t[M, R]; sums in fp32.
+    One block of C and R; x[M, C] t[M, R], and in p_rest what rounding took from t; sums in fp32.
     """
     dtype = p_x.dtype.element_ty
     o_c = pid_c * BC + tl.arange(0, BC)
@@ -57,7 +58,9 @@ def _outer(
     m_r = o_r < R
     o_m = first + tl.arange(0, BM)
     p_x_tile = p_x + o_m[None, :].to(tl.int64) * stride_xm + (o_c % C)[:, None] * stride_xc
-    p_t_tile = p_t + o_m[:, None].to(tl.int64) * stride_tm + (o_r % R)[None, :] * stride_tr
+    o_t = o_m[:, None].to(tl.int64) * stride_tm + (o_r % R)[None, :] * stride_tr
+    p_t_tile = p_t + o_t
+    p_rest_tile = p_t_tile if p_rest is None else p_rest + o_t
     b_out = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
     b_bias = tl.full([BC, 16], 0.0, tl.float32)  # [BC, 16]
     for m0 in range(first, last, BM):
@@ -76,6 +79,13 @@ def _outer(
             o_rows = m0 + tl.arange(0, BM)
             m_keep = keep_operand(p_seed, o_rows, pid_c * BC, stream, threshold, BM, BC)
             b_x = tl.where(m_keep.T, b_x, 0.0)
+        if p_rest is not None:
+            if EVEN_M:
+                b_rest = tl.load(p_rest_tile)
+            else:
+                b_rest = tl.load(p_rest_tile, mask=m_m[:, None], other=0.0)
+            p_rest_tile += BM * stride_tm
+            b_out = dot(b_x, b_rest, b_out, PRECISION)
         b_out = dot(b_x, cast(b_t, dtype), b_out, PRECISION)
     o_out = o_c[:, None].to(tl.int64) * stride_oc + o_r[None, :].to(tl.int64) * stride_or
     b_out *= factor
@@ -88,6 +98,7 @@ def _outer(
 def _outer_kernel(
     p_x,
     p_ds,
+    p_rest,
     p_da,
     p_dy,
     p_s,
@@ -167,6 +178,7 @@ def _outer_kernel(
                 BC,
                 BM,
                 BR,
+                p_rest,
             )
     if WANT_B:
         if pid >= blocks_a:
@@ -216,8 +228,10 @@ def outer(
     *,
     factor_b: float,
     dropout: Dropout,
+    rest: Tensor | None = None,
 ) -> None:
-    """da = dsᵀ·keep(x) (scaled), db = factor_b · dyᵀ·s and dbias = Σ_m dy, each where given."""
+    """da = dsᵀ·keep(x) (scaled), db = factor_b · dyᵀ·s and dbias = Σ_m dy, each where given; rest,
+    of ds's strides, is what rounding took from ds."""
     some = da if da is not None else db
     assert some is not None
     like = x if x is not None else dy
@@ -243,6 +257,7 @@ def outer(
         config.stages,
         p_x=x,
         p_ds=ds,
+        p_rest=rest,
         p_da=parts_a,
         p_dy=dy,
         p_s=s,

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import ThinConfig, span_of
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import cast, dot, keep_operand
+from lora_kernels.ops.common.tiles import cast, dot, keep_operand, rest_of
 from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
 
 
@@ -21,6 +21,7 @@ def _shrink_kernel(
     p_x,
     p_q,
     p_out,
+    p_rest,
     p_rank,
     p_row,
     p_seed,
@@ -52,8 +53,8 @@ def _shrink_kernel(
     Forward: s, with q = Aᵀ and factor = the kept elements' scale. Backward: ds, with x = dy, q = B,
     row = out_diag, factor = scale.
 
-    Shapes: x[M, K] q[K, R] rank[R] row[K]; out[M, R] in x's type where FINAL, else fp32 partial
-        sums [spans, M, R] before the factors.
+    Shapes: x[M, K] q[K, R] rank[R] row[K]; out[M, R] in x's type where FINAL, and rest[M, R]
+        what rounding took from it; else fp32 partial sums [spans, M, R] before the factors.
     Grid: [cdiv(M, BM), cdiv(R, BR), spans]. Sums in fp32.
     """
     dtype = p_x.dtype.element_ty
@@ -92,6 +93,8 @@ def _shrink_kernel(
             b_s *= b_rank[None, :].to(tl.float32)
     o_out = tl.program_id(2).to(tl.int64) * stride_os + o_m[:, None] * stride_om + o_r[None, :]
     tl.store(p_out + o_out, cast(b_s, p_out.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
+    if p_rest is not None:
+        tl.store(p_rest + o_out, rest_of(b_s, dtype), mask=m_m[:, None] & m_r[None, :])
 
 
 def shrink(
@@ -104,8 +107,10 @@ def shrink(
     dropout: Dropout,
     rank: Tensor | None = None,
     row: Tensor | None = None,
+    rest: Tensor | None = None,
 ) -> None:
-    """out [M, R] = factor · rank ∘ keep(x)·(row ∘ q); with several spans two launches."""
+    """out [M, R] = factor · rank ∘ keep(x)·(row ∘ q); with several spans two launches. rest, of
+    out's strides, takes what rounding takes from it."""
     m, k = x.shape
     r = q.shape[1]
     br = block_rank(r)
@@ -121,6 +126,7 @@ def shrink(
         p_x=x,
         p_q=q,
         p_out=target,
+        p_rest=rest if final else None,
         p_rank=rank,
         p_row=row,
         p_seed=dropout.seed,
@@ -149,6 +155,6 @@ def shrink(
     )
     if not final:
         whole = out if out.is_contiguous() else torch.empty_like(out)
-        sums([(target, whole, factor, rank)])
+        sums([(target, whole, factor, rank)], rest)
         if whole is not out:
             out.copy_(whole)

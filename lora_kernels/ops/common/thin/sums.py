@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.tiles import cast
+from lora_kernels.ops.common.tiles import cast, rest_of
 from lora_kernels.ops.common.triton_host import run, stride
 
 # Four elements a thread: each fp32 load is 16 bytes beside its neighbour's.
@@ -16,7 +16,20 @@ _SUM_BLOCK = 512
 
 
 @triton.jit
-def _sum(p_parts, p_out, p_rank, size, parts, R, factor, stride_rank, pid, BLOCK: tl.constexpr):
+def _sum(
+    p_parts,
+    p_out,
+    p_rank,
+    size,
+    parts,
+    R,
+    factor,
+    stride_rank,
+    pid,
+    BLOCK: tl.constexpr,
+    p_rest=None,
+):
+    """One block of out = factor · rank ∘ Σ parts, and what rounding took from it in p_rest."""
     o_i = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_i = o_i < size
     b_sum = tl.full([BLOCK], 0.0, tl.float32)
@@ -27,12 +40,15 @@ def _sum(p_parts, p_out, p_rank, size, parts, R, factor, stride_rank, pid, BLOCK
     if p_rank is not None:
         b_sum *= tl.load(p_rank + (o_i % R) * stride_rank, mask=m_i, other=0.0).to(tl.float32)
     tl.store(p_out + o_i, cast(b_sum, p_out.dtype.element_ty), mask=m_i)
+    if p_rest is not None:
+        tl.store(p_rest + o_i, rest_of(b_sum, p_out.dtype.element_ty), mask=m_i)
 
 
 @triton.jit
 def _sum_kernel(
     p_parts,
     p_out,
+    p_rest,
     p_rank,
     size,
     parts,
@@ -49,12 +65,13 @@ def _sum_kernel(
 ):
     """out[i] = factor · rank[i mod R] · Σ_p parts[p, i], and a second sum in the same launch.
 
-    Shapes: parts[parts, size] fp32, out[size] of any type; the second without rank.
+    Shapes: parts[parts, size] fp32, out[size] of any type, rest[size] of the same for what rounding
+        takes; the second without rank and rest.
     Grid: [blocks of the first, then of the second]. Parts are added in their order, in fp32.
     """
     pid = tl.program_id(0)
     if pid < blocks:
-        _sum(p_parts, p_out, p_rank, size, parts, R, factor, stride_rank, pid, BLOCK)
+        _sum(p_parts, p_out, p_rank, size, parts, R, factor, stride_rank, pid, BLOCK, p_rest)
     else:
         if p_parts_2 is not None:
             _sum(p_parts_2, p_out_2, None, size_2, parts_2, R, factor_2, 1, pid - blocks, BLOCK)
@@ -63,9 +80,9 @@ def _sum_kernel(
 Job = tuple[Tensor, Tensor, float, Tensor | None]
 
 
-def sums(jobs: list[Job]) -> None:
+def sums(jobs: list[Job], rest: Tensor | None = None) -> None:
     """out = factor · rank ∘ Σ parts for one or two (parts, out, factor, rank) in one launch; only
-    the first may have a rank."""
+    the first may have a rank, and a rest, which takes what rounding takes from out."""
     if len(jobs) == 2 and jobs[0][1].numel() == 0:
         jobs = jobs[1:]
     parts, out, factor, rank = jobs[0]
@@ -80,6 +97,7 @@ def sums(jobs: list[Job]) -> None:
         2,
         p_parts=parts,
         p_out=out,
+        p_rest=rest,
         p_rank=rank,
         size=out.numel(),
         parts=parts.shape[0],

@@ -62,18 +62,20 @@ def dora_linear_bwd(
     columns = want_b or want_magnitude or want_bias
     want_ds = want_x or want_a
     ds_in_pass = want_ds and columns and r <= MAX_ONE_READ_RANK and n > 0
-    ds = dy.new_empty((m, r))
+    # For ds m̂ ∘ b is rounded already: what rounding ds itself takes is kept beside it.
+    ds, rest = dy.new_empty((2, m, r)) if size == 2 else (dy.new_empty((m, r)), None)
     scales = dy.new_empty(n, dtype=torch.float32)  # m̂
     if columns:
         _columns(
-            dy, x, s, w, b, magnitude, norm, y, z, scales, ds if ds_in_pass else None,
+            dy, x, s, w, b, magnitude, norm, y, z, scales, (ds, rest) if ds_in_pass else None,
             db if want_b else None, dmagnitude if want_magnitude else None,
             dbias if want_bias else None, scale, dropout, device,
         )  # fmt: skip
     elif n:
         _scales(magnitude, norm, scales)
     if want_ds and not ds_in_pass:
-        shrink(thin_rows(m, n, device, br, size), dy, b, ds, factor=scale, dropout=_OFF, row=scales)
+        config = thin_rows(m, n, device, br, size)
+        shrink(config, dy, b, ds, factor=scale, dropout=_OFF, row=scales, rest=rest)
     if want_x:
         gemm(
             plan_config(dy, w, k, r, device, dropout=dropout.on, backward=True),
@@ -84,6 +86,7 @@ def dora_linear_bwd(
             None,
             ds,
             a,
+            rest=rest,
             magnitude=None,
             norm=None,
             row=scales,
@@ -95,7 +98,7 @@ def dora_linear_bwd(
         )
     if want_a:
         config = thin_columns(m, k, device, br, size)
-        outer(config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout)
+        outer(config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout, rest=rest)
     if want_w:
         dw = _weight_grad(dy, x, scales, dropout_p, dropout)
     return dx, da, db, dmagnitude, dbias, dw
@@ -129,7 +132,7 @@ def _columns(
     y: Tensor | None,
     z: Tensor | None,
     scales: Tensor,
-    ds: Tensor | None,
+    sums: tuple[Tensor, Tensor | None] | None,
     db: Tensor | None,
     dmagnitude: Tensor | None,
     dbias: Tensor | None,
@@ -137,7 +140,9 @@ def _columns(
     dropout: Dropout,
     device: Device,
 ) -> None:
-    """One read of dy, and of what was kept, for m̂, ds, db, dmagnitude and dbias where given."""
+    """One read of dy, and of what was kept, for m̂, db, dmagnitude, dbias and the sums ds, with what
+    rounding takes from them, where given."""
+    ds, rest = sums or (None, None)
     m, n = dy.shape
     k, r = x.shape[1], b.shape[1]
     w, stride_wn, stride_wk = weight.matrix
@@ -201,6 +206,7 @@ def _columns(
         2,
         p_parts_ds=parts_ds,
         p_ds=ds,
+        p_rest=rest,
         p_g=parts_g,
         p_db=db,
         p_parts_bias=parts_bias,

@@ -138,6 +138,7 @@ def _dora_gemm_kernel(
     p_y,
     p_z,
     p_t,
+    p_rest,
     p_u,
     p_bias,
     p_magnitude,
@@ -191,7 +192,8 @@ def _dora_gemm_kernel(
     Backward: w = W, t = ds, u = A, row = m̂ over K; drop' is the forward's.
 
     Shapes: x[M, K] w[K, N] t[M, R] u[R, N] y[M, N] z[M, N], magnitude, norm and bias[N], row[K];
-        mask: words of x's in the forward, of y's in the backward.
+        mask: words of x's in the forward, of y's in the backward; rest[M, R] what rounding took
+        from t.
         With TMA x and w are descriptors; w's box is [BN, BK] where W_ROWS, else [BK, BN].
         CHUNK > 0: w is 4-bit and decoded in the main loop.
     Grid: [tiles of y], neighbours in time near each other. Walking several tiles, a program would
@@ -207,7 +209,7 @@ def _dora_gemm_kernel(
     b_p = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
     b_q = branch_tile(
         b_p, p_t, p_u, None, m0, n0, M, N, R, stride_tm, stride_tr, stride_ur, stride_un, 1,
-        DTYPE, PRECISION, BM, BN, BR,
+        DTYPE, PRECISION, BM, BN, BR, p_rest=p_rest,
     )  # fmt: skip
     if not BACKWARD:
         b_q *= scale
@@ -256,6 +258,7 @@ def gemm(
     t: Tensor,
     u: Tensor,
     *,
+    rest: Tensor | None = None,
     magnitude: Tensor | None,
     norm: Tensor | None,
     row: Tensor | None,
@@ -265,7 +268,8 @@ def gemm(
     dropout: Dropout,
     backward: bool,
 ) -> None:
-    """y and z of x [M, K] and t = s, or dx of dy, ds and row = m̂ (then y is dx); u is [R, N]."""
+    """y and z of x [M, K] and t = s, or dx of dy, ds and row = m̂ (then y is dx); u is [R, N].
+    rest, of t's strides, is what rounding took from t."""
     m, k = x.shape
     n = y.shape[1]
     tma = config.tma
@@ -278,6 +282,7 @@ def gemm(
         p_y=y,
         p_z=z,
         p_t=t,
+        p_rest=rest,
         p_u=u,
         p_bias=bias,
         p_magnitude=magnitude,

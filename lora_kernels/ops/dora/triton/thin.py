@@ -209,6 +209,7 @@ def _dots_again(
 def _dora_finish_kernel(
     p_parts_ds,
     p_ds,
+    p_rest,
     p_g,
     p_db,
     p_parts_bias,
@@ -265,7 +266,7 @@ def _dora_finish_kernel(
     NESTED: tl.constexpr,
 ):
     """The pass's parts added in their order: db = scale · m̂ ∘ g, dbias, dmagnitude and
-    ds = scale · Σ parts, each where it is wanted.
+    ds = scale · Σ parts (rest: what rounding takes from it), each where it is wanted.
 
     dmagnitude is Σ_m dy ∘ z / norm, and 0 where the norm is 0. The dots are of z where KEPT is
     "z"; of y, to be divided by the magnitude, where it is "y", but |m̂| < 2^-8 leaves too little of
@@ -331,4 +332,7 @@ def _dora_finish_kernel(
             tl.store(p_dmagnitude + o_n, cast(b_total, dtype), mask=m_n)
     else:
         if p_ds is not None:
-            _sum(p_parts_ds, p_ds, None, size_ds, parts_ds, R, scale, 1, pid - blocks, SUM_BLOCK)
+            _sum(
+                p_parts_ds, p_ds, None, size_ds, parts_ds, R, scale, 1, pid - blocks, SUM_BLOCK,
+                p_rest,
+            )  # fmt: skip
