@@ -27,7 +27,9 @@ import numpy as np  # noqa: E402  (after OMP_NUM_THREADS)
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests import sampling  # noqa: E402
 from tests.interpreter import patch_once  # noqa: E402
+from tests.sampling import pytest_addoption as pytest_addoption  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,13 +42,18 @@ def pytest_configure(config: pytest.Config) -> None:
         patch_once()
 
 
-def pytest_report_header() -> str:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     if _INTERPRETING:
-        return "triton: interpreted on the CPU (TRITON_INTERPRET=1); tests/compiled is skipped"
-    return "triton: compiled; on the CPU the parity tests leave it out (TRITON_INTERPRET=1 has it)"
+        how = "triton: interpreted on the CPU (TRITON_INTERPRET=1); tests/compiled is skipped"
+    else:
+        how = (
+            "triton: compiled; on the CPU the parity tests leave it out (TRITON_INTERPRET=1 has it)"
+        )
+    return [how, sampling.header(config)]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    sampling.select(config, items)
     if _INTERPRETING:
         skip = pytest.mark.skip(reason="compiles kernels, which TRITON_INTERPRET=1 forbids")
         for item in items:

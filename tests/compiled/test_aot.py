@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import resources
 from bench.gpu.compile import TARGETS, Compiled, compile_launch
+from tests.ops.grid import family
 
 # By target: for tiles of 64 rows or more, and for smaller ones. Below 64 rows Hopper's and
 # Blackwell's own instructions do not exist, and Triton falls back to Ampere's.
@@ -34,7 +35,8 @@ def _parameters():
         for call in resources.calls(target):
             # Their tiles hold what one dense layer's do, which are compiled in every run.
             like = call.tile and (call.quantised or call.op.startswith("lora_packed"))
-            marks = [pytest.mark.slow] if like and target.name not in RUN_HERE else []
+            marks = [pytest.mark.grid(f"{target.name} {call.op}", family=family(call.op))]
+            marks += [pytest.mark.slow] if like and target.name not in RUN_HERE else []
             yield pytest.param(target.name, call, id=f"{target.name}-{call}", marks=marks)
 
 

@@ -21,6 +21,7 @@ from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import use_executor
 from tests.compiled.families import Tiled, calls
 from tests.ops.case import Case
+from tests.ops.grid import grid
 from tests.ops.parity import assert_agrees
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -64,10 +65,12 @@ class Way:
 
 def _parameters():
     for problem, case in calls():
-        marks = [pytest.mark.slow] if problem.slow else []
+        args = case.build()
         for cc in DEVICES:
             for strategy in problem.strategies:
                 name = "-".join(filter(None, (case.op, f"sm_{cc}", strategy, problem.name)))
+                marks = [grid(case, args, f"sm_{cc} {strategy}")]
+                marks += [pytest.mark.slow] if problem.slow else []
                 yield pytest.param(cc, strategy, problem, case, id=name, marks=marks)
 
 

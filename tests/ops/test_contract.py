@@ -10,6 +10,7 @@ from lora_kernels import NF4Weight
 from lora_kernels import functional as F
 from lora_kernels.testing import assert_within_budget
 from tests.ops.case import Case
+from tests.ops.grid import grid
 from tests.ops.inputs import GENERATORS, cases
 from tests.ops.variants import call
 
@@ -20,7 +21,8 @@ def _core():
     for op in GENERATORS:
         for case in cases(op):
             if case.core:
-                yield pytest.param(case, id=f"{op}-{case.label}")
+                name, mark = f"{op}-{case.label}", grid(case, case.build())
+                yield pytest.param(case, id=name, marks=mark)
 
 
 def test_every_op_has_core_cases():

@@ -16,6 +16,7 @@ from lora_kernels.ops.common.configs import DEVICES
 from lora_kernels.ops.common.launch import use_executor
 from lora_kernels.ops.common.strategies import STRATEGIES, use_strategy
 from tests.ops.case import Case
+from tests.ops.grid import grid
 from tests.ops.inputs import GENERATORS, cases
 from tests.ops.variants import WITH_STRATEGIES, accepts
 
@@ -47,9 +48,11 @@ def _calls():
             if op in SET_UP or "triton" not in ops()[op].implementations:
                 continue
             for case in cases(op):
-                if case.core and accepts(op, "triton", case.build()):
+                args = case.build()
+                if case.core and accepts(op, "triton", args):
                     for strategy in STRATEGIES if op in WITH_STRATEGIES else (None,):
-                        yield pytest.param(case, strategy, id=f"{op}-{case.label}-{strategy}")
+                        name, mark = f"{op}-{case.label}-{strategy}", grid(case, args, strategy)
+                        yield pytest.param(case, strategy, id=name, marks=mark)
 
 
 def test_the_mode_sees_a_read():

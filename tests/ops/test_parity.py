@@ -9,6 +9,7 @@ import pytest
 
 from lora_kernels.dispatch import ops
 from tests.ops.case import Case
+from tests.ops.grid import grid
 from tests.ops.inputs import GENERATORS, cases
 from tests.ops.parity import assert_agrees
 from tests.ops.variants import DEVICES, Variant, accepts, variants_of
@@ -24,7 +25,8 @@ def _parameters():
                 for case, args in built[variant.device]:
                     if variant.takes(case) and accepts(op, variant.backend, args):
                         name = f"{op}-{variant}-{case.label}"
-                        yield pytest.param(variant, case, id=name, marks=marks)
+                        mark = grid(case, args, variant)
+                        yield pytest.param(variant, case, id=name, marks=[mark, *marks])
 
 
 def test_every_op_has_inputs():
