@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 SUITE ?= quick
+# The part of the big grids that `make test` takes; another with each commit (tests/sampling.py).
+SAMPLE ?= 0.1
 ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -18,6 +20,7 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 DONE := $(VENV)/.done
 CPP_BUILD := build/cpp
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal --sample $(SAMPLE)
 
 # Tools that pip put beside python (ninja, sometimes cmake) are found before the system's.
 export PATH := $(BIN):$(PATH)
@@ -34,7 +37,7 @@ cmake --build $(1); \
 ctest --test-dir $(1) --output-on-failure --no-tests=error -j $(JOBS)
 endef
 
-.PHONY: help setup demo test test-python test-cpp bench lint format clean distclean
+.PHONY: help setup demo test test-full test-python test-cpp bench lint format clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,12 +80,15 @@ setup: $(DONE)/package ## .venv with the pinned requirements and the compiled ex
 demo: setup ## fine-tune a real language model with QLoRA on this machine, a few minutes
 	$(BIN)/lora-kernels finetune --demo $(ARGS)
 
-test: test-python test-cpp ## every test, slow ones too
+test: test-python test-cpp ## every test, slow ones too; of the big grids a part (SAMPLE=0.1)
+
+test-full: ## every test and every case of every grid, hours
+	@$(MAKE) --no-print-directory test SAMPLE=1
 
 # Twice: a process either interprets Triton's kernels, on the CPU, or compiles them.
 test-python: setup
-	TRITON_INTERPRET=1 $(PY) -m pytest -n $(JOBS) --ignore tests/compiled $(ARGS)
-	env -u TRITON_INTERPRET $(PY) -m pytest -n $(JOBS) tests/compiled $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) --ignore tests/compiled $(ARGS)
+	env -u TRITON_INTERPRET $(PYTEST) tests/compiled $(ARGS)
 
 test-cpp: setup
 	@if command -v $${CXX:-c++} >/dev/null; then \

@@ -29,6 +29,9 @@ import torch  # noqa: E402
 
 from tests import sampling  # noqa: E402
 from tests.interpreter import patch_once  # noqa: E402
+from tests.peak_memory import pytest_sessionfinish as pytest_sessionfinish  # noqa: E402
+from tests.peak_memory import pytest_terminal_summary as pytest_terminal_summary  # noqa: E402
+from tests.peak_memory import pytest_testnodedown as pytest_testnodedown  # noqa: E402
 from tests.sampling import pytest_addoption as pytest_addoption  # noqa: E402
 
 
