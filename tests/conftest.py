@@ -70,6 +70,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+@pytest.fixture
+def sample(request: pytest.FixtureRequest):
+    """`sample(cases, features)`: the part of the cases that this run takes (tests/sampling.py)."""
+    part, key = sampling.fraction(request.config), f"{sampling.seed()} {request.node.nodeid}"
+    return lambda cases, features: sampling.part_of(cases, part, key, features)
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)

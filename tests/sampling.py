@@ -8,6 +8,8 @@ workers. Whatever the fraction, it takes
 * every case marked `always`;
 * up to four times the fraction of what belongs to a file that the change touches, as long as that
   does not double the run.
+
+A test that walks a grid by itself, because its cases share what is dear, asks the fixture `sample`.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import hashlib
 import os
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 TOUCHED_TIMES = 4.0
@@ -126,6 +131,18 @@ def choose(cases: list[Described], part: float, key: str, files: Iterable[str]) 
             taken.add(case.name)
             covered |= case.features
     return taken
+
+
+def part_of(
+    cases: Iterable[T], part: float, key: str, features: Callable[[T], Iterable[object]]
+) -> list[T]:
+    """A sample of what a test walks by itself, in its order; the cases tell apart by their repr."""
+    cases = list(cases)
+    if part == 1:
+        return cases
+    described = [Described(repr(c), frozenset(map(str, features(c)))) for c in cases]
+    taken = choose(described, part, key, ())
+    return [c for c, d in zip(cases, described, strict=True) if d.name in taken]
 
 
 def _draw(key: str, name: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sampling import ROOT, Described, choose, families, touched_families
+from tests.sampling import ROOT, Described, choose, families, part_of, touched_families
 
 CASES = [
     Described(
@@ -64,6 +64,15 @@ def test_more_of_what_the_change_touches():
         CASES, 0.1, "commit", {f"lora_kernels/ops/{f}/api.py" for f in ("lora", "nf4")}
     )
     assert len(everywhere) < 3 * len(choose(CASES, 0.1, "commit", ()))
+
+
+def test_the_part_of_what_a_test_walks_by_itself():
+    numbers = list(range(1000))
+    part = part_of(numbers, 0.1, "commit", lambda n: (n % 7, f"tens {n % 10}"))
+    assert part == sorted(part) and 60 < len(part) < 160
+    assert {n % 7 for n in part} == set(range(7)) and {n % 10 for n in part} == set(range(10))
+    assert part_of(numbers, 1, "commit", lambda n: ()) == numbers
+    assert part_of(numbers, 0.1, "other", lambda n: ()) != part
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from lora_kernels.dispatch import native
 from lora_kernels.ops.nf4.base import BLOCK_SIZES
-from tests.native.linear_cases import DTYPES, REFERENCE, check, expected
+from tests.native.linear_cases import DTYPES, REFERENCE, Case, check, expected
 from tests.native.linear_grid import ACTIVATIONS, CHUNKS, FEW, LONG, RANKS, ROWS, chunk, grid
 
 
@@ -37,15 +37,24 @@ def test_fresh_memory_is_nan(isa: str) -> None:
         assert torch.empty(1000, dtype=dtype).isnan().all()
 
 
+def _features(case: Case) -> list[str]:
+    """What every sample has: sizes of none, one, odd and many, strides, threads, block sizes."""
+    sizes = {"m": case.m, "n": case.base.n, "k": case.base.k}
+    found = [f"{name} is {size}" for name, size in sizes.items() if size < 2]
+    found += [f"odd {name}" for name, size in sizes.items() if size % 2]
+    found += [f"long {name}" for name, size in sizes.items() if size > 1000]
+    return [*found, case.activations, f"{case.threads} threads", f"blocks of {case.base.block}"]
+
+
 @pytest.mark.parametrize("part", range(CHUNKS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", REFERENCE)
-def test_within_the_budget(op: str, dtype: torch.dtype, part: int) -> None:
+def test_within_the_budget(op: str, dtype: torch.dtype, part: int, sample) -> None:
     """All tiers of this machine in one test: the oracle is what takes the time."""
     if not native.available():
         pytest.skip(f"needs the extension: {native.why_unavailable()}")
     failures = []
-    for case in chunk(op, dtype, part):
+    for case in sample(chunk(op, dtype, part), _features):
         if torch.get_num_threads() != case.threads:
             torch.set_num_threads(case.threads)
         oracle, plain = expected(case)
