@@ -78,7 +78,7 @@ def why_unavailable() -> str | None:
 def why_without_cuda() -> str | None:
     """One line that says why the extension has no CUDA kernels; None where it has, or is missing."""
     module = _load().module
-    return (module.build_info()["without_cuda"] or None) if module is not None else None
+    return (module.build_info().get("without_cuda") or None) if module is not None else None
 
 
 def build_info() -> dict[str, Any]:
