@@ -13,6 +13,7 @@ Where the CUDA kernels do not build, the extension is built without them and say
 -DLORA_KERNELS_CUDA=ON that is an error.
 """
 
+import itertools
 import os
 import re
 import shlex
@@ -173,12 +174,7 @@ def first_error(lines: list[str]) -> str:
             continue
         words = [line]
         if line.startswith("CMake Error"):
-            for after in lines[i + 1 :]:
-                if after.strip() and not after.startswith(" "):
-                    break
-                words.append(after)
-                if len(words) > 1 and not after.strip() and words[-2].strip():
-                    break
+            words += itertools.takewhile(str.strip, lines[i + 1 :])
         return " ".join(" ".join(words).split())[:500]
     return ""
 

@@ -79,9 +79,13 @@ endif()
 
 Python_add_library(_C MODULE WITH_SOABI ${binding_sources})
 target_include_directories(_C PRIVATE csrc)
-# pybind11 first: torch brings another, which since 2.11 refuses TORCH_TARGET_VERSION.
+# pybind11 first: torch brings another, which serves where there is none (and refuses
+# TORCH_TARGET_VERSION since 2.11).
 target_include_directories(_C SYSTEM PRIVATE ${LK_PYBIND_INCLUDE} ${LK_TORCH_ROOT}/include)
 target_compile_definitions(_C PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)  # 2.10
+# The one file with pybind11 calls nothing of torch.
+set_source_files_properties(csrc/bindings/module.cpp PROPERTIES COMPILE_OPTIONS
+  -UTORCH_TARGET_VERSION)
 target_link_libraries(_C PRIVATE lora_kernels_cpu)
 find_library(LK_TORCH_CPU torch_cpu PATHS ${LK_TORCH_ROOT}/lib NO_DEFAULT_PATH NO_CACHE REQUIRED)
 target_link_libraries(_C PRIVATE ${LK_TORCH_CPU})
@@ -94,7 +98,7 @@ if(NOT without_cuda)
   find_library(LK_TORCH_CUDA torch_cuda PATHS ${LK_TORCH_ROOT}/lib NO_DEFAULT_PATH NO_CACHE REQUIRED)
   target_compile_definitions(_C PRIVATE USE_CUDA)
   target_link_libraries(_C PRIVATE lora_kernels_cuda ${LK_TORCH_CUDA} CUDA::cudart_static)
-  set(cuda_archs "${LORA_KERNELS_CUDA_ARCHS}")
+  set(cuda_archs "${LK_CUDA_ARCHS}")
   set(cuda_version "${CMAKE_CUDA_COMPILER_VERSION}")
 endif()
 

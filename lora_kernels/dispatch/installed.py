@@ -60,7 +60,9 @@ def why_missing(package: Path = PACKAGE) -> str:
     if reason := failure(package):
         return f"{reason}; mend that and build it with `{BUILD}`"
     others = sorted(file.name for file in package.glob("_C.*"))
-    found = f" for {sysconfig.get_config_var('SOABI')} (found {', '.join(others)})" if others else ""
+    found = (
+        f" for {sysconfig.get_config_var('SOABI')} (found {', '.join(others)})" if others else ""
+    )
     return f"lora_kernels._C was not built{found}: build it with `{BUILD}` (needs a C++ compiler)"
 
 

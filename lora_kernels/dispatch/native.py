@@ -76,7 +76,7 @@ def why_unavailable() -> str | None:
 
 
 def why_without_cuda() -> str | None:
-    """One line that says why the extension has no CUDA kernels; None where it has, or is missing."""
+    """Why the extension has no CUDA kernels; None where it has them, or is not there itself."""
     module = _load().module
     return (module.build_info().get("without_cuda") or None) if module is not None else None
 
