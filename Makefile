@@ -102,7 +102,7 @@ test: cuda-build
 cuda-build: setup ## compile and link the extension against a CUDA build of torch, and load it
 	$(PY) tools/cuda_build.py --jobs $(JOBS)
 
-matrix: ## install, build and test with every release of torch from 2.10 on (an hour, 10 GB)
+matrix: ## install, build and test with every release of torch from 2.10 on
 	$(PYTHON) tools/version_matrix.py $(ARGS)
 
 bench: setup ## measure against every peer installed (SUITE=quick, targets or full)

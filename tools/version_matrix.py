@@ -140,7 +140,7 @@ class Matrix:
         python = home / "bin" / "python"
         if not python.exists():
             self.step(row, "venv", [self.args.python, "-m", "venv", home])
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "-q", "install"]
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
         wanted = "torch" if row.asked == "newest" else f"torch=={row.asked}"
         self.step(row, "installed", [*pip, wanted, *BUILD_TOOLS, *RUN_TOOLS])
         if shutil.which("cmake") is None:
