@@ -42,6 +42,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from lora_kernels.dispatch import native, ops
 
+native.available()  # loads the extension
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 on = {key: sorted(op for op in ops() if has(f"lora_kernels_native::{op}", key))
       for key in ("CPU", "CUDA")}
@@ -168,7 +169,7 @@ class Matrix:
         self.step(row, "doctor", [python.parent / "lora-kernels", "doctor"])
         row.doctor = "yes"
         self.write()
-        tests = self.tests_alone()
+        tests = self.tests_alone(Path(found["path"]).parent)
         for kind, paths, interpret in (
             ("interpreted", self.args.interpreted, "1"),
             ("compiled", self.args.compiled, "0"),
@@ -183,16 +184,15 @@ class Matrix:
             summary = re.sub(r" in .*|=+", "", last[-1]).strip() if last else "failed: see the log"
             setattr(row, kind, re.sub(r", \d+ (warnings?|deselected)", "", summary))
 
-    def tests_alone(self) -> Path:
-        """The tests without the package beside them, so that the installed one is imported."""
+    def tests_alone(self, package: Path) -> Path:
+        """A copy of what the tests need, with the installed package in place of the checkout's."""
         folder = self.folder / "tests-alone"
         shutil.rmtree(folder, ignore_errors=True)
-        for name in ("tests", "bench", "csrc", "pyproject.toml", "README.md"):
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name)
-            else:
-                shutil.copy2(source, folder / name)
+        for name in ("tests", "bench", "csrc", "tools"):
+            shutil.copytree(ROOT / name, folder / name)
+        for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md"):
+            shutil.copy2(ROOT / name, folder / name)
+        (folder / package.name).symlink_to(package)
         return folder
 
     def version(self, python: Path) -> tuple[int, ...]:
