@@ -166,6 +166,9 @@ def main() -> None:
     if shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
         print("skipped: nvcc is not on PATH, and CUDACXX names none")
         return
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        print("skipped: no C++ compiler (set CXX to name one)")
+        return
     torch = cuda_torch(args.torch)
     extension = build(torch, args.build.resolve(), args.archs, args.jobs)
     check_symbols(extension, torch)

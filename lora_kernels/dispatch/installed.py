@@ -43,7 +43,7 @@ def failure(package: Path = PACKAGE) -> str | None:
 def elsewhere(package: Path = PACKAGE) -> Path | None:
     """Another copy of the package on sys.path, which has its extension."""
     for entry in sys.path:
-        other = Path(entry or ".").resolve() / package.name
+        other = Path(entry, package.name).resolve()
         if other != package and extension(other) is not None:
             return other
     return None
