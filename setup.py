@@ -122,17 +122,17 @@ def run_cmake(arguments: list[str]) -> Path:
         shutil.rmtree(BUILD)
     BUILD.mkdir(parents=True, exist_ok=True)
     stamp.write_text(key)
-    archs = os.environ.get("LORA_KERNELS_CUDA_ARCHS")
+    archs = os.environ.get("LORA_KERNELS_CUDA_ARCHS", "")
     called(
         "cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-Wno-dev",
-        # One build folder serves every Python and torch, which share the kernels' objects.
-        "-UPython_*", "-U_Python_*",
+        # One build folder serves every Python and torch, which share the kernels' objects; what the
+        # last one was told, and its ninja, which may be gone, are forgotten.
+        "-UPython_*", "-U_Python_*", "-ULORA_KERNELS_*", "-UCMAKE_MAKE_PROGRAM",
         f"-DPython_EXECUTABLE={sys.executable}",
         "-DCMAKE_BUILD_TYPE=Release",
         "-DLORA_KERNELS_TORCH=ON",
         "-DLORA_KERNELS_CHECKS=OFF",
-        "-DLORA_KERNELS_CUDA=AUTO", "-DLORA_KERNELS_WITHOUT_CUDA=",
-        f"-DLORA_KERNELS_CUDA_ARCHS={archs}" if archs else "-ULORA_KERNELS_CUDA_ARCHS",
+        f"-DLORA_KERNELS_CUDA_ARCHS={archs}",
         *arguments,
     )  # fmt: skip
     for old in BUILD.glob("_C.*"):

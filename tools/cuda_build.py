@@ -120,9 +120,10 @@ def cuda_torch(version: str) -> Path:
 def build(torch: Path, folder: Path, archs: str, jobs: str) -> Path:
     """The extension, built against a torch that need not be installed."""
     run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-Wno-dev",
-        "-UPython_*", "-U_Python_*", f"-DPython_EXECUTABLE={sys.executable}",
+        "-UPython_*", "-U_Python_*", "-ULORA_KERNELS_*", "-UCMAKE_MAKE_PROGRAM",
+        f"-DPython_EXECUTABLE={sys.executable}",
         "-DCMAKE_BUILD_TYPE=Release", "-DLORA_KERNELS_TORCH=ON", "-DLORA_KERNELS_CUDA=ON",
-        "-DLORA_KERNELS_WITHOUT_CUDA=", f"-DLORA_KERNELS_CUDA_ARCHS={archs}",
+        f"-DLORA_KERNELS_CUDA_ARCHS={archs}", "-DLORA_KERNELS_CHECKS=OFF",
         f"-DLORA_KERNELS_TORCH_ROOT={torch}")  # fmt: skip
     for old in folder.glob("_C.*"):
         old.unlink()

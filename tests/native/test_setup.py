@@ -20,7 +20,9 @@ version = "1"
 packages = ["lora_kernels"]
 """
 PROJECT = "cmake_minimum_required(VERSION 3.22)\nproject(small LANGUAGES NONE)\n"
-EXTENSION = "add_custom_target(_C COMMAND ${CMAKE_COMMAND} -E touch _C.so)\n"
+EXTENSION = (
+    'add_custom_target(_C COMMAND ${CMAKE_COMMAND} -E echo "for ${LORA_KERNELS_TIERS}" > _C.so)\n'
+)
 BROKEN = 'message(FATAL_ERROR "no luck; at all")\n'
 # As if nvcc had been found, and its code did not compile.
 WITHOUT_CUDA_ONLY = (
@@ -91,6 +93,13 @@ def test_cuda_kernels_that_were_asked_for_are_not_left_out(checkout: Path, monke
     monkeypatch.setenv("LORA_KERNELS_CMAKE_ARGS", "-DLORA_KERNELS_CUDA=ON")
     files, said = wheel(checkout, WITHOUT_CUDA_ONLY + EXTENSION)
     assert "without its native backend" in files[FAILED] and "building again" not in said
+
+
+def test_nothing_is_kept_of_what_another_build_was_told(checkout: Path, monkeypatch) -> None:
+    monkeypatch.setenv("LORA_KERNELS_CMAKE_ARGS", "-DLORA_KERNELS_TIERS=scalar")
+    assert "for scalar\n" in wheel(checkout, EXTENSION)[0].values()
+    monkeypatch.delenv("LORA_KERNELS_CMAKE_ARGS")
+    assert "for \n" in wheel(checkout, EXTENSION)[0].values()
 
 
 def test_a_build_that_must_not_fail(checkout: Path, monkeypatch) -> None:
