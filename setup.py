@@ -140,7 +140,7 @@ def run_cmake(arguments: list[str]) -> Path:
     called("cmake", "--build", str(BUILD), "--target", "_C")
     built = [p for p in BUILD.glob("_C.*") if p.suffix in (".so", ".dylib")]
     if len(built) != 1:
-        raise BuildError(f"expected one built extension in {BUILD}, found {len(built)}")
+        raise OSError(f"expected one built extension in {BUILD}, found {len(built)}")
     return built[0]
 
 
