@@ -8,7 +8,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= 2
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SUITE ?= quick
 # The part of the big grids that `make test` takes; another with each commit (tests/sampling.py).
 SAMPLE ?= 0.1
@@ -37,7 +37,7 @@ cmake --build $(1); \
 ctest --test-dir $(1) --output-on-failure --no-tests=error -j $(JOBS)
 endef
 
-.PHONY: help setup demo test test-full test-python test-cpp bench lint format clean distclean
+.PHONY: help setup demo test test-full test-python test-cpp cuda-build matrix bench lint format clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -95,6 +95,15 @@ test-cpp: setup
 	    $(call ctest,$(CPP_BUILD),); \
 	    $(call ctest,$(CPP_BUILD)-sanitized,-DLORA_KERNELS_SANITIZE=ON -DLORA_KERNELS_CUDA=OFF); \
 	else echo "C++ checks skipped: no C++ compiler" >&2; fi
+
+# Where there is nvcc; it needs no GPU.
+test: cuda-build
+
+cuda-build: setup ## compile and link the extension against a CUDA build of torch, and load it
+	$(PY) tools/cuda_build.py --jobs $(JOBS)
+
+matrix: ## install, build and test with every release of torch from 2.10 on
+	$(PYTHON) tools/version_matrix.py $(ARGS)
 
 bench: setup ## measure against every peer installed (SUITE=quick, targets or full)
 	$(PY) -m bench run --suite $(SUITE) $(ARGS)

@@ -13,7 +13,7 @@ from lora_kernels.adapters import (
     save_adapter,
     unmerge_adapters,
 )
-from lora_kernels.dispatch import explain, use_backend
+from lora_kernels.dispatch import explain, installed, use_backend
 from lora_kernels.integrations.fused_loss import fuse_loss
 from lora_kernels.nn import LoRAGateUp, LoRALinear, LoRAMLP, LoRAQKV, NF4Linear, QLoRALinear
 from lora_kernels.ops.nf4 import NF4Weight
@@ -45,3 +45,5 @@ __all__ = [
     "unmerge_adapters",
     "use_backend",
 ]
+
+installed.warn()

@@ -106,7 +106,7 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, Scal
 Parallel torch_parallel() {
   return {static_cast<int>(torch::stable::get_num_threads()),
           [](int64_t begin, int64_t end, int64_t grain, Parallel::Body body, void* context) {
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+            TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
           }};
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "lora_kernels/build_facts.h"
 #include "lora_kernels/isa.h"
 #include "lora_kernels/tuning.h"
 
@@ -13,10 +14,6 @@ namespace py = pybind11;
 namespace lk = lora_kernels;
 
 namespace {
-
-#ifndef LK_BUILD_CUDA_ARCHS
-#define LK_BUILD_CUDA_ARCHS ""
-#endif
 
 std::vector<std::string> tiers(bool (*accept)(lk::Isa)) {
   std::vector<std::string> names;
@@ -29,11 +26,13 @@ std::vector<std::string> tiers(bool (*accept)(lk::Isa)) {
 
 py::dict build_info() {
   py::dict info;
-  info["compiler"] = LK_BUILD_COMPILER;
-  info["flags"] = LK_BUILD_FLAGS;
-  info["torch"] = LK_BUILD_TORCH;
+  info["compiler"] = lk::build_facts::kCompiler;
+  info["flags"] = lk::build_facts::kFlags;
+  info["torch"] = lk::build_facts::kTorch;
   info["isas"] = tiers(lk::isa_compiled);
-  info["cuda_archs"] = LK_BUILD_CUDA_ARCHS;
+  info["cuda"] = lk::build_facts::kCuda;
+  info["cuda_archs"] = lk::build_facts::kCudaArchs;
+  info["without_cuda"] = lk::build_facts::kWithoutCuda;
   return info;
 }
 
@@ -88,9 +87,10 @@ void set_tuning(const py::dict& values) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", build_info,
-        "What the extension was built with: compiler, flags, torch, isas, cuda_archs "
-        "(empty where the CUDA kernels are not linked).");
+  m.def(
+      "build_info", build_info,
+      "What the extension was built with: compiler, flags, torch, isas; cuda (nvcc's version) and "
+      "cuda_archs, or without_cuda: why the CUDA kernels are not linked.");
   m.def(
       "isas", [] { return tiers(lk::isa_usable); },
       "Instruction-set tiers usable on this machine, best first.");

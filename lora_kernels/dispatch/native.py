@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
@@ -18,12 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lora_kernels.dispatch import installed
 from lora_kernels.dispatch import tuning as tuning_file
 
 _MODULE = "lora_kernels._C"
 # The floor of the stable ABI functions that the extension calls.
 _OLDEST_TORCH = (2, 10)
-_REBUILD = "build it with `pip install -e . --no-build-isolation` (needs a C++ compiler)"
+_REBUILD = f"build it with `{installed.BUILD}` (needs a C++ compiler)"
 
 
 class _Loaded(NamedTuple):
@@ -37,8 +37,8 @@ def _torch_version() -> tuple[int, ...]:
 
 @functools.cache
 def _load() -> _Loaded:
-    if os.environ.get("LORA_KERNELS_NO_NATIVE", "") not in ("", "0"):
-        return _Loaded(None, "LORA_KERNELS_NO_NATIVE is set")
+    if installed.switched_off():
+        return _Loaded(None, f"{installed.SWITCH} is set")
     if _torch_version() < _OLDEST_TORCH:
         oldest = ".".join(map(str, _OLDEST_TORCH))
         return _Loaded(None, f"torch {torch.__version__} is older than {oldest}")
@@ -47,7 +47,7 @@ def _load() -> _Loaded:
     except ModuleNotFoundError as error:
         if error.name != _MODULE:
             return _Loaded(None, f"{_MODULE} failed to import: {error}")
-        return _Loaded(None, f"{_MODULE} was not built: {_REBUILD}")
+        return _Loaded(None, installed.why_missing())
     except (ImportError, OSError, RuntimeError) as error:
         # An undefined symbol: built against a newer torch than this one.
         return _Loaded(
@@ -75,8 +75,15 @@ def why_unavailable() -> str | None:
     return _load().reason
 
 
+def why_without_cuda() -> str | None:
+    """Why the extension has no CUDA kernels; None where it has them, or is not there itself."""
+    module = _load().module
+    return (module.build_info().get("without_cuda") or None) if module is not None else None
+
+
 def build_info() -> dict[str, Any]:
-    """compiler, flags, torch (version built with), isas (compiled in), cuda_archs ("" if none).
+    """compiler, flags, torch (version built with), isas (compiled in); cuda (nvcc's version) and
+    cuda_archs, or without_cuda (why there are no CUDA kernels), each "" otherwise.
 
     Raises RuntimeError without the extension, as the functions below do.
     """

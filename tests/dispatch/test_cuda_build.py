@@ -168,7 +168,7 @@ def test_the_cpu_takes_any_number_of_tokens(cuda_build) -> None:
 )
 def test_without_a_cuda_build(fake) -> None:
     x, weight, meta, bias = linear()
-    missing = "the extension has no kernel of this op for cuda"
+    missing = f"the extension has no kernel of this op for cuda: {native.why_without_cuda()}"
     assert refusal("nf4_linear_fwd", x, weight, meta, bias) == missing
     assert refusal("lora_linear_fwd", *lora()) == missing
     assert refusal("nf4_dequantize", weight, meta, BF16) == missing

@@ -27,7 +27,9 @@ from tests.native.cuda_launcher import (
     view,
 )
 
-SOURCES = ("nf4_linear", "lora_shrink")
+# A file for each type of x, then what chooses between them.
+TYPES = ("nf4_linear_f32", "nf4_linear_f16", "nf4_linear_bf16")
+SOURCES = (*TYPES, "nf4_linear", "lora_shrink")
 __all__ = ["COMPUTE", "DTYPES", "Problem", "Run", "oracle", "plain", "ptx", "run", "weight"]
 
 
@@ -60,12 +62,16 @@ class Run(cuda_launcher.Run):
 
 
 @cache
-def ptx(compute: int) -> str:
-    """Of a capability that nothing is executed for, too."""
+def ptx(compute: int) -> list[str]:
+    """Of each type; of a capability that nothing is executed for, too."""
     if compute in COMPUTE:
-        return built(*SOURCES).ptx[compute][0]
-    source = f'#include "{ROOT / "csrc" / "cuda" / SOURCES[0]}.cu"'
-    return ptxemu.compile_cuda(source, arch=f"sm_{compute}", flags=FLAGS)
+        return built(*SOURCES).ptx[compute][: len(TYPES)]
+    return [
+        ptxemu.compile_cuda(
+            f'#include "{ROOT / "csrc" / "cuda" / name}.cu"', arch=f"sm_{compute}", flags=FLAGS
+        )
+        for name in TYPES
+    ]
 
 
 @dataclass

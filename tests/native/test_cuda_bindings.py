@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+from tests.native import cuda_linear
 from tests.native.cuda_launcher import ROOT, built
 
 BINDINGS = sorted((ROOT / "csrc" / "bindings").glob("*_cuda.cpp"))
@@ -67,7 +68,7 @@ def test_every_binding_is_covered() -> None:
 def test_launchers_are_there(stem: str, objects: dict[str, Path]) -> None:
     """Their signatures too: a C++ symbol holds them."""
     wanted = {s for s in symbols("--undefined-only", objects[stem]) if "12lora_kernels" in s}
-    launchers = set(built("nf4", "nf4_encode", "nf4_linear", "lora_shrink").symbols)
+    launchers = set(built("nf4", "nf4_encode", *cuda_linear.SOURCES).symbols)
     defined = launchers | symbols("--defined-only", objects["common"])
     assert wanted and wanted & launchers
     assert not wanted - defined

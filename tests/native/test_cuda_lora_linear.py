@@ -65,10 +65,9 @@ def test_launches() -> None:
 
 def test_no_read_of_s_before_the_wait() -> None:
     """In the code's order; the emulator runs one launch after the other."""
-    (ptx,) = {one.ptx for one in cuda.run(of("one token", torch.bfloat16), 90).launches[1:]}
-    kernels = re.split(r"\.entry ", ptx)[1:]
+    kernels = [k for ptx in cuda.ptx(90) for k in re.split(r"\.entry ", ptx)[1:]]
     linear = [k for k in kernels if "linear_kernel" in k.split("(")[0]]
-    assert len(linear) > 10
+    assert len(linear) > 20
     for kernel in linear:
         assert kernel.count("griddepcontrol.wait") == 1
         before, after = kernel.split("griddepcontrol.wait")

@@ -21,7 +21,16 @@ def load_again() -> native._Loaded:
 @needs_extension
 def test_build_info() -> None:
     info = native.build_info()
-    assert set(info) == {"compiler", "flags", "torch", "isas", "cuda_archs"}
+    assert set(info) == {
+        "compiler",
+        "flags",
+        "torch",
+        "isas",
+        "cuda",
+        "cuda_archs",
+        "without_cuda",
+    }
+    assert bool(info["cuda_archs"]) == bool(info["cuda"]) == (not info["without_cuda"])
     assert info["isas"][-1] == "scalar"
     assert set(native.isas()) <= set(info["isas"])
     assert "-march" not in info["flags"]

@@ -30,7 +30,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     first = tensors[0]
     assert first is not None
     kind = first.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch raises for meta
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(

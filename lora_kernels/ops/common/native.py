@@ -27,7 +27,10 @@ def _missing(op: str, device_type: str) -> str | None:
     key = _KEYS.get(device_type)
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if key is None or not has(f"{NATIVE_NAMESPACE}::{op}", key):
-        return f"the extension has no kernel of this op for {device_type}"
+        without = native.why_without_cuda() if key == "CUDA" else None
+        return f"the extension has no kernel of this op for {device_type}" + (
+            f": {without}" if without else ""
+        )
     return None
 
 

@@ -6,7 +6,6 @@ Dettmers et al., 2022, "8-bit Optimizers via Block-wise Quantization" (dynamic t
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -22,19 +21,26 @@ class NestedScales(NamedTuple):
     offset: Tensor  # fp32 [1]
 
 
-@functools.cache
-def dynamic_map() -> Tensor:
-    """The signed dynamic map, fp32 [256], ascending.
-
-    Seven decades 10^-6 .. 10^0; decade i has 2^i values per sign, the midpoints of 2^i equal
-    parts of [0.1, 1]; then 0 and 1.
-    """
+def _dynamic_map() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2.0
         values += (10.0 ** (i - 6) * middles).tolist() + (-(10.0 ** (i - 6)) * middles).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+    return tuple(sorted(values))
+
+
+# Made on import, and numbers: under FakeTensorMode no tensor has values.
+_DYNAMIC_MAP = _dynamic_map()
+
+
+def dynamic_map(device: torch.device | None = None) -> Tensor:
+    """The signed dynamic map, fp32 [256], ascending, a new tensor.
+
+    Seven decades 10^-6 .. 10^0; decade i has 2^i values per sign, the midpoints of 2^i equal
+    parts of [0.1, 1]; then 0 and 1.
+    """
+    return torch.tensor(_DYNAMIC_MAP, dtype=torch.float32, device=device or "cpu")
 
 
 def quantize_scales(absmax: Tensor) -> NestedScales:
@@ -44,8 +50,8 @@ def quantize_scales(absmax: Tensor) -> NestedScales:
         absmax: fp32 [blocks].
     """
     offset = absmax.mean().reshape(1)
-    # A copy: the weight owns its map, which loading a checkpoint may overwrite.
-    code_map = dynamic_map().to(absmax.device, copy=True)
+    # The weight owns its map, which loading a checkpoint may overwrite.
+    code_map = dynamic_map(absmax.device)
     codes, nested_absmax = torch.ops.lora_kernels.nf4_quantize_scales(
         absmax, code_map, offset, NESTED_BLOCK_SIZE
     )

@@ -179,7 +179,8 @@ class NF4Weight:
     @property
     def quant_map(self) -> Tensor:
         """The values of the codes, fp32 [16]."""
-        return code_values(QUANT_TYPES.index(self.quant_type), self.device)
+        # Not the cached ones: under FakeTensorMode they have none, and the cache would keep them.
+        return code_values.__wrapped__(QUANT_TYPES.index(self.quant_type), self.device)
 
     @property
     def nested_quant_map(self) -> Tensor | None:
