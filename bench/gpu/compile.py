@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,12 @@ def _disassemble(cubin: bytes) -> tuple[str, int, int]:
         raise RuntimeError(f"cuobjdump -res-usage: no registers in {usage!r}")
     registers, stack, local = map(int, found.groups())
     return sass, registers, stack + local
+
+
+@lru_cache(maxsize=128)
+def overwritten_in(cubin: bytes) -> tuple[str, ...]:
+    """What `hazards.overwritten` finds in a compiled kernel."""
+    return tuple(overwritten(_disassemble(cubin)[0]))
 
 
 def _nvidia_loads(sass: str) -> dict[int, int]:

@@ -21,12 +21,12 @@ PRODUCT = f"HGMMA.64x128x16.F32.BF16 {SUMS}, {LEFT}, gdesc[UR12], {SUMS}, gsb0"
 FROM_SHARED = f"HGMMA.64x128x16.F32.BF16 {SUMS}, gdesc[UR8], {SUMS}, gsb0"
 WAIT_ALL = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
 WAIT_ONE = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
-LOOP = (".L_x_0:", "{}", "WARPGROUP.ARRIVE", PRODUCT, "{}", "@!P1 BRA `(.L_x_0)", "EXIT")
 
 
 def loop(write: str, wait: str) -> str:
     """A step that writes, multiplies and waits."""
-    return sass(*(line.format(w) for line, w in zip(LOOP, ["", write, "", "", wait, "", ""])))
+    start, back = ".L_x_0:", "@!P1 BRA `(.L_x_0)"
+    return sass(start, write, "WARPGROUP.ARRIVE", PRODUCT, wait, back, "EXIT")
 
 
 @pytest.mark.parametrize(

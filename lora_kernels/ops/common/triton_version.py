@@ -6,11 +6,11 @@ import importlib.util
 from functools import cache
 
 OLDEST = (3, 6)  # torch 2.10 brings it
-# cp.async's writes are fenced before Hopper's products read them from this one on.
+# The first to let Hopper's products see what cp.async copied: see `tiles.fence_copies`.
 FENCES_COPIES = (3, 7)
-# The interpreter before it turns arrays of one element into numbers, which numpy 2.4 forbids.
-_INTERPRETS_WITH_ANY_NUMPY = (3, 7)
-_FORBIDS = (2, 4)
+# The interpreter before it makes numbers of arrays that have a dimension; numpy 2.4 forbids that.
+_TAKES_ANY_NUMPY = (3, 7)
+_NUMPY_FORBIDS = (2, 4)
 
 
 def release(version: str) -> tuple[int, int]:
@@ -26,24 +26,24 @@ def refuse() -> str | None:
         return "triton is not installed"
     import triton
 
-    if release(triton.__version__) < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        return f"takes triton {oldest} or later, not {triton.__version__}, which miscompiles some"
-    return None
+    if release(triton.__version__) >= OLDEST:
+        return None
+    return (
+        f"takes triton {OLDEST[0]}.{OLDEST[1]} or later, not {triton.__version__}: older ones "
+        "compile some kernels wrongly"
+    )
 
 
 @cache
 def refuse_interpreter() -> str | None:
-    """Why Triton's interpreter cannot run here, or None."""
+    """Why Triton's interpreter does not run here, or None."""
     import numpy
     import triton
 
-    if (
-        release(triton.__version__) < _INTERPRETS_WITH_ANY_NUMPY
-        and release(numpy.__version__) >= _FORBIDS
-    ):
-        return (
-            f"the interpreter of triton {triton.__version__} needs numpy below 2.4, "
-            f"not {numpy.__version__}"
-        )
-    return None
+    old = release(triton.__version__) < _TAKES_ANY_NUMPY
+    if not old or release(numpy.__version__) < _NUMPY_FORBIDS:
+        return None
+    return (
+        f"the interpreter of triton {triton.__version__} takes numpy below 2.4, "
+        f"not {numpy.__version__}"
+    )
