@@ -86,8 +86,9 @@ def waited(b_sum):
     instruction takes is waited for, here by one that does nothing. It costs less than the copies of
     the registers that Triton 3.9 would make.
     """
-    if _on_hopper():
-        b_sum = tl.inline_asm_elementwise("", "=f,0", [b_sum], tl.float32, True, 1)
+    if not _INTERPRETED:
+        if _on_hopper():
+            b_sum = tl.inline_asm_elementwise("", "=f,0", [b_sum], tl.float32, True, 1)
     return b_sum
 
 
@@ -95,10 +96,11 @@ def waited(b_sum):
 def fence_copies():
     """Between a step's loads and its products: lets Hopper's products see what cp.async copied to
     shared memory, as the PTX ISA asks for and Triton 3.6 does not."""
-    if _UNFENCED:
-        if _on_hopper():
-            FENCE: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, 0;"
-            tl.inline_asm_elementwise(FENCE, "=r", [], tl.int32, False, 1)
+    if not _INTERPRETED:
+        if _UNFENCED:
+            if _on_hopper():
+                FENCE: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, 0;"
+                tl.inline_asm_elementwise(FENCE, "=r", [], tl.int32, False, 1)
 
 
 @triton.jit
