@@ -1,4 +1,8 @@
-"""The emulator's own tests (`tools/ptxemu/tests`), on which every other result here stands."""
+"""The emulator's own tests (`tools/ptxemu/tests`), on which every other result here stands.
+
+Those that need no Triton: its README says how the sweeps over Triton's products are run, for half
+an hour.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ emulator.load_emulator()
 
 if on_another_release():
     pytest.skip("tested with the release of every commit", allow_module_level=True)
-FILES = ("isa", "cuda", "triton", "tma")
+FILES = {"isa": "test_", "cuda": "test_", "tma": "test_cuda"}  # and the tests in each
 
 
 def _module(name: str) -> ModuleType:
@@ -33,14 +37,12 @@ def _module(name: str) -> ModuleType:
 
 
 def _parameters():
-    for name in FILES:
-        marks = [pytest.mark.grid(name)]
+    nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+    for name, prefix in FILES.items():
+        marks = [pytest.mark.grid(name)] + ([nvcc] if name != "isa" else [])
         for key, value in vars(_module(name)).items():
-            if not key.startswith("test_") or not isinstance(value, Callable):
-                continue
-            cuda = name == "cuda" or key.startswith("test_cuda")
-            needs = [pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")]
-            yield pytest.param(value, id=f"{name}-{key}", marks=[*marks, *needs[: int(cuda)]])
+            if key.startswith(prefix) and isinstance(value, Callable):
+                yield pytest.param(value, id=f"{name}-{key}", marks=marks)
 
 
 @pytest.mark.parametrize("function", list(_parameters()))
