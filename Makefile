@@ -12,6 +12,10 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SUITE ?= quick
 # The part of the big grids that `make test` takes; another with each commit (tests/sampling.py).
 SAMPLE ?= 0.1
+# Releases of Triton that torch brings, beside the one of $(VENV), and the part of their grids.
+TRITONS := 3.6.0 3.7.1 3.8.0
+TRITON ?= 3.6.0
+TRITON_SAMPLE ?= 0.02
 ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -37,7 +41,8 @@ cmake --build $(1); \
 ctest --test-dir $(1) --output-on-failure --no-tests=error -j $(JOBS)
 endef
 
-.PHONY: help setup demo test test-full test-python test-cpp cuda-build matrix bench lint format clean distclean
+.PHONY: help setup demo test test-full test-python test-triton test-tritons test-triton-full test-cpp \
+    cuda-build matrix bench lint format clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,7 +85,7 @@ setup: $(DONE)/package ## .venv with the pinned requirements and the compiled ex
 demo: setup ## fine-tune a real language model with QLoRA on this machine, a few minutes
 	$(BIN)/lora-kernels finetune --demo $(ARGS)
 
-test: test-python test-cpp ## every test, slow ones too; of the big grids a part (SAMPLE=0.1)
+test: test-python test-tritons test-cpp cuda-build ## every test; of the big grids a part (SAMPLE=0.1)
 
 test-full: ## every test and every case of every grid, hours
 	@$(MAKE) --no-print-directory test SAMPLE=1
@@ -90,6 +95,29 @@ test-python: setup
 	TRITON_INTERPRET=1 $(PYTEST) --ignore tests/compiled $(ARGS)
 	env -u TRITON_INTERPRET $(PYTEST) tests/compiled $(ARGS)
 
+# A venv that has Triton of its own and finds all else in $(VENV); 3.6 interprets with numpy < 2.4.
+.venv-triton-%/.done: $(DONE)/requirements
+	@echo "== installing triton $* into .venv-triton-$* (once)"
+	@$(PY) -m venv --clear --without-pip .venv-triton-$*
+	@$(PIP) --python .venv-triton-$*/bin/python install --no-deps triton==$* \
+	    $(if $(filter 3.6.%,$*),'numpy<2.4')
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    >"$$(.venv-triton-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth"
+	@touch $@
+
+test-triton: .venv-triton-$(TRITON)/.done ## the compiled kernels with another Triton (TRITON=3.6.0), a part of them
+	env -u TRITON_INTERPRET .venv-triton-$(TRITON)/bin/python -m pytest -n $(JOBS) \
+	    --dist worksteal --sample $(TRITON_SAMPLE) tests/compiled $(ARGS)
+
+test-tritons: ## test-triton with each release that torch brings
+	@for version in $(TRITONS); do \
+	    $(MAKE) --no-print-directory test-triton TRITON=$$version || exit 1; \
+	done
+
+test-triton-full: setup ## every case of the compiled kernels with every release of Triton, hours
+	env -u TRITON_INTERPRET $(PYTEST) --sample 1 tests/compiled $(ARGS)
+	@$(MAKE) --no-print-directory test-tritons TRITON_SAMPLE=1
+
 test-cpp: setup
 	@if command -v $${CXX:-c++} >/dev/null; then \
 	    $(call ctest,$(CPP_BUILD),); \
@@ -97,8 +125,6 @@ test-cpp: setup
 	else echo "C++ checks skipped: no C++ compiler" >&2; fi
 
 # Where there is nvcc; it needs no GPU.
-test: cuda-build
-
 cuda-build: setup ## compile and link the extension against a CUDA build of torch, and load it
 	$(PY) tools/cuda_build.py --jobs $(JOBS)
 
@@ -125,4 +151,4 @@ clean: ## remove what was built, keep .venv
 	find lora_kernels bench tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-triton-*

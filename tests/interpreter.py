@@ -10,7 +10,16 @@ from typing import Any
 
 
 def patch_once() -> None:
-    """Put them there once a launch."""
+    """Put them there once a launch.
+
+    Raises:
+        RuntimeError: this release of Triton cannot interpret with this numpy.
+    """
+    from lora_kernels.ops.common.triton_version import refuse_interpreter
+
+    reason = refuse_interpreter()
+    if reason is not None:
+        raise RuntimeError(f"TRITON_INTERPRET=1: {reason}")
     from triton.runtime import interpreter
 
     language = (interpreter.tl, interpreter.tl.core)

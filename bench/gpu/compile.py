@@ -9,10 +9,11 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.hazards import overwritten
 from lora_kernels.ops.common.configs import DEVICES, Device
 from lora_kernels.ops.common.launch import Launch
 
@@ -69,6 +70,7 @@ class Facts:
         blocks: resident on a multiprocessor at once; `occupancy`: their warps over the most.
         tensor: the tensor-core instructions in the code, by name.
         loads: global loads in the code by bytes a lane; 0 is a tensor descriptor's copy.
+        overwritten: registers that change while one of Hopper's products reads them.
     """
 
     registers: int
@@ -79,6 +81,7 @@ class Facts:
     occupancy: float
     tensor: dict[str, int]
     loads: dict[int, int]
+    overwritten: tuple[str, ...] = ()
 
     @property
     def wide_loads(self) -> int:
@@ -154,6 +157,7 @@ def _facts(made: Any, target: Target) -> Facts:
         occupancy=blocks * warps / target.warps_per_core,
         tensor=dict(tensor),
         loads=loads,
+        overwritten=tuple(overwritten(sass)) if target.backend == "cuda" else (),
     )
 
 
@@ -178,6 +182,12 @@ def _disassemble(cubin: bytes) -> tuple[str, int, int]:
         raise RuntimeError(f"cuobjdump -res-usage: no registers in {usage!r}")
     registers, stack, local = map(int, found.groups())
     return sass, registers, stack + local
+
+
+@lru_cache(maxsize=128)
+def overwritten_in(cubin: bytes) -> tuple[str, ...]:
+    """What `hazards.overwritten` finds in a compiled kernel."""
+    return tuple(overwritten(_disassemble(cubin)[0]))
 
 
 def _nvidia_loads(sass: str) -> dict[int, int]:

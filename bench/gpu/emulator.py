@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import Executor, Launch
 
-TOOLS = Path(__file__).resolve().parents[3] / "shared" / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # What only finds faults and changes no count; off, it runs twice as fast.
 UNCHECKED = {"race": False, "uninit": False, "poison_shared": False, "check_global": False}
 
@@ -22,6 +24,9 @@ def missing() -> str | None:
     folder = TOOLS / "ptxemu"
     if not (folder / "__init__.py").exists():
         return f"the PTX emulator is not there: {folder}"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler.split()[0]) is None:
+        return f"no C++ compiler {compiler} (set CXX) to build the PTX emulator"
     return None
 
 
@@ -29,7 +34,7 @@ def load_emulator() -> Any:
     """The PTX emulator's module.
 
     Raises:
-        FileNotFoundError: it is not installed beside the package.
+        FileNotFoundError: it is not in the checkout, or nothing can build it.
     """
     reason = missing()
     if reason is not None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from lora_kernels.ops.common.configs import GemmConfig
+from lora_kernels.ops.common.tuned import triton_version
 from tests.compiled import (
     dora_problems,
     gather_problems,
@@ -20,6 +21,14 @@ from tests.compiled import (
     problems,
 )
 from tests.ops.case import Case, Source
+
+# The release that every commit is tested on. A sample on another one is drawn by target alone.
+DEVELOPED_ON = "3.9."
+
+
+def on_another_release() -> bool:
+    """Whether the Triton here is not the one of every commit."""
+    return not triton_version().startswith(DEVELOPED_ON)
 
 
 class Tiled(Protocol):

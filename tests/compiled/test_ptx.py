@@ -1,5 +1,6 @@
 """The compiled PTX of every kernel, executed on the CPU for sm_80 and sm_90 with every check on:
-bounds, races, missing waits, reads of shared memory that nobody wrote.
+bounds, races, missing waits, reads of shared memory that nobody wrote. Of sm_90 the machine code is
+read as well, for registers that change while a product reads them.
 
 It tests what the compiler wrote. Results are held against the oracle through the one budget.
 """
@@ -14,12 +15,12 @@ import pytest
 import torch
 
 from bench.gpu import emulator, ways
-from bench.gpu.compile import TARGETS
+from bench.gpu.compile import TARGETS, overwritten_in
 from bench.gpu.emulator import Emulator
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import use_executor
-from tests.compiled.families import Tiled, calls
+from tests.compiled.families import Tiled, calls, on_another_release
 from tests.ops.case import Case
 from tests.ops.grid import grid
 from tests.ops.parity import assert_agrees
@@ -30,6 +31,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 DEVICES = {80: TARGETS["sm_80"].device, 90: TARGETS["sm_90"].device}
+# Of the kernels that a release of Triton compiled wrongly, or not at all: in every sample.
+KNOWN_FAULTS = (
+    "lora_linear_fwd-sm_90-single_pass-whole-tiles",
+    "lora_linear_bwd-sm_90-epilogue-whole-tiles",
+    "lora_packed_fwd-sm_90-single_pass-three",
+    "lora_packed_bwd-sm_90-epilogue-three",
+    "dora_linear_fwd-sm_90-whole-tiles",
+    "dora_linear_bwd-sm_90-whole-tiles",
+    "nf4_quantize-sm_90-7x31-bfloat16-fp4-b4096-nested",
+)
 
 
 @dataclass
@@ -60,17 +71,25 @@ class Way:
             if r.profile.shared_bytes > self.device.shared_bytes
         ]
         found += [f"{r.name}: {x['kind']}: {x['msg']}" for r in launches for x in r.profile.reports]
+        if self.cc == 90:  # what ptxas wrote, beyond the PTX
+            made = {(r.name, r.profile.compiled.asm["cubin"]) for r in launches}
+            found += [f"{name}: {w}" for name, c in made for w in overwritten_in(c)]
         return list(dict.fromkeys(found))
 
 
 def _parameters():
+    elsewhere = on_another_release()
     for problem, case in calls():
         args = case.build()
         for cc in DEVICES:
             for strategy in problem.strategies:
                 name = "-".join(filter(None, (case.op, f"sm_{cc}", strategy, problem.name)))
-                marks = [grid(case, args, f"sm_{cc} {strategy}")]
+                mark = grid(case, args, f"sm_{cc} {strategy}")
+                if elsewhere:
+                    mark = pytest.mark.grid(f"sm_{cc}", **mark.kwargs)
+                marks = [mark]
                 marks += [pytest.mark.slow] if problem.slow else []
+                marks += [pytest.mark.always] if name in KNOWN_FAULTS else []
                 yield pytest.param(cc, strategy, problem, case, id=name, marks=marks)
 
 

@@ -7,7 +7,6 @@ interpret the compiled PTX, compile ahead of time, or count bytes.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.ops.common import triton_version
 from lora_kernels.ops.common.checks import names
 from lora_kernels.ops.common.configs import Device, device_of
 
@@ -88,13 +88,6 @@ def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@cache
-def _missing() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return None
-
-
 _executor: Executor | None = None
 
 
@@ -124,11 +117,13 @@ def planned_device(device: torch.device) -> Device:
 
 def refuse_device(device: torch.device) -> str | None:
     """Why Triton cannot run on a device, or None."""
-    reason = _missing()
+    reason = triton_version.refuse()
     if reason is not None:
         return reason
     if device.type not in GPU_TYPES and not (device.type == "cpu" and executor().on_cpu):
         return f"takes CUDA and ROCm tensors, not {device.type} (but under TRITON_INTERPRET=1)"
+    if isinstance(executor(), _Interpreter):
+        return triton_version.refuse_interpreter()
     return None
 
 

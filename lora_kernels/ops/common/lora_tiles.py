@@ -11,10 +11,12 @@ from lora_kernels.ops.common.nf4_tiles import right_tile
 from lora_kernels.ops.common.tiles import (
     cast,
     dot,
+    fence_copies,
     in_registers,
     keep_operand,
     keep_tile,
     rest_of,
+    waited,
 )
 
 
@@ -182,6 +184,7 @@ def product_tile(
             p_x += BK * stride_xk
             if CHUNK == 0:
                 p_w += BK * stride_wk
+        fence_copies()
         b_left = b_x
         if MASKED:
             o_rows = m0 + tl.arange(0, BM)
@@ -203,7 +206,11 @@ def product_tile(
             if p_row is not None:
                 b_row = tl.load(p_row + (k0 + o_k) * stride_row, mask=m_k, other=0.0)  # [BK]
                 b_q = b_q.to(tl.float32) * b_row[:, None].to(tl.float32)
-            b_s = dot(b_left, cast(b_q, DTYPE), b_s, PRECISION)
+            b_q = cast(b_q, DTYPE)
+            fence_copies()
+            b_s = dot(b_left, b_q, b_s, PRECISION)
+            if MASKED:
+                b_s = waited(b_s)
     return b_y, b_s
 
 

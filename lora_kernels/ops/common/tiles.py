@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.common.philox import MULTIPLIERS, ROUNDS, WEYL
+from lora_kernels.ops.common.triton_version import FENCES_COPIES, release
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_UNFENCED = tl.constexpr(release(triton.__version__) < FENCES_COPIES)
 _MULTIPLIER_0, _MULTIPLIER_1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
 _WEYL_0, _WEYL_1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
 _ROUNDS = tl.constexpr(ROUNDS)
@@ -66,6 +68,39 @@ def in_registers(b_value):
     return tl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [b_value], b_value.dtype, True, PACK
     )
+
+
+@tl.core.builtin
+def _on_hopper(_semantic=None):
+    """Whether a kernel is compiled for a GPU whose products of 64 rows or more are `wgmma`."""
+    return tl.constexpr(getattr(_semantic.builder.options, "arch", None) == "sm90")
+
+
+@triton.jit
+def waited(b_sum):
+    """b_sum once its product is done, and every one before it: for the last product of a step that
+    makes a left side in registers.
+
+    Left to run on, Hopper's products read such registers while the next step overwrites them: so do
+    Triton up to 3.7, and ptxas before CUDA 13.3, which Triton up to 3.8 brings. A sum that an
+    instruction takes is waited for, here by one that does nothing. It costs less than the copies of
+    the registers that Triton 3.9 would make.
+    """
+    if not _INTERPRETED:
+        if _on_hopper():
+            b_sum = tl.inline_asm_elementwise("", "=f,0", [b_sum], tl.float32, True, 1)
+    return b_sum
+
+
+@triton.jit
+def fence_copies():
+    """Between a step's loads and its products: lets Hopper's products see what cp.async copied to
+    shared memory, as the PTX ISA asks for and Triton 3.6 does not."""
+    if not _INTERPRETED:
+        if _UNFENCED:
+            if _on_hopper():
+                FENCE: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, 0;"
+                tl.inline_asm_elementwise(FENCE, "=r", [], tl.int32, False, 1)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import Device, span_of
 from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, block_rank, one_read_parts
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import add_sums, cast, dot, first_of
+from lora_kernels.ops.common.tiles import add_sums, cast, dot, fence_copies, first_of
 from lora_kernels.ops.common.triton_host import precision, run, stride
 
 
@@ -76,6 +76,7 @@ def _grad_pass_kernel(
             b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None] & m_n[None, :], other=0.0)
         o_s = o_m[None, :] * stride_sm + o_r[:, None] * stride_sr
         b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
+        fence_copies()
         b_ds = dot(b_dy, b_b, tl.full([BM, BR], 0.0, tl.float32), PRECISION)  # [BM, BR]
         o_ds = (pid_n.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
         tl.store(p_ds + o_ds, b_ds, mask=m_m[:, None] & m_r[None, :])

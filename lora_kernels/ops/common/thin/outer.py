@@ -12,7 +12,15 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import ThinConfig, span_of
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import add_sums, cast, dot, first_of, keep_operand
+from lora_kernels.ops.common.tiles import (
+    add_sums,
+    cast,
+    dot,
+    fence_copies,
+    first_of,
+    keep_operand,
+    waited,
+)
 from lora_kernels.ops.common.triton_host import Dropout, precision, run
 
 
@@ -73,6 +81,7 @@ def _outer(
             b_t = tl.load(p_t_tile, mask=m_m[:, None], other=0.0)
         p_x_tile += BM * stride_xm
         p_t_tile += BM * stride_tm
+        fence_copies()
         if p_bias is not None:
             b_bias = add_sums(b_bias, b_x, False, PRECISION)
         if DROPOUT:
@@ -85,8 +94,11 @@ def _outer(
             else:
                 b_rest = tl.load(p_rest_tile, mask=m_m[:, None], other=0.0)
             p_rest_tile += BM * stride_tm
+            fence_copies()
             b_out = dot(b_x, b_rest, b_out, PRECISION)
         b_out = dot(b_x, cast(b_t, dtype), b_out, PRECISION)
+        if DROPOUT:
+            b_out = waited(b_out)
     o_out = o_c[:, None].to(tl.int64) * stride_oc + o_r[None, :].to(tl.int64) * stride_or
     b_out *= factor
     tl.store(p_out + o_out, cast(b_out, p_out.dtype.element_ty), mask=m_c[:, None] & m_r[None, :])

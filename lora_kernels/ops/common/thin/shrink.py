@@ -12,7 +12,14 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import ThinConfig, span_of
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import cast, dot, keep_operand, rest_of
+from lora_kernels.ops.common.tiles import (
+    cast,
+    dot,
+    fence_copies,
+    keep_operand,
+    rest_of,
+    waited,
+)
 from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
 
 
@@ -82,10 +89,13 @@ def _shrink_kernel(
             o_row = k0 + tl.arange(0, BK)
             b_row = tl.load(p_row + o_row * stride_row, mask=o_row < last, other=0.0)  # [BK]
             b_q = b_q.to(tl.float32) * b_row[:, None].to(tl.float32)
+        fence_copies()
         if DROPOUT:
             m_keep = keep_operand(p_seed, o_m, k0, stream, threshold, BM, BK)
             b_x = tl.where(m_keep, b_x, 0.0)
         b_s = dot(b_x, cast(b_q, dtype), b_s, PRECISION)
+        if DROPOUT:
+            b_s = waited(b_s)
     if FINAL:
         b_s *= factor
         if p_rank is not None:

@@ -10,7 +10,14 @@ from lora_kernels.ops.common.configs import Device, GemmConfig, gemm_tiles
 from lora_kernels.ops.common.lora_tiles import branch_tile, product_tile, store_tile
 from lora_kernels.ops.common.nf4_tiles import right_tile
 from lora_kernels.ops.common.strategies import block_rank
-from lora_kernels.ops.common.tiles import cast, dot, grouped_tile, in_registers
+from lora_kernels.ops.common.tiles import (
+    cast,
+    dot,
+    fence_copies,
+    grouped_tile,
+    in_registers,
+    waited,
+)
 from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run, stride
 from lora_kernels.ops.dora.triton.dropout import unpack_mask, words_tile
 from lora_kernels.ops.dora.triton.kernels import scale_tile
@@ -109,6 +116,7 @@ def _pair_tile(
             else:
                 b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
             p_w += BK * stride_wk
+        fence_copies()
         if MASK_X:
             m_keep = unpack_mask(tl.load(p_words), BM, BK)  # [BM, BK]
             p_words += BK // 16
@@ -122,7 +130,7 @@ def _pair_tile(
                 b_p = dot(in_registers(b_x) if HOLD_X else b_x, b_w, b_p, PRECISION)
                 b_row -= 1.0
             b_left = cast(b_x.to(tl.float32) * b_row[None, :], DTYPE)
-        b_q = dot(b_left, b_w, b_q, PRECISION)
+        b_q = waited(dot(b_left, b_w, b_q, PRECISION))
     return b_p, b_q
 
 

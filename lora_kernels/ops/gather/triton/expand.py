@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast, dot, first_of, keep_tile
+from lora_kernels.ops.common.tiles import cast, dot, fence_copies, first_of, keep_tile, waited
 from lora_kernels.ops.gather.triton.tiles import (
     PAGE,
     kept_scale,
@@ -174,6 +174,7 @@ def _gather_expand_chunk_kernel(
                 b_z = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
                 if ONE_PAGE:
                     b_b = page_tile(p_b, page, rank, o_n, N, DTYPE)  # [16, BN]
+                    fence_copies()
                     b_z = dot(b_one, b_b, b_z, PRECISION)
                 else:
                     for c in range(0, pages):
@@ -181,7 +182,8 @@ def _gather_expand_chunk_kernel(
                         own = tl.load(p_table + slot * C + c)
                         b_b = page_tile(p_b, own, rank - column, o_n, N, DTYPE)  # [16, BN]
                         b_s = sums_tile(p_s, o_e, m_m, column, 0, stride_s, 1, BM)  # [BM, 16]
-                        b_z = dot(cast(b_s, DTYPE), b_b, b_z, PRECISION)
+                        fence_copies()
+                        b_z = waited(dot(cast(b_s, DTYPE), b_b, b_z, PRECISION))
                 if MASK_OUT:
                     if rank > 0:
                         threshold = tl.load(p_thresholds + slot)

@@ -88,8 +88,10 @@ def _quantize_kernel(
     b_w = tl.load(p_w + o_w, mask=o_w < size, other=0.0).to(tl.float32)  # [BLOCKS, BLOCK]
     b_max = tl.max(tl.abs(b_w), axis=1)  # [BLOCKS]
     tl.store(p_absmax + o_b, b_max, mask=o_b * BLOCK < size)
-    # bitsandbytes' floor for the scale that it divides by: a block of zeros encodes as zeros.
-    b_inverse = tl.math.div_rn(tl.full([BLOCKS], 1.0, tl.float32), tl.maximum(b_max, 1e-38))
+    # bitsandbytes' floor for the scale that it divides by: a block of zeros encodes as zeros. As a
+    # bare number it is below fp32's normal ones, which Triton 3.6 takes for fp64.
+    b_floor = tl.maximum(b_max, tl.full([BLOCKS], 1e-38, tl.float32))
+    b_inverse = tl.math.div_rn(tl.full([BLOCKS], 1.0, tl.float32), b_floor)
     b_scaled = tl.minimum(tl.maximum(b_w * b_inverse[:, None], -1.0), 1.0)
     b_place = tl.full([BLOCKS, BLOCK], 0, tl.int32)
     for i in tl.static_range(15):

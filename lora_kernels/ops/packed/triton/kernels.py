@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.common.thin.sums import _sum
-from lora_kernels.ops.common.tiles import add_sums, cast, dot, first_of
+from lora_kernels.ops.common.tiles import add_sums, cast, dot, fence_copies, first_of
 
 
 @triton.jit
@@ -82,6 +82,7 @@ def _packed_grad_pass_kernel(
                 b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None], other=0.0)  # [BM, BN]
             else:
                 b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None] & m_n[None, :], other=0.0)
+            fence_copies()
             if p_ds_0 is not None:
                 b_ds = dot(b_dy, b_b, tl.full([BM, BR], 0.0, tl.float32), PRECISION)  # [BM, BR]
                 o_ds = o_m[:, None] * R + o_r[None, :]
@@ -89,6 +90,7 @@ def _packed_grad_pass_kernel(
             if p_db_0 is not None:
                 o_s = o_m[None, :] * stride_sm + o_r[:, None]
                 b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
+                fence_copies()
                 b_db = dot(b_s, b_dy, b_db, PRECISION)
             if p_dbias_0 is not None:
                 b_dbias = add_sums(b_dbias, b_dy, True, PRECISION)

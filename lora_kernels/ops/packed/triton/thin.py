@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast, dot, keep_operand
+from lora_kernels.ops.common.tiles import cast, dot, fence_copies, keep_operand, waited
 
 
 @triton.jit
@@ -36,7 +36,11 @@ def _shrink_step(
     b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)  # [BK, BR]
     if DROPOUT:
         b_x = tl.where(keep_operand(p_seed, o_m, k0, stream, threshold, BM, BK), b_x, 0.0)
-    return dot(b_x, cast(b_q, DTYPE), b_s, PRECISION)
+    fence_copies()
+    b_s = dot(b_x, cast(b_q, DTYPE), b_s, PRECISION)
+    if DROPOUT:
+        b_s = waited(b_s)
+    return b_s
 
 
 @triton.jit
@@ -142,7 +146,11 @@ def _grad_a_step(
     b_ds = tl.load(p_ds + o_ds, mask=(o_m < M)[:, None] & (o_r < R)[None, :], other=0.0)
     if DROPOUT:
         b_x = tl.where(keep_operand(p_seed, o_m, c0, stream, threshold, BM, BC).T, b_x, 0.0)
-    return dot(b_x, cast(b_ds, DTYPE), b_da, PRECISION)
+    fence_copies()
+    b_da = dot(b_x, cast(b_ds, DTYPE), b_da, PRECISION)
+    if DROPOUT:
+        b_da = waited(b_da)
+    return b_da
 
 
 @triton.jit

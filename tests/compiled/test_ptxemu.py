@@ -1,0 +1,53 @@
+"""The emulator's own tests (`tools/ptxemu/tests`), on which every other result here stands.
+
+Those that need no Triton: its README says how the sweeps over Triton's products are run, for half
+an hour.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from bench.gpu import emulator
+from tests.compiled.families import on_another_release
+
+pytest.importorskip("triton", reason="triton is not installed")
+if emulator.missing() is not None:
+    pytest.skip(emulator.missing() or "", allow_module_level=True)
+emulator.load_emulator()
+
+if on_another_release():
+    pytest.skip("tested with the release of every commit", allow_module_level=True)
+FILES = {"isa": "test_", "cuda": "test_", "tma": "test_cuda"}  # and the tests in each
+
+
+def _module(name: str) -> ModuleType:
+    path = emulator.TOOLS / "ptxemu" / "tests" / f"test_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"ptxemu_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _parameters():
+    nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+    for name, prefix in FILES.items():
+        marks = [pytest.mark.grid(name)] + ([nvcc] if name != "isa" else [])
+        for key, value in vars(_module(name)).items():
+            if key.startswith(prefix) and isinstance(value, Callable):
+                yield pytest.param(value, id=f"{name}-{key}", marks=marks)
+
+
+@pytest.mark.parametrize("function", list(_parameters()))
+def test_emulator(function: Any):
+    try:
+        function()
+    except SystemExit as failed:  # as those scripts say that something was accepted
+        raise AssertionError(failed) from failed
