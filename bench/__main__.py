@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from bench import compare, report, targets, tune
+from bench import compare, report, resume, targets, tune
 from bench.cases import Case
 from bench.gpu import commands as gpu_commands
 from bench.gpu import tune as gpu_tune
 from bench.machine import Limits, describe, measure_limits, summary
 from bench.providers import PROVIDERS, Provider, select
 from bench.runner import FAILED, OK, WRONG, Row, Settings, derive, run_case
-from bench.suites import SHORT, SUITES, suite
+from bench.suites import SHORT, SUITES, TINY, suite
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -66,10 +66,14 @@ def _parser() -> argparse.ArgumentParser:
         "tensor, whose pages the system has to provide first",
     )
     run.add_argument("--seconds", type=float, default=Settings.seconds, help="of each provider")
+    run.add_argument(
+        "--rounds", type=int, default=Settings.min_rounds, help="at least (default: %(default)s)"
+    )
     run.add_argument("--output", type=Path, help="default: bench/results/<device>-<suite>")
+    run.add_argument("--resume", action="store_true", help="go on with the file at --output")
     run.set_defaults(command=_run)
     verify = measuring("verify", "check every provider and time nothing")
-    verify.set_defaults(command=_verify, output=None)
+    verify.set_defaults(command=_verify, output=None, resume=False)
 
     p = commands.add_parser(
         "tune",
@@ -140,19 +144,25 @@ def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool)
     console = report.console()
     machine = describe(device)
     console.print(summary(machine), style="bold", highlight=False)
+    output = _output(args, device)
+    before = resume.earlier(output, machine) if args.resume else resume.Earlier()
     limits = None if verify_only else _limits(args, device, cases)
     if limits is not None:
+        limits = limits if before.limits is None else limits.best(before.limits)
         console.print(f"limits here and now: {limits}\n", highlight=False)
-    output = _output(args, device)
-    rows: list[Row] = []
+    cases, rows = before.next(cases), before.rows
 
     def save() -> list[Path]:
         doc = report.document(machine, _settings(args, settings), limits, rows)
-        return list(report.save(output, doc))
+        return list(report.save(output, {**doc, "tries": before.tries}))
 
     for i, case in enumerate(cases, 1):
         start = time.perf_counter()
+        before.begin(case)
+        if limits is not None:
+            save()
         new = _run_one(case, providers, args, device, settings, limits, verify_only)
+        before.end(case)
         rows += new
         if new:
             console.print(report.case_table(new))
@@ -177,9 +187,9 @@ def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool)
 
 def _limits(args: argparse.Namespace, device: torch.device, cases: list[Case]) -> Limits:
     dtypes = sorted({c.dtype for c in cases})
-    if args.suite == "smoke":
+    if args.suite in TINY:
         return measure_limits(device, dtypes, buffer_bytes=1 << 22, gemm_size=256)
-    return measure_limits(device, dtypes)
+    return measure_limits(device, dtypes, gemm_size=8192 if device.type == "cuda" else 4096)
 
 
 def _run_one(
@@ -230,7 +240,11 @@ def _settings(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = Settings(seconds=_seconds(args), rotate_bytes=args.rotate_mib << 20)
+    if args.rounds < 1:
+        raise ValueError(f"rounds: got {args.rounds}, expected 1 or more")
+    settings = Settings(
+        seconds=_seconds(args), min_rounds=args.rounds, rotate_bytes=args.rotate_mib << 20
+    )
     return _measure(args, settings, verify_only=False)
 
 

@@ -138,7 +138,7 @@ def case_table(rows: list[Row]) -> Table:
             seconds(r.p20),
             seconds(r.p50),
             seconds(r.p80),
-            f"{r.rounds}{' g' if r.graph else ''}",
+            f"{r.rounds}{' g' if r.graph else ''}{' h' if r.waited else ''}",
             "" if r.ratio is None else f"{r.ratio:.2f}",
             "" if r.over_floor is None else f"{r.over_floor:.2f}",
             "" if r.flops_per_s is None else f"{r.flops_per_s / 1e12:.3g}",
