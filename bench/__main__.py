@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         help="only with --device cuda (default: layers of 7B models)",
     )
     p.add_argument(
+        "--only", metavar="REGEX", help="with --device cuda: only points whose name it finds"
+    )
+    p.add_argument(
         "--seconds", type=float, help="of each value in each case (default: 1.5, on a GPU 0.2)"
     )
     p.add_argument("--output", type=Path, help="default: tuning.json, of a GPU gpu-tuning.json")
@@ -268,10 +271,15 @@ def _tune(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return gpu_tune.run(
-                device, args.shapes, settings, args.output or Path("gpu-tuning.json")
+                device,
+                args.shapes,
+                settings,
+                args.output or Path("gpu-tuning.json"),
+                only=args.only,
             )
-    if args.shapes is not None:
-        raise ValueError("--shapes: given with --device cpu, expected --device cuda")
+    for name in ("shapes", "only"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: given with --device cpu, expected --device cuda")
     output = args.output or Path("tuning.json")
     console = report.console()
     console.print(summary(describe(torch.device("cpu"))), style="bold", highlight=False)
