@@ -188,9 +188,8 @@ def _gpu(tiny: bool = False) -> Iterator[Case]:
     """
     model = "llama-3.1-8b"
     kv, gate = ("tiny", "tiny") if tiny else (f"{model}.k_proj", f"{model}.gate_proj")
-    square, qkv, mlp = (
-        ("tiny", "tiny.qkv", "tiny.mlp") if tiny else ("square-4096", f"{model}.qkv", f"{model}.mlp")
-    )
+    square, group = ("tiny", "tiny") if tiny else ("square-4096", model)
+    qkv, mlp = f"{group}.qkv", f"{group}.mlp"
     few, some, many, most = (2, 3, 5, 7) if tiny else (16, 512, 2048, 8192)
     pool = 8 if tiny else 64
     # What matters most stands first: a run may be cut.

@@ -1,4 +1,4 @@
-"""Stopwatches: wall clock on a CPU; on CUDA events, the host ahead of them, a flushed L2, graphs."""
+"""Stopwatches: wall clock on a CPU; on CUDA events, with the host ahead of them, and graphs."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class Sizes:
         return f"{self.m}x{self.n}x{self.k}r{self.r}"
 
 
-TINY = Sizes(5, 24, 40, 3)
+TINY, RAGGED = Sizes(5, 24, 40, 3), Sizes(65, 130, 264, 17)
+ROUND = Sizes(256, 512, 1024, 16)
 
 
 @dataclass
@@ -287,6 +288,7 @@ CALLS: dict[str, Callable[[Draw], Call]] = {
     "gather_lora_embedding": _gather_lora_embedding,
     "linear_cross_entropy": _linear_cross_entropy,
 }
+NO_TRITON = ("linear_cross_entropy",)  # has no kernels of Triton's yet
 WITH_DROPOUT = ("lora_linear", "nf4_lora_linear", "lora_packed_linear", "lora_mlp", "dora_linear")
 
 

@@ -7,17 +7,15 @@ import pytest
 import torch
 
 from lora_kernels import functional as F
-from tests.device.calls import CALLS, TINY, WITH_DROPOUT, Sizes, make
+from tests.device.calls import CALLS, NO_TRITON, RAGGED, ROUND, TINY, WITH_DROPOUT, make
 from tests.ops.variants import bits
 
-RAGGED, ROUND = Sizes(65, 130, 264, 17), Sizes(256, 512, 1024, 16)
 # Made of these alone, or tested bit for bit elsewhere.
 WITHOUT_A_CALL = {
     "Mixture", "RankPages", "SlotDropout", "dropout_mask", "page_adapters",
     "page_embedding_adapters", "weight_norm_squared",
 }  # fmt: skip
 CASES = [(name, 0.0) for name in CALLS] + [(name, 0.25) for name in WITH_DROPOUT]
-NO_TRITON = ("linear_cross_entropy",)  # has no kernels of Triton's yet
 
 
 def _skip(name: str, backend: str | None) -> None:

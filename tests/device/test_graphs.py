@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.device.calls import CALLS, TINY, Sizes, make
+from tests.device.calls import CALLS, RAGGED, TINY, Sizes, make
 from tests.ops.variants import bits
-
-LARGER = Sizes(65, 130, 264, 17)
 
 
 def capture(call: Callable[[], dict[str, Tensor]], device: str) -> Callable[[], dict[str, Tensor]]:
@@ -37,7 +35,7 @@ def capture(call: Callable[[], dict[str, Tensor]], device: str) -> Callable[[], 
 
 
 @pytest.mark.parametrize(
-    "sizes", [TINY, pytest.param(LARGER, marks=[pytest.mark.gpu, pytest.mark.slow])], ids=str
+    "sizes", [TINY, pytest.param(RAGGED, marks=[pytest.mark.gpu, pytest.mark.slow])], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CALLS)

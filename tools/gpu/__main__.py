@@ -20,8 +20,10 @@ from tools.gpu.state import State, identity
 from tools.gpu.steps.environment import find_tool
 
 SAMPLE = 0.1
-STATUS = "exit status: 0 all is well; 1 something is wrong; 2 arguments; 3 time ran out, run again; \
-4 nothing can be measured here"
+STATUS = (
+    "exit status: 0 all is well; 1 something is wrong; 2 arguments; 3 time ran out, run again; "
+    "4 nothing can be measured here"
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PATIENCE = 5.0  # seconds for the kernel to end what was killed: a driver call may hold it
 
@@ -41,6 +42,8 @@ def run(
         own_group: False leaves it in our group, to end with us.
     """
     start = time.monotonic()
+    # A group, not a session: what ends ours from outside, a job's end, ends it as well.
+    group: dict[str, Any] = {"process_group": 0} if own_group else {}
     with log.open("ab") if log else nullcontext() as out:
         child = subprocess.Popen(
             command,
@@ -48,7 +51,7 @@ def run(
             stdout=out,
             stderr=subprocess.STDOUT if out else None,
             env=None if env is None else dict(env),
-            start_new_session=own_group,
+            **group,
         )
     try:
         while child.poll() is None:

@@ -71,7 +71,7 @@ def _codec(device: str, backend: str | None) -> None:
 
 
 def _native(device: str, m: int, rank: int) -> None:
-    d = Draw("native", Sizes(m, 72, 136, rank), device, BF16)
+    d = Draw("native", Sizes(m, 72, 136, max(rank, 1)), device, BF16)
     t = {"x": d.normal(m, 136), **d.layer(72, 136)}
     q = d.quantise(t)
     with use_backend("native"):

@@ -81,8 +81,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            start_new_session=False,  # ends with the step's group
-        )
+        )  # in our group, to end with it
         return self._read(limit) == READY
 
     def _ask(self, message: dict[str, Any], limit: float) -> dict[str, Any] | None:

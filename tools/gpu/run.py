@@ -186,5 +186,3 @@ def fresh(work: Path) -> None:
     if work.exists():
         shutil.rmtree(work)
     work.mkdir(parents=True)
-
-

@@ -8,8 +8,12 @@ import os
 import sys
 from typing import Any
 
-# What a process's later calls would fail of as well.
-LOST = ("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure")
+# What a process's later calls would fail of as well. A capture that broke off leaves the generator
+# and the allocator in its midst.
+LOST = (
+    *("CUDA error", "device-side assert", "illegal memory access", "unspecified launch failure"),
+    *("stream is capturing", "graph capture", "cudaErrorStreamCapture"),
+)
 
 
 def lost(text: str) -> bool:

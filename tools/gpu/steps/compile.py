@@ -39,8 +39,7 @@ def run(context: Context) -> None:
 
 def jobs(context: Context) -> list[pool.Job]:
     """The dearest first."""
-    from tests.device.calls import CALLS, TINY
-    from tests.device.test_autograd import NO_TRITON, RAGGED, ROUND
+    from tests.device.calls import CALLS, NO_TRITON, RAGGED, ROUND, TINY
 
     cases = [c.name for c in suite("gpu-tiny" if context.dry else "gpu")]
     sizes = [TINY] if context.dry else [TINY, RAGGED, ROUND]

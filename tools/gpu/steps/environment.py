@@ -1,4 +1,4 @@
-"""What there is: the device and whether it answers, versions, tools, how the extension was built."""
+"""What there is: the device and whether it answers, versions, tools, the extension's build."""
 
 from __future__ import annotations
 

@@ -72,7 +72,8 @@ def judge(status: int, text: str) -> tuple[str, str]:
         return files.WRONG, f"{max(counts)} reported, see the log; {calls}"
     if status != 0:
         reason = re.search(r"^(?:refused|failed): .*", text, re.M)
-        return files.FAILED, f"{calls}, status {status}: {reason[0] if reason else 'it ended early'}"
+        words = reason[0] if reason else "it ended early"
+        return files.FAILED, f"{calls}, status {status}: {words}"
     return files.OK, f"none reported, {calls}"
 
 
