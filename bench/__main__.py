@@ -153,13 +153,13 @@ def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool)
     if limits is not None:
         limits = limits if before.limits is None else limits.best(before.limits)
         console.print(f"limits here and now: {limits}\n", highlight=False)
-    cases, rows = before.next(cases), before.rows
+    todo, rows = before.next(cases), before.rows
 
     def save() -> list[Path]:
         doc = report.document(machine, _settings(args, settings), limits, rows)
         return list(report.save(output, {**doc, "tries": before.tries}))
 
-    for i, case in enumerate(cases, 1):
+    for i, case in enumerate(todo, 1):
         start = time.perf_counter()
         before.begin(case)
         if limits is not None:
@@ -170,7 +170,7 @@ def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool)
         if new:
             console.print(report.case_table(new))
         console.print(
-            f"[{i}/{len(cases)}] {case.name}: {time.perf_counter() - start:.1f} s\n", style="dim"
+            f"[{i}/{len(todo)}] {case.name}: {time.perf_counter() - start:.1f} s\n", style="dim"
         )
         if limits is not None:
             save()  # after every case: an interrupted run keeps what it has

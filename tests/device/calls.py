@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels import functional as F
 from lora_kernels.testing import assert_within_budget
+from tests.ops.variants import interpreting
 
 Tensors = Mapping[str, Tensor]
 SCALE = 0.75
@@ -83,6 +84,15 @@ class Call:
         found = self.results(backend)
         hold(found, self.results("reference", exact=True), self.results("reference"))
         return found
+
+
+def low(device: str) -> torch.dtype:
+    """bf16; in the interpreter of Triton 3.6, which knows no constant of it, fp16."""
+    if device == "cpu" and interpreting():
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        return torch.bfloat16 if hasattr(InterpreterBuilder, "get_bf16") else torch.float16
+    return torch.bfloat16
 
 
 def hold(found: Tensors, oracle: Tensors, plain: Tensors) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_kernels import functional as F
-from tests.device.calls import CALLS, NO_TRITON, RAGGED, ROUND, TINY, WITH_DROPOUT, make
+from tests.device.calls import CALLS, NO_TRITON, RAGGED, ROUND, TINY, WITH_DROPOUT, low, make
 from tests.ops.variants import bits
 
 # Made of these alone, or tested bit for bit elsewhere.
@@ -23,15 +23,19 @@ def _skip(name: str, backend: str | None) -> None:
         pytest.skip(f"{name} has no Triton kernels")
 
 
+def _type(name: str, device: str) -> torch.dtype:
+    return low(device) if name == "low" else getattr(torch, name)
+
+
 def test_every_public_function_has_a_call():
     assert set(CALLS) | WITHOUT_A_CALL == set(F.__all__)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "low"])
 @pytest.mark.parametrize(("name", "dropout"), CASES)
 def test_within_the_budget(name, dropout, dtype, device, backend):
     _skip(name, backend)
-    make(name, TINY, device, dtype, dropout).check(backend)
+    make(name, TINY, device, _type(dtype, device), dropout).check(backend)
 
 
 @pytest.mark.gpu
@@ -44,7 +48,7 @@ def test_larger_calls_within_the_budget(name, dropout, dtype, sizes):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_same_bits_every_time(name, device):
-    call = make(name, TINY, device, torch.bfloat16, 0.25)
+    call = make(name, TINY, device, low(device), 0.25)
     first, second = call.results(None), call.results(None)
     for key, t in first.items():
         assert torch.equal(bits(t), bits(second[key])), key

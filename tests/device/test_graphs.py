@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.device.calls import CALLS, RAGGED, TINY, Sizes, make
+from tests.device.calls import CALLS, RAGGED, TINY, Sizes, low, make
 from tests.ops.variants import bits
 
 
@@ -37,12 +37,12 @@ def capture(call: Callable[[], dict[str, Tensor]], device: str) -> Callable[[], 
 @pytest.mark.parametrize(
     "sizes", [TINY, pytest.param(RAGGED, marks=[pytest.mark.gpu, pytest.mark.slow])], ids=str
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "low"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_replay_gives_the_bits_of_the_call(name, dtype, sizes, device):
     if device == "cpu" and sizes is not TINY:
         pytest.skip("larger sizes are for a CUDA device")
-    call = make(name, sizes, device, dtype, 0.25)
+    call = make(name, sizes, device, low(device) if dtype == "low" else torch.float32, 0.25)
     replay = capture(lambda: call.results(None), device)
     for turn in range(3):
         if turn:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_kernels import functional as F
-from tests.device.calls import CALLS, TINY, make
+from tests.device.calls import CALLS, TINY, low, make
 from tests.ops.variants import bits
 
 SECOND = pytest.param(
@@ -36,7 +36,7 @@ def _equal(found, expected) -> None:
 def test_on_a_side_stream(name, device):
     """Behind other work of that stream, which the call must not overtake, while the default stream
     is busy, which it must not wait for."""
-    call = make(name, TINY, device, torch.bfloat16, 0.25)
+    call = make(name, TINY, device, low(device), 0.25)
     expected = call.results(None)
     values = {key: t.clone() for key, t in call.tensors.items()}
     stream = None if device == "cpu" else torch.cuda.Stream()
@@ -59,7 +59,7 @@ def test_on_a_side_stream(name, device):
 @pytest.mark.parametrize("place", ["cpu", SECOND])
 @pytest.mark.parametrize("name", CALLS)
 def test_while_another_device_is_current(name, place):
-    call = make(name, TINY, place, torch.bfloat16, 0.25)
+    call = make(name, TINY, place, low(place), 0.25)
     current = torch.cuda.current_device() if place != "cpu" else None
     found = call.check(None)
     assert {t.device for t in found.values()} == {torch.device(place)}
@@ -72,7 +72,7 @@ def test_while_another_device_is_current(name, place):
 @pytest.mark.parametrize("name", CALLS)
 def test_in_another_thread(name, device):
     """Where no call has set a device up yet."""
-    call = make(name, TINY, device, torch.bfloat16, 0.25)
+    call = make(name, TINY, device, low(device), 0.25)
     expected, found = call.results(None), {}
     thread = Thread(target=lambda: found.update(call.results(None)))
     thread.start()

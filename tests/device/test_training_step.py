@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels import use_backend
 from lora_kernels.adapters import adapter_layers, apply_lora
 from tests.adapters.models import llama, tokens, wake
-from tests.device.calls import hold
+from tests.device.calls import hold, low
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -70,6 +70,8 @@ def _together(model, key: str, grad: bool) -> Tensor:
 @pytest.mark.parametrize("quantize", [None, "nf4"], ids=["dense", "nf4"])
 def test_a_step_is_the_references(quantize, dtype, device, backend):
     interpreted = (device, backend) == ("cpu", "triton")
+    if dtype == torch.bfloat16 != low(device) and interpreted:
+        pytest.skip("this Triton's interpreter knows no constant of bf16")
     model, twin = adapted(quantize, dtype, device, FEW if interpreted else "all-linear")
     found = step(model, backend, device)
     oracle = step(twin, "reference", device, exact=True)
@@ -78,7 +80,7 @@ def test_a_step_is_the_references(quantize, dtype, device, backend):
 
 @pytest.mark.parametrize("quantize", [None, "nf4"], ids=["dense", "nf4"])
 def test_a_step_has_the_same_bits_again(quantize, device):
-    model, _ = adapted(quantize, torch.bfloat16, device)
+    model, _ = adapted(quantize, low(device), device)
     first, second = (step(model, None, device) for _ in range(2))
     for key, t in first.items():
         assert torch.equal(t, second[key]), key

@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 from tools.gpu import files
-from tools.gpu.context import ROOT
+from tools.gpu.context import ROOT, find_tool
 from tools.gpu.plan import PHASES, steps
 from tools.gpu.run import Runner, fresh
 from tools.gpu.state import State, identity
-from tools.gpu.steps.environment import find_tool
 
 SAMPLE = 0.1
 STATUS = (
@@ -62,6 +61,7 @@ def _run(args: argparse.Namespace) -> int:
     name = "dry-run" if args.dry_run else _name(device)
     work = args.work or ROOT / "build" / "gpu" / name
     output = args.output or (work / "results" if args.dry_run else ROOT / "bench/results" / name)
+    work, output = work.resolve(), output.resolve()
     of = identity(name, args.dry_run)
     state = None if args.fresh else State.load(work / files.SUMMARY, of)
     if state is None:
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     processes = args.processes or max(1, (os.cpu_count() or 1) - 2)
     os.chdir(ROOT)
     return Runner(
-        todo, state, device, work.resolve(), output.resolve(), processes, args.sample,
+        todo, state, device, work, output, processes, args.sample,
         args.dry_run, limits,
     ).run()  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,3 +91,10 @@ def environment(dry: bool) -> dict[str, str]:
         env["TRITON_INTERPRET"] = "1"
         env.setdefault("OMP_NUM_THREADS", "1")
     return env
+
+
+def find_tool(name: str) -> str | None:
+    """On PATH, or where CUDA is usually installed."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    return shutil.which(name, path=os.pathsep.join(places))

@@ -18,7 +18,7 @@ import torch
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels import functional as F
 from lora_kernels.dispatch.registry import BackendError
-from tests.device.calls import CALLS, SCALE, TINY, Draw, Sizes, make
+from tests.device.calls import CALLS, SCALE, TINY, Draw, Sizes, low, make
 
 DONE = "direct calls done:"
 Calls = Iterator[tuple[str, Callable[[], object]]]
@@ -47,9 +47,9 @@ def profile(device: str, tiny: bool) -> Calls:
     """What most of a training step is, and a token's decoding."""
     sizes = TINY if tiny else Sizes(8192, 4096, 4096, 16)
     for name, dropout in (("lora_linear", 0.0), ("lora_linear", 0.1), ("dora_linear", 0.1)):
-        call = make(name, sizes, device, BF16, dropout)
+        call = make(name, sizes, device, low(device), dropout)
         yield f"{name} p={dropout:g}", partial(call.results, None)
-    one = make("nf4_linear", Sizes(1, sizes.n, sizes.k, 0), device, BF16)
+    one = make("nf4_linear", Sizes(1, sizes.n, sizes.k, 0), device, low(device))
     one.wanted = ()
     yield "nf4_linear M=1", partial(one.results, None)
 
@@ -58,7 +58,7 @@ SETS = {"memcheck": memcheck, "racecheck": racecheck, "profile": profile}
 
 
 def _both(name: str, sizes: Sizes, device: str) -> None:
-    make(name, sizes, device, BF16, 0.25).results(None)
+    make(name, sizes, device, low(device), 0.25).results(None)
 
 
 def _codec(device: str, backend: str | None) -> None:
@@ -82,7 +82,7 @@ def _native(device: str, m: int, rank: int) -> None:
 
 
 def _gather_add(device: str) -> None:
-    d = Draw("gather", SMALL, device, BF16)
+    d = Draw("gather", SMALL, device, low(device))
     pages = F.page_adapters(
         [d.normal(r, 136) for r in (3, 17)], [d.normal(72, r) for r in (3, 17)], [1.0, 0.5]
     )

@@ -44,7 +44,8 @@ def _write(report: Any) -> None:
         _count(path, step, "failed")
         text = str(report.longrepr)
         assertion = [line[2:].strip() for line in text.splitlines() if line.startswith("E ")]
-        status = files.WRONG if any("AssertionError" in a for a in assertion) else files.FAILED
+        wrong = any(a.startswith(("assert ", "AssertionError")) for a in assertion)
+        status = files.WRONG if wrong else files.FAILED
         if "crashed while running" in text:
             status = files.DIED
         note = " ".join(assertion[:3]) or text[-500:]

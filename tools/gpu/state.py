@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench.machine import commit
 from tools.gpu import files
 from tools.gpu.context import ROOT
 
@@ -54,6 +53,8 @@ class State:
 
     def __init__(self, path: Path, of: dict[str, Any]) -> None:
         self.path = path
+        from bench.machine import commit  # not above: it brings torch along
+
         self.doc: dict[str, Any] = {"format": 1, "of": of, "commit": commit(), "steps": {}}
         self.doc["begun"] = _now()
 

@@ -15,7 +15,7 @@ from bench.gpu.measurer import Point
 from lora_kernels.ops.common.configs import GENERIC, GemmConfig
 from lora_kernels.ops.common.launch import Executor, planned_device, use_executor
 from lora_kernels.ops.common.strategies import choose, explain_config, use_strategy
-from tests.device.calls import TINY, Call, Sizes, make
+from tests.device.calls import TINY, Call, Sizes, low, make
 from tests.ops.variants import bits
 from tools.gpu import files, pool
 from tools.gpu.context import Context
@@ -116,7 +116,7 @@ def run_one(canary: dict[str, Any], device: str, repeats: int) -> dict[str, Any]
     c = Canary(**canary, tile=GemmConfig(**tile) if tile else None)
     dry = device == "cpu"
     sizes = TINY if dry else Sizes(c.m, N, K, RANK)
-    call = make(c.function, sizes, device, torch.bfloat16, c.dropout)
+    call = make(c.function, sizes, device, low(device), c.dropout)
     where = torch.device(device)
     with ExitStack() as stack:
         stack.enter_context(use_strategy(c.strategy))

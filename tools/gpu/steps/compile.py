@@ -85,9 +85,10 @@ def bench_case(name: str, tiny: bool, device: str) -> dict[str, Any]:
 
 def function(name: str, sizes: dict[str, int], dtype: str, device: str) -> dict[str, Any]:
     """A public function, forward and backward, without dropout and with."""
-    from tests.device.calls import WITH_DROPOUT, Sizes, make
+    from tests.device.calls import WITH_DROPOUT, Sizes, low, make
 
     for dropout in (0.0, 0.25) if name in WITH_DROPOUT else (0.0,):
-        call = make(name, Sizes(**sizes), device, getattr(torch, dtype), dropout)
+        kind = low(device) if dtype == DTYPES[0] else getattr(torch, dtype)
+        call = make(name, Sizes(**sizes), device, kind, dropout)
         call.results("triton")
     return {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from bench.machine import describe
 from lora_kernels.cli import doctor
-from tools.gpu.context import Context
+from tools.gpu.context import Context, find_tool
 
 TOOLS = ("nvcc", "compute-sanitizer", "ncu", "nvidia-smi", "cmake", "ninja", "c++", "git")
 QUERY = (
@@ -20,13 +19,6 @@ QUERY = (
     "temperature.gpu,mig.mode.current,persistence_mode"
 )
 VARIABLES = ("CUDA_", "LORA_KERNELS_", "TRITON_", "PYTORCH_", "CUBLAS_", "OMP_")
-
-
-def find_tool(name: str) -> str | None:
-    """On PATH, or where CUDA is usually installed."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
-    return shutil.which(name, path=os.pathsep.join(places))
 
 
 def run(context: Context) -> None:

@@ -15,14 +15,13 @@ from torch.nn.functional import linear
 from bench.timing import percentile
 from lora_kernels import use_backend
 from lora_kernels.dispatch import BACKENDS, ops
-from tests.device.calls import SCALE, Call, Sizes, make
+from tests.device.calls import SCALE, Call, Sizes, low, make
 from tools.gpu import files, pool
 from tools.gpu.context import Context
 
 FIELDS = ("kind", "what", "backend", "device", "status", "p20_us", "p50_us", "p80_us", "note")
 # Few rows of a small layer: the GPU is done before the host has launched the next call.
 SIZES = Sizes(16, 256, 256, 16)
-BF16 = torch.bfloat16
 # They look for values that are not finite, on the host, before they encode any.
 SET_UP = ("nf4_quantize", "nf4_quantize_scales")
 BATCH, BATCHES = 20, 40  # calls between two waits: far fewer than a GPU's queue holds
@@ -96,8 +95,8 @@ TIMED: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 
 def host_time(name: str, backward: bool, backend: str, device: str, batches: int) -> dict[str, Any]:
     """Microseconds of a call, over batches with a wait before each."""
-    call = make(name, SIZES, device, BF16)
-    call.tensors = {key: t.to(BF16) for key, t in call.tensors.items()}
+    call = make(name, SIZES, device, low(device))
+    call.tensors = {key: t.to(low(device)) for key, t in call.tensors.items()}
     step = _step(call, name, backward, backend)
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     for _ in range(3):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from bench.report import write_atomic
+from bench.atomic import write_atomic
 from tools.gpu import files
-from tools.gpu.context import Context
-from tools.gpu.steps.environment import find_tool
+from tools.gpu.context import Context, find_tool
 from tools.gpu.steps.sanitizer import run_tee, script
 
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis")

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from tools.gpu import files
-from tools.gpu.context import ROOT, Context
+from tools.gpu.context import ROOT, Context, find_tool
 from tools.gpu.direct_calls import DONE
-from tools.gpu.steps.environment import find_tool
 
 ERRORS = 9  # the status that the tool gives where it found any
 SUMMARY = re.compile(
