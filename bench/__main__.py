@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _set_up(args: argparse.Namespace) -> tuple[torch.device, list[Case], list[Provider]]:
     device = _device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose streams and events the stopwatch uses
     _set_threads(args)
     return device, suite(args.suite, args.only), select(args.providers, short=args.suite in SHORT)
 

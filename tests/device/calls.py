@@ -241,36 +241,38 @@ def _dora_linear(d: Draw) -> Call:
     return Call(t, run, _adapters(t))
 
 
-def _pages(d: Draw, n: int, k: int, count: int = 3) -> dict[str, Tensor]:
-    t = {}
-    for i in range(count):
-        rank = d.sizes.r + 7 * i
-        t[f"a{i}"] = d.normal(rank, k, std=k**-0.5)
-        t[f"b{i}"] = d.normal(n, rank, std=rank**-0.5)
-    return t
+def _pages(d: Draw, n: int, k: int, page: Callable[..., F.RankPages]) -> F.RankPages:
+    """Three adapters of different ranks. Made before the call: a graph copies nothing from the
+    host."""
+    ranks = [d.sizes.r + 7 * i for i in range(3)]
+    a = [d.normal(rank, k, std=k**-0.5) for rank in ranks]
+    b = [d.normal(n, rank, std=rank**-0.5) for rank in ranks]
+    return page(a, b, [1.0, 0.5, 2.0])
 
 
 def _gather_lora(d: Draw) -> Call:
     m, n, k = d.sizes.m, d.sizes.n, d.sizes.k
-    t = {"x": d.normal(m, k), "weight": d.normal(n, k, std=k**-0.5), **_pages(d, n, k)}
+    pages = _pages(d, n, k, F.page_adapters)
+    t = {"x": d.normal(m, k), "weight": d.normal(n, k, std=k**-0.5), "a": pages.a, "b": pages.b}
     slots = d.integers(-1, 3, m, torch.int32)
 
     def run(t: Tensors, exact: bool) -> Tensor:
-        pages = F.page_adapters(_of(t, "a"), _of(t, "b"), [1.0, 0.5, 2.0])
-        return F.gather_lora(t["x"], pages, slots, base=t["weight"])
+        own = pages._replace(a=t["a"], b=t["b"])
+        return F.gather_lora(t["x"], own, slots, base=t["weight"])
 
     return Call(t, run, _adapters(t))
 
 
 def _gather_lora_embedding(d: Draw) -> Call:
     m, words, width = d.sizes.m, d.sizes.k, d.sizes.n
-    t = {"weight": d.normal(words, width), **_pages(d, width, words)}
+    pages = _pages(d, width, words, F.page_embedding_adapters)
+    t = {"weight": d.normal(words, width), "a": pages.a, "b": pages.b}
     ids = d.integers(0, words, m, torch.int64)
     slots = d.integers(-1, 3, m, torch.int32)
 
     def run(t: Tensors, exact: bool) -> Tensor:
-        pages = F.page_embedding_adapters(_of(t, "a"), _of(t, "b"), [1.0, 0.5, 2.0])
-        return F.gather_lora_embedding(ids, pages, slots, weight=t["weight"])
+        own = pages._replace(a=t["a"], b=t["b"])
+        return F.gather_lora_embedding(ids, own, slots, weight=t["weight"])
 
     return Call(t, run, _adapters(t))
 

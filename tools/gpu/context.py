@@ -86,10 +86,10 @@ def environment(dry: bool) -> dict[str, str]:
     env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     env.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     env.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton-cache"))
+    env.setdefault("OMP_NUM_THREADS", "1" if dry else "2")
     env.pop("TRITON_INTERPRET", None)
     if dry:
         env["TRITON_INTERPRET"] = "1"
-        env.setdefault("OMP_NUM_THREADS", "1")
     return env
 
 
