@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from bench.timing import percentile
 from lora_kernels import use_backend
 from lora_kernels.dispatch import BACKENDS, ops
-from tests.device.calls import SCALE, Call, Sizes, low, make
+from tests.device.calls import SCALE, TINY, Call, Sizes, low, make
 from tools.gpu import files, pool
 from tools.gpu.context import Context
 
@@ -28,14 +28,13 @@ BATCH, BATCHES = 20, 40  # calls between two waits: far fewer than a GPU's queue
 
 
 def run(context: Context) -> None:
-    batches = 2 if context.dry else BATCHES
     jobs = [
         pool.Job(
             f"time {name} {direction} {backend}",
             "tools.gpu.steps.host:host_time",
             {
                 "name": name, "backward": direction == "fwd+bwd", "backend": backend,
-                "device": context.device, "batches": batches,
+                "device": context.device,
             },
         )
         for name in TIMED
@@ -93,25 +92,27 @@ TIMED: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
 }
 
 
-def host_time(name: str, backward: bool, backend: str, device: str, batches: int) -> dict[str, Any]:
+def host_time(name: str, backward: bool, backend: str, device: str) -> dict[str, Any]:
     """Microseconds of a call, over batches with a wait before each."""
-    call = make(name, SIZES, device, low(device))
+    cuda = device != "cpu"
+    batches, batch = (BATCHES, BATCH) if cuda else (2, 2)
+    call = make(name, SIZES if cuda else TINY, device, low(device))
     call.tensors = {key: t.to(low(device)) for key, t in call.tensors.items()}
     step = _step(call, name, backward, backend)
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    for _ in range(3):
-        step()
+    wait = torch.cuda.synchronize if cuda else lambda: None
     found = []
     with torch.set_grad_enabled(backward):
+        for _ in range(3 if cuda else 1):
+            step()
         for _ in range(batches):
             wait()
             start = time.perf_counter_ns()
-            for _ in range(BATCH):
+            for _ in range(batch):
                 step()
-            found.append((time.perf_counter_ns() - start) / BATCH * 1e-3)
+            found.append((time.perf_counter_ns() - start) / batch * 1e-3)
     wait()
     p20, p50, p80 = (f"{percentile(found, q):.2f}" for q in (0.2, 0.5, 0.8))
-    kind = "on the host alone" if device != "cpu" else "on the CPU, the work included"
+    kind = "on the host alone" if cuda else "on the CPU, the work included"
     return {"times": {"p20_us": p20, "p50_us": p50, "p80_us": p80}, "note": kind}
 
 

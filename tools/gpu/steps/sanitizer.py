@@ -32,9 +32,7 @@ def racecheck(context: Context) -> None:
 
 def command(tool: str, name: str, device: str) -> list[str]:
     options = ["--tool", name, "--target-processes", "all", "--print-limit", "30"]
-    if (
-        name == "memcheck"
-    ):  # torch asks the driver for what may not be there, and hears that it is not
+    if name == "memcheck":  # not the driver's refusals: torch asks for what may not be there
         options += ["--report-api-errors", "no"]
     return [tool, *options, "--error-exitcode", str(ERRORS), *script(name, device)]
 
