@@ -3,35 +3,12 @@ values. On the CPU the call itself stands for the replay."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.device.calls import CALLS, RAGGED, TINY, Sizes, low, make
+from tests.device.calls import CALLS, RAGGED, TINY, Sizes, capture, low, make
 from tests.ops.variants import bits
-
-
-def capture(call: Callable[[], dict[str, Tensor]], device: str) -> Callable[[], dict[str, Tensor]]:
-    """The call as a graph: what is returned runs it again, on the tensors as they then are."""
-    if device == "cpu":
-        return call
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = call()
-
-    def replay() -> dict[str, Tensor]:
-        graph.replay()
-        return found
-
-    return replay
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@ a bench that dies; and that no test marked gpu is left out."""
 
 from __future__ import annotations
 
+import ast
 import json
+import operator
 import os
 import re
 import subprocess
@@ -115,6 +117,94 @@ def test_the_extension_is_built_for_the_gpu_that_is_here(
     assert env["LORA_KERNELS_CMAKE_ARGS"] == "-DLORA_KERNELS_CUDA_ARCHS=90a-real"
     monkeypatch.setenv("LORA_KERNELS_CMAKE_ARGS", "-DLORA_KERNELS_CUDA_ARCHS=80")
     assert build._command(context)[1]["LORA_KERNELS_CMAKE_ARGS"].endswith("ARCHS=80")
+
+
+FAKE = """#!/bin/sh
+# Runs what it is given, as the tool does, and says what the tool would.
+while [ "$1" != "{python}" ]; do case "$1" in --log-file) log=$2;; esac; shift; done
+"$@"; status=$?
+{more}
+exit $status
+"""
+
+
+def fake_tool(folder: Path, name: str, more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / name
+    path.write_text(FAKE.format(python=sys.executable, more=more))
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def end_of(step: Any, context: Context, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a step answers, without the end of this process."""
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("tools.gpu.context.os._exit", leave)
+    with pytest.raises(SystemExit):
+        step(context)
+    return dict(files.read_json(answer_file(context.work, context.step)) or {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("errors", [0, 2])
+def test_a_sanitizers_run(errors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = f"echo '========= ERROR SUMMARY: {errors} errors'; [ {errors} = 0 ] || status=9"
+    fake_tool(tmp_path, "compute-sanitizer", more, monkeypatch)
+    context = Context("memcheck", "cpu", tmp_path, 1, 1.0, 60.0, dry=False)
+    answer = end_of(sanitizer.memcheck, context, monkeypatch)
+    (row,) = files.rows_of(tmp_path / files.CORRECTNESS, "memcheck")
+    assert answer["ok"] == (errors == 0)
+    assert row["status"] == ("wrong" if errors else "ok") and "12 of 12 calls" in row["note"]
+
+
+@pytest.mark.slow
+def test_ncus_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = 'printf \'==PROF== hello\\n"ID"\\n""\\n"0"\\n"1"\\n\' >$log'
+    fake_tool(tmp_path, "ncu", more, monkeypatch)
+    context = Context("ncu", "cpu", tmp_path, 1, 1.0, 60.0, dry=False)
+    answer = end_of(ncu.run, context, monkeypatch)
+    assert answer["ok"] and answer["words"] == "2 kernels, ncu's status 0"
+    assert (tmp_path / files.NCU).read_text() == '"ID"\n""\n"0"\n"1"\n'
+
+
+def test_a_tool_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (sanitizer, ncu):
+        monkeypatch.setattr(module, "find_tool", lambda name: None)
+    for step, name in ((sanitizer.racecheck, "racecheck"), (ncu.run, "ncu")):
+        context = Context(name, "cuda", tmp_path, 1, 1.0, 60.0, dry=False)
+        answer = end_of(step, context, monkeypatch)
+        assert not answer["ok"] and "is not installed" in answer["words"]
+
+
+def test_every_name_of_torch_cuda_that_only_a_gpu_runs_is_there() -> None:
+    """Under this torch; the lines that use them need a device."""
+    names = set()
+    for folder in ("tools", "bench", "tests/device"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                found = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+                if re.fullmatch(r"torch\.cuda(\.\w+)+", found):
+                    names.add(found.removeprefix("torch.cuda."))
+    assert {"CUDAGraph", "_sleep", "profiler.start", "default_generators"} <= names
+    for name in names:
+        operator.attrgetter(name)(torch.cuda)
+    for method in ("graphsafe_set_state", "graphsafe_get_state"):
+        assert hasattr(torch.Generator, method)
+
+
+def test_without_a_gpu_the_run_stops_and_says_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    places = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "output")]
+    command = [sys.executable, "-m", "tools.gpu", "--only", "environment", "smoke", "bench"]
+    done = subprocess.run([*command, *places], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 4, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("verdict: stopped: torch") and "sees no CUDA device" in last
+    steps = json.loads((tmp_path / "output" / files.SUMMARY).read_text())["steps"]
+    assert [steps[name]["status"] for name in ("smoke", "bench")] == ["not run"] * 2
 
 
 # --- smoke and canary -----------------------------------------------------------------------------

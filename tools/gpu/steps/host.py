@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from bench.timing import percentile
 from lora_kernels import use_backend
 from lora_kernels.dispatch import BACKENDS, ops
-from tests.device.calls import SCALE, TINY, Call, Sizes, low, make
+from tests.device.calls import SCALE, TINY, Call, Sizes, capture, low, make
 from tools.gpu import files, pool
 from tools.gpu.context import Context
 
@@ -146,19 +146,10 @@ def captured(op: str, backend: str, device: str) -> dict[str, Any]:
     cuda = device != "cpu"
     with use_backend(backend), torch.cuda.device(device) if cuda else nullcontext():
         expected = call(function, args)
-        if not cuda:
-            return {"note": f"{case.label}: not captured, needs a GPU"}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call(function, args)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = call(function, args)
-        for _ in range(2):
-            graph.replay()
+        replay = capture(lambda: call(function, args), device)
+        replay()
+        found = replay()
     for name, t in found.items():
         if not torch.equal(bits(t), bits(expected[name])):
             return {"status": files.WRONG, "note": f"{case.label}: {name} of a replay differs"}
-    return {"note": case.label}
+    return {"note": case.label if cuda else f"{case.label}: not captured, needs a GPU"}
