@@ -18,7 +18,7 @@ from tools.gpu.plan import PHASES, steps
 from tools.gpu.run import Runner, fresh
 from tools.gpu.state import State, identity
 
-SAMPLE = 0.1
+SAMPLE = 0.05
 STATUS = (
     "exit status: 0 all is well; 1 something is wrong; 2 arguments; 3 time ran out, run again; "
     "4 nothing can be measured here"

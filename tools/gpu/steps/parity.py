@@ -13,29 +13,21 @@ from tools.gpu.context import ROOT, Context
 GRID = "tests/ops/test_parity.py"
 # Every other file that marks a test gpu; a test compares the list with the files.
 MARKED = ("tests/device", "tests/ops/test_tiles.py", "tests/serving/test_pool.py")
-SAMPLE = "--sample"
 
 
 def tests(context: Context) -> None:
     if context.dry:
         _pytest(context, ["tests/device/test_places.py", "-k", "cpu and lora_linear"])
-    _pytest(context, [*MARKED, "-m", "gpu"])
+    _pytest(context, [*MARKED, "-m", "gpu", "--sample", "1"])
 
 
 def grid(context: Context) -> None:
-    """`--sample` chooses the cases by their names and the commit."""
+    """tests/sampling.py chooses the cases by their names and the commit."""
     if context.dry:
         # Interpreted, the inputs of some backwards would take minutes to make.
         os.environ.pop("TRITON_INTERPRET", None)
-        _pytest(context, [GRID, "-k", "glu_fwd-reference and 5x31"])
-    chosen = [SAMPLE, str(context.sample)] if _samples() else ["-k", "5x12x20x3"]
-    _pytest(context, [GRID, "-m", "gpu", *chosen])
-
-
-def _samples() -> bool:
-    """Whether the tests' own sampler is there."""
-    conftest = (ROOT / "tests" / "conftest.py").read_text()
-    return f'"{SAMPLE}"' in conftest
+        _pytest(context, [GRID, "-k", "glu_fwd-reference and 5x31", "--sample", "1"])
+    _pytest(context, [GRID, "-m", "gpu", "--sample", str(context.sample)])
 
 
 def _pytest(context: Context, chosen: list[str]) -> None:
