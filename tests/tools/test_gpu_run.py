@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.gpu import __main__ as program
 from tools.gpu import child, files, pool
 from tools.gpu.__main__ import main
 from tools.gpu.context import ROOT, Context, answer_file
@@ -148,8 +149,8 @@ def test_without_a_device_nothing_runs(run: Run) -> None:
     assert run.ran == ["stops"]
     assert run.said == {"stops": "wrong", "good": "not run"}
     assert "verdict: stopped: no device" in run.log
-    assert run(step("stops"), step("good")) == 4  # it is remembered
-    assert run.ran == ["stops"]
+    assert run(step("stops"), step("good"), programs=PROGRAMS | {"stops": GOOD}) == 0
+    assert run.ran == ["stops", "stops", "good"]  # there may be one now
 
 
 def test_a_phase_that_has_used_up_its_time(run: Run) -> None:
@@ -233,6 +234,35 @@ def test_phases() -> None:
 def test_bad_arguments(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("says", "name", "processes"),
+    [
+        ("NVIDIA H200, 143771", "nvidia-h200", 14),
+        ("NVIDIA GeForce RTX 4090, 24564", "nvidia-geforce-rtx-4090", 2),
+        ("No devices were found", "cuda-1", 14),
+    ],
+)
+def test_a_gpus_folder_and_processes(
+    says: str, name: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{says}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(program.os, "cpu_count", lambda: 16)
+    found, gigabytes = program._gpu("cuda:1")
+    assert (found, program._processes(gigabytes)) == (name, processes)
+
+
+def test_a_folder_of_other_files_is_not_emptied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    assert main(["--dry-run", "--work", str(tmp_path)]) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
 
 
 def test_a_command_at_its_limit_is_ended_with_what_it_started(tmp_path: Path) -> None:

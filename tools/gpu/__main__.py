@@ -19,6 +19,7 @@ from tools.gpu.run import Runner, fresh
 from tools.gpu.state import State, identity
 
 SAMPLE = 0.05
+GIB_A_PROCESS = 8  # the largest call beside its fp64 twin
 STATUS = (
     "exit status: 0 all is well; 1 something is wrong; 2 arguments; 3 time ran out, run again; "
     "4 nothing can be measured here"
@@ -34,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, help="default: bench/results/<device>")
     parser.add_argument("--work", type=Path, help="default: build/gpu/<device>")
-    parser.add_argument("--processes", type=int, help="default: all cores but two")
+    parser.add_argument(
+        "--processes", type=int, help="default: all cores but two, as memory allows"
+    )
     parser.add_argument("--sample", type=float, default=SAMPLE, help="of the parity grid")
     parser.add_argument(
         "--limit", type=float, help="seconds of a phase (default: A 330, B 300; steps grow with it)"
@@ -58,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     device = args.device or ("cpu" if args.dry_run else "cuda")
     _check(args, device)
-    name = "dry-run" if args.dry_run else _name(device)
+    name, gigabytes = ("dry-run", None) if args.dry_run else _gpu(device)
     work = args.work or ROOT / "build" / "gpu" / name
     output = args.output or (work / "results" if args.dry_run else ROOT / "bench/results" / name)
     work, output = work.resolve(), output.resolve()
@@ -68,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
         fresh(work)
         state = State(work / files.SUMMARY, of)
     limits = dict(PHASES) if args.limit is None else dict.fromkeys(PHASES, args.limit)
-    processes = args.processes or max(1, (os.cpu_count() or 1) - 2)
+    processes = args.processes or _processes(gigabytes)
     os.chdir(ROOT)
     return Runner(
         todo, state, device, work, output, processes, args.sample,
@@ -92,20 +95,30 @@ def _check(args: argparse.Namespace, device: str) -> None:
         raise ValueError(f"--limit: got {args.limit}, expected more than 0")
 
 
-def _name(device: str) -> str:
-    """A folder's name. Asked of the driver: this process never touches the device."""
+def _gpu(device: str) -> tuple[str, float | None]:
+    """A folder's name and GiB of memory. Asked of the driver: this process never touches the
+    device."""
     found, index = "", device.partition(":")[2] or "0"
     tool = find_tool("nvidia-smi")
     if tool is not None:
+        query = ["--query-gpu=name,memory.total", "--format=csv,noheader,nounits", "-i", index]
         try:
             found = subprocess.run(
-                [tool, "--query-gpu=name", "--format=csv,noheader", "-i", index],
-                text=True, stdout=-1, stderr=subprocess.DEVNULL, timeout=20,
-            ).stdout  # fmt: skip
+                [tool, *query], text=True, stdout=-1, stderr=subprocess.DEVNULL, timeout=20
+            ).stdout
         except (OSError, subprocess.TimeoutExpired):
             found = ""
-    name = re.sub(r"[^a-z0-9]+", "-", found.lower()).strip("-")
-    return name or device.replace(":", "-")
+    answer = re.fullmatch(r"(.+), *(\d+)\s*", found)
+    if answer is None:
+        return device.replace(":", "-"), None
+    name = re.sub(r"[^a-z0-9]+", "-", answer[1].lower()).strip("-")
+    return name, int(answer[2]) / 1024
+
+
+def _processes(gigabytes: float | None) -> int:
+    """All cores but two; each process may take some GiB of the device."""
+    cores = max(1, (os.cpu_count() or 1) - 2)
+    return cores if gigabytes is None else max(1, min(cores, int(gigabytes / GIB_A_PROCESS)))
 
 
 if __name__ == "__main__":

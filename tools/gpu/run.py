@@ -69,12 +69,10 @@ class Runner:
         return self._end()
 
     def _step(self, step: Step) -> None:
-        before = self.state.status(step.name)
-        if before in FINAL:
-            words = self.state.doc["steps"][step.name]["words"]
-            self._say(f"== {step.name}: {before}, from an earlier run: {words}")
-            if self.state.doc["steps"][step.name].get("stop"):
-                self._stopped = words
+        before = self.state.doc["steps"].get(step.name, {})
+        if before.get("status") in FINAL and not before.get("stop"):
+            words = f"{before['status']}, from an earlier run: {before['words']}"
+            self._say(f"== {step.name}: {words}")
             return
         if self._stopped:
             self.state.set(step.name, WAITING, f"the run stopped: {self._stopped}")
@@ -182,7 +180,13 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def fresh(work: Path) -> None:
-    """An empty work folder."""
+    """An empty work folder.
+
+    Raises:
+        ValueError: what is there is not an earlier run's.
+    """
     if work.exists():
+        if any(work.iterdir()) and not (work / files.SUMMARY).exists():
+            raise ValueError(f"--work: {work} holds other files, expected an earlier run's or none")
         shutil.rmtree(work)
     work.mkdir(parents=True)
