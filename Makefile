@@ -42,7 +42,7 @@ ctest --test-dir $(1) --output-on-failure --no-tests=error -j $(JOBS)
 endef
 
 .PHONY: help setup demo test test-full test-python test-triton test-tritons test-triton-full test-cpp \
-    cuda-build matrix bench lint format clean distclean
+    cuda-build matrix bench gpu lint format clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -134,6 +134,9 @@ matrix: ## install, build and test with every release of torch from 2.10 on
 bench: setup ## measure against every peer installed (SUITE=quick, targets or full)
 	$(PY) -m bench run --suite $(SUITE) $(ARGS)
 
+gpu: setup ## what one GPU says of it all, in ten minutes (ARGS=--dry-run: on the CPU); docs/gpu.md
+	$(PY) -m tools.gpu $(ARGS)
+
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -148,7 +151,7 @@ format: setup ## rewrite the sources as lint wants them
 clean: ## remove what was built, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks $(DONE)/package
 	find lora_kernels -name '*.so' -delete
-	find lora_kernels bench tests -name __pycache__ -prune -exec rm -rf {} +
+	find lora_kernels bench tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
 	rm -rf $(VENV) .venv-triton-*

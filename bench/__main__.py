@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from bench import compare, report, targets, tune
+from bench import compare, report, resume, targets, tune
 from bench.cases import Case
 from bench.gpu import commands as gpu_commands
 from bench.gpu import tune as gpu_tune
 from bench.machine import Limits, describe, measure_limits, summary
 from bench.providers import PROVIDERS, Provider, select
 from bench.runner import FAILED, OK, WRONG, Row, Settings, derive, run_case
-from bench.suites import SHORT, SUITES, suite
+from bench.suites import SHORT, SUITES, TINY, suite
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -66,10 +66,14 @@ def _parser() -> argparse.ArgumentParser:
         "tensor, whose pages the system has to provide first",
     )
     run.add_argument("--seconds", type=float, default=Settings.seconds, help="of each provider")
+    run.add_argument(
+        "--rounds", type=int, default=Settings.min_rounds, help="at least (default: %(default)s)"
+    )
     run.add_argument("--output", type=Path, help="default: bench/results/<device>-<suite>")
+    run.add_argument("--resume", action="store_true", help="go on with the file at --output")
     run.set_defaults(command=_run)
     verify = measuring("verify", "check every provider and time nothing")
-    verify.set_defaults(command=_verify, output=None)
+    verify.set_defaults(command=_verify, output=None, resume=False)
 
     p = commands.add_parser(
         "tune",
@@ -84,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="M,N,K,r",
         help="only with --device cuda (default: layers of 7B models)",
+    )
+    p.add_argument(
+        "--only", metavar="REGEX", help="with --device cuda: only points whose name it finds"
     )
     p.add_argument(
         "--seconds", type=float, help="of each value in each case (default: 1.5, on a GPU 0.2)"
@@ -111,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _set_up(args: argparse.Namespace) -> tuple[torch.device, list[Case], list[Provider]]:
     device = _device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose streams and events the stopwatch uses
     _set_threads(args)
     return device, suite(args.suite, args.only), select(args.providers, short=args.suite in SHORT)
 
@@ -140,24 +149,30 @@ def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool)
     console = report.console()
     machine = describe(device)
     console.print(summary(machine), style="bold", highlight=False)
+    output = _output(args, device)
+    before = resume.earlier(output, machine) if args.resume else resume.Earlier()
     limits = None if verify_only else _limits(args, device, cases)
     if limits is not None:
+        limits = limits if before.limits is None else limits.best(before.limits)
         console.print(f"limits here and now: {limits}\n", highlight=False)
-    output = _output(args, device)
-    rows: list[Row] = []
+    todo, rows = before.next(cases), before.rows
 
     def save() -> list[Path]:
         doc = report.document(machine, _settings(args, settings), limits, rows)
-        return list(report.save(output, doc))
+        return list(report.save(output, {**doc, "tries": before.tries}))
 
-    for i, case in enumerate(cases, 1):
+    for i, case in enumerate(todo, 1):
         start = time.perf_counter()
+        before.begin(case)
+        if limits is not None:
+            save()
         new = _run_one(case, providers, args, device, settings, limits, verify_only)
+        before.end(case)
         rows += new
         if new:
             console.print(report.case_table(new))
         console.print(
-            f"[{i}/{len(cases)}] {case.name}: {time.perf_counter() - start:.1f} s\n", style="dim"
+            f"[{i}/{len(todo)}] {case.name}: {time.perf_counter() - start:.1f} s\n", style="dim"
         )
         if limits is not None:
             save()  # after every case: an interrupted run keeps what it has
@@ -177,9 +192,9 @@ def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool)
 
 def _limits(args: argparse.Namespace, device: torch.device, cases: list[Case]) -> Limits:
     dtypes = sorted({c.dtype for c in cases})
-    if args.suite == "smoke":
+    if args.suite in TINY:
         return measure_limits(device, dtypes, buffer_bytes=1 << 22, gemm_size=256)
-    return measure_limits(device, dtypes)
+    return measure_limits(device, dtypes, gemm_size=8192 if device.type == "cuda" else 4096)
 
 
 def _run_one(
@@ -230,7 +245,11 @@ def _settings(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = Settings(seconds=_seconds(args), rotate_bytes=args.rotate_mib << 20)
+    if args.rounds < 1:
+        raise ValueError(f"rounds: got {args.rounds}, expected 1 or more")
+    settings = Settings(
+        seconds=_seconds(args), min_rounds=args.rounds, rotate_bytes=args.rotate_mib << 20
+    )
     return _measure(args, settings, verify_only=False)
 
 
@@ -254,10 +273,15 @@ def _tune(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         with torch.cuda.device(device):
             return gpu_tune.run(
-                device, args.shapes, settings, args.output or Path("gpu-tuning.json")
+                device,
+                args.shapes,
+                settings,
+                args.output or Path("gpu-tuning.json"),
+                only=args.only,
             )
-    if args.shapes is not None:
-        raise ValueError("--shapes: given with --device cpu, expected --device cuda")
+    for name in ("shapes", "only"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: given with --device cpu, expected --device cuda")
     output = args.output or Path("tuning.json")
     console = report.console()
     console.print(summary(describe(torch.device("cpu"))), style="bold", highlight=False)

@@ -49,10 +49,14 @@ class CaseData:
         self.rotate_bytes = rotate_bytes
         self.dtype = DTYPES[case.dtype]
         self.adapter_dtype = DTYPES[case.adapter_dtype]
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = self._seeded(seed)
         self.projections = [self._projection(layer) for layer in case.layers if case.has_weight]
         self.x = self._inputs(case.n if case.op == "glu" else case.k)
         self.up = self._inputs(case.n) if case.op == "glu" else []
+
+    def _seeded(self, seed: int) -> torch.Generator:
+        """Draws where the tensors live: one thread of a CPU takes minutes for a large GPU's."""
+        return torch.Generator(self.device).manual_seed(seed)
 
     def _projection(self, layer: Layer) -> Projection:
         # The values a trained layer has: activations of unit size, outputs too.
@@ -69,8 +73,8 @@ class CaseData:
         case = self.case
         if case.op == EMBED:
             size = (INPUT_COPIES, case.m)
-            ids = torch.randint(case.k, size, generator=self._generator)
-            return [row.clone() for row in ids.to(self.device)]
+            ids = torch.randint(case.k, size, generator=self._generator, device=self.device)
+            return [row.clone() for row in ids]
         drawn = [self._normal(case.m, width, dtype=self.dtype) for _ in range(INPUT_COPIES)]
         return [t.requires_grad_(case.backward) for t in drawn]
 
@@ -93,11 +97,11 @@ class CaseData:
     @functools.cached_property
     def magnitude(self) -> Tensor:
         """DoRA's: the norms of W + scale·B·A, after some training."""
-        p, generator = self.projections[0], torch.Generator().manual_seed(3)
+        p, generator = self.projections[0], self._seeded(3)
         with torch.no_grad():
             merged = p.w.float() + self.case.scale * (p.b.float() @ p.a.float())
             norm = torch.linalg.vector_norm(merged, dim=1)
-        moved = 1 + 0.1 * torch.randn(self.case.n, generator=generator).to(self.device)
+        moved = 1 + 0.1 * torch.randn(self.case.n, generator=generator, device=self.device)
         return (norm * moved).to(self.adapter_dtype).requires_grad_(self.case.backward)
 
     @functools.cached_property
@@ -120,18 +124,18 @@ class CaseData:
     @functools.cached_property
     def pages(self) -> RankPages:
         """The pool of a case with many adapters; the rows of a page past a rank are zeros."""
-        case, generator = self.case, torch.Generator().manual_seed(4)
+        case, generator = self.case, self._seeded(4)
         share = (1, 3, 5, 7) if case.mixed else (4,)
         ranks = [max(1, case.r * share[i % len(share)] // 4) for i in range(case.loaded)]
 
         def draw(*shape: int, std: float) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * std).to(self.adapter_dtype)
+            values = torch.randn(*shape, generator=generator, device=self.device)
+            return (values * std).to(self.adapter_dtype)
 
         a = [draw(r, case.k, std=case.k**-0.5) for r in ranks]
         b = [draw(case.n, r, std=0.1) for r in ranks]
         page = page_embedding_adapters if case.op == EMBED else page_adapters
         pages = page(a, b, [case.scale] * case.loaded)
-        pages = RankPages(*(t.to(self.device) for t in pages))
         for t in (pages.a, pages.b):
             t.requires_grad_(case.backward)
         return pages
@@ -156,23 +160,22 @@ class CaseData:
     @functools.cached_property
     def dy(self) -> list[tuple[Tensor, ...]]:
         """The gradient of each output."""
-        c, generator = self.case, torch.Generator().manual_seed(1)
+        c, generator = self.case, self._seeded(1)
 
         def draw(n: int) -> Tensor:
-            drawn = torch.randn(c.m, n, generator=generator)
-            return drawn.to(self.dtype).to(self.device)
+            return torch.randn(c.m, n, generator=generator, device=self.device).to(self.dtype)
 
         return [tuple(draw(n) for n in c.widths) for _ in range(INPUT_COPIES)]
 
     @functools.cached_property
     def labels(self) -> Tensor:
         """A token of the vocabulary for each row of x."""
-        generator = torch.Generator().manual_seed(2)
-        return torch.randint(self.case.n, (self.case.m,), generator=generator).to(self.device)
+        generator = self._seeded(2)
+        return torch.randint(self.case.n, (self.case.m,), generator=generator, device=self.device)
 
     def _normal(self, *shape: int, dtype: torch.dtype, std: float = 1.0) -> Tensor:
-        values = torch.randn(*shape, generator=self._generator) * std
-        return values.to(dtype).to(self.device)
+        values = torch.randn(*shape, generator=self._generator, device=self.device) * std
+        return values.to(dtype)
 
     def copies(self, nbytes: int) -> int:
         """How many copies of so many bytes make caches honest."""

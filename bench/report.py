@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from bench.atomic import write_atomic
 from bench.machine import Limits
 from bench.runner import BASELINE, OK, STEP_BASELINE, Row
 
@@ -53,20 +52,6 @@ def save(path: Path, doc: dict[str, Any]) -> tuple[Path, Path]:
         writer.writerows(rows)
     write_atomic(out_csv, text.getvalue())
     return out_json, out_csv
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file beside its name and move it there, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -138,7 +123,7 @@ def case_table(rows: list[Row]) -> Table:
             seconds(r.p20),
             seconds(r.p50),
             seconds(r.p80),
-            f"{r.rounds}{' g' if r.graph else ''}",
+            f"{r.rounds}{' g' if r.graph else ''}{' h' if r.waited else ''}",
             "" if r.ratio is None else f"{r.ratio:.2f}",
             "" if r.over_floor is None else f"{r.over_floor:.2f}",
             "" if r.flops_per_s is None else f"{r.flops_per_s / 1e12:.3g}",

@@ -53,6 +53,7 @@ class Row:
 
     Attributes:
         status: ok; refused (it says it cannot), failed (it raised), wrong (no time is taken).
+        waited: whether the GPU waited for the host in any sample: such times hold the host's too.
         ratio: median over the rounds of this provider's time by the baseline's in the same round:
             the frozen dense linear; for a fine-tuning step, PEFT over the dense base.
         flops_per_s, bytes_per_s: the cost model's floors divided by the median time.
@@ -71,6 +72,7 @@ class Row:
     p80: float | None = None
     rounds: int = 0
     graph: bool = False
+    waited: bool = False
     ratio: float | None = None
     flops_per_s: float | None = None
     bytes_per_s: float | None = None
@@ -198,6 +200,7 @@ def _time(entries: list[_Entry], stopwatch: Stopwatch, settings: Settings) -> No
             start = time.perf_counter()
             for entry in rotated(entries, rounds):
                 entry.row.samples.append(_sample(entry, stopwatch))
+                entry.row.waited |= stopwatch.waited
             spent += time.perf_counter() - start
             rounds += 1
 

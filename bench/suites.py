@@ -182,6 +182,47 @@ def _gather() -> Iterator[Case]:
     yield Case(EMBED, tokens, 512, BOTH, 16, adapters=8, loaded=8, adapter_dtype="fp32")
 
 
+def _gpu(tiny: bool = False) -> Iterator[Case]:
+    """What one GPU is asked in two minutes: each family on the layers of an 8B model, from one
+    token to a training batch. `tiny` is the same on shapes that mean nothing, to try it anywhere.
+    """
+    model = "llama-3.1-8b"
+    kv, gate = ("tiny", "tiny") if tiny else (f"{model}.k_proj", f"{model}.gate_proj")
+    square, group = ("tiny", "tiny") if tiny else ("square-4096", model)
+    qkv, mlp = f"{group}.qkv", f"{group}.mlp"
+    few, some, many, most = (2, 3, 5, 7) if tiny else (16, 512, 2048, 8192)
+    pool = 8 if tiny else 64
+    # What matters most stands first: a run may be cut.
+    for p in (0.0, 0.05):
+        yield Case("lora_linear", square, most, BOTH, 16, p)
+    yield Case("nf4_lora_linear", square, many, BOTH, 16, 0.05)
+    yield Case("nf4_linear", square, 1)
+    yield Case("lora_linear", square, 1, FWD, 16)
+    yield Case("dora_linear", square, many, BOTH, 16, 0.05)
+    yield Case("lora_packed", qkv, many, BOTH, 16, 0.05)
+    yield Case("lora_mlp", mlp, some, BOTH, 16)
+    yield Case("gather_lora", square, pool, FWD, 16, adapters=pool, loaded=pool)
+    yield Case("lora_linear", kv, many, BOTH, 16, 0.05, adapter_dtype="fp32")
+    yield Case("nf4_lora_linear", square, most, BOTH, 16)
+    yield Case("nf4_lora_linear", square, 1, FWD, 16)
+    for m in (few, most):
+        yield Case("lora_linear", square, m, FWD, 16)
+    for m in (few, many):
+        yield Case("nf4_linear", square, m)
+    yield Case("nf4_linear", square, most, BOTH)
+    yield Case("glu", gate, many, BOTH)
+    yield Case("dora_linear", square, many, BOTH, 16)
+    yield Case("lora_packed", qkv, 1, FWD, 16)
+    yield Case("lora_linear", gate, many, BOTH, 16)
+    yield Case("gather_lora", square, some, FWD, 16, adapters=2, loaded=4)
+    yield Case("nf4_dequantize", gate, 0)
+    yield Case("nf4_quantize", gate, 0)
+
+
+def _gpu_tiny() -> Iterator[Case]:
+    return _gpu(tiny=True)
+
+
 def _full() -> Iterator[Case]:
     """All but the smoke cases and the GPU's, and the other dtypes and storage options."""
     yield from _targets()
@@ -211,10 +252,13 @@ _SUITES = {
     "lora": _lora,
     "nf4": _nf4,
     "gather": _gather,
+    "gpu": _gpu,
+    "gpu-tiny": _gpu_tiny,
     "full": _full,
 }
 SUITES = tuple(_SUITES)
-SHORT = ("smoke", "quick")  # minutes at most
+SHORT = ("smoke", "quick", "gpu-tiny")  # minutes at most
+TINY = ("smoke", "gpu-tiny")  # shapes that mean nothing
 
 
 def suite(name: str, only: str | None = None) -> list[Case]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -184,6 +185,7 @@ def run(
     settings: Settings,
     output: Path,
     measure: Measure | None = None,
+    only: str | None = None,
 ) -> int:
     """The command: tune, print each point, and write the file after each.
 
@@ -191,14 +193,19 @@ def run(
         device: one that Triton runs on.
         shapes: each "M,N,K,r"; None is `SHAPES`.
         measure: a `Measurer` where not given.
+        only: a regular expression that a point's name holds.
 
     Returns:
         The exit status: 1 when a result was wrong or did not run.
 
     Raises:
-        ValueError: a shape does not fit, or the device has no name.
+        ValueError: a shape does not fit, the device has no name, or `only` leaves nothing.
     """
-    todo = points(SHAPES if shapes is None else [shape_of(text) for text in shapes])
+    every = points(SHAPES if shapes is None else [shape_of(text) for text in shapes])
+    todo = [p for p in every if only is None or re.search(only, str(p))]
+    if not todo:
+        names = "\n  ".join(map(str, every))
+        raise ValueError(f"--only: {only!r} matches none of\n  {names}")
     planned, screen = planned_device(device), console()
     if planned.gpu is None:
         raise ValueError(f"--device: got {str(device)!r}, expected a GPU")

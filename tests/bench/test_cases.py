@@ -30,6 +30,15 @@ def test_full_holds_every_other_suite_but_smoke() -> None:
         assert {c.name for c in suite(name)} <= full
 
 
+def test_a_gpus_suite_is_24_cases_and_the_same_in_tiny() -> None:
+    cases, tiny = suite("gpu"), suite("gpu-tiny")
+    assert len(cases) == len(tiny) == 24
+    assert [(c.op, c.direction, c.dropout) for c in cases] == [
+        (c.op, c.direction, c.dropout) for c in tiny
+    ]
+    assert max(c.n * c.k for c in tiny) < 1 << 16
+
+
 def test_full_covers_the_promised_ranges() -> None:
     cases = suite("full")
     assert {c.op for c in cases} == set(OPS)

@@ -204,6 +204,19 @@ def test_end_to_end(
             assert (found.measured is not None) == (point.op == "lora_linear_bwd")
 
 
+def test_only_some_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fake = Fake(addmm_is_fast)
+    with use_executor(OnCpu()):
+        place = torch.device("cpu"), SHAPE, FAST, tmp_path / "gpu.json", fake
+        assert tune.run(*place, only=r"_bwd .*bfloat16 dropout$") == 0
+        assert {str(p) for p, _ in fake.asked} == {
+            "lora_linear_bwd M=64 N=64 K=96 r=8 bfloat16 dropout"
+        }
+        with pytest.raises(ValueError, match="--only: 'zzz' matches none of"):
+            tune.run(*place, only="zzz")
+    assert "[1/1]" in capsys.readouterr().out
+
+
 def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
 
@@ -234,6 +247,7 @@ def test_a_wrong_result_makes_the_exit_status(
         (["--device", "cuda"], "--device: got 'cuda', but this torch sees no CUDA device"),
         (["--device", "tpu"], "--device: got 'tpu', expected cpu or cuda"),
         (["--shapes", "1,2,3,4"], "--shapes: given with --device cpu, expected --device cuda"),
+        (["--only", "fwd"], "--only: given with --device cpu, expected --device cuda"),
         (["--seconds", "0"], "seconds: got 0.0"),
     ],
 )

@@ -1,0 +1,1 @@
+"""The steps, a file each; `plan.py` has their order and limits."""
