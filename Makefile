@@ -23,7 +23,7 @@ PY := $(BIN)/python
 # -qq: an extra index that lacks a package is not worth a warning for each one.
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 DONE := $(VENV)/.done
-CPP_BUILD := build/cpp
+SANITIZED := -DCMAKE_BUILD_TYPE=Release -DLORA_KERNELS_TORCH=OFF -DLORA_KERNELS_CUDA=OFF -DLORA_KERNELS_SANITIZE=ON
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal --sample $(SAMPLE)
 
 # Tools that pip put beside python (ninja, sometimes cmake) are found before the system's.
@@ -33,11 +33,11 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
 CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-# $(call ctest,build folder,CMake options): builds the torch-free kernels and runs their checks.
+# $(call ctest,build folder,CMake options): builds the checks of the CPU kernels and runs them.
 define ctest
-cmake -S . -B $(1) -G Ninja -DCMAKE_BUILD_TYPE=Release -DLORA_KERNELS_TORCH=OFF $(2) \
+cmake -S . -B $(1) -G Ninja -DLORA_KERNELS_CHECKS=ON $(2) \
     >$(VENV)/cmake.log || { cat $(VENV)/cmake.log; exit 1; }; \
-cmake --build $(1); \
+cmake --build $(1) --target lk_checks; \
 ctest --test-dir $(1) --output-on-failure --no-tests=error -j $(JOBS)
 endef
 
@@ -118,10 +118,11 @@ test-triton-full: setup ## every case of the compiled kernels with every release
 	env -u TRITON_INTERPRET $(PYTEST) --sample 1 tests/compiled $(ARGS)
 	@$(MAKE) --no-print-directory test-tritons TRITON_SAMPLE=1
 
+# The first with the extension's own objects, which `setup` has built.
 test-cpp: setup
 	@if command -v $${CXX:-c++} >/dev/null; then \
-	    $(call ctest,$(CPP_BUILD),); \
-	    $(call ctest,$(CPP_BUILD)-sanitized,-DLORA_KERNELS_SANITIZE=ON -DLORA_KERNELS_CUDA=OFF); \
+	    $(call ctest,build/native,-DCMAKE_BUILD_TYPE=Release); \
+	    $(call ctest,build/sanitized,$(SANITIZED)); \
 	else echo "C++ checks skipped: no C++ compiler" >&2; fi
 
 # Where there is nvcc; it needs no GPU.

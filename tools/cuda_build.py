@@ -45,6 +45,7 @@ sys.modules["lora_kernels._C"] = module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 from lora_kernels import NF4Weight, functional, use_backend
 from lora_kernels.dispatch import native, ops
+from lora_kernels.testing import assert_within_budget
 assert native.available(), native.why_unavailable()
 assert native._module() is module
 has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -56,7 +57,7 @@ with use_backend("native"):
     y = functional.nf4_linear(x, w)
 with use_backend("reference"):
     plain = functional.nf4_linear(x, w)
-torch.testing.assert_close(y, plain)
+assert_within_budget(y, x.double() @ w.dequantize().double().T, plain)
 info = native.build_info()
 print(f"loaded into torch {torch.__version__}: built for torch {info['torch']} with nvcc "
       f"{info['cuda']} for {info['cuda_archs']}, {len(found)} CUDA ops")

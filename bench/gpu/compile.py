@@ -91,11 +91,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled launch and the facts of it; the launch's tensors are not kept."""
+    """The facts of a compiled launch; neither its code, which is large, nor its tensors are kept."""
 
     name: str
     target: Target
-    kernel: Any
     facts: Facts
 
 
@@ -124,7 +123,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         )
         source = ASTSource(kernel, signature, constexprs, attrs)
         made = triton.compile(source, target=gpu, options=parsed.__dict__)
-        _compiled[key] = Compiled(kernel.fn.__name__, target, made, _facts(made, target))
+        _compiled[key] = Compiled(kernel.fn.__name__, target, _facts(made, target))
     return _compiled[key]
 
 
