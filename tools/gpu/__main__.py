@@ -19,6 +19,7 @@ from tools.gpu.run import Runner, fresh
 from tools.gpu.state import State, identity
 
 SAMPLE = 0.05
+DRY_LIMIT = 1200.0  # seconds of a phase: two slow cores take some 120 for both
 GIB_A_PROCESS = 8  # the largest call beside its fp64 twin
 STATUS = (
     "exit status: 0 all is well; 1 something is wrong; 2 arguments; 3 time ran out, run again; "
@@ -70,7 +71,8 @@ def _run(args: argparse.Namespace) -> int:
     if state is None:
         fresh(work)
         state = State(work / files.SUMMARY, of)
-    limits = dict(PHASES) if args.limit is None else dict.fromkeys(PHASES, args.limit)
+    seconds = args.limit or (DRY_LIMIT if args.dry_run else None)
+    limits = dict.fromkeys(PHASES, seconds) if seconds else dict(PHASES)
     processes = args.processes or _processes(gigabytes)
     os.chdir(ROOT)
     return Runner(
