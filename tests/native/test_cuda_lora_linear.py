@@ -39,6 +39,7 @@ def check(p: P, r: cuda.Run) -> None:
     assert_within_budget(r.y, cuda.oracle(p), cuda.plain(p))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("compute", cuda.COMPUTE)

@@ -49,6 +49,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("compute", cuda.COMPUTE)
@@ -57,6 +58,7 @@ def test_within_budget(compute: int, shape: str, dtype: torch.dtype) -> None:
     assert_within_budget(cuda.run(p, compute).y, cuda.oracle(p), cuda.plain(p))
 
 
+@pytest.mark.grid("tokens")
 @pytest.mark.parametrize(
     "m", [pytest.param(m, marks=pytest.mark.slow if m > 16 else ()) for m in range(1, 65)]
 )
@@ -65,6 +67,7 @@ def test_every_number_of_tokens(m: int) -> None:
     assert_within_budget(cuda.run(p).y, cuda.oracle(p), cuda.plain(p))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [3, 12, 40])
 @pytest.mark.parametrize(("k", "nested"), [(192, 0), (192, 4), (99, 0), (99, 3)])
@@ -193,6 +196,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cubin")
 
 
+@pytest.mark.grid("architectures")
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_local_memory(arch: str, folder: Path) -> None:
     said, _ = cubins(arch, folder)
@@ -228,6 +232,7 @@ def main_loop(lines: list[str]) -> list[str]:
     return max(loops, key=lambda loop: (sum(i.startswith("F2FP") for i in loop), len(loop)))
 
 
+@pytest.mark.grid("loops")
 @pytest.mark.parametrize(
     ("arch", "tiles", "bound"),
     [("sm_80", 1, 3.0), ("sm_90a", 1, 3.0), ("sm_100", 1, 2.5), ("sm_80", 8, 4.9)],

@@ -41,6 +41,7 @@ layers = pytest.mark.parametrize("layer", LAYERS)
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
+@pytest.mark.grid
 @layers
 @kinds
 @pytest.mark.parametrize("p", [0.0, 0.4])
