@@ -33,8 +33,10 @@ class _Product:
     sums: frozenset[int]
 
 
-# Products not committed yet, and the groups that are, the oldest first.
-_State = tuple[frozenset[_Product], tuple[frozenset[_Product], ...]]
+# What registers of left sides hold, where that is a constant: it may be written again.
+_Constants = frozenset[tuple[int, str]]
+# Products not committed yet, the groups that are, the oldest first, and constants.
+_State = tuple[frozenset[_Product], tuple[frozenset[_Product], ...], _Constants]
 
 
 @dataclass
@@ -75,6 +77,12 @@ class _Instruction:
             return 4
         return 2 if _WRITES_TWO.search(self.name) else 1
 
+    def constant(self) -> str | None:
+        """The number that it writes, if that is all it does."""
+        found = re.fullmatch(r"R\d+, (?:RZ, RZ, )?(0x[0-9a-f]+)", self.operands.strip())
+        moves = self.name in ("MOV", "IMAD.MOV.U32") and not self.predicated
+        return found[1] if moves and found else None
+
     def product(self) -> _Product:
         parts = [p.strip() for p in self.operands.split(",")]
         left = re.match(r"R(\d+)\b", parts[1])
@@ -114,7 +122,8 @@ def _walk(code: list[_Instruction], labels: dict[str, int]) -> Iterator[str]:
     """Follow every path with what is under way on it."""
     if not any(i.base == "HGMMA" for i in code):
         return
-    start: _State = (frozenset(), ())
+    lefts = frozenset().union(*(i.product().left for i in code if i.base == "HGMMA"))
+    start: _State = (frozenset(), (), frozenset())
     todo: list[tuple[int, _State]] = [(0, start)]
     seen = {(0, start)}
     while todo:
@@ -122,7 +131,7 @@ def _walk(code: list[_Instruction], labels: dict[str, int]) -> Iterator[str]:
         while place < len(code):
             now = code[place]
             yield from _faults(now, state)
-            state = _after(now, state)
+            state = _after(now, state, lefts)
             place += 1
             if now.base in ("EXIT", "RET") and not now.predicated:
                 break
@@ -138,11 +147,14 @@ def _walk(code: list[_Instruction], labels: dict[str, int]) -> Iterator[str]:
 
 
 def _faults(now: _Instruction, state: _State) -> Iterator[str]:
-    unfinished = state[0].union(*state[1])
+    pending, groups, constants = state
+    unfinished = pending.union(*groups)
     if not unfinished or now.base == "HGMMA":  # products of one warpgroup run in their order
         return
-    writes = now.writes()
+    writes, constant = now.writes(), now.constant()
     touches = {int(r) for r in _REGISTER.findall(now.operands)} | writes
+    if constant is not None:
+        writes = frozenset(r for r in writes if (r, constant) not in constants)
     for product in unfinished:
         if writes & product.left:
             yield (
@@ -156,14 +168,19 @@ def _faults(now: _Instruction, state: _State) -> Iterator[str]:
             )
 
 
-def _after(now: _Instruction, state: _State) -> _State:
-    pending, groups = state
+def _after(now: _Instruction, state: _State, lefts: frozenset[int]) -> _State:
+    pending, groups, constants = state
+    written = now.writes() & lefts
+    if written:
+        constants = frozenset(c for c in constants if c[0] not in written)
+        constant = now.constant()
+        if constant is not None:
+            constants |= {(r, constant) for r in written}
     if now.base == "HGMMA":
         pending |= {now.product()}
         if "gsb0" in now.operands:
-            return frozenset(), (*groups, pending)
-        return pending, groups
-    if now.name.startswith("WARPGROUP.DEPBAR"):
+            return frozenset(), (*groups, pending), constants
+    elif now.name.startswith("WARPGROUP.DEPBAR"):
         left = int(now.operands.split(",")[-1].strip(), 16)
-        return pending, groups[max(0, len(groups) - left) :]
-    return state
+        groups = groups[max(0, len(groups) - left) :]
+    return pending, groups, constants

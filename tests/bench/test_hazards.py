@@ -62,6 +62,14 @@ def test_what_only_reads_the_left_side_is_not(harmless: str):
     assert not overwritten(loop(harmless, WAIT_ONE))
 
 
+def test_the_same_constant_may_be_written_again():
+    ones = [f"MOV R{r}, 0x3f803f80" for r in range(104, 108)]
+    again = "IMAD.MOV.U32 R105, RZ, RZ, 0x3f803f80"
+    assert not overwritten(sass(*ones, PRODUCT, again, WAIT_ALL, "EXIT"))
+    assert overwritten(sass(*ones, PRODUCT, again.replace("3f80", "4000"), WAIT_ALL, "EXIT"))
+    assert overwritten(sass(*ones, "MOV R105, R3", PRODUCT, again, WAIT_ALL, "EXIT"))
+
+
 def test_sums_are_not_touched_before_they_are_there():
     assert "takes R30" in overwritten(sass(PRODUCT, "FADD R2, R30, R31", WAIT_ALL, "EXIT"))[0]
     assert not overwritten(sass(PRODUCT, WAIT_ALL, "FADD R2, R30, R31", "EXIT"))
