@@ -15,7 +15,8 @@ SAMPLE ?= 0.1
 # Releases of Triton that torch brings, beside the one of $(VENV), and the part of their grids.
 TRITONS := 3.6.0 3.7.1 3.8.0
 TRITON ?= 3.6.0
-TRITON_SAMPLE ?= 0.02
+TRITON_SAMPLE ?= 0.03
+TRITON_BARE = $(if $(filter 1,$(TRITON_SAMPLE)),,--sample-bare)
 ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
@@ -107,7 +108,7 @@ test-python: setup
 
 test-triton: .venv-triton-$(TRITON)/.done ## the compiled kernels with another Triton (TRITON=3.6.0), a part of them
 	env -u TRITON_INTERPRET .venv-triton-$(TRITON)/bin/python -m pytest -n $(JOBS) \
-	    --dist worksteal --sample $(TRITON_SAMPLE) tests/compiled $(ARGS)
+	    --dist worksteal --sample $(TRITON_SAMPLE) $(TRITON_BARE) tests/compiled $(ARGS)
 
 test-tritons: ## test-triton with each release that torch brings
 	@for version in $(TRITONS); do \

@@ -19,7 +19,7 @@ import os
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -40,6 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("LORA_KERNELS_SAMPLE", "1"),
         metavar="FRACTION",
         help="take this part of the big grids, chosen by the commit (LORA_KERNELS_SAMPLE; 1)",
+    )
+
+    parser.addoption(
+        "--sample-bare",
+        action="store_true",
+        help="of the sample only what the commit draws and what is marked `always`: for one more "
+        "run of grids whose every feature another run has",
     )
 
 
@@ -76,6 +83,8 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = fraction(config)
     if part == 1:
         return
+    bare = config.getoption("--sample-bare")
+    files = () if bare else touched_files()
     grids: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("grid"):
@@ -83,7 +92,9 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out: set[str] = set()
     for cases in grids.values():
         described = [_describe(item) for item in cases]
-        left_out |= {c.name for c in described} - choose(described, part, seed(), touched_files())
+        if bare:
+            described = [replace(c, features=frozenset()) for c in described]
+        left_out |= {c.name for c in described} - choose(described, part, seed(), files)
     if left_out:
         config.hook.pytest_deselected(items=[i for i in items if i.nodeid in left_out])
         items[:] = [i for i in items if i.nodeid not in left_out]

@@ -148,3 +148,5 @@ def test_it_deselects_and_says_so(elsewhere: pytest.Pytester):
     # A Latin square's diagonal at best: each value of each parameter is there.
     assert 4 <= passed <= 6
     assert result.parseoutcomes()["deselected"] == 10 - passed
+    bare = elsewhere.runpytest_subprocess("--sample", "0", "--sample-bare")
+    assert bare.parseoutcomes() == {"passed": 1, "deselected": 9}

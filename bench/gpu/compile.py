@@ -91,7 +91,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The facts of a compiled launch; neither its code, which is large, nor its tensors are kept."""
+    """The facts of a compiled launch; its code, which is large, and its tensors are not kept."""
 
     name: str
     target: Target
