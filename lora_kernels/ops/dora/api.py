@@ -48,6 +48,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.dora.magnitude import base_of, norm_dtype
@@ -56,7 +57,7 @@ from lora_kernels.ops.lora.api import draw_seed
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 
-class DoRALinearFunction(torch.autograd.Function):
+class DoRALinearFunction(KeepsSettings):
     @staticmethod
     def forward(
         ctx: Any,

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.nf4.schema import check_linear
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 
-class NF4LinearFunction(torch.autograd.Function):
+class NF4LinearFunction(KeepsSettings):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, meta: list[int], *base: Tensor) -> Tensor:
         ctx.save_for_backward(*base)
