@@ -28,10 +28,10 @@ class MultiLoRATrainer:
 
     A step takes one micro-batch of each adapter that is not finished, runs the model once over all
     of them (and once over packed documents, which have no mask), and sums their losses, each the
-    mean over its own tokens: no adapter's gradient has anything of another. Clipping, optimiser and schedule are each adapter's own, and so are A's
-    first values and the dropout: an adapter learns what it would alone, with the same seed, but
-    for the rounding of sums. (Random numbers that the model itself draws, as for dropout of its
-    own, are shared.)
+    mean over its own tokens: no adapter's gradient has anything of another. Clipping, optimiser and
+    schedule are each adapter's own, and so are A's first values and the dropout: an adapter learns
+    what it would alone, with the same seed, but for the rounding of sums. (Random numbers that the
+    model itself draws, as for dropout of its own, are shared.)
 
     Args:
         model: dense, or with NF4Linear or bitsandbytes layers; it is changed in place and frozen.
