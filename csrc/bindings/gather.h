@@ -157,6 +157,9 @@ inline Projection projection_of(const std::string& name, const Tensor* pages,
   const Tensor &a = pages[0], &b = pages[1], &table = pages[2];
   check_shape(of("a").c_str(), a, a_shape);
   check_shape(of("b").c_str(), b, {a.size(0), kPage, -1});
+  // Kernels divide by both; an adapter without inputs or outputs is no work for them.
+  LK_CHECK(a.size(1) > 0 && a.size(2) > 0 && b.size(2) > 0, name,
+           ": has no inputs or no outputs, expected some");
   check_cpu_contiguous(of("a").c_str(), a);
   check_cpu_contiguous(of("b").c_str(), b);
   check_dtype(of("b").c_str(), b, a.scalar_type());

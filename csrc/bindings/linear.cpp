@@ -21,6 +21,9 @@ MatrixView vector_view(const char* name, const std::optional<Tensor>& t, int64_t
 
 Base::Base(const std::vector<Tensor>& base, const std::vector<int64_t>& meta_list)
     : meta(parse_meta(meta_list)), quant{}, view{{nullptr, Dtype::f32, 0, 0, 0}, nullptr, 0, 0} {
+  // Kernels divide by both; a layer without inputs or outputs is no work for them.
+  LK_CHECK(meta.n > 0 && meta.k > 0, "base: got a weight [", meta.n, ", ", meta.k,
+           "], expected one element or more");
   view.n = meta.n;
   view.k = meta.k;
   if (meta.dense()) {

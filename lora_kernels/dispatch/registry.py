@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from lora_kernels.dispatch.settings import Setting
+
 NAMESPACE = "lora_kernels"
 NATIVE_NAMESPACE = "lora_kernels_native"
 BACKENDS = ("native", "triton", "reference")
@@ -77,8 +79,6 @@ class Explanation:
 
 
 _ops: dict[str, Op] = {}
-_forced: str | None = None
-_log: list[Explanation] | None = None
 # Library objects unregister their ops when they are collected.
 _library = torch.library.Library(NAMESPACE, "DEF")
 _native_library = torch.library.Library(NATIVE_NAMESPACE, "DEF")
@@ -130,19 +130,20 @@ def unwatched() -> bool:
     mode of torch's: then a caller may go straight to an op of that backend."""
     return (
         not torch.compiler.is_compiling()
-        and _forced is None
-        and _log is None
+        and _forced.get() is None
+        and _log.get() is None
         and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
 def run(name: str, *args: Any, **kwargs: Any) -> Any:
     """Run the op on the first backend that accepts the arguments (or on the one asked for)."""
-    if _log is not None:
-        _log.append(_explain_op(name, *args, **kwargs))
-    op = _ops[name]
-    if _forced is not None:
-        implementation = op.implementations.get(_forced)
+    log = _log.get()
+    if log is not None:
+        log.append(_explain_op(name, *args, **kwargs))
+    op, forced = _ops[name], _forced.get()
+    if forced is not None:
+        implementation = op.implementations.get(forced)
         if implementation is not None and implementation.supports(*args, **kwargs) is None:
             return implementation.fn(*args, **kwargs)
     else:
@@ -161,7 +162,7 @@ def _explain_op(name: str, *args: Any, **kwargs: Any) -> Explanation:
             refusals[backend] = "has no implementation of this op"
         else:
             refusals[backend] = implementation.supports(*args, **kwargs)
-    return Explanation(name, refusals, _forced)
+    return Explanation(name, refusals, _forced.get())
 
 
 def chosen(name: str, *args: Any, **kwargs: Any) -> str | None:
@@ -177,37 +178,33 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Exp
             then called once with the arguments and every op that it runs is explained.
 
     Returns:
-        One `Explanation` per op that ran, in order; `print(*explain(...), sep="\\n")` reads well.
+        One `Explanation` per op that the call ran, in order, and none that another thread ran
+        meanwhile; `print(*explain(...), sep="\\n")` reads well.
     """
     if isinstance(op, str):
         return [_explain_op(op, *args, **kwargs)]
-    global _log
-    outer, _log = _log, []
-    try:
+    found: list[Explanation] = []
+    with _log.use(found):
         op(*args, **kwargs)
-        return _log
-    finally:
-        _log = outer
+    return found
 
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every op on one backend, in the whole process, until the block ends.
+    """Run every op of this thread (or asyncio task) on one backend until the block ends.
 
     There is no fallback: an op that the backend cannot take raises `BackendError`. None gives the
-    automatic choice back. The environment variable LORA_KERNELS_BACKEND does the same from outside.
+    automatic choice back. A backward of CUDA tensors, which autograd runs in a thread of its own,
+    is on the backend of its forward. The environment variable LORA_KERNELS_BACKEND does the same
+    from outside, for all threads.
 
     Raises:
         ValueError: `name` is no backend.
     """
-    global _forced
     if name is not None:
         _check_backend(name)
-    before, _forced = _forced, name
-    try:
+    with _forced.use(name):
         yield
-    finally:
-        _forced = before
 
 
 def _from_environment() -> str | None:
@@ -219,4 +216,5 @@ def _from_environment() -> str | None:
     return name
 
 
-_forced = _from_environment()
+_forced: Setting[str | None] = Setting("backend", _from_environment())
+_log: Setting[list[Explanation] | None] = Setting("explain", None)

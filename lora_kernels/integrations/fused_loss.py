@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -28,16 +29,17 @@ def fuse_loss(model: nn.Module) -> bool:
 
     While the model trains on labels, its output layer and its loss become one
     `functional.linear_cross_entropy`: the same loss, and the output's `logits` are None. In
-    evaluation mode and without labels nothing changes. The model's class and state stay as they
-    are; `del model.forward` undoes it.
+    evaluation mode and without labels nothing changes, and neither at a call for which the output
+    layer is no plain `nn.Linear` any more: one with an adapter, a 4-bit one, one with hooks. The
+    model's class and state stay as they are; `del model.forward` undoes it.
 
     Args:
         model: a transformers model (of a PEFT model: `model.get_base_model()`).
 
     Returns:
         True if the loss is fused now. False, and nothing was changed, if the model's class is none
-        of `FUSED_LOSS_MODELS`, its output layer is no plain `nn.Linear` without bias, or its
-        `forward` or its loss is not transformers' own.
+        of `FUSED_LOSS_MODELS`, its output layer is no plain `nn.Linear` without bias and hooks, or
+        its `forward` or its loss is not transformers' own.
 
     Raises:
         TypeError: `model` is no module.
@@ -47,30 +49,47 @@ def fuse_loss(model: nn.Module) -> bool:
     own = vars(model).get("forward")
     if hasattr(own, "fuses_loss"):
         return True
-    head, loss = output_layer(model), getattr(model, "loss_function", None)
-    if (
-        type(model).__name__ not in FUSED_LOSS_MODELS
-        or type(head) is not nn.Linear
-        or head.bias is not None
-        or getattr(loss, "__name__", None) != "ForCausalLMLoss"
-        or own is not None
-    ):
+    if type(model).__name__ not in FUSED_LOSS_MODELS or own is not None or not _fits(model):
         return False
     # A bound method follows the model when it is deep-copied, a closure over it would not.
     model.forward = MethodType(_fused(type(model).forward), model)  # type: ignore[method-assign]
     return True
 
 
+def _fits(model: nn.Module) -> bool:
+    """Whether logits and loss are what `linear_cross_entropy` computes, as the model is now."""
+    head, loss = output_layer(model), getattr(model, "loss_function", None)
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and not any(getattr(head, hooks) for hooks in _HOOKS)
+        and "forward" not in vars(head)
+        and getattr(loss, "__name__", None) == "ForCausalLMLoss"
+    )
+
+
+# What would see the output layer's input or output.
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    "_forward_hooks_with_kwargs",
+)
+
+
 def _fused(unfused: Callable[..., Any]) -> Callable[..., Any]:
     """The class's forward, but for training on labels."""
 
+    names = list(inspect.signature(unfused).parameters)[1:]
+
     @functools.wraps(unfused)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels") is not None or kwargs.get("shift_labels") is not None
-        as_tuple = kwargs.get("return_dict", self.config.return_dict) is False
-        if args or as_tuple or not labels or not self.training:
+        given = dict(zip(names, args, strict=False))
+        twice = len(args) > len(given) or given.keys() & kwargs
+        given |= kwargs
+        labels = given.get("labels") is not None or given.get("shift_labels") is not None
+        as_tuple = given.get("return_dict", self.config.return_dict) is False
+        if twice or as_tuple or not labels or not self.training or not _fits(self):
             return unfused(self, *args, **kwargs)
-        return _forward_with_loss(self, **kwargs)
+        return _forward_with_loss(self, **given)
 
     forward.fuses_loss = True  # type: ignore[attr-defined]
     return forward

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from torch.nn import Parameter
 from lora_kernels import functional
 from lora_kernels.nn.common import draw_kaiming, make_linear
 from lora_kernels.ops.common.checks import FLOATS, names
-from lora_kernels.ops.dora import dora_norm, output_scale, weight_norm_squared
-from lora_kernels.ops.nf4.weight import NF4Weight
+from lora_kernels.ops.dora import dora_norm, output_scale
 
 INITS = ("kaiming", "gaussian")
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -69,18 +67,6 @@ def draw_adapter(a: Tensor, b: Tensor, init: str, generator: torch.Generator | N
     nn.init.zeros_(b)
 
 
-def _key_of(weight: Tensor | NF4Weight) -> tuple[Any, ...] | None:
-    """What changes when the weight does; None for a tensor that has no memory of its own."""
-    tensors = weight.base if isinstance(weight, NF4Weight) else [weight]
-    try:
-        return tuple(
-            (t.data_ptr(), 0 if t.is_inference() else t._version, t.device, t.dtype)
-            for t in tensors
-        )
-    except RuntimeError:  # a fake tensor, or one that torch.func has wrapped
-        return None
-
-
 class LoRAMixin(nn.Module):
     """Adapter parameters, merging and checkpoint rules of a linear layer.
 
@@ -112,8 +98,6 @@ class LoRAMixin(nn.Module):
     adapter_enabled: bool
     use_dora: bool = False
     _merged_weight: Tensor | None
-    _norm_sq: Tensor | None = None  # ‖W‖² of each row
-    _norm_key: tuple[Any, ...] | None = None  # of the weight that `_norm_sq` is of
 
     def _base_dtype(self) -> torch.dtype:
         """The dtype of the dense weight, and of the merged one."""
@@ -172,37 +156,7 @@ class LoRAMixin(nn.Module):
 
     def _norm(self) -> Tensor:
         """‖W + scale·B·A‖ of each row, in fp32 (fp64 for an fp64 base)."""
-        a, b, w_sq = self.lora_A, self.lora_B, self._weight_norm_sq()
-        return dora_norm(self.weight, a, b, scale=self.scale, weight_norm_sq=w_sq)
-
-    def _weight_norm_sq(self) -> Tensor | None:
-        """‖W‖² of each row, computed again when W has changed; None leaves it to the call.
-
-        A change is seen by the weight's version, address, device and dtype. A compiled graph
-        cannot look at those: it takes what loading and moving have left here, which is right as
-        long as W is frozen.
-        """
-        if torch.compiler.is_compiling():
-            trains = isinstance(self.weight, Tensor) and self.weight.requires_grad
-            return None if trains else self._norm_sq
-        key = _key_of(self.weight)
-        if key is None:
-            return None
-        if key != self._norm_key:
-            with torch.inference_mode(False):  # it may serve training later
-                self._norm_sq = weight_norm_squared(self.weight)
-            self._norm_key = key
-        return self._norm_sq
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._refresh_norm()
-        return self
-
-    def _refresh_norm(self) -> None:
-        self._norm_sq = self._norm_key = None
-        if self.use_dora and not self.lora_A.is_meta:
-            self._weight_norm_sq()
+        return dora_norm(self.weight, self.lora_A, self.lora_B, scale=self.scale)
 
     @property
     def scale(self) -> float:
@@ -229,7 +183,6 @@ class LoRAMixin(nn.Module):
             scale=self.scale,
             bias=bias,
             dropout_p=dropout_p,
-            weight_norm_sq=self._weight_norm_sq(),
         )
 
     def _refuse_to_train_merged(self) -> None:
@@ -349,7 +302,6 @@ class LoRAMixin(nn.Module):
         # A checkpoint of the plain layer has none of them: A and B then stay as they are.
         if not any(key in state_dict for key in adapter):
             missing_keys[:] = [key for key in missing_keys if key not in adapter]
-        self._refresh_norm()
         changed = any(key in state_dict for key in (prefix + "weight", *adapter))
         if changed and adapter[-1] not in state_dict:
             self.reset_magnitude()  # it belongs to the W, A and B that were here before

@@ -22,9 +22,13 @@ class Batch(NamedTuple):
     up on the right, behind their last column, so that positions are what they were. What fills up
     is masked, has no label and no adapter: it changes nothing for anyone.
 
+    Documents packed into one row, without a mask and with position_ids that restart, are told apart
+    by transformers' models only where there is no mask at all: they have batches of their own, in
+    which what fills up a row is, by its positions, no part of any document.
+
     Attributes:
-        inputs: int64 [ΣB, max L] by the model's argument; input_ids and attention_mask are always
-            there, the others where a micro-batch has them.
+        inputs: int64 [ΣB, max L] by the model's argument; input_ids, and attention_mask but for
+            packed documents, are always there, the others where a micro-batch has them.
         labels: int64 [ΣB, max L], −100 for none; not shifted.
         slots: int32 [ΣB, max L], −1 where a micro-batch was filled up.
         rows: (first, behind the last) row, and columns, of each slot.
@@ -49,16 +53,21 @@ class Batch(NamedTuple):
 
         Raises:
             ValueError: no micro-batch, one without input_ids, labels or any label to learn, with
-                an argument that is not known, or of a shape that does not fit; with the name.
+                an argument that is not known, or of a shape that does not fit, with the name; or
+                packed documents beside others.
             TypeError: a value is no int64 (the mask: nor bool) tensor.
         """
         if not parts:
             raise ValueError("parts: got none, expected one or more")
         for name, part in parts.values():
             check_micro_batch(name, part)
+        packed = [is_packed(part) for _, part in parts.values()]
+        if any(packed) and not all(packed):
+            raise ValueError("parts: got packed documents beside others, expected them apart")
         width = max(part["input_ids"].shape[1] for _, part in parts.values())
         used = [k for k in KEYS if any(k in part for _, part in parts.values())]
-        columns: dict[str, list[Tensor]] = {k: [] for k in {*used, "attention_mask"}}
+        always = () if any(packed) else ("attention_mask",)
+        columns: dict[str, list[Tensor]] = {k: [] for k in {*used, *always}}
         slots, rows, first = [], {}, 0
         for slot, (_, part) in parts.items():
             count, length = part["input_ids"].shape
@@ -73,6 +82,14 @@ class Batch(NamedTuple):
         joined = {key: torch.cat(made) for key, made in columns.items()}
         labels = joined.pop("labels")
         return cls(joined, labels, torch.cat(slots).to(device), rows)
+
+
+def is_packed(part: Mapping[str, Tensor]) -> bool:
+    """Whether the rows of a micro-batch hold several documents that the model tells apart."""
+    positions = part.get("position_ids")
+    if positions is None or "attention_mask" in part:
+        return False
+    return bool((positions.diff(dim=-1) != 1).any())
 
 
 def _default(key: str, part: Mapping[str, Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from lora_kernels.adapters.layers import unwrap
 from lora_kernels.nn.multi_lora_training import BatchRoute
 from lora_kernels.training.attach import attach_adapters, detach_adapters, device_of
-from lora_kernels.training.batch import Batch
+from lora_kernels.training.batch import Batch, check_micro_batch, is_packed
 from lora_kernels.training.checkpoint import check_name, load_run, save_run
 from lora_kernels.training.job import AdapterJob
 from lora_kernels.training.loss import Loss, causal_loss, losses_of
@@ -26,11 +27,11 @@ class MultiLoRATrainer:
     """Train adapters of any ranks, scales, dropouts, layers and data over one frozen base.
 
     A step takes one micro-batch of each adapter that is not finished, runs the model once over all
-    of them, and sums their losses, each the mean over its own tokens: no adapter's gradient has
-    anything of another. Clipping, optimiser and schedule are each adapter's own, and so are A's
-    first values and the dropout: an adapter learns what it would alone, with the same seed, but
-    for the rounding of sums. (Random numbers that the model itself draws, as for dropout of its
-    own, are shared.)
+    of them (and once over packed documents, which have no mask), and sums their losses, each the
+    mean over its own tokens: no adapter's gradient has anything of another. Clipping, optimiser and
+    schedule are each adapter's own, and so are A's first values and the dropout: an adapter learns
+    what it would alone, with the same seed, but for the rounding of sums. (Random numbers that the
+    model itself draws, as for dropout of its own, are shared.)
 
     Args:
         model: dense, or with NF4Linear or bitsandbytes layers; it is changed in place and frozen.
@@ -99,21 +100,49 @@ class MultiLoRATrainer:
         if not parts:
             return {}
         taken = [run for run, part in found if part is not None]
-        batch = Batch.join(parts, self.device, self.pad_id)
-        was_training = self.model.training
-        self.model.train()
-        self._holder.route = BatchRoute(batch.slots, {r.slot: r.generator for r in taken})
-        try:
-            losses = losses_of(self.model(**batch.inputs), batch, self.loss)
-            # Inside the route: layers that are checkpointed run again in the backward.
-            torch.stack(list(losses.values())).sum().backward()
-        finally:
-            self._holder.route = None
-            self.model.train(was_training)
-        values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+        batches = self._join(parts)
+        losses: dict[int, torch.Tensor] = {}
+        with self._training():
+            for batch in batches:
+                generators = {r.slot: r.generator for r in taken if r.slot in batch.rows}
+                self._holder.route = BatchRoute(batch.slots, generators)
+                found_losses = losses_of(self.model(**batch.inputs), batch, self.loss)
+                # Inside the route: layers that are checkpointed run again in the backward.
+                torch.stack(list(found_losses.values())).sum().backward()
+                losses |= {slot: loss.detach() for slot, loss in found_losses.items()}
+        values = torch.stack([losses[run.slot] for run in taken]).tolist()
         for run, value in zip(taken, values, strict=True):
             run.update(value)
         return {run.name: value for run, value in zip(taken, values, strict=True)}
+
+    def _join(self, parts: Mapping[int, tuple[str, Mapping[str, torch.Tensor]]]) -> list[Batch]:
+        """One batch, or two where some adapters bring packed documents."""
+        for name, part in parts.values():
+            check_micro_batch(name, part)
+        kinds = {slot: is_packed(part) for slot, (_, part) in parts.items()}
+        return [
+            Batch.join(
+                {s: parts[s] for s, k in kinds.items() if k is kind}, self.device, self.pad_id
+            )
+            for kind in sorted(set(kinds.values()))
+        ]
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """The model in training, without a cache of keys and values: beside one, transformers'
+        models do not tell packed documents apart."""
+        was_training, config = self.model.training, getattr(self.model, "config", None)
+        use_cache = getattr(config, "use_cache", None)
+        self.model.train()
+        if use_cache:
+            config.use_cache = False  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            self._holder.route = None
+            self.model.train(was_training)
+            if use_cache:
+                config.use_cache = use_cache  # type: ignore[union-attr]
 
     def train(
         self,

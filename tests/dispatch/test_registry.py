@@ -219,7 +219,7 @@ def test_explain_nests_and_ends_after_an_error(op):
 
     with pytest.raises(KeyError):
         explain(fails)
-    assert registry._log is None
+    assert registry._log.get() is None
 
 
 def test_explain_reports_what_raised(op):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import tempfile
 
 import peft
 import pytest
@@ -11,8 +12,9 @@ import torch
 import transformers
 from torch import nn
 
-from lora_kernels.adapters import apply_lora
+from lora_kernels.adapters import apply_lora, load_adapter, save_adapter
 from lora_kernels.integrations.fused_loss import FUSED_LOSS_MODELS, fuse_loss
+from lora_kernels.nn import NF4Linear
 from lora_kernels.testing import assert_within_budget
 from tests.adapters.models import llama, tokens
 
@@ -145,9 +147,74 @@ def test_nothing_changes_without_labels_or_in_evaluation():
         fused = model(**batch)
         assert fused.logits is None and fused.loss.isfinite()
         assert torch.equal(model(input_ids=batch["input_ids"]).logits, free.logits)
-        # A tuple has no place for missing logits, and positional arguments stay transformers'.
+        # A tuple has no place for missing logits.
         assert len(model(**batch, return_dict=False)[1].shape) == 3
-        assert model(batch["input_ids"], labels=batch["labels"]).logits is not None
+
+
+def test_positional_arguments():
+    model = llama().train()
+    fuse_loss(model)
+    batch = _batch()
+    mask = torch.ones_like(batch["input_ids"])
+    want = model(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"])
+    got = model(batch["input_ids"], mask, labels=batch["labels"])
+    assert got.logits is None and torch.equal(got.loss, want.loss)
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        model(batch["input_ids"], input_ids=batch["input_ids"], labels=batch["labels"])
+
+
+def _adapter(model):
+    apply_lora(model, 2, 4, 0.0, target_modules=["lm_head"], exclude_modules=())
+    return model
+
+
+def _adapter_of_peft(model):
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    return peft.get_peft_model(model, config).get_base_model()
+
+
+def _four_bits(model):
+    model.lm_head = NF4Linear.from_linear(model.lm_head)
+    return model
+
+
+def _loaded(model):
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(_adapter(copy.deepcopy(model)), folder)
+        load_adapter(model, folder)
+    return model
+
+
+def _hook(model):
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+@pytest.mark.parametrize("change", [_adapter, _adapter_of_peft, _four_bits, _loaded, _hook])
+def test_a_head_that_changes_afterwards(change):
+    """The loss and the gradients are those of the model as it is at the call."""
+    model = llama().train()
+    assert fuse_loss(model)
+    model = change(model)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    fused = _step(model, _batch())
+    if change is not _four_bits and change is not _hook:
+        assert any(p.grad is not None and p.grad.any() for p in model.lm_head.parameters())
+    del model.forward
+    for want, got in zip(_step(model, _batch()), fused, strict=True):
+        assert torch.equal(want, got)
+
+
+def test_a_batch_without_a_label_gives_zeros():
+    model = llama().train()
+    model.requires_grad_(True)
+    fuse_loss(model)
+    batch = _batch()
+    batch["labels"].fill_(-100)
+    loss, *grads = _step(model, batch)
+    assert loss.isnan() and grads and not any(g.any() for g in grads)
 
 
 def test_twice_and_undone():

@@ -50,7 +50,7 @@ class Source:
 
     def base(self, name: str, n: int, k: int, dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
         """W [N, K] of a kind in `BASES`, as the ops take it."""
-        w = self.normal(n, k, dtype=dtype, std=k**-0.5)
+        w = self.normal(n, k, dtype=dtype, std=max(k, 1) ** -0.5)
         if BASES[name] is None:
             return [w], [n, k]
         with use_backend("reference"):

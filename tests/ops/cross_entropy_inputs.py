@@ -69,10 +69,10 @@ def linear_cross_entropy() -> Iterator[Case]:
         r: Source, size: tuple[int, int, int], dtype: torch.dtype, needs: tuple[bool, bool]
     ) -> tuple[Any, ...]:
         m, k, v = size
-        x, w = r.normal(m, k, dtype=dtype), r.normal(v, k, dtype=dtype, std=2 * k**-0.5)
+        x, w = r.normal(m, k, dtype=dtype), r.normal(v, k, dtype=dtype, std=2 * max(k, 1) ** -0.5)
         return x, w, _labels(r, m, v), IGNORED, list(needs)
 
-    sizes = ((1, 8, 5), (33, 20, 70), (64, 48, 301), (0, 4, 6))
+    sizes = ((1, 8, 5), (33, 20, 70), (64, 48, 301), (0, 4, 6), (5, 0, 6))
     needs = ((True, True), (True, False), (False, True), (False, False))
     for dtype, size, need in itertools.product(DTYPES, sizes, needs):
         label = "".join("01"[n] for n in need)

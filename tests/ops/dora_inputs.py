@@ -15,9 +15,11 @@ from lora_kernels.ops.lora.reference import drop
 from lora_kernels.ops.nf4.reference import dense_weight
 from tests.ops.case import BASES, DTYPES, Case, Source, dtype_name, size_name, strided
 
-# M, N, K, R: single rows and columns, no rows, K that is no multiple of 8.
+# M, N, K, R: single rows and columns, no rows, outputs or inputs, K that is no multiple of 8.
 SHAPES = (
     (0, 16, 24, 3),
+    (5, 0, 24, 3),
+    (5, 16, 0, 3),
     (1, 64, 128, 16),
     (7, 20, 31, 1),
     (33, 129, 257, 17),
@@ -71,7 +73,7 @@ def _base(r: Source, call: Call, adapters: torch.dtype) -> tuple[Any, ...]:
     """base, meta, a, b"""
     (_, n, k, rank), dtype, name, o = call
     base, meta = r.base(name, n, k, dtype)
-    a = r.normal(rank, k, dtype=adapters, std=k**-0.5)
+    a = r.normal(rank, k, dtype=adapters, std=max(k, 1) ** -0.5)
     b = r.normal(n, rank, dtype=adapters, std=rank**-0.5)
     if o.rows == "zero":  # of W and B; and W = −cBA exactly, in whole numbers
         b[::3] = 0

@@ -29,6 +29,7 @@ CALLS = {
     "ragged": Gather(t=37, k=29, n=(67,), ranks=RAGGED, base="dense"),
     "ragged-fp32-pages": Gather(t=37, k=5, ranks=RAGGED, slots="sorted", page_dtype=FP32),
     "wide": Gather(t=6, k=9, n=(1030,), ranks=(16, 5, 20), base="dense"),
+    "no-width": Gather(n=(0,), base="dense"),
     "transposed": Gather(base="dense", strides="transposed"),
     "padded-rows": Gather(base="dense", strides="padded-rows"),
     "rank-0": Gather(ranks=(0, 0), base="dense"),

@@ -70,6 +70,10 @@ CALLS = {
     "odd": Gather(k=33, n=(7,), ranks=(2, 5)),
     "narrow": Gather(k=1, n=(1,), ranks=(1, 2)),
     "wide": Gather(t=6, k=1100, n=(1030,), ranks=(16, 5, 20)),
+    "no-input": Gather(k=0, base="dense", bias=True, dropout=(0.2,)),
+    "no-input-nf4": Gather(k=0, base="nf4"),
+    "no-output": Gather(n=(0,), base="dense", bias=True),
+    "no-output-of-one": Gather(n=(0, 24, 9), missing=((1, 0),), base="nf4", dropout=(0.2,)),
     "transposed": Gather(strides="transposed", dropout=(0.2,)),
     "padded-rows": Gather(strides="padded-rows", base="dense"),
 }
@@ -90,7 +94,7 @@ def _pages(c: Gather, projection: int, dtype: torch.dtype, r: Source) -> list[Te
         for column in range(pages_of(rank)):
             page, rows = order.pop(), min(PAGE, rank - column * PAGE)
             table[slot, column] = page
-            a[page, :rows] = r.normal(rows, c.k, dtype=dtype, std=c.k**-0.5)
+            a[page, :rows] = r.normal(rows, c.k, dtype=dtype, std=max(c.k, 1) ** -0.5)
             b[page, :rows] = r.normal(rows, c.n[projection], dtype=dtype, std=rank**-0.5)
     scales = r.normal(len(ranks)).abs() + 0.25
     return [a, b, table, torch.tensor(ranks, dtype=torch.int32), scales]

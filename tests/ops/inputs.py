@@ -28,7 +28,7 @@ from tests.ops.gather_inputs import gather_lora_add, gather_lora_bwd, gather_lor
 from tests.ops.glu_inputs import glu_bwd, glu_fwd
 from tests.ops.packed_inputs import lora_packed_bwd, lora_packed_fwd
 
-# M, N, K, R: nothing divides anything, single rows and columns, no rows at all.
+# M, N, K, R: nothing divides anything, single rows and columns, no rows, outputs or inputs at all.
 SHAPES = (
     (1, 64, 128, 16),
     (3, 7, 31, 3),
@@ -38,6 +38,8 @@ SHAPES = (
     (130, 65, 64, 33),
     (5, 33, 1, 2),
     (0, 16, 24, 4),
+    (5, 0, 24, 4),
+    (5, 16, 0, 4),
 )
 SMALL = (5, 12, 20, 3)
 
@@ -222,7 +224,7 @@ def _lora(case: tuple[int, int, int, int], dtype: torch.dtype, base: str, o: Opt
     return (
         x,
         *r.base(base, n, k, dtype),
-        r.normal(rank, k, dtype=adapters, std=k**-0.5),
+        r.normal(rank, k, dtype=adapters, std=max(k, 1) ** -0.5),
         r.normal(n, rank, dtype=adapters, std=rank**-0.5),
         0.75,
         r.normal(n, dtype=dtype) if o.bias else None,

@@ -57,6 +57,10 @@ for _m, _k in itertools.product((0, 1, 7, 33), (31, 97)):
     CALLS[f"mixed-{_m}x{_k}"] = Packed(
         n=(40, 7, 130), bases=MIXED, dropout_p=0.3, adapter_dtype=FP32, **_shape
     )
+_pair: dict[str, Any] = {"r": (8, 5), "bases": ("dense", "nf4"), "bias": (True, False)}
+CALLS["no-input"] = Packed(k=0, n=(9, 16), dropout_p=0.1, **_pair)
+CALLS["no-output"] = Packed(n=(0, 16), dropout_p=0.1, **_pair)
+CALLS["no-nf4-output"] = Packed(n=(16, 0), **_pair)
 CORE = ("bias", "mixed", "one", "transposed", "mixed-0x31")
 
 
@@ -74,7 +78,7 @@ def _arguments(c: Packed, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
         strided(x, c.strides) if c.strides else x,
         base,
         meta,
-        [r.normal(rank, c.k, dtype=adapters, std=c.k**-0.5) for rank in c.r],
+        [r.normal(rank, c.k, dtype=adapters, std=max(c.k, 1) ** -0.5) for rank in c.r],
         [
             r.normal(n, rank, dtype=adapters, std=rank**-0.5)
             for n, rank in zip(c.n, c.r, strict=True)

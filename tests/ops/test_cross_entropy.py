@@ -64,6 +64,18 @@ def test_any_leading_dimensions(shape):
     assert torch.autograd.grad(loss, x)[0].shape == x.shape
 
 
+@pytest.mark.parametrize("variant", BACKENDS, ids=str)
+def test_without_a_label_the_gradient_is_nothing(variant):
+    x, w, labels = _inputs()
+    labels.fill_(-100)
+    want = torch.autograd.grad(TF.cross_entropy(x @ w.T, labels), (x, w))
+    with variant.active():
+        loss = F.linear_cross_entropy(x, w, labels)
+        got = torch.autograd.grad(loss, (x, w))
+    assert loss.isnan()
+    assert all(map(torch.equal, got, want)) and not any(g.any() for g in got)
+
+
 def test_gradcheck():
     x, w, labels = (t.double().detach() if t.is_floating_point() else t for t in _inputs())
     x, w = x.requires_grad_(), w.requires_grad_()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from lora_kernels import LoRAConfig
 from lora_kernels.testing import assert_within_budget
@@ -76,6 +77,38 @@ def test_position_ids_of_ones_own():
     assert together["a"] == without["a"]
     assert together["b"] == pytest.approx(single["b"])
     assert together["b"] != without["b"]
+
+
+def _packed(seed: int, documents: tuple[int, ...] = (3, 5, 2)) -> list[dict[str, Tensor]]:
+    """Several documents in each row, and no mask."""
+    positions = torch.cat([torch.arange(n) for n in documents]).expand(2, -1)
+    made = batches(seed, count=2, length=sum(documents))
+    return [{**b, "position_ids": positions} for b in made if b.pop("attention_mask") is not None]
+
+
+@pytest.mark.parametrize("left", [0, 4])
+def test_packed_documents_stay_apart(left: int):
+    """Beside another adapter's padding, shorter and longer rows."""
+    options = {"lr": 1e-2, "seed": 3}
+    packed = AdapterJob(LoRAConfig(r=3, dropout=0.1), _packed(1), **options)
+    jobs = {
+        "packed": packed,
+        "other": AdapterJob(LoRAConfig(r=4), batches(2, count=2, length=12, left=left), **options),
+        "long": AdapterJob(LoRAConfig(r=2), _packed(4, documents=(7, 6)), **options),
+    }
+    together = MultiLoRATrainer(llama(), jobs).train()
+    for name, job in jobs.items():
+        single = MultiLoRATrainer(llama(), {name: job}).train()
+        assert together[name] == pytest.approx(single[name])
+
+    batch = packed.batches[0]
+    documents = zip(*(v.split((3, 5, 2), dim=1) for v in (batch["input_ids"],)), strict=True)
+    logits = torch.cat([llama()(ids).logits for (ids,) in documents], dim=1).detach()
+    assert together["packed"][0] == pytest.approx(float(causal_loss(logits, batch["labels"])))
+
+    masked = [{**b, "attention_mask": torch.ones_like(b["labels"])} for b in packed.batches]
+    kept = MultiLoRATrainer(llama(), {"packed": replace(packed, batches=masked)}).train()
+    assert kept["packed"][0] != pytest.approx(together["packed"][0], rel=1e-4)
 
 
 def test_an_absent_adapter_stays_as_it_is():

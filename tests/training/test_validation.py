@@ -129,3 +129,12 @@ def test_a_model_without_logits_and_data_that_ends():
     trainer.step()
     with pytest.raises(ValueError, match="batches of 'a': ended after 1 steps, expected 2"):
         trainer.step()
+
+
+def test_packed_documents_have_a_batch_of_their_own():
+    packed = {**GOOD, "position_ids": torch.tensor([[0, 1, 0]] * 2)}
+    together = {**packed, "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
+    for part in (packed, together):
+        assert ("attention_mask" in Batch.join({0: ("x", part)}, CPU).inputs) == (part is together)
+    with pytest.raises(ValueError, match="parts: got packed documents beside others"):
+        Batch.join({0: ("x", packed), 1: ("y", together)}, CPU)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.dispatch.settings import Setting
 from lora_kernels.ops.common import triton_version
 from lora_kernels.ops.common.checks import names
 from lora_kernels.ops.common.configs import Device, device_of
@@ -88,26 +89,24 @@ def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-_executor: Executor | None = None
+_executor: Setting[Executor | None] = Setting("executor", None)
 
 
 @contextmanager
 def use_executor(executor: Executor | None) -> Iterator[None]:
-    """Run every launch of the process through another executor until the block ends."""
-    global _executor
-    before, _executor = _executor, executor
-    try:
+    """Run this thread's launches through another executor until the block ends."""
+    with _executor.use(executor):
         yield
-    finally:
-        _executor = before
 
 
 def executor() -> Executor:
     """The executor in use."""
-    global _executor
-    if _executor is None:
-        _executor = _Interpreter() if _interpreting() else Executor()
-    return _executor
+    return _executor.get() or _usual_executor()
+
+
+@cache
+def _usual_executor() -> Executor:
+    return _Interpreter() if _interpreting() else Executor()
 
 
 def planned_device(device: torch.device) -> Device:

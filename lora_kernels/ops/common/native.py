@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import native
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register, unwatched
+from lora_kernels.dispatch.registry import (
+    NATIVE_NAMESPACE,
+    Implementation,
+    ops,
+    register,
+    unwatched,
+)
 from lora_kernels.ops.common.checks import names
 
 # csrc/include/lora_kernels/nf4_linear_cuda.h
 CUDA_TOKENS = 64
+# Tiles of nothing are no work for a kernel: plain torch gives empty results and zeros.
+EMPTY = "takes no layer without inputs, outputs or ranks"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
@@ -58,6 +66,11 @@ def _overload(op: str) -> Any | None:
     return getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default
 
 
+def refuses(op: str, *args: Any) -> bool:
+    """Whether the native backend takes no such call, so that none of it has been run."""
+    return ops()[op].implementations["native"].supports(*args) is not None
+
+
 def refuse_dtypes(*tensors: Tensor | None) -> str | None:
     """Why the kernels cannot take the tensors' dtypes, or None."""
     for t in tensors:
@@ -74,6 +87,10 @@ def refuse_linear(op: str, activations: Sequence[Tensor], *parameters: Tensor | 
     reason = refuse_device(op, activations[0].device)
     if reason is None:
         reason = refuse_dtypes(*activations, *parameters)
+    if reason is None and any(t.shape[-1] == 0 for t in activations):
+        reason = EMPTY
+    if reason is None and any(p is not None and p.numel() == 0 for p in parameters):
+        reason = EMPTY
     if reason is None and any(p is not None and p.stride(-1) != 1 for p in parameters):
         reason = "takes parameters whose last dimension is contiguous"
     return reason

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
+from lora_kernels.dispatch.settings import Setting
 from lora_kernels.ops.common import tuned
 from lora_kernels.ops.common.configs import (
     GEMM_CONFIGS,
@@ -46,24 +47,20 @@ WORKSPACE_BYTES = 32 << 20
 # Rows from which a tile is a warpgroup's product.
 WARPGROUP_ROWS = 64
 
-_forced: str | None = None
+_forced: Setting[str | None] = Setting("strategy", None)
 
 
 @contextmanager
 def use_strategy(name: str | None) -> Iterator[None]:
-    """Run the Triton LoRA kernels by one strategy, in the whole process, until the block ends.
+    """Run the Triton LoRA kernels by one strategy, in this thread, until the block ends.
 
     Raises:
         ValueError: `name` is none of `STRATEGIES`.
     """
-    global _forced
     if name is not None and name not in STRATEGIES:
         raise ValueError(f"strategy: got {name!r}, expected one of {', '.join(STRATEGIES)}")
-    before, _forced = _forced, name
-    try:
+    with _forced.use(name):
         yield
-    finally:
-        _forced = before
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def choose(op: str, problem: Problem, device: Device, without: str | None = None
     Raises:
         ValueError: every strategy refuses; it names each one's reason.
     """
-    return _choose(op, problem, device, _forced, without, tuned.table_for(device))
+    return _choose(op, problem, device, _forced.get(), without, tuned.table_for(device))
 
 
 def one_read_parts(m: int, n: int, device: Device, block_n: int = 256) -> tuple[int, int]:

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, to_rows
 from lora_kernels.ops.cross_entropy.schema import check_linear_cross_entropy
 
 
-class LinearCrossEntropyFunction(torch.autograd.Function):
+class LinearCrossEntropyFunction(KeepsSettings):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, divisor: Tensor
@@ -38,7 +39,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dx, dw, divisor = ctx.saved_tensors
-        factor = dloss / divisor
+        # Without a label the loss is 0 / 0, and the gradient nothing, as torch has it.
+        factor = torch.where(divisor == 0, 0.0, dloss / divisor)
         dx = (dx * factor).to(dx.dtype) if ctx.needs_input_grad[0] else None
         dw = (dw * factor).to(dw.dtype) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None
@@ -63,8 +65,9 @@ def linear_cross_entropy(
         weight: W [V, K] in x's dtype, V the size of the vocabulary.
         labels: [...] int64, each in 0 .. V - 1 or `ignore_index`; already shifted.
         ignore_index: the label of rows that count for nothing.
-        num_items: divides the sum of the losses; by default the number of rows that have a label
-            (NaN if there are none, as torch has it). A one-element tensor or a number.
+        num_items: divides the sum of the losses; by default the number of rows that have a label.
+            Without any the loss is NaN and its gradients are zeros, as torch has it. A one-element
+            tensor or a number.
 
     Returns:
         fp32 scalar.

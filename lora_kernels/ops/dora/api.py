@@ -10,9 +10,10 @@ With c = scale, xd = drop(x) and norm[n] = ‖W[n] + c·B[n]·A‖, a constant t
         x·Wᵀ + bias + (m̂ − 1) ∘ (xd·Wᵀ) + m̂ ∘ (c·s·Bᵀ); without dropout x − xd = 0
 
 Norm: norm² = ‖W[n]‖² + 2c·⟨B[n], (W·Aᵀ)[n]⟩ + c²·B[n]·(A·Aᵀ)·B[n]ᵀ, so that W + c·B·A is never
-made but for rows in which the terms nearly cancel. ‖W‖² does not change while W is frozen, so it
-is computed once (`weight_norm_squared`). It is the norm of W as it is stored: of a 4-bit weight
-decoded in fp32, of a dense one before autocast.
+made but for rows in which the terms nearly cancel. ‖W‖² is computed at each call, as no cheap test
+tells that W is what it was (`.data` and fused optimisers change it unseen); who knows that it is
+passes `weight_norm_squared`. It is the norm of W as it is stored: of a 4-bit weight decoded in
+fp32, of a dense one before autocast.
 
 Backward, with dy = ∂L/∂y and dz = m̂ ∘ dy:
     ds         = c · dz·B                          [M, R]
@@ -48,6 +49,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.dora.magnitude import base_of, norm_dtype
@@ -56,7 +58,7 @@ from lora_kernels.ops.lora.api import draw_seed
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 
-class DoRALinearFunction(torch.autograd.Function):
+class DoRALinearFunction(KeepsSettings):
     @staticmethod
     def forward(
         ctx: Any,

@@ -17,12 +17,14 @@ from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, reg
 from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, refuse_linear
 from lora_kernels.ops.common.philox import keep_scale, threshold
 from lora_kernels.ops.dora.magnitude import (
-    base_norm_squared,
     inverse_norm,
     output_scale,
+    row_blocks,
+    row_norms,
     rows_at_once,
     without_autocast,
 )
+from lora_kernels.ops.nf4.base import Meta
 
 # Below this |m̂| what y = m̂ ∘ z keeps of z is no longer trusted: fp16 would be among its subnormal
 # numbers, and at 0 nothing is left.
@@ -46,10 +48,12 @@ def dora_norm(
 
     The rest is small ([N, R] and [R, R]) and in fp64, so that the result is as exact as ‖W‖² is.
     """
-    if weight_norm_sq is None:
-        weight_norm_sq = base_norm_squared(base, meta)
     a32 = a.float()
-    if len(base) > 1:
+    if weight_norm_sq is None:
+        # Both sums over W from one pass: a block of rows stays in the cache.
+        parts = [(w @ a32.T, row_norms(w)) for w in row_blocks(base, Meta(*meta))]
+        wa, weight_norm_sq = (torch.cat(part) for part in zip(*parts, strict=True))
+    elif len(base) > 1:
         wa = _native("nf4_linear_fwd", a32, base, meta, None).T  # [N, R]
     elif base[0].dtype == torch.float32:
         wa = base[0] @ a32.T

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.checks import check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
-from lora_kernels.ops.common.native import native_op
+from lora_kernels.ops.common.native import native_op, refuses
 from lora_kernels.ops.gather.pages import FIELDS, RankPages
 from lora_kernels.ops.gather.schema import Needs, check_gather_lora
 from lora_kernels.ops.nf4.weight import NF4Weight
@@ -74,7 +75,7 @@ class _Counts(NamedTuple):
             at += count
 
 
-class GatherLoRAFunction(torch.autograd.Function):
+class GatherLoRAFunction(KeepsSettings):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, meta: list[int], counts: _Counts, *tensors: Tensor
@@ -212,7 +213,10 @@ def _quick(
         else:
             y, _ = native(rows, base, meta, bias, pages, entries, drops)
     except RuntimeError:
-        return None  # the checks of the usual way say what is wrong
+        check_gather_lora(x, base, meta, bias, pages, entries, drops)  # says more
+        if not refuses("gather_lora_fwd", rows, base, meta, bias, pages, entries, drops):
+            raise  # as where memory runs out
+        return None
     return from_rows(y, x)
 
 
@@ -267,14 +271,19 @@ def _add(
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         raise ValueError(f"out: has strides {list(out.stride())}, expected the last to be 1")
+    meta = [out.shape[-1], x.shape[-1]]
     native = native_op("gather_lora_add", x)
     if native is not None:
         try:
             native(rows, to_rows(x), pages, entries, overwrite)
             return out
         except RuntimeError:
-            pass
-    check_gather_lora(x, [], [out.shape[-1], x.shape[-1]], None, pages, entries, [])
+            check_gather_lora(x, [], meta, None, pages, entries, [])  # says more
+            # Not again where it may have added a part already.
+            if not refuses("gather_lora_add", rows, to_rows(x), pages, entries, overwrite):
+                raise
+    else:
+        check_gather_lora(x, [], meta, None, pages, entries, [])
     add_in_place(rows, to_rows(x), pages, entries, overwrite)
     return out
 

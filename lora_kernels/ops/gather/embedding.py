@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import needs_grad, to_rows
 from lora_kernels.ops.gather.api import _entries
 from lora_kernels.ops.gather.embedding_schema import check_gather_embed
 from lora_kernels.ops.gather.pages import RankPages, page_adapters
 
 
-class GatherLoRAEmbeddingFunction(torch.autograd.Function):
+class GatherLoRAEmbeddingFunction(KeepsSettings):
     @staticmethod
     def forward(
         ctx: Any, ids: Tensor, weight: Tensor | None, slots: Tensor, *pages: Tensor

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.native import refuse_linear, register_native
+from lora_kernels.ops.common.native import EMPTY, refuse_linear, register_native
 
 _FLOATS = (torch.float32,)
 
@@ -23,7 +23,9 @@ def _refuse(
     dense = base[0] if len(base) == 1 else None
     reason = refuse_linear(op, activations, dense, bias)
     if reason is None:
-        a, scales = pages[0::5], pages[4::5]
+        a, b, scales = pages[0::5], pages[1::5], pages[4::5]
+        if any(t.shape[-1] == 0 for t in (*a, *b)):
+            return EMPTY
         reason = refuse_linear(op, activations, *(t for t in a if t.numel()))
         if any(t.dtype not in _FLOATS for t in (*scales, *entries[2:])):
             reason = "takes scales and weights in float32"

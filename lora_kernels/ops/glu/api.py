@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import from_rows, needs_grad, to_rows
 from lora_kernels.ops.glu.schema import activation_index, check_glu
 
 
-class GatedActivationFunction(torch.autograd.Function):
+class GatedActivationFunction(KeepsSettings):
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor, activation: int) -> Tensor:
         ctx.save_for_backward(g, u)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.checks import check_dtype, check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.philox import check_dropout, threshold
@@ -31,7 +32,7 @@ from lora_kernels.ops.lora.schema import check_lora_linear
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 
-class LoRALinearFunction(torch.autograd.Function):
+class LoRALinearFunction(KeepsSettings):
     @staticmethod
     def forward(
         ctx: Any,

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.nf4.schema import check_linear
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 
-class NF4LinearFunction(torch.autograd.Function):
+class NF4LinearFunction(KeepsSettings):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, meta: list[int], *base: Tensor) -> Tensor:
         ctx.save_for_backward(*base)
@@ -27,14 +28,13 @@ class NF4LinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        base = list(ctx.saved_tensors)  # once: checkpointing and offloading unpack at each read
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.lora_kernels.nf4_linear_bwd(
-                to_rows(dy), list(ctx.saved_tensors), ctx.meta
-            )
+            dx = torch.ops.lora_kernels.nf4_linear_bwd(to_rows(dy), base, ctx.meta)
         if ctx.needs_input_grad[1]:
             dbias = dy.sum(0)
-        return (dx, dbias, None, *(None for _ in ctx.saved_tensors))
+        return (dx, dbias, None, *(None for _ in base))
 
 
 def nf4_linear(x: Tensor, qweight: NF4Weight, *, bias: Tensor | None = None) -> Tensor:

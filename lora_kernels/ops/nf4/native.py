@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.native import (
+    EMPTY,
     refuse_cuda_linear,
     refuse_device,
     refuse_dtypes,
@@ -38,11 +39,13 @@ def _dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype)
 def _linear_fwd(
     x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
 ) -> str | None:
-    return refuse_linear("nf4_linear_fwd", [x], bias) or refuse_cuda_linear(x, meta)
+    reason = refuse_linear("nf4_linear_fwd", [x], bias) or refuse_cuda_linear(x, meta)
+    return EMPTY if reason is None and meta[0] == 0 else reason
 
 
 def _linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> str | None:
-    return refuse_linear("nf4_linear_bwd", [dy])
+    reason = refuse_linear("nf4_linear_bwd", [dy])
+    return EMPTY if reason is None and meta[1] == 0 else reason
 
 
 register_native("nf4_quantize", _quantize)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.lora.api import draw_seed
@@ -37,7 +38,7 @@ from lora_kernels.ops.packed.schema import (
 T = TypeVar("T")
 
 
-class LoRAPackedFunction(torch.autograd.Function):
+class LoRAPackedFunction(KeepsSettings):
     @staticmethod
     def forward(
         ctx: Any,

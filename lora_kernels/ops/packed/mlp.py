@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import from_rows, to_rows
 from lora_kernels.ops.glu.schema import activation_index
 from lora_kernels.ops.nf4.weight import NF4Weight
@@ -74,7 +75,7 @@ def _forward(
     return y, s, g, u, s_down
 
 
-class LoRAMLPFunction(torch.autograd.Function):
+class LoRAMLPFunction(KeepsSettings):
     @staticmethod
     def forward(
         ctx: Any,

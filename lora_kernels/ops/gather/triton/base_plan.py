@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 
+from lora_kernels.dispatch.settings import Setting
 from lora_kernels.ops.common.configs import (
     ConfigExplanation,
     Device,
@@ -30,24 +31,20 @@ from lora_kernels.ops.gather.triton.plan import GatherProblem, expand_estimate
 
 BASES = ("fused", "composed")
 
-_forced: str | None = None
+_forced: Setting[str | None] = Setting("base", None)
 
 
 @contextmanager
 def use_base(name: str | None) -> Iterator[None]:
-    """Add many adapters to a base one way, in the whole process, until the block ends.
+    """Add many adapters to a base one way, in this thread, until the block ends.
 
     Raises:
         ValueError: `name` is none of `BASES`.
     """
-    global _forced
     if name is not None and name not in BASES:
         raise ValueError(f"base: got {name!r}, expected one of {', '.join(BASES)}")
-    before, _forced = _forced, name
-    try:
+    with _forced.use(name):
         yield
-    finally:
-        _forced = before
 
 
 def explain_base(
@@ -77,7 +74,7 @@ def explain_base(
 
 def fused_config(problem: GatherProblem, base: Problem, device: Device) -> GemmConfig | None:
     """The product's tile where it adds the adapters itself, else None."""
-    return _choose(problem, base, device, _forced)
+    return _choose(problem, base, device, _forced.get())
 
 
 @lru_cache(maxsize=4096)

@@ -17,6 +17,7 @@ from math import ceil
 
 import torch
 
+from lora_kernels.dispatch.settings import Setting
 from lora_kernels.ops.common.checks import names
 from lora_kernels.ops.common.configs import (
     ConfigExplanation,
@@ -38,24 +39,20 @@ _TILE_PARTS = 2
 LIST_LAUNCHES = 1
 SORT_LAUNCHES = 5
 
-_forced: str | None = None
+_forced: Setting[str | None] = Setting("way", None)
 
 
 @contextmanager
 def use_way(name: str | None) -> Iterator[None]:
-    """Cut multi-adapter calls one way, in the whole process, until the block ends.
+    """Cut multi-adapter calls one way, in this thread, until the block ends.
 
     Raises:
         ValueError: `name` is none of `WAYS`.
     """
-    global _forced
     if name is not None and name not in WAYS:
         raise ValueError(f"way: got {name!r}, expected one of {', '.join(WAYS)}")
-    before, _forced = _forced, name
-    try:
+    with _forced.use(name):
         yield
-    finally:
-        _forced = before
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def explain_gather(problem: GatherProblem, device: Device) -> ConfigExplanation:
 
 def plan(problem: GatherProblem, device: Device) -> Plan:
     """The forced way's tiles, or those of the cheaper."""
-    return _plan(problem, device, _forced)
+    return _plan(problem, device, _forced.get())
 
 
 @lru_cache(maxsize=4096)

@@ -75,7 +75,7 @@ class Entries:
     def programs(self, block: int, beside: int) -> int:
         """Programs that walk the chunks where `beside` others do for each: a GPU's worth more than
         full chunks would take, for those that are not."""
-        few = ceil(_SPARE_PROGRAMS / beside)
+        few = ceil(_SPARE_PROGRAMS / max(1, beside))  # none beside: a layer without outputs
         most = capacity(self.count, self.slots_count, block)
         return min(most, ceil(self.count / block) + few)
 
