@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 
 from lora_kernels.dispatch.settings import Setting
 
@@ -133,11 +135,14 @@ def unwatched() -> bool:
         and _forced.get() is None
         and _log.get() is None
         and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
     )
 
 
 def run(name: str, *args: Any, **kwargs: Any) -> Any:
     """Run the op on the first backend that accepts the arguments (or on the one asked for)."""
+    if forward_ad._current_level >= 0:
+        _refuse_forward_mode(name, args)
     log = _log.get()
     if log is not None:
         log.append(_explain_op(name, *args, **kwargs))
@@ -151,6 +156,26 @@ def run(name: str, *args: Any, **kwargs: Any) -> Any:
             if implementation.supports(*args, **kwargs) is None:
                 return implementation.fn(*args, **kwargs)
     raise BackendError(str(_explain_op(name, *args, **kwargs)))
+
+
+def _refuse_forward_mode(name: str, args: tuple[Any, ...]) -> None:
+    """Raise where a derivative is carried forward: a kernel would drop it without a word."""
+    # Inside torch.func.jvp an op cannot see which of its arguments carry one.
+    if eager_transforms.JVP_NESTING > 0 or any(
+        forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args)
+    ):
+        raise NotImplementedError(
+            f"{name}: forward-mode differentiation (torch.func.jvp, dual_level) is not "
+            "implemented, expected reverse mode (torch.autograd.grad)"
+        )
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _explain_op(name: str, *args: Any, **kwargs: Any) -> Explanation:
