@@ -33,7 +33,8 @@ class NF4Linear(nn.Module):
 
     W is decoded to x's dtype, whatever that is: the layer has no compute dtype of its own. The
     codes and scales are buffers which follow the module from device to device but are never cast
-    (`.half()` and `.to(dtype)` reach only the bias). The state dict holds bitsandbytes' keys
+    (`.half()` and `.to(dtype)` reach the bias, and say what the weight decodes to for a merge). The
+    state dict holds bitsandbytes' keys
     (`weight`, `weight.absmax`, ...). Such a state dict loads with the block size and format that
     it says; a dense weight [N, K] is quantised on loading with this layer's own.
 
@@ -183,8 +184,12 @@ class NF4Linear(nn.Module):
             return moved
 
         super()._apply(keep_format, recurse)
-        for slot in self._weights:  # lets go of the tensors that were replaced
-            self._stored(slot)
+        for slot in self._weights:
+            weight = self._stored(slot)  # lets go of the tensors that were replaced
+            # A cast of the model is one of the dense weight that this one stands for.
+            dtype = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
+            if dtype != weight.dtype:
+                self._weights[slot] = replace(weight, dtype=dtype)
         return self
 
     def _save_to_state_dict(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -140,3 +142,20 @@ def test_a_model_without_adapters(act):
         act(llama())
     with pytest.raises(ValueError, match="has no adapters"), disable_adapters(llama()):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_model_that_was_cast_afterwards(dtype, quantize, use_dora):
+    """Merged it computes in the dtype that it was cast to, what it did before."""
+    model = llama()
+    apply_lora(model, 4, 8, quantize=quantize, use_dora=use_dora)
+    wake(model).to(dtype)
+    before = logits(model)
+    merge_and_unload(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    after = logits(model)
+    assert after.dtype == before.dtype == dtype
+    exact = logits(copy.deepcopy(model).double())
+    assert_within_budget(after, exact, before)
