@@ -14,6 +14,8 @@ from lora_kernels.adapters.layers import (
     adapter_layers,
     count_bytes,
     count_parameters,
+    get_module,
+    named_modules,
     replace_module,
 )
 from lora_kernels.adapters.report import LayerRow, group_rows, layer_row, table, with_unit
@@ -174,13 +176,13 @@ def apply_config(
         check_adapter_dtype(adapter_dtype)
     dense, kept = _plan_quantisation(model, config, targets.names) if quantize else (set(), [])
     # The plan holds names only: a reference to a layer would keep its dense weight alive.
-    theirs = [name for name, module in model.named_modules() if is_linear4bit(module)]
+    theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
     bare = dense | {name for name in theirs if not is_excluded(config, name)}
     work = list(targets.names) + sorted(bare - set(targets.names))
     for name in theirs:
-        check_not_repacked(name, model.get_submodule(name))
+        check_not_repacked(name, get_module(model, name))
     for name in work:
-        _check_layer(name, model.get_submodule(name), quantised=name in dense)
+        _check_layer(name, get_module(model, name), quantised=name in dense)
     steps = _with_progress(work, progress)
     fmt: dict[str, Any] = {
         "block_size": block_size,
@@ -190,7 +192,7 @@ def apply_config(
     bytes_before = count_bytes(model)
     model.requires_grad_(False)
     for name in steps:
-        layer: Any = model.get_submodule(name)
+        layer: Any = get_module(model, name)
         new: nn.Module
         form = fmt if name in dense else {}
         if name in targets.names:
@@ -279,7 +281,7 @@ def check_model(model: nn.Module) -> None:
             f"model: is a {type(model).__name__}, which cannot be replaced inside itself; use "
             "LoRALinear.from_linear"
         )
-    training = [n for n, m in model.named_modules() if isinstance(m, TrainableMultiLoRALinear)]
+    training = [n for n, m in named_modules(model) if isinstance(m, TrainableMultiLoRALinear)]
     if training:
         raise ValueError(
             f"model: {type(model).__name__} has adapters in training on {training[0]} and others; "
@@ -314,7 +316,7 @@ def _plan_quantisation(
     stay = kept_dense(model)
     dense: set[str] = set()
     kept: list[tuple[str, str]] = []
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if not isinstance(module, nn.Linear) or is_linear4bit(module):
             continue
         if name not in targets:

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.apply import apply_config, check_model
 from lora_kernels.adapters.config import LoRAConfig
-from lora_kernels.adapters.layers import adapter_layers, require_adapters, unwrap
+from lora_kernels.adapters.layers import (
+    adapter_layers,
+    get_module,
+    named_modules,
+    require_adapters,
+    unwrap,
+)
 from lora_kernels.adapters.targets import Targets, find_targets, shortest_targets
 from lora_kernels.integrations.peft import (
     CONFIG_FILE,
@@ -227,7 +233,7 @@ def load_adapter(
     elif strict and not options.get("layers_to_transform"):
         expected = set(find_targets(model, config).names)
     else:
-        expected = set(factors) & {name for name, _ in model.named_modules()}
+        expected = set(factors) & {name for name, _ in named_modules(model)}
     for name in sorted(set(factors) - expected):
         unexpected += [key_of(name, factor) for factor in factors.pop(name)]
     # A pair without its other half was refused: what may be missing is a layer, or a magnitude.
@@ -362,7 +368,7 @@ def _check_fit(
     name: str, pair: Factors, model: nn.Module, layer: LoRAMixin | None, use_dora: bool
 ) -> None:
     """Check an adapter's tensors against the layer that they are for."""
-    module: Any = layer or model.get_submodule(name)
+    module: Any = layer or get_module(model, name)
     k, n = module.in_features, module.out_features
     got = pair["A"].shape[1], pair["B"].shape[0]
     if got != (k, n):

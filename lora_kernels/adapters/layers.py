@@ -6,31 +6,68 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lora_kernels.nn import LoRALinear, LoRAMixin, NF4Linear
 from lora_kernels.nn.linear4bit import is_linear4bit
 
+# Where wrappers of torch's keep the module that they stand for: torch.compile, activation
+# checkpointing and offloading, the first FSDP.
+_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPERS = (
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+    AveragedModel,
+)
+
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    """The module inside wrappers of torch's: a model's names and layers are what they were."""
     while True:
-        inner = model._modules.get("module" if isinstance(model, wrappers) else "_orig_mod")
+        inside = ("module",) if isinstance(model, _WRAPPERS) else _INSIDE
+        inner = next((m for part in inside if (m := model._modules.get(part)) is not None), None)
         if inner is None:
             return model
         model = inner
 
 
-def canonical(name: str) -> str:
-    """A module's name without the parts that torch.compile on a submodule adds."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules, each once, by the names that they have without any wrapper."""
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrap(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for part, child in module._modules.items():
+            if child is not None:
+                yield from walk(f"{name}.{part}" if name else part, child)
+
+    yield from walk("", model)
+
+
+def get_module(model: nn.Module, name: str) -> nn.Module:
+    """The module that `named_modules` gives this name.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    module = unwrap(model)
+    for part in name.split(".") if name else ():
+        child = module._modules.get(part)
+        if child is None:
+            raise AttributeError(f"{type(model).__name__} has no module {name!r}")
+        module = unwrap(child)
+    return module
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRAMixin]]:
     """(name, layer) of every layer of the model that has an adapter."""
-    for name, module in unwrap(model).named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, LoRAMixin):
-            yield canonical(name), module
+            yield name, module
 
 
 def require_adapters(model: nn.Module) -> list[tuple[str, LoRAMixin]]:

@@ -10,9 +10,9 @@ from torch import nn
 
 from lora_kernels.adapters.layers import (
     base_format,
-    canonical,
     count_bytes,
     count_parameters,
+    named_modules,
     unwrap,
 )
 from lora_kernels.dispatch import chosen
@@ -164,8 +164,8 @@ def model_report(
         raise TypeError(f"dtype: got {names([dtype])}, expected {names(FLOATS)}")
     model = unwrap(model)
     found = [
-        (canonical(name), module)
-        for name, module in model.named_modules()
+        (name, module)
+        for name, module in named_modules(model)
         if isinstance(module, LoRALinear | NF4Linear)
     ]
     layers = tuple(

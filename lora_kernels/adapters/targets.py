@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_kernels.adapters.config import LoRAConfig
-from lora_kernels.adapters.layers import canonical
+from lora_kernels.adapters.layers import (
+    named_modules,
+)
 from lora_kernels.integrations.peft import matches
 from lora_kernels.integrations.transformers import is_classifier, is_conv1d, output_layer
 from lora_kernels.nn import LoRAMixin, NF4Linear
@@ -35,7 +37,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         ValueError: a target names nothing, only excluded layers, or a layer that cannot be
             adapted; the message lists the candidates.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in named_modules(model) if name}
     fused = _fused_children(model)
     refusals = {name: fused.get(id(m)) or _refusal(m) for name, m in modules.items()}
     candidates = [name for name, reason in refusals.items() if reason is None]
@@ -169,7 +171,7 @@ def shortest_targets(model: nn.Module, adapted: Iterable[str]) -> str | tuple[st
     where not; a regular expression is made of the names where even those match too much.
     """
     wanted = set(adapted)
-    names = {canonical(name) for name, _ in model.named_modules() if name}
+    names = {name for name, _ in named_modules(model) if name}
     targets: list[str] = []
     for suffix in _suffixes(wanted):
         bearers = {name for name in names if matches([suffix], name)}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.adapters.apply import check_model
+from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.targets import find_targets, is_excluded
 from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of, matches
 from lora_kernels.integrations.transformers import output_layer
@@ -89,13 +90,13 @@ def make_form(
         config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
         embeddings, linears = find_modules(model, config)
         every = {*embeddings, *linears}
-        found = [n for n, _ in model.named_modules() if n in every]
-        modules: Shapes = {n: _features(model.get_submodule(n)) for n in found}
+        found = [n for n, _ in named_modules(model) if n in every]
+        modules: Shapes = {n: _features(get_module(model, n)) for n in found}
         linear = _all_linear(model) & every
         saved = {
             base_key_of(n): layer.weight
             for n in found
-            if ((layer := model.get_submodule(n)) is output_layer(model) or n in embeddings)
+            if ((layer := get_module(model, n)) is output_layer(model) or n in embeddings)
             and isinstance(layer.weight, Tensor)
         }
         values = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
@@ -127,7 +128,7 @@ def check_servable(model: nn.Module) -> None:
     """Raise unless the model has neither adapters nor a pool yet."""
     check_model(model)
     ours = (MultiLoRALinear, MultiLoRAEmbedding)
-    attached = next((n for n, m in model.named_modules() if isinstance(m, ours)), None)
+    attached = next((n for n, m in named_modules(model) if isinstance(m, ours)), None)
     if attached is not None:
         raise ValueError(f"model: {attached} has a pool already; detach_pool removes it")
 
@@ -158,19 +159,19 @@ def find_modules(model: nn.Module, config: LoRAConfig) -> tuple[frozenset[str], 
         return frozenset(), find_targets(model, config).names
     embeddings = frozenset(
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.Embedding)
         and matches(config.target_modules, name)
         and not is_excluded(config, name)
     )
     for name in sorted(embeddings):
-        check_embedding(name, model.get_submodule(name))
+        check_embedding(name, get_module(model, name))
     if not embeddings:
         return embeddings, find_targets(model, config).names
     targets = config.target_modules
     others = [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if name and matches(targets, name) and name not in embeddings
     ]
     if isinstance(targets, str):

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.adapters.layers import replace_module, unwrap
+from lora_kernels.adapters.layers import (
+    get_module,
+    named_modules,
+    replace_module,
+    unwrap,
+)
 from lora_kernels.nn.multi_lora import MultiLoRALinear
 from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding
 from lora_kernels.serving.form import check_servable, find_modules
@@ -66,7 +71,7 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
     for owner in model.modules():
         inside = {id(m) for m in owner.modules()}
         if isinstance(owner, nn.TransformerEncoderLayer) and any(
-            id(model.get_submodule(name)) in inside for name in names
+            id(get_module(model, name)) in inside for name in names
         ):
             raise ValueError(
                 "model: its nn.TransformerEncoderLayer reads its layers' weights without calling "
@@ -74,7 +79,7 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
             )
     layers: dict[str, tuple[Any, MultiLoRALinear | MultiLoRAEmbedding]] = {}
     for name in names:
-        base: Any = model.get_submodule(name)
+        base: Any = get_module(model, name)
         device = next((t.device for t in (*base.parameters(), *base.buffers())), pool.device)
         if device != pool.device:
             raise ValueError(f"{name}: is on {device}, the pool's pages are on {pool.device}")
@@ -92,7 +97,7 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
 def detach_pool(model: nn.Module) -> tuple[str, ...]:
     """Put the layers back that `attach_pool` wrapped; their names. Without a pool, nothing."""
     model = unwrap(model)
-    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, _WRAPPERS)]
+    wrapped = [(n, m) for n, m in named_modules(model) if isinstance(m, _WRAPPERS)]
     for _, layer in wrapped:
         replace_module(model, layer, layer.base)
     return tuple(name for name, _ in wrapped)

@@ -17,7 +17,11 @@ from lora_kernels.adapters.apply import (
     _without_adapter,
     check_model,
 )
-from lora_kernels.adapters.layers import replace_module
+from lora_kernels.adapters.layers import (
+    get_module,
+    named_modules,
+    replace_module,
+)
 from lora_kernels.adapters.targets import find_targets
 from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype, default_adapter_dtype
@@ -56,7 +60,7 @@ def attach_adapters(
         As `apply_lora`; ValueError for a model with adapters or a pool already.
     """
     check_model(model)
-    pool = next((n for n, m in model.named_modules() if isinstance(m, MultiLoRALinear)), None)
+    pool = next((n for n, m in named_modules(model) if isinstance(m, MultiLoRALinear)), None)
     if pool is not None:
         raise ValueError(f"model: {pool} has a pool; serving.detach_pool removes it")
     if quantize is not None:
@@ -73,11 +77,11 @@ def attach_adapters(
         if quantize is not None:
             dense |= _plan_quantisation(model, config, names)[0]
     adapted = {name for names in targets for name in names}
-    theirs = [name for name, module in model.named_modules() if is_linear4bit(module)]
+    theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
     for name in theirs:
-        check_not_repacked(name, model.get_submodule(name))
+        check_not_repacked(name, get_module(model, name))
     for name in sorted(adapted | dense):
-        _check_layer(name, model.get_submodule(name), quantised=name in dense)
+        _check_layer(name, get_module(model, name), quantised=name in dense)
     model.requires_grad_(False)
     form: dict[str, Any] = {
         "block_size": block_size,
@@ -85,8 +89,8 @@ def attach_adapters(
         "quant_type": quantize,
     }
     holder, layers = RouteHolder(), Layers()
-    for name in [n for n, _ in model.named_modules() if n in adapted | dense]:
-        base: Any = model.get_submodule(name)
+    for name in [n for n, _ in named_modules(model) if n in adapted | dense]:
+        base: Any = get_module(model, name)
         old = base
         if name in dense or is_linear4bit(base):
             base = _without_adapter(base, form if name in dense else {})
@@ -124,7 +128,7 @@ def _drawn(
 def detach_adapters(model: nn.Module) -> tuple[str, ...]:
     """Put the layers back that a `MultiLoRATrainer` adapted, in 4 bits where it quantised them;
     their names."""
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, TrainableMultiLoRALinear)]
+    found = [(n, m) for n, m in named_modules(model) if isinstance(m, TrainableMultiLoRALinear)]
     for _, layer in found:
         replace_module(model, layer, layer.base)
     return tuple(name for name, _ in found)
