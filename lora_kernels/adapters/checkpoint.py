@@ -37,6 +37,7 @@ from lora_kernels.integrations.peft import (
 )
 from lora_kernels.integrations.transformers import base_model_name, task_type
 from lora_kernels.nn import LoRAMixin
+from lora_kernels.nn.common import fill, whole
 from lora_kernels.nn.multi_lora_training import SlotAdapter
 from lora_kernels.ops.common.checks import FLOATS, names
 
@@ -65,6 +66,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Each file is written under a temporary name, flushed to the disk and renamed, the
     configuration last, so an interrupted save never leaves half a file. What is saved does not
     depend on whether the adapters are merged.
+
+    Adapters that `fully_shard` has split over processes are gathered: every process calls this, and
+    the first one writes.
 
     Args:
         model: a model with adapters; it may be compiled or wrapped for data parallelism.
@@ -96,16 +100,38 @@ def save_layers(
         for factor, t in _tensors_of(layer).items():
             if t.is_meta:
                 raise ValueError(f"{name}: its adapter is on the meta device, expected values")
-            tensors[key_of(name, factor)] = t.detach().to("cpu").contiguous()
+            tensors[key_of(name, factor)] = whole(t).detach().to("cpu").contiguous()
     config = _saved_config(model, layers, asked).to_peft_dict(
         base_model=base_model_name(model), task_type=task_type(model)
     )
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
     text = json.dumps(config, indent=2) + "\n"
-    _write(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    with _one_process(layers) as writes:
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
+            _write(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     return folder
+
+
+@contextmanager
+def _one_process(layers: Sequence[tuple[str, AdapterLayer]]) -> Iterator[bool]:
+    """Whether this process writes: of adapters that are split over several, the first alone. The
+    others wait for it, and an error of its is one for all."""
+    if not any(hasattr(t, "full_tensor") for _, m in layers for t in _tensors_of(m).values()):
+        yield True
+        return
+    import torch.distributed as dist
+
+    error: list[Exception | None] = [None]
+    first = dist.get_rank() == 0
+    try:
+        yield first
+    except Exception as raised:
+        error = [raised]
+    dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
 
 
 def _tensors_of(layer: AdapterLayer) -> Factors:
@@ -262,13 +288,11 @@ def load_adapter(
 
 
 def _fill(layer: LoRAMixin, pair: Factors, alpha: float, use_rslora: bool) -> None:
-    with torch.no_grad():
-        layer.lora_A.copy_(pair["A"])
-        layer.lora_B.copy_(pair["B"])
+    fill(layer.lora_A, pair["A"])
+    fill(layer.lora_B, pair["B"])
     layer.alpha, layer.use_rslora = alpha, use_rslora
     if layer.lora_magnitude_vector is not None and MAGNITUDE in pair:
-        with torch.no_grad():
-            layer.lora_magnitude_vector.copy_(pair[MAGNITUDE])
+        fill(layer.lora_magnitude_vector, pair[MAGNITUDE])
     else:
         layer.reset_magnitude()
     layer.refresh_merged()

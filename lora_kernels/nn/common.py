@@ -55,13 +55,38 @@ def check_features(in_features: int, out_features: int) -> None:
             raise ValueError(f"{name}: got {value}, expected 0 or more")
 
 
+def whole(t: Any) -> Any:
+    """All of a tensor that `fully_shard` has split over processes, on each of them, which have to
+    ask together; any other tensor, and None, as it is."""
+    gather = getattr(t, "full_tensor", None)
+    return t if gather is None else gather().detach()
+
+
+def whole_parameter(p: Parameter | None) -> Parameter | None:
+    """`whole` of a parameter, the very same where it is not split."""
+    gathered = whole(p)
+    return p if gathered is p else Parameter(gathered, requires_grad=p.requires_grad)  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def fill(p: Tensor, values: Tensor) -> None:
+    """Copy into a parameter, each process into its own part where it is split."""
+    if hasattr(p, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        split: Any = p
+        values = values.to(p.device, p.dtype)
+        values = distribute_tensor(values, split.device_mesh, split.placements)
+    p.copy_(values)
+
+
 def make_linear(weight: Tensor, bias: Parameter | None, *, training: bool) -> nn.Linear:
     """A frozen nn.Linear around `weight` [N, K] and `bias` [N], neither of them copied."""
     n, k = weight.shape
     linear = nn.Linear(k, n, bias=False, device="meta")
     linear.weight = Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
-        linear.bias = bias
+        linear.bias = whole_parameter(bias)  # type: ignore[assignment]
     return linear.train(training)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_kernels import functional
-from lora_kernels.nn.common import draw_kaiming, make_linear
+from lora_kernels.nn.common import draw_kaiming, fill, make_linear, whole
 from lora_kernels.ops.common.checks import FLOATS, names
 from lora_kernels.ops.dora import dora_norm, output_scale
 
@@ -152,11 +152,12 @@ class LoRAMixin(nn.Module):
         """Set the magnitude to ‖W + scale·B·A‖, with which DoRA computes what LoRA does."""
         magnitude = self.lora_magnitude_vector
         if magnitude is not None and not magnitude.is_meta:
-            magnitude.copy_(self._norm())
+            fill(magnitude, self._norm())
 
     def _norm(self) -> Tensor:
         """‖W + scale·B·A‖ of each row, in fp32 (fp64 for an fp64 base)."""
-        return dora_norm(self.weight, self.lora_A, self.lora_B, scale=self.scale)
+        weight, a, b = map(whole, (self.weight, self.lora_A, self.lora_B))
+        return dora_norm(weight, a, b, scale=self.scale)
 
     @property
     def scale(self) -> float:
@@ -203,7 +204,8 @@ class LoRAMixin(nn.Module):
         """scale·B·A [N, K] in fp32 (fp64 for fp64 adapters), not scaled by DoRA's magnitude."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
-            return (self.lora_B.to(dtype) @ self.lora_A.to(dtype)).mul_(self.scale)
+            a, b = whole(self.lora_A), whole(self.lora_B)
+            return (b.to(dtype) @ a.to(dtype)).mul_(self.scale)
 
     @torch.no_grad()
     def merged_weight(self, *, safe: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -221,9 +223,9 @@ class LoRAMixin(nn.Module):
         base_dtype = self._base_dtype()
         delta = self.delta_weight()
         total = delta.to(torch.promote_types(delta.dtype, base_dtype))
-        total.add_(self._dense_base(total.dtype))
+        total.add_(whole(self._dense_base(total.dtype)))
         if self.lora_magnitude_vector is not None:
-            total.mul_(output_scale(self.lora_magnitude_vector, self._norm())[:, None])
+            total.mul_(output_scale(whole(self.lora_magnitude_vector), self._norm())[:, None])
         merged = total.to(dtype or base_dtype)
         if safe and not bool(torch.isfinite(merged).all()):
             raise ValueError(

@@ -14,8 +14,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lora_kernels.adapters import (
+    apply_lora,
+    load_adapter,
+    merge_adapters,
+    merge_and_unload,
+    save_adapter,
+    unmerge_adapters,
+)
 from lora_kernels.nn import LoRALinear, QLoRALinear
 from lora_kernels.testing import assert_within_budget
+from tests.adapters.models import mlp, wake
 from tests.nn.layers import plain, plain_args
 
 pytestmark = pytest.mark.slow  # each process imports torch: 7 s
@@ -57,6 +66,24 @@ def train(model: nn.Module, x: Tensor, steps: int = 1) -> None:
         optimizer.step()
 
 
+KINDS = {
+    "lora": {},
+    "qlora": {"quantize": "nf4"},
+    "dora": {"use_dora": True},
+    "qdora": {"quantize": "nf4", "use_dora": True},
+}
+
+
+def adapted(**options: Any) -> nn.Module:
+    model = mlp()
+    apply_lora(model, 4, 8, **options)
+    return wake(model).eval()
+
+
+def inputs() -> Tensor:
+    return torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
+
+
 # --- in the processes -----------------------------------------------------------------------------
 
 
@@ -66,6 +93,7 @@ def _work(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
     )
     found = {"ddp": _ddp(rank), "dropout": _dropout(rank), "fsdp": _fsdp(rank)}
+    found["saved"] = _saved(rank, Path(folder))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -151,6 +179,39 @@ def _fsdp_of(rank: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _saved(rank: int, folder: Path) -> dict[str, Any]:
+    """Adapters that are split: saved, loaded again, merged, and unloaded."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    found = {}
+    for name, options in KINDS.items():
+        model = adapted(**options)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        for layer in (model.up, model.down, model.head):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        outputs = {"split": model(inputs()).detach()}
+        save_adapter(model, folder / name)
+        with torch.no_grad():
+            for parameter in adapters(model).values():
+                parameter.zero_()
+        load_adapter(model, folder / name)
+        outputs["loaded"] = model(inputs()).detach()
+        merge_adapters(model)
+        outputs["merged"] = model(inputs()).detach()
+        unmerge_adapters(model)
+        outputs["unmerged"] = model(inputs()).detach()
+        try:
+            save_adapter(model, folder / name / "adapter_config.json" / "below a file")
+        except OSError as error:
+            outputs["error"] = type(error).__name__
+        merge_and_unload(model)
+        outputs["unloaded"] = model(inputs()).detach()
+        found[name] = {"before": before, "outputs": outputs}
+    return found
+
+
 # --- in the test ----------------------------------------------------------------------------------
 
 
@@ -160,7 +221,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         pytest.skip("needs a torch with gloo")
     folder: Path = tmp_path_factory.mktemp("distributed")
     torch.multiprocessing.spawn(_work, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return [torch.load(folder / f"{rank}.pt") | {"folder": str(folder)} for rank in range(RANKS)]
 
 
 def plain_gradients(dtype: torch.dtype, base_dtype: torch.dtype) -> dict[str, Tensor]:
@@ -230,3 +291,24 @@ def test_fsdp_trains_and_its_state_comes_back(ranks, dtype):
             assert torch.equal(value, untrained[name]) == (name not in ADAPTERS), name
         for how, y in found["restored"].items():
             assert torch.equal(y, found["y"]), how
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_split_adapters_are_saved_loaded_and_merged(ranks, kind):
+    """As an unsplit model's: the same files, written once, and the same outputs in each process."""
+    torch.set_num_threads(1)  # torch's own products differ with their number
+    alone = adapted(**KINDS[kind])
+    folder = Path(ranks[0]["folder"])
+    save_adapter(alone, folder / "alone" / kind)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        split, whole = (folder / kind / file, folder / "alone" / kind / file)
+        assert split.read_bytes() == whole.read_bytes()
+    want = alone(inputs()).detach()
+    merge_adapters(alone)
+    merged = alone(inputs()).detach()
+    for found in (found["saved"][kind]["outputs"] for found in ranks):
+        for how in ("split", "loaded", "unmerged"):
+            assert torch.equal(found[how], want), how
+        for how in ("merged", "unloaded"):
+            assert torch.equal(found[how], merged), how
+        assert found["error"] == "NotADirectoryError"  # in the process that writes, and the other
