@@ -184,10 +184,25 @@ EXAMPLES = [
 
 
 def test_collator_pads_to_the_longest():
-    batch = Collator(PAD, trim_logits=False)(EXAMPLES)
+    batch = Collator(PAD, trim_logits=False, max_length=5)(EXAMPLES)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, PAD, PAD]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 7, 8, 9], [-100, -100, 3, -100, -100]]
+
+
+@pytest.mark.parametrize(
+    ("longest", "most", "length"),
+    [(5, None, 32), (32, None, 32), (33, None, 64), (5, 512, 32), (33, 40, 40), (9, 4, 9)],
+)
+def test_few_lengths_are_used(longest: int, most: int | None, length: int):
+    """What fills up has no label, and is masked; a batch is never longer than it must or may be."""
+    ids = list(range(1, longest + 1))
+    examples = [{"input_ids": ids, "labels": ids}, *EXAMPLES]
+    batch = Collator(PAD, False, most)(examples)
+    assert {tuple(t.shape) for t in batch.values()} == {(3, length)}
+    assert batch["attention_mask"].sum(1).tolist() == [longest, 5, 3]
+    assert (batch["labels"] != -100).sum(1).tolist() == [longest, 3, 1]
+    assert batch["input_ids"][0, longest:].tolist() == [PAD] * (length - longest)
 
 
 def test_trimmed_logits_keep_the_columns_with_labels():

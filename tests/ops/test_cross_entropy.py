@@ -89,9 +89,10 @@ def test_rows_in_pieces(dtype, monkeypatch):
     op = torch.ops.lora_kernels.linear_cross_entropy
     with torch.no_grad(), use_backend("native"):
         whole = op(x, w, labels, -100, [True, True])
-        for rows in (1, 5):
+        for rows, step in ((1, 1), (5, 1), (4, 4), (8, 4)):  # the last two fill a piece up
             monkeypatch.setattr(native, "LOGITS_BYTES", rows * V * x.element_size())
             monkeypatch.setattr(native, "LEAST_ROWS", 1)
+            monkeypatch.setattr(native, "ROWS_STEP", step)
             pieces = op(x, w, labels, -100, [True, True])
             assert_call_within_budget(
                 lambda *_, p=pieces: p,

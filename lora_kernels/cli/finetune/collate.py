@@ -12,22 +12,31 @@ from torch.utils.data import Sampler
 
 from lora_kernels.cli.finetune.data import IGNORE, Example
 
+# Batches are as long as a multiple of this: libraries keep code for each new shape (oneDNN and
+# attention 1 to 3 MiB), and a run would meet a new one in nearly every batch.
+LENGTH_STEP = 32
+
 
 class Collator:
-    """Pad to the batch's longest sequence, on the right.
+    """Pad to the batch's longest sequence, on the right, and on to a multiple of `LENGTH_STEP`, but
+    not beyond `max_length`.
 
     With `trim_logits` the model is asked (`logits_to_keep`) for the columns alone whose next token
     has a label in some row, and the labels come already shifted (`shift_labels`): for short answers
     to long prompts that spares most of the vocabulary projection.
     """
 
-    def __init__(self, pad_id: int, trim_logits: bool) -> None:
+    def __init__(self, pad_id: int, trim_logits: bool, max_length: int | None = None) -> None:
         self.pad_id = pad_id
         self.trim_logits = trim_logits
+        self.max_length = max_length
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels [B, L]; trimmed: shift_labels [B, columns] as well."""
-        length = max(len(e["input_ids"]) for e in examples)
+        longest = max(len(e["input_ids"]) for e in examples)
+        length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        if self.max_length is not None:
+            length = max(longest, min(length, self.max_length))
         ids = torch.full((len(examples), length), self.pad_id)
         labels = torch.full((len(examples), length), IGNORE)
         mask = torch.zeros((len(examples), length), dtype=torch.long)

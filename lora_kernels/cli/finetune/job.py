@@ -199,7 +199,9 @@ class Finetune:
         self.stopper = StopOnSignal(self.console)
         held_out = self.data.held_out or None
         fuse_loss(self.model)
-        self.collator = Collator(self.tokenizer.pad_token_id, can_trim_logits(self.model))
+        self.collator = Collator(
+            self.tokenizer.pad_token_id, can_trim_logits(self.model), args.max_length
+        )
         return AdapterTrainer(
             run=self.folder,
             loraplus_ratio=args.loraplus_ratio,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
 from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, register_native
@@ -18,6 +19,9 @@ from lora_kernels.ops.cross_entropy.schema import loss_dtype
 # tokens: 110 rows 884 ms, 256 667, 512 593.
 LOGITS_BYTES = 32 << 20
 LEAST_ROWS = 256
+# Rows of a piece come in multiples of this, the last piece's filled up: oneDNN keeps code for each
+# new shape of a product (1.1 MiB), and a batch's rows are hardly ever twice the same.
+ROWS_STEP = 64
 
 
 def _refuse(logits: Tensor, labels: Tensor, ignore_index: int, need_grad: bool) -> str | None:
@@ -35,17 +39,24 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows at a time: the logits never exist as a whole."""
     most = max(LOGITS_BYTES // (weight.shape[0] * x.element_size()), LEAST_ROWS)
-    pieces = -(-x.shape[0] // most)
-    rows = -(-x.shape[0] // max(pieces, 1))
+    rows = max(most // ROWS_STEP, 1) * ROWS_STEP
     losses = x.new_empty(x.shape[0], dtype=loss_dtype(x.dtype))
     dx = x.new_empty(x.shape if needs[0] else 0)
     dw = weight.new_zeros(weight.shape if needs[1] else 0, dtype=torch.float32)
     loss = getattr(torch.ops, NATIVE_NAMESPACE).cross_entropy.default
-    for begin in range(0, x.shape[0], max(rows, 1)):
+    for begin in range(0, x.shape[0], rows):
         part = slice(begin, begin + rows)
         x_part, label = x[part], labels[part]
-        losses[part], dlogits = loss(x_part @ weight.T, label, ignore_index, any(needs))
-        if needs[0]:
+        count = x_part.shape[0]
+        missing = -count % ROWS_STEP
+        if missing:
+            x_part = pad(x_part, (0, 0, 0, missing))
+            label = pad(label, (0, missing), value=ignore_index)
+        loss_part, dlogits = loss(x_part @ weight.T, label, ignore_index, any(needs))
+        losses[part] = loss_part[:count]
+        if needs[0] and missing:
+            dx[part] = (dlogits @ weight)[:count]
+        elif needs[0]:
             torch.mm(dlogits, weight, out=dx[part])
         if needs[1]:
             dw += dlogits.T @ x_part
