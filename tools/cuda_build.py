@@ -165,6 +165,9 @@ def main() -> None:
     parser.add_argument("--archs", default="90a-real", help="GPUs (%(default)s)")
     parser.add_argument("--jobs", default=str(os.cpu_count() or 1), help="compilers at a time")
     args = parser.parse_args()
+    # The ninja that built the package here: another one would build all anew.
+    path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    os.environ["PATH"] = os.pathsep.join(path)
     if shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
         print("skipped: nvcc is not on PATH, and CUDACXX names none")
         return
