@@ -11,7 +11,7 @@ VENV ?= .venv
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SUITE ?= quick
 # The part of the big grids that `make test` takes; another with each commit (tests/sampling.py).
-SAMPLE ?= 0.1
+SAMPLE ?= 0.05
 # Releases of Triton that torch brings, beside the one of $(VENV), and the part of their grids.
 TRITONS := 3.6.0 3.7.1 3.8.0
 TRITON ?= 3.6.0
@@ -86,7 +86,7 @@ setup: $(DONE)/package ## .venv with the pinned requirements and the compiled ex
 demo: setup ## fine-tune a real language model with QLoRA on this machine, a few minutes
 	$(BIN)/lora-kernels finetune --demo $(ARGS)
 
-test: test-python test-tritons test-cpp cuda-build ## every test; of the big grids a part (SAMPLE=0.1)
+test: test-python test-tritons test-cpp cuda-build ## every test; of the big grids a part (SAMPLE=0.05)
 
 test-full: ## every test and every case of every grid, hours
 	@$(MAKE) --no-print-directory test SAMPLE=1
