@@ -57,6 +57,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     sampling.select(config, items)
+    # First what takes long, so that no worker is left alone with it at the end.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if _INTERPRETING:
         skip = pytest.mark.skip(reason="compiles kernels, which TRITON_INTERPRET=1 forbids")
         for item in items:
