@@ -5,8 +5,10 @@ import pytest
 from lora_kernels.dispatch import native
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`isa` runs a test under every tier that was compiled."""
+    """`isa` runs a test under every tier that was compiled, one after the other, so that they share
+    an expectation while it is kept."""
     if "isa" in metafunc.fixturenames:
         names = native.build_info()["isas"] if native.available() else ["any"]
         metafunc.parametrize("isa", names, indirect=True)

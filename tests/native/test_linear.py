@@ -43,8 +43,8 @@ BRANCHES = (
 ALL = Branch(8, 0.1, rank_diag=True, out_diag=True, bias=True, adapters=torch.float32)
 
 
-# Cached: every tier is compared with the same expectation.
-expected = functools.cache(linear_cases.expected)
+# Kept for a while: every tier is compared with the same expectation.
+expected = functools.lru_cache(maxsize=100)(linear_cases.expected)
 
 
 def cases(op: str, dtype: torch.dtype):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
-from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, refuse_linear
+from lora_kernels.ops.common.native import EMPTY, refuse_device, refuse_dtypes, refuse_linear
 from lora_kernels.ops.common.philox import keep_scale, threshold
 from lora_kernels.ops.dora.magnitude import (
     inverse_norm,
@@ -244,7 +244,8 @@ def _supports_norm(
     scale: float,
 ) -> str | None:
     op = "lora_linear_fwd" if len(base) == 1 else "nf4_linear_fwd"
-    return refuse_device(op, a.device) or refuse_dtypes(weight_norm_sq, _dense(base), a, b)
+    reason = refuse_device(op, a.device) or refuse_dtypes(weight_norm_sq, _dense(base), a, b)
+    return EMPTY if reason is None and 0 in (*meta[:2], a.shape[0]) else reason
 
 
 def _supports_fwd(
