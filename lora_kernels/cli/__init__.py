@@ -13,7 +13,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import Failed, UsageError
 
 # name: (module, one line for `lora-kernels --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0 done, 1 a check failed, 2 wrong usage, 128 + signal when interrupted.
+        The exit status: 0 done, 1 the run or a check failed, 2 wrong usage, 128 + signal when interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     top = _top_parser()
@@ -88,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"{PROGRAM} {command}: error: {error}", file=sys.stderr)
         return 2
+    except Failed as error:
+        print(f"{PROGRAM} {command}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\n{PROGRAM} {command}: interrupted", file=sys.stderr)
         return 130

@@ -13,11 +13,12 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerState, set_seed
 
 from lora_kernels.adapters import apply_lora, load_adapter, merge_and_unload, save_adapter
-from lora_kernels.cli.errors import UsageError
-from lora_kernels.cli.finetune import docstrings, generate, plot, summary, verify
+from lora_kernels.cli.errors import Failed, UsageError
+from lora_kernels.cli.finetune import docstrings, finite, generate, plot, summary, verify
 from lora_kernels.cli.finetune.args import settings, target_modules
 from lora_kernels.cli.finetune.collate import Collator, can_trim_logits
 from lora_kernels.cli.finetune.data import Dataset, load_chat, load_file
+from lora_kernels.cli.finetune.finite import NonFinite
 from lora_kernels.cli.finetune.meter import peak_bytes, reset_peak
 from lora_kernels.cli.finetune.models import (
     Source,
@@ -114,8 +115,12 @@ class Finetune:
             self.measure_start(trainer)
         else:
             self.read_start()
-        self.train(trainer)
-        return self.finish(trainer)
+        try:
+            self.train(trainer)
+            return self.finish(trainer)
+        except NonFinite as error:
+            checkpoints = self.folder.checkpoints()
+            raise finite.explain(error, checkpoints, self.folder.adapter) from None
 
     def load(self) -> None:
         """Tokenizer, data, model."""
@@ -218,7 +223,13 @@ class Finetune:
         """Held-out loss and answers of the untrained model, and the file that remembers them."""
         self.start = Start(settings(self.args), self.data.fingerprint())
         self.folder.write_json(self.folder.run, asdict(self.start))
-        self.start.held_out_before = self.held_out_loss(trainer)
+        try:
+            self.start.held_out_before = self.held_out_loss(trainer)
+        except NonFinite as error:
+            raise Failed(
+                f"{error.what}, before any training: the weights of {self.source} are damaged, or "
+                f"overflow in {str(self.dtype)[6:]} (try --dtype float32)"
+            ) from None
         prompts = generate.spread(self.data.prompts, self.args.generate)
         self.start.answers_before = generate.answers(self.model, self.tokenizer, prompts)
         self.folder.write_json(self.folder.run, asdict(self.start))
@@ -275,6 +286,15 @@ class Finetune:
         ):
             raise self.interruption()
 
+    def check_finite(self, trainer: AdapterTrainer) -> None:
+        """Raise NonFinite unless the trained weights and what they give are finite."""
+        step = trainer.state.global_step
+        finite.check_weights(self.model, step)
+        if not self.data.held_out:  # else the held-out loss tells
+            logits = verify.logits_of(self.model, self.collator(self.data.train[:1]))
+            if not bool(torch.isfinite(logits).all()):
+                raise NonFinite(f"the model's output after step {step} is not finite", step - 1)
+
     def interruption(self) -> Interrupted:
         """Where the run can go on."""
         checkpoints = self.folder.checkpoints()
@@ -287,6 +307,7 @@ class Finetune:
         steps = [r for r in log if "loss" in r]
         last = log[-1] if log else {}
         after = last.get("held_out_loss")
+        self.check_finite(trainer)
         if last.get("step") != trainer.state.global_step or after is None:
             after = self.held_out_loss(trainer)
         generations = self.show_generations()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from lora_kernels.cli.finetune import finite
 from lora_kernels.cli.finetune.collate import LengthGroupedSampler
 from lora_kernels.cli.finetune.data import IGNORE
 from lora_kernels.cli.finetune.rundir import RunDir
@@ -48,6 +49,18 @@ class AdapterTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch; raises NonFinite before the optimiser can use what is not finite."""
+        loss = super().training_step(model, *args, **kwargs)
+        finite.check_step(model, float(loss), self.state.global_step)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The metrics; raises NonFinite so that no checkpoint of such weights is written."""
+        metrics = super().evaluate(*args, **kwargs)
+        finite.check_held_out(metrics.get("eval_token_loss", 0.0), self.state.global_step)
+        return metrics
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         data = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(example["input_ids"]) for example in data]
@@ -58,6 +71,7 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint beside its place and rename it when it is whole."""
+        finite.check_weights(model, self.state.global_step)
         root = self.run_dir.root
         root.mkdir(parents=True, exist_ok=True)
         self._staging = tempfile.mkdtemp(prefix=".saving-", dir=root)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_kernels.adapters import adapter_layers, apply_lora, save_adapter
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import Failed, UsageError
 from lora_kernels.cli.finetune.collate import Collator, can_trim_logits
 from lora_kernels.cli.finetune.data import Message, encode_all
 from lora_kernels.cli.serve_demo.progress import Tick
@@ -55,6 +55,11 @@ def train_voice(single: Any, tokenizer: Any, voice: str, steps: int, tick: Tick)
     optimizer = torch.optim.AdamW(factors, lr=LEARNING_RATE, weight_decay=0.0)
     for _ in range(steps):
         loss = single(**batch).loss
+        if not bool(torch.isfinite(loss)):
+            raise Failed(
+                f"fine-tuning {voice!r} gave a loss of {loss.item()}: the model's weights are "
+                "damaged, or overflow in this --dtype (try --dtype float32)"
+            )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
