@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0 done, 1 the run or a check failed, 2 wrong usage, 128 + signal when interrupted.
+        The exit status: 0 done, 1 the run or a check failed, 2 wrong usage, 128 + signal when
+        interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     top = _top_parser()

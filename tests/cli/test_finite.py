@@ -131,4 +131,4 @@ def test_the_serving_demo_stops_too():
         model.model.norm.weight[0] = float("nan")
     single = one_adapter(model, 2)
     with pytest.raises(Failed, match=r"gave a loss of nan.*--dtype float32"):
-        train_voice(single, make_tokenizer(), next(iter(VOICES)), 1, lambda note: None)
+        train_voice(single, make_tokenizer(), next(iter(VOICES)), 1, None, lambda note: None)

@@ -15,7 +15,8 @@ from transformers import TrainerCallback, TrainerState, set_seed
 from lora_kernels.adapters import apply_lora, load_adapter, merge_and_unload, save_adapter
 from lora_kernels.cli.errors import Failed, UsageError
 from lora_kernels.cli.finetune import docstrings, finite, generate, plot, summary, verify
-from lora_kernels.cli.finetune.args import settings, target_modules
+from lora_kernels.cli.finetune.args import max_length, settings, target_modules
+from lora_kernels.cli.finetune.causal import check_reads_backwards, length_limit, load_config
 from lora_kernels.cli.finetune.collate import Collator, can_trim_logits
 from lora_kernels.cli.finetune.data import Dataset, load_chat, load_file
 from lora_kernels.cli.finetune.finite import NonFinite
@@ -127,6 +128,8 @@ class Finetune:
         args = self.args
         if args.data and not Path(args.data).is_file():
             raise UsageError(f"--data: no file {args.data!r}")
+        self.limit = length_limit(load_config(self.source))
+        args.max_length = max_length(args, self.limit)
         self.tokenizer = load_tokenizer(self.source)
         self.data = self.load_data()
         tokens = sum(len(e["input_ids"]) for e in self.data.train)
@@ -141,6 +144,7 @@ class Finetune:
             if count:
                 self.console.print(f"[yellow]data: {count} examples {what}[/yellow]")
         self.model = load_model(self.source, self.dtype)
+        check_reads_backwards(self.model, self.source)
         self.console.print(f"model: {self.source}, compute in {str(self.dtype)[6:]}")
 
     def load_data(self) -> Dataset:
@@ -231,7 +235,7 @@ class Finetune:
                 f"overflow in {str(self.dtype)[6:]} (try --dtype float32)"
             ) from None
         prompts = generate.spread(self.data.prompts, self.args.generate)
-        self.start.answers_before = generate.answers(self.model, self.tokenizer, prompts)
+        self.start.answers_before = self.answers(prompts)
         self.folder.write_json(self.folder.run, asdict(self.start))
 
     def read_start(self) -> None:
@@ -355,7 +359,7 @@ class Finetune:
         count = self.args.generate
         prompts = generate.spread(self.data.prompts, count)
         references = generate.spread(self.data.references, count)
-        after = generate.answers(self.model, self.tokenizer, prompts)
+        after = self.answers(prompts)
         generations = [
             {"prompt": p, "reference": r, "before": b, "after": a}
             for p, r, b, a in zip(
@@ -364,6 +368,10 @@ class Finetune:
         ]
         self.folder.write_json(self.folder.generations, generations)
         return generations
+
+    def answers(self, prompts: list[str]) -> list[str]:
+        """What the model answers now."""
+        return generate.answers(self.model, self.tokenizer, prompts, self.limit)
 
     def verify(self, trainer: AdapterTrainer) -> dict[str, Any]:
         """Reload the adapter into a fresh model: same logits? Then merge it: same loss?"""

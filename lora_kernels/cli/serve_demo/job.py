@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_kernels.adapters import adapter_layers
 from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.finetune.causal import check_reads_backwards, length_limit, load_config
 from lora_kernels.cli.finetune.data import segments
 from lora_kernels.cli.finetune.generate import spread
 from lora_kernels.cli.finetune.models import (
@@ -113,9 +114,11 @@ class ServeDemo:
     def load(self) -> None:
         """Tokenizer and model, and whether the adapters will fit."""
         args = self.args
+        self.limit = length_limit(load_config(self.source))
         self.tokenizer = load_tokenizer(self.source)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.base = load_model(self.source, self.dtype).to(device)
+        check_reads_backwards(self.base, self.source)
         self.console.print(f"model: {self.source}, {str(self.dtype)[6:]} on {device.type}")
         try:
             self.single = one_adapter(self.base, args.rank)
@@ -128,7 +131,7 @@ class ServeDemo:
         turn = [{"role": "user", "content": args.question}, {"role": "assistant", "content": "."}]
         self.prompt: str = segments(self.tokenizer, turn)[0][0]
         self.ids = torch.tensor(self.tokenizer([self.prompt])["input_ids"][0])
-        room = getattr(self.base.config, "max_position_embeddings", None)
+        room = self.limit
         if room is not None and len(self.ids) + args.tokens > room:
             raise UsageError(
                 f"--tokens: got {args.tokens} after a prompt of {len(self.ids)}, expected at most "
@@ -147,6 +150,7 @@ class ServeDemo:
                 args.adapters,
                 args.seed,
                 args.train_steps,
+                self.limit,
                 tick,
             )
         trained = len(self.adapters.folders)
