@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import io
+import os
 import sys
 from collections.abc import Sequence
 
-from lora_kernels.cli.errors import Failed, UsageError
+from lora_kernels.cli.errors import TRACEBACK, Failed, UsageError, plain_words
 
 # name: (module, one line for `lora-kernels --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -74,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         top.print_help()
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a path, or a locale, may not be of UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Options before the command are ours; everything after it is the command's.
     command = top.parse_args(argv[:1]).command
     module = importlib.import_module(COMMANDS[command][0])
@@ -91,6 +96,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except Failed as error:
         print(f"{PROGRAM} {command}: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who reads our output has enough
+        # Python flushes standard output once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"{PROGRAM} {command}: error: {plain_words(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{PROGRAM} {command}: interrupted", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,43 @@ def length_limit(config: Any) -> int | None:
     """How many tokens the model takes; None where its configuration sets no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def vocabulary(config: Any) -> int | None:
+    """How many tokens the model knows; None where its configuration does not say."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def fix_padding(tokenizer: Any, size: int | None) -> None:
+    """Pad with a token that the model knows: which one it is changes nothing, it is masked.
+
+    Raises:
+        UsageError: the model knows none of the tokenizer's special tokens.
+    """
+    if size is None or tokenizer.pad_token_id < size:
+        return
+    for name in ("eos_token", "unk_token", "bos_token"):
+        number = getattr(tokenizer, f"{name}_id", None)
+        if number is not None and number < size:
+            tokenizer.pad_token = getattr(tokenizer, name)
+            return
+    raise UsageError(
+        f"--model: the tokenizer pads with token {tokenizer.pad_token_id}, and the model knows "
+        f"the tokens below {size} alone"
+    )
+
+
+def check_tokens(tokenizer: Any, ids: Iterable[int], size: int | None) -> None:
+    """Raise UsageError where a token has no row in the model's embedding."""
+    most = max(ids, default=0)
+    if size is not None and most >= size:
+        token = tokenizer.convert_ids_to_tokens(most)
+        raise UsageError(
+            f"--model: its tokenizer gives {token!r} the number {most}, and the model knows the "
+            f"tokens below {size} alone; they do not belong together, or the embedding was not "
+            "resized"
+        )
 
 
 def check_whole(info: dict[str, Any], source: Source) -> None:

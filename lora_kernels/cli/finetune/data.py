@@ -60,11 +60,21 @@ def read_conversations(path: Path) -> list[list[Message]]:
     return conversations
 
 
-def _read_text(path: Path) -> str:
-    if not path.exists():
-        raise UsageError(f"--data: no file {str(path)!r}")
+def pair(prompt: Any, response: Any) -> list[Any]:
+    """One question and its answer."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def check_file(path: Path) -> None:
+    """Raise UsageError unless it is a file."""
     if path.is_dir():
         raise UsageError(f"--data: {str(path)!r} is a folder, expected a .jsonl or a text file")
+    if not path.exists():
+        raise UsageError(f"--data: no file {str(path)!r}")
+
+
+def _read_text(path: Path) -> str:
+    check_file(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -78,10 +88,7 @@ def _conversation(record: Any, where: str) -> list[Message]:
     if "messages" in record:
         messages = record["messages"]
     elif "prompt" in record and "response" in record:
-        messages = [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["response"]},
-        ]
+        messages = pair(record["prompt"], record["response"])
     else:
         raise UsageError(f"{where}: got the keys {sorted(record)}, {expected}")
     if not isinstance(messages, list) or not messages:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from lora_kernels.cli.errors import UsageError, one_line
 from lora_kernels.cli.finetune import finite
 from lora_kernels.cli.finetune.collate import LengthGroupedSampler
 from lora_kernels.cli.finetune.data import IGNORE
@@ -103,7 +106,27 @@ class AdapterTrainer(Trainer):
     ) -> None:
         from lora_kernels.adapters import load_adapter
 
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        with readable(resume_from_checkpoint):
+            load_adapter(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextlib.contextmanager
+def readable(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a reader says of a checkpoint's files, it is the checkpoint that is damaged."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(
+            f"--resume: {checkpoint!r} is damaged ({one_line(error)}); name an older checkpoint"
+        ) from error
 
 
 def parameter_groups(

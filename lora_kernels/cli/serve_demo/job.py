@@ -18,7 +18,13 @@ from torch import Tensor
 
 from lora_kernels.adapters import adapter_layers
 from lora_kernels.cli.errors import UsageError
-from lora_kernels.cli.finetune.causal import check_reads_backwards, length_limit, load_config
+from lora_kernels.cli.finetune.causal import (
+    check_reads_backwards,
+    check_tokens,
+    length_limit,
+    load_config,
+    vocabulary,
+)
 from lora_kernels.cli.finetune.data import segments
 from lora_kernels.cli.finetune.generate import spread
 from lora_kernels.cli.finetune.models import (
@@ -28,7 +34,7 @@ from lora_kernels.cli.finetune.models import (
     pick_dtype,
     quiet_transformers,
 )
-from lora_kernels.cli.finetune.progress import stderr_console
+from lora_kernels.cli.finetune.progress import plain_console, stderr_console
 from lora_kernels.cli.serve_demo import plot, report
 from lora_kernels.cli.serve_demo.adapters import Adapters, one_adapter, twin, voices
 from lora_kernels.cli.serve_demo.check import Checked, check_rows
@@ -89,7 +95,7 @@ class ServeDemo:
     def __init__(self, args: argparse.Namespace, folder: Path, place: Path) -> None:
         self.args, self.folder, self.place = args, folder, place
         self.console: Console = stderr_console()
-        self.out = Console(highlight=False, soft_wrap=True)
+        self.out = plain_console()
         self.source = Source.of(args.model)
         self.dtype = pick_dtype(args.dtype)
 
@@ -114,8 +120,10 @@ class ServeDemo:
     def load(self) -> None:
         """Tokenizer and model, and whether the adapters will fit."""
         args = self.args
-        self.limit = length_limit(load_config(self.source))
-        self.tokenizer = load_tokenizer(self.source)
+        self.source = self.source.located()
+        config = load_config(self.source)
+        self.limit = length_limit(config)
+        self.tokenizer = load_tokenizer(self.source, vocabulary(config))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.base = load_model(self.source, self.dtype).to(device)
         check_reads_backwards(self.base, self.source)
@@ -131,6 +139,7 @@ class ServeDemo:
         turn = [{"role": "user", "content": args.question}, {"role": "assistant", "content": "."}]
         self.prompt: str = segments(self.tokenizer, turn)[0][0]
         self.ids = torch.tensor(self.tokenizer([self.prompt])["input_ids"][0])
+        check_tokens(self.tokenizer, self.ids.tolist(), vocabulary(config))
         room = self.limit
         if room is not None and len(self.ids) + args.tokens > room:
             raise UsageError(
