@@ -116,7 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         metavar="FILE",
-        help='.jsonl with {"prompt", "response"} or {"messages"} a line, or plain text',
+        help="plain text, or .jsonl or .json with rows of prompt and response (or completion), "
+        "messages, text, or as Alpaca's or ShareGPT's",
     )
     add("--output", metavar="DIR", default="runs/finetune", help="(default: %(default)s)")
     add("--overwrite", action="store_true", help="replace the run that --output holds")

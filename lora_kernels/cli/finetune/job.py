@@ -25,7 +25,7 @@ from lora_kernels.cli.finetune.causal import (
     vocabulary,
 )
 from lora_kernels.cli.finetune.collate import Collator, can_trim_logits
-from lora_kernels.cli.finetune.data import Dataset, check_file, load_chat, load_file, pair
+from lora_kernels.cli.finetune.data import Dataset, load_chat, load_file
 from lora_kernels.cli.finetune.finite import NonFinite
 from lora_kernels.cli.finetune.meter import peak_bytes, reset_peak
 from lora_kernels.cli.finetune.models import (
@@ -43,6 +43,7 @@ from lora_kernels.cli.finetune.progress import (
     plain_console,
     stderr_console,
 )
+from lora_kernels.cli.finetune.records import check_file, pair
 from lora_kernels.cli.finetune.rundir import RunDir, Start
 from lora_kernels.cli.finetune.trainer import (
     AdapterTrainer,

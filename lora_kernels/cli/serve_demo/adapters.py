@@ -16,7 +16,8 @@ from torch import Tensor
 from lora_kernels.adapters import adapter_layers, apply_lora, save_adapter
 from lora_kernels.cli.errors import Failed, UsageError
 from lora_kernels.cli.finetune.collate import Collator, can_trim_logits
-from lora_kernels.cli.finetune.data import Message, encode_all
+from lora_kernels.cli.finetune.data import encode_all
+from lora_kernels.cli.finetune.records import Message, pair
 from lora_kernels.cli.serve_demo.progress import Tick
 from lora_kernels.cli.serve_demo.voices import QUESTIONS, VOICES
 from lora_kernels.integrations.peft import CONFIG_FILE, WEIGHTS_FILE, key_of
@@ -75,8 +76,7 @@ def train_voice(
 
 def _conversations(voice: str) -> list[list[Message]]:
     return [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in zip(QUESTIONS, VOICES[voice], strict=True)
+        pair(question, answer) for question, answer in zip(QUESTIONS, VOICES[voice], strict=True)
     ]
 
 

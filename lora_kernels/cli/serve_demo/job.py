@@ -35,6 +35,7 @@ from lora_kernels.cli.finetune.models import (
     quiet_transformers,
 )
 from lora_kernels.cli.finetune.progress import plain_console, stderr_console
+from lora_kernels.cli.finetune.records import pair
 from lora_kernels.cli.serve_demo import plot, report
 from lora_kernels.cli.serve_demo.adapters import Adapters, one_adapter, twin, voices
 from lora_kernels.cli.serve_demo.check import Checked, check_rows
@@ -65,6 +66,10 @@ def serve(args: argparse.Namespace) -> int:
         )
     if not args.question.strip():
         raise UsageError("--question: got nothing, expected a text")
+    try:
+        args.question.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--question: got {args.question!r}, which is not UTF-8") from None
     quiet_transformers()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -136,8 +141,10 @@ class ServeDemo:
         shapes = tuple((layer.in_features, layer.out_features) for layer in layers)
         self.arithmetic = Arithmetic(shapes, args.adapters, args.rank, self.dtype.itemsize)
         self.arithmetic.check_room(device)
-        turn = [{"role": "user", "content": args.question}, {"role": "assistant", "content": "."}]
-        self.prompt: str = segments(self.tokenizer, turn)[0][0]
+        try:
+            self.prompt: str = segments(self.tokenizer, pair(args.question, "."))[0][0]
+        except UsageError as error:
+            raise UsageError(f"--model: {error}") from error
         self.ids = torch.tensor(self.tokenizer([self.prompt])["input_ids"][0])
         check_tokens(self.tokenizer, self.ids.tolist(), vocabulary(config))
         room = self.limit
