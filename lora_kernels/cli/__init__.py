@@ -91,12 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv[1:])
     try:
         return module.run(args, parser, argv[1:])
-    except UsageError as error:
-        print(f"{PROGRAM} {command}: error: {error}", file=sys.stderr)
-        return 2
-    except Failed as error:
-        print(f"{PROGRAM} {command}: error: {error}", file=sys.stderr)
-        return 1
+    except (UsageError, Failed) as error:
+        message = " ".join(str(error).splitlines())
+        print(f"{PROGRAM} {command}: error: {message}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:  # who reads our output has enough
         # Python flushes standard output once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

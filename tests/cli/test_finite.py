@@ -52,21 +52,21 @@ def assert_good(out: Path, steps: list[int]) -> None:
         load_adapter(make_model(), out / f"checkpoint-{step}")
 
 
-def test_a_learning_rate_that_explodes(tiny, pairs, tmp_path, capsys):
+@pytest.mark.parametrize("every", [1, 100])
+def test_a_learning_rate_that_explodes(tiny, pairs, tmp_path, capsys, every):
     out = tmp_path / "out"
     options = ["--model", tiny, "--data", pairs, *SHORT, "--dtype", "float32", "--lr", "1e30"]
-    options += ["--save-steps", 1, "--output", out, "--warmup", 2, "--generate", 0]
+    options += ["--save-steps", every, "--keep", 1, "--output", out, "--warmup", 2, "--generate", 0]
     assert main(["finetune", *map(str, options)]) == 1
     captured = capsys.readouterr()
     assert "adapter:" not in captured.out
     line = captured.err.strip().splitlines()[-1]
-    assert "is nan" in line or "is inf" in line
+    assert "is nan" in line or "is inf" in line or "is not finite" in line
     assert "--lr" in line and "--max-grad-norm" in line and "--dtype float32" in line
-    # The first step has a learning rate of 0: only its checkpoint is good for sure.
-    assert f"{out / 'checkpoint-1'}." in line
-    assert not (out / "adapter").exists()
-    for folder in out.glob("checkpoint-*"):
-        load_adapter(make_model(), folder)
+    # The first step has a learning rate of 0; what the second leaves gives no finite output.
+    good = out / "checkpoint-1"
+    assert (f"{good}." if every == 1 else "No good checkpoint") in line
+    assert_good(out, [1] if every == 1 else [])
 
 
 def test_a_weight_between_two_checkpoints(finetune, pairs, tmp_path):

@@ -163,6 +163,11 @@ def test_a_directory_as_data(failing, tmp_path):
     assert f"--data: {str(tmp_path)!r} is a folder, expected" in line
 
 
+def test_a_table_as_data(failing, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,response\na,b\n")
+    assert "is a table; write its rows as .jsonl" in failing("--data", tmp_path / "a.csv")
+
+
 def test_a_file_as_model(failing, pairs):
     assert "is a file, expected a folder" in failing("--model", pairs)
 
@@ -229,6 +234,15 @@ def test_tokens_beyond_the_embedding(failing, tmp_path):
     make_tokenizer().save_pretrained(model)
     line = failing("--model", model)
     assert "gives '<|end|>' the number 258" in line and "below 258 alone" in line
+
+
+def test_a_padding_token_that_the_configuration_gives(failing, tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"pad_token_id": 259}))
+    line = failing("--model", model)
+    assert "gives pad_token_id 259, expected a token below its vocab_size 259" in line
 
 
 @pytest.mark.parametrize(

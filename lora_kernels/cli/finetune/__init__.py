@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[st
         ) from error
     try:
         return finetune(args)
-    except (UsageError, Failed):
+    except (UsageError, Failed, BrokenPipeError):
         raise
     except Exception as error:
         if os.environ.get(TRACEBACK):

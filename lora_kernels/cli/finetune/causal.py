@@ -41,6 +41,12 @@ def load_config(source: Source) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         what = names[0] if names else config.model_type
         raise UsageError(f"--model: {source} is an encoder with a decoder ({what}), {EXPECTED}")
+    pad, size = getattr(config.get_text_config(), "pad_token_id", None), vocabulary(config)
+    if isinstance(pad, int) and size is not None and pad >= size:
+        raise UsageError(
+            f"--model: the config.json of {source} gives pad_token_id {pad}, expected a token "
+            f"below its vocab_size {size} (or null)"
+        )
     return config
 
 

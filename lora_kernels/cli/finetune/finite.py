@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_kernels.cli.errors import Failed
 
@@ -48,6 +48,12 @@ def check_weights(model: nn.Module, step: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise NonFinite(f"{name} holds non-finite values after step {step}", step - 1)
+
+
+def check_output(logits: Tensor, step: int) -> None:
+    """Raise NonFinite unless the model's logits after `step` are finite."""
+    if not bool(torch.isfinite(logits).all()):
+        raise NonFinite(f"the model's output after step {step} is not finite", step - 1)
 
 
 def check_held_out(loss: float, step: int) -> None:

@@ -289,15 +289,6 @@ class Finetune:
         ):
             raise self.interruption()
 
-    def check_finite(self, trainer: AdapterTrainer) -> None:
-        """Raise NonFinite unless the trained weights and what they give are finite."""
-        step = trainer.state.global_step
-        finite.check_weights(self.model, step)
-        if not self.data.held_out:  # else the held-out loss tells
-            logits = verify.logits_of(self.model, self.collator(self.data.train[:1]))
-            if not bool(torch.isfinite(logits).all()):
-                raise NonFinite(f"the model's output after step {step} is not finite", step - 1)
-
     def interruption(self) -> Interrupted:
         """Where the run can go on."""
         checkpoints = self.folder.checkpoints()
@@ -310,7 +301,7 @@ class Finetune:
         steps = [r for r in log if "loss" in r]
         last = log[-1] if log else {}
         after = last.get("held_out_loss")
-        self.check_finite(trainer)
+        trainer.check_finite()
         if last.get("step") != trainer.state.global_step or after is None:
             after = self.held_out_loss(trainer)
         generations = self.show_generations()

@@ -23,6 +23,7 @@ PAIRS = (
     ("question", None, "answer"),
     ("input", None, "output"),
 )
+TABLES = (".csv", ".tsv", ".xlsx", ".parquet", ".arrow")  # else learned with their commas
 EXPECTED = (
     'expected {"prompt": ..., "response": ...}, {"messages": [...]}, {"text": ...}, or the keys of '
     "Alpaca (instruction, output) or ShareGPT (conversations)"
@@ -48,6 +49,10 @@ def check_file(path: Path) -> None:
         raise UsageError(f"--data: {str(path)!r} is a folder, expected a .jsonl or a text file")
     if not path.exists():
         raise UsageError(f"--data: no file {str(path)!r}")
+    if path.suffix.lower() in TABLES:
+        raise UsageError(
+            f"--data: {str(path)!r} is a table; write its rows as .jsonl (a .txt is plain text)"
+        )
 
 
 def read_text(path: Path) -> str:

@@ -20,6 +20,7 @@ from lora_kernels.cli.finetune import finite
 from lora_kernels.cli.finetune.collate import LengthGroupedSampler
 from lora_kernels.cli.finetune.data import IGNORE
 from lora_kernels.cli.finetune.rundir import RunDir
+from lora_kernels.cli.finetune.verify import logits_of
 
 
 class AdapterTrainer(Trainer):
@@ -74,7 +75,7 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint beside its place and rename it when it is whole."""
-        finite.check_weights(model, self.state.global_step)
+        self.check_finite()  # so that no good checkpoint makes room for a bad one
         root = self.run_dir.root
         root.mkdir(parents=True, exist_ok=True)
         self._staging = tempfile.mkdtemp(prefix=".saving-", dir=root)
@@ -90,6 +91,14 @@ class AdapterTrainer(Trainer):
             self._staging = None
         for old in self.run_dir.checkpoints()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def check_finite(self) -> None:
+        """Raise NonFinite unless the trained weights, and what the model makes of them, are."""
+        finite.check_weights(self.model, self.state.global_step)
+        finite.check_output(
+            logits_of(self.model, self.data_collator(self.train_dataset[:1])),
+            self.state.global_step,
+        )
 
     def save_now(self) -> Path:
         """Save a checkpoint of the step that was finished last; returns its folder."""
