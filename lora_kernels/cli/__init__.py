@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import io
+import os
 import sys
 from collections.abc import Sequence
 
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import TRACEBACK, Failed, UsageError, plain_words
 
 # name: (module, one line for `lora-kernels --help`)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -66,13 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the program's name; None takes `sys.argv[1:]`.
 
     Returns:
-        The exit status: 0 done, 1 a check failed, 2 wrong usage, 128 + signal when interrupted.
+        The exit status: 0 done, 1 the run or a check failed, 2 wrong usage, 128 + signal when
+        interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     top = _top_parser()
     if not argv:
         top.print_help()
         return 2
+    for stream in (sys.stdout, sys.stderr):  # a path, or a locale, may not be of UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Options before the command are ours; everything after it is the command's.
     command = top.parse_args(argv[:1]).command
     module = importlib.import_module(COMMANDS[command][0])
@@ -85,9 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv[1:])
     try:
         return module.run(args, parser, argv[1:])
-    except UsageError as error:
-        print(f"{PROGRAM} {command}: error: {error}", file=sys.stderr)
-        return 2
+    except (UsageError, Failed) as error:
+        message = " ".join(str(error).splitlines())
+        print(f"{PROGRAM} {command}: error: {message}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # who reads our output has enough
+        # Python flushes standard output once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"{PROGRAM} {command}: error: {plain_words(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\n{PROGRAM} {command}: interrupted", file=sys.stderr)
         return 130

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+from pathlib import Path
 
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import TRACEBACK, Failed, UsageError, plain_words
 from lora_kernels.cli.finetune.args import add_arguments, parse
+from lora_kernels.cli.finetune.rundir import RunDir
 
 __all__ = ["add_arguments", "run"]
 
@@ -32,4 +35,14 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[st
         raise UsageError(
             f"the package {error.name!r} is missing; install lora_kernels[finetune]"
         ) from error
-    return finetune(args)
+    try:
+        return finetune(args)
+    except (UsageError, Failed, BrokenPipeError):
+        raise
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        hint = ""
+        if RunDir(Path(args.output)).checkpoints():
+            hint = f"; continue with: lora-kernels finetune --output {args.output} --resume"
+        raise Failed(plain_words(error) + hint) from error

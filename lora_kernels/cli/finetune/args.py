@@ -38,6 +38,8 @@ FIXED = [
     "seed",
 ]
 
+MAX_LENGTH = 512  # tokens, where the model takes so many
+
 # Chosen for about three minutes of training on two cores; see README.md.
 DEMO = {
     "output": "demo-output",
@@ -114,7 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         metavar="FILE",
-        help='.jsonl with {"prompt", "response"} or {"messages"} a line, or plain text',
+        help="plain text, or .jsonl or .json with rows of prompt and response (or completion), "
+        "messages, text, or as Alpaca's or ShareGPT's",
     )
     add("--output", metavar="DIR", default="runs/finetune", help="(default: %(default)s)")
     add("--overwrite", action="store_true", help="replace the run that --output holds")
@@ -187,7 +190,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="batches per optimiser step (default: %(default)s)",
     )
-    add("--max-length", type=positive, default=512, metavar="TOKENS", help="(default: %(default)s)")
+    add(
+        "--max-length",
+        type=positive,
+        metavar="TOKENS",
+        help=f"(default: {MAX_LENGTH}, or what the model takes where that is less)",
+    )
     add(
         "--schedule",
         choices=("cosine", "linear", "constant_with_warmup"),
@@ -276,7 +284,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--data: --demo brings its own data; leave one of them out")
     if not args.demo and not args.data:
         raise UsageError("--data: give a .jsonl or text file (or --demo)")
-    if args.max_length < 2:
+    if args.max_length is not None and args.max_length < 2:
         raise UsageError(f"--max-length: got {args.max_length}, expected at least 2")
     size = args.block_size
     if args.quantize != "none" and (size & (size - 1) or not 32 <= size <= 4096):
@@ -298,6 +306,22 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What a run folder remembers of the options: everything but where and how to go on."""
     leave_out = {"output", "overwrite", "resume", "threads"}
     return {k: v for k, v in sorted(vars(args).items()) if k not in leave_out}
+
+
+def max_length(args: argparse.Namespace, limit: int | None) -> int:
+    """`--max-length`, or its default, for a model that takes `limit` tokens.
+
+    Raises:
+        UsageError: more was asked for than the model takes.
+    """
+    if args.max_length is None:
+        return min(MAX_LENGTH, limit or MAX_LENGTH)
+    if limit is not None and args.max_length > limit:
+        raise UsageError(
+            f"--max-length: got {args.max_length}, expected at most {limit}, the model's "
+            "max_position_embeddings"
+        )
+    return args.max_length
 
 
 def target_modules(args: argparse.Namespace) -> str | list[str]:

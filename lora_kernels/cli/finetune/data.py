@@ -6,17 +6,23 @@ An example is `{"input_ids": [...], "labels": [...]}`; a label of -100 gives no 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import UsageError, one_line
+from lora_kernels.cli.finetune.records import (
+    TEXT,
+    Message,
+    calls,
+    read_conversations,
+    read_text,
+)
 
 IGNORE = -100
-Message = dict[str, str]
+THINK = "<think>"
 Example = dict[str, list[int]]
 
 
@@ -39,61 +45,6 @@ class Dataset:
             for example in part:
                 digest.update(repr((example["input_ids"], example["labels"])).encode())
         return digest.hexdigest()[:16]
-
-
-def read_conversations(path: Path) -> list[list[Message]]:
-    """The conversations of a JSONL file: each line has `prompt` and `response`, or `messages`.
-
-    Raises:
-        UsageError: naming the file and the line that is not such an object.
-    """
-    conversations = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{path}, line {number}: not JSON ({error})") from None
-            conversations.append(_conversation(record, f"{path}, line {number}"))
-    if not conversations:
-        raise UsageError(f"{path}: holds no example")
-    return conversations
-
-
-def _read_text(path: Path) -> str:
-    if not path.exists():
-        raise UsageError(f"--data: no file {str(path)!r}")
-    if path.is_dir():
-        raise UsageError(f"--data: {str(path)!r} is a folder, expected a .jsonl or a text file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error})") from None
-
-
-def _conversation(record: Any, where: str) -> list[Message]:
-    expected = 'expected {"prompt": ..., "response": ...} or {"messages": [...]}'
-    if not isinstance(record, dict):
-        raise UsageError(f"{where}: got {type(record).__name__}, {expected}")
-    if "messages" in record:
-        messages = record["messages"]
-    elif "prompt" in record and "response" in record:
-        messages = [
-            {"role": "user", "content": record["prompt"]},
-            {"role": "assistant", "content": record["response"]},
-        ]
-    else:
-        raise UsageError(f"{where}: got the keys {sorted(record)}, {expected}")
-    if not isinstance(messages, list) or not messages:
-        raise UsageError(f"{where}: messages must be a list that is not empty")
-    for message in messages:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise UsageError(f"{where}: every message needs a text `role` and a text `content`")
-    if not any(m["role"] == "assistant" and m["content"] for m in messages):
-        raise UsageError(f"{where}: no answer to learn (an assistant message with content)")
-    return messages
 
 
 def split(items: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
@@ -120,47 +71,97 @@ def held_out_count(total: int, fraction: float) -> int:
     return min(max(1, round(total * fraction)), total - 1)
 
 
-def segments(tokenizer: Any, messages: list[Message]) -> list[tuple[str, bool]]:
+class Rewritten(UsageError):
+    """The chat template shows an earlier turn otherwise once another one follows."""
+
+
+def segments(tokenizer: Any, messages: Sequence[Message]) -> list[tuple[str, bool]]:
     """The conversation as pieces of text, in order, each with "is this learned?".
 
     Only the assistant's words and the token that ends its turn are learned. The pieces are
     tokenised one by one, so that a prompt has the ids it has when the model is asked.
 
     Raises:
-        UsageError: the chat template rewrites earlier turns when one is added.
+        Rewritten: the chat template rewrites earlier turns when one is added.
+        UsageError: it cannot show the conversation at all.
     """
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    if messages[0]["role"] == TEXT:
+        return [(f"{bos}{messages[0]['content']}{eos}", True)]
     if not tokenizer.chat_template:
         if len(messages) == 2 and messages[0]["role"] == "user":
-            bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
             return [
                 (f"{bos}{messages[0]['content']}\n", False),
                 (messages[1]["content"] + eos, True),
             ]
         raise UsageError(
-            "--data: the model has no chat template, so only prompt/response pairs can be used"
+            "the model has no chat template, so only prompt/response pairs and `text` can be used"
         )
     pieces: list[tuple[str, bool]] = []
     done = ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = render(tokenizer, messages[:i], prompt=True)
-        after = render(tokenizer, messages[: i + 1])
-        if not before.startswith(done) or not after.startswith(before):
-            raise UsageError(
-                "--data: this model's chat template rewrites earlier turns, so the answers cannot "
-                "be told from the prompts; use single-turn data"
+    for i in answers(messages):
+        before, learned = turn(tokenizer, messages, i)
+        if not before.startswith(done):
+            raise Rewritten(
+                "this model's chat template rewrites earlier turns, so the answers cannot be told "
+                "from the prompts; use single-turn data"
             )
-        answer = after[len(before) :]
-        learned = answer.rstrip()  # the line break after the end-of-turn token is the template's
-        pieces += [(before[len(done) :], False), (learned, True)]
+        pieces += [(before[len(done) :], False), (learned, is_answer(messages[i]))]
         done = before + learned
     return pieces
 
 
-def render(tokenizer: Any, messages: list[Message], prompt: bool = False) -> str:
-    """The messages through the model's chat template; with `prompt`, up to where it answers."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+def answers(messages: Sequence[Message]) -> list[int]:
+    """The places of the assistant's messages."""
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def is_answer(message: Message) -> bool:
+    """Whether there is something to learn: an empty turn would teach to say nothing."""
+    return bool(message["content"] or calls(message))
+
+
+def turn(tokenizer: Any, messages: Sequence[Message], i: int) -> tuple[str, str]:
+    """(what the model is asked with, what it is to say) of the answer at place `i`.
+
+    Where the template opens a thought for the model and shows the answer without one, the model
+    learns to close it at once.
+    """
+    before = render(tokenizer, messages[:i], prompt=True)
+    after = render(tokenizer, messages[: i + 1])
+    thought = ""
+    if not after.startswith(before):
+        head, opened, _ = before.rpartition(THINK)
+        if not opened or before[len(head) + len(THINK) :].strip() or not after.startswith(head):
+            raise UsageError(
+                "this model's chat template rewrites earlier turns when an answer follows, so the "
+                "answer cannot be told from the prompt; use another --model, or `text` rows"
+            )
+        answer = after[len(head) :]
+        if answer.startswith(THINK):  # only the white space differs
+            return before, answer[len(THINK) :].strip()
+        thought = f"\n{THINK.replace('<', '</')}\n\n"
+        after = before + answer.lstrip()
+    # The line break after the end-of-turn token is the template's.
+    return before, thought + after[len(before) :].rstrip()
+
+
+def render(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str:
+    """The messages through the model's chat template; with `prompt`, up to where it answers.
+
+    Raises:
+        UsageError: the template refuses them; its own words are kept.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt
+        )
+    except Exception as error:  # the template's, of any kind
+        roles = ", ".join(message["role"] for message in messages)
+        raise UsageError(
+            f"the model's chat template refuses the roles {roles} ({one_line(error)}); leave out "
+            "or merge the messages that it does not take"
+        ) from error
 
 
 def encode(tokenizer: Any, pieces: Iterable[tuple[str, bool]], max_length: int) -> Example:
@@ -175,27 +176,46 @@ def encode(tokenizer: Any, pieces: Iterable[tuple[str, bool]], max_length: int) 
 
 
 def encode_all(
-    tokenizer: Any, conversations: Iterable[list[Message]], max_length: int
+    tokenizer: Any, conversations: Iterable[Sequence[Message]], max_length: int
 ) -> tuple[list[Example], int, int]:
     """(examples, how many were cut, how many were dropped because no answer was left)."""
-    examples, truncated, dropped = [], 0, 0
+    encoded, truncated, dropped = [], 0, 0
     for messages in conversations:
-        example = encode(tokenizer, segments(tokenizer, messages), max_length + 1)
-        if len(example["input_ids"]) > max_length:
-            truncated += 1
-            example = {key: value[:max_length] for key, value in example.items()}
-        # The first token of a sequence is never predicted.
-        if any(label != IGNORE for label in example["labels"][1:]):
-            examples.append(example)
-        else:
-            dropped += 1
-    return examples, truncated, dropped
+        for pieces in _located(tokenizer, messages):
+            example = encode(tokenizer, pieces, max_length + 1)
+            if len(example["input_ids"]) > max_length:
+                truncated += 1
+                example = {key: value[:max_length] for key, value in example.items()}
+            # The first token of a sequence is never predicted.
+            if any(label != IGNORE for label in example["labels"][1:]):
+                encoded.append(example)
+            else:
+                dropped += 1
+    return encoded, truncated, dropped
+
+
+def _located(tokenizer: Any, messages: Sequence[Message]) -> list[list[tuple[str, bool]]]:
+    """The pieces of each example that a conversation gives, errors naming its row.
+
+    It is one example, but one for each answer where the template rewrites the turns before: each
+    is then learned after what the model will see when it is asked for it.
+    """
+    try:
+        try:
+            return [segments(tokenizer, messages)]
+        except Rewritten:
+            turns = (
+                turn(tokenizer, messages, i) for i in answers(messages) if is_answer(messages[i])
+            )
+            return [[(before, False), (learned, True)] for before, learned in turns]
+    except UsageError as error:
+        raise UsageError(f"{getattr(messages, 'where', '') or '--data'}: {error}") from error
 
 
 def load_chat(
     tokenizer: Any,
-    train: list[list[Message]],
-    held_out: list[list[Message]],
+    train: Sequence[Sequence[Message]],
+    held_out: Sequence[Sequence[Message]],
     max_length: int,
 ) -> Dataset:
     """Encode conversations that are already split.
@@ -210,7 +230,10 @@ def load_chat(
     data = Dataset(train_examples, held_out_examples)
     data.truncated, data.dropped = cut_a + cut_b, dropped_a + dropped_b
     for messages in held_out or train:
-        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+        if messages[0]["role"] == TEXT:
+            add_text_prompt(data, tokenizer, encode(tokenizer, segments(tokenizer, messages), 64))
+            continue
+        last = max(i for i in answers(messages) if is_answer(messages[i]))
         if tokenizer.chat_template:
             data.prompts.append(render(tokenizer, messages[:last], prompt=True))
         else:
@@ -225,7 +248,7 @@ def load_text(tokenizer: Any, path: Path, fraction: float, max_length: int) -> D
     Raises:
         UsageError: the file holds fewer than two tokens, or too few for a held-out block.
     """
-    text = _read_text(path)
+    text = read_text(path)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else []
     blocks = [tokens[i : i + max_length] for i in range(0, len(tokens), max_length)]
     blocks = [block for block in blocks if len(block) > 1]
@@ -237,18 +260,24 @@ def load_text(tokenizer: Any, path: Path, fraction: float, max_length: int) -> D
         [{"input_ids": block, "labels": list(block)} for block in train],
         [{"input_ids": block, "labels": list(block)} for block in held_out],
     )
-    for block in held_out or train:
-        start = min(16, len(block) // 2)
-        data.prompts.append(tokenizer.decode(block[:start]))
-        data.references.append(tokenizer.decode(block[start : start + 48]))
+    for example in data.held_out or data.train:
+        add_text_prompt(data, tokenizer, example)
     return data
+
+
+def add_text_prompt(data: Dataset, tokenizer: Any, example: Example) -> None:
+    """The beginning of a text, to go on from."""
+    block = example["input_ids"]
+    start = min(16, len(block) // 2)
+    data.prompts.append(tokenizer.decode(block[:start]))
+    data.references.append(tokenizer.decode(block[start : start + 48]))
 
 
 def load_file(
     tokenizer: Any, path: Path, *, fraction: float, max_length: int, seed: int
 ) -> Dataset:
-    """A data file: `.jsonl` and `.json` hold conversations, anything else is plain text."""
-    if path.suffix.lower() in (".jsonl", ".json"):
+    """A data file: `.jsonl` and `.json` hold rows, anything else is plain text."""
+    if path.suffix.lower() in (".jsonl", ".json", ".ndjson"):
         train, held_out = split(read_conversations(path), fraction, seed)
         return load_chat(tokenizer, train, held_out, max_length)
     return load_text(tokenizer, path, fraction, max_length)

@@ -16,19 +16,26 @@ def spread(items: list[Any], count: int) -> list[Any]:
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-    """Greedy continuations of the prompts, at most `MAX_NEW_TOKENS` tokens each."""
+def answers(model: Any, tokenizer: Any, prompts: list[str], limit: int | None = None) -> list[str]:
+    """Greedy continuations of the prompts, at most `MAX_NEW_TOKENS` tokens each.
+
+    Args:
+        limit: how many tokens the model takes; a longer prompt loses its beginning.
+    """
     if not prompts:
         return []
     side, training = tokenizer.padding_side, model.training
     tokenizer.padding_side = "left"
     model.eval()
     try:
-        batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        new_tokens = MAX_NEW_TOKENS if limit is None else min(MAX_NEW_TOKENS, limit // 2)
+        ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        room = None if limit is None else new_tokens - limit
+        batch = tokenizer.pad({"input_ids": [i[room:] for i in ids]}, return_tensors="pt")
         out = model.generate(
             input_ids=batch["input_ids"].to(model.device),
             attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=new_tokens,
             do_sample=False,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,

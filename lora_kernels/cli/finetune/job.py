@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,19 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerState, set_seed
 
 from lora_kernels.adapters import apply_lora, load_adapter, merge_and_unload, save_adapter
-from lora_kernels.cli.errors import UsageError
-from lora_kernels.cli.finetune import docstrings, generate, plot, summary, verify
-from lora_kernels.cli.finetune.args import settings, target_modules
+from lora_kernels.cli.errors import Failed, UsageError
+from lora_kernels.cli.finetune import docstrings, finite, generate, plot, summary, verify
+from lora_kernels.cli.finetune.args import max_length, settings, target_modules
+from lora_kernels.cli.finetune.causal import (
+    check_reads_backwards,
+    check_tokens,
+    length_limit,
+    load_config,
+    vocabulary,
+)
 from lora_kernels.cli.finetune.collate import Collator, can_trim_logits
 from lora_kernels.cli.finetune.data import Dataset, load_chat, load_file
+from lora_kernels.cli.finetune.finite import NonFinite
 from lora_kernels.cli.finetune.meter import peak_bytes, reset_peak
 from lora_kernels.cli.finetune.models import (
     Source,
@@ -26,11 +35,20 @@ from lora_kernels.cli.finetune.models import (
     pick_dtype,
     quiet_transformers,
 )
-from lora_kernels.cli.finetune.progress import Reporter, StopOnSignal, Stopped, stderr_console
-from lora_kernels.cli.finetune.rundir import RunDir
+from lora_kernels.cli.finetune.progress import (
+    Interrupted,
+    Reporter,
+    StopOnSignal,
+    Stopped,
+    plain_console,
+    stderr_console,
+)
+from lora_kernels.cli.finetune.records import check_file, pair
+from lora_kernels.cli.finetune.rundir import RunDir, Start
 from lora_kernels.cli.finetune.trainer import (
     AdapterTrainer,
     mean_token_loss,
+    readable,
     token_losses,
     training_arguments,
 )
@@ -39,24 +57,6 @@ from lora_kernels.integrations.fused_loss import fuse_loss
 DEMO_HELD_OUT = (
     96  # examples of the held-out modules that are measured; the rest would only take time
 )
-
-
-@dataclass
-class Start:
-    """What a run remembers from its beginning, for `--resume` and the closing table."""
-
-    settings: dict[str, Any]
-    data: str
-    held_out_before: float | None = None
-    answers_before: list[str] = field(default_factory=list)
-
-
-class Interrupted(Exception):
-    """Training stopped on a signal; `checkpoint` is where it can continue."""
-
-    def __init__(self, checkpoint: Path | None, signal_number: int) -> None:
-        self.checkpoint = checkpoint
-        self.signal_number = signal_number
 
 
 def finetune(args: argparse.Namespace, callbacks: list[TrainerCallback] | None = None) -> int:
@@ -80,10 +80,9 @@ def finetune(args: argparse.Namespace, callbacks: list[TrainerCallback] | None =
         if stop.checkpoint is None:
             console.print("Interrupted before the first checkpoint.")
         else:
-            console.print(f"Interrupted. Checkpoint: {stop.checkpoint}", soft_wrap=True)
+            console.print(f"Interrupted. Checkpoint: {stop.checkpoint}")
             console.print(
                 f"Continue with: lora-kernels finetune --output {args.output} --resume",
-                soft_wrap=True,
             )
         return 128 + stop.signal_number
 
@@ -100,6 +99,8 @@ class Finetune:
         self.checkpoint = self.folder.checkpoint(args.resume) if args.resume else None
         if self.checkpoint is None:
             self.folder.check(args.overwrite)
+        else:
+            self.folder.try_writing()
         self.source = Source.of(args.model)
         self.dtype = pick_dtype(args.dtype)
 
@@ -114,16 +115,26 @@ class Finetune:
             self.measure_start(trainer)
         else:
             self.read_start()
-        self.train(trainer)
-        return self.finish(trainer)
+        try:
+            self.train(trainer)
+            return self.finish(trainer)
+        except NonFinite as error:
+            checkpoints = self.folder.checkpoints()
+            raise finite.explain(error, checkpoints, self.folder.adapter) from None
 
     def load(self) -> None:
         """Tokenizer, data, model."""
         args = self.args
-        if args.data and not Path(args.data).is_file():
-            raise UsageError(f"--data: no file {args.data!r}")
-        self.tokenizer = load_tokenizer(self.source)
+        if args.data:
+            check_file(Path(args.data))
+        self.source = self.source.located()
+        config = load_config(self.source)
+        self.limit = length_limit(config)
+        args.max_length = max_length(args, self.limit)
+        self.tokenizer = load_tokenizer(self.source, vocabulary(config))
         self.data = self.load_data()
+        examples = self.data.train + self.data.held_out
+        check_tokens(self.tokenizer, (max(e["input_ids"]) for e in examples), vocabulary(config))
         tokens = sum(len(e["input_ids"]) for e in self.data.train)
         self.console.print(
             f"data: {len(self.data.train)} examples ({tokens} tokens) to train on, "
@@ -134,8 +145,9 @@ class Finetune:
             (self.data.dropped, "left out: no answer within --max-length"),
         ):
             if count:
-                self.console.print(f"[yellow]data: {count} examples {what}[/yellow]")
+                self.console.print(f"data: {count} examples {what}", style="yellow")
         self.model = load_model(self.source, self.dtype)
+        check_reads_backwards(self.model, self.source)
         self.console.print(f"model: {self.source}, compute in {str(self.dtype)[6:]}")
 
     def load_data(self) -> Dataset:
@@ -144,16 +156,7 @@ class Finetune:
         if args.demo:
             train, held_out = docstrings.build()
             held_out = generate.spread(held_out, DEMO_HELD_OUT)
-            pairs = [
-                [
-                    [
-                        {"role": "user", "content": e.prompt},
-                        {"role": "assistant", "content": e.response},
-                    ]
-                    for e in part
-                ]
-                for part in (train, held_out)
-            ]
+            pairs = [[pair(e.prompt, e.response) for e in part] for part in (train, held_out)]
             return load_chat(self.tokenizer, pairs[0], pairs[1], args.max_length)
         return load_file(
             self.tokenizer,
@@ -220,9 +223,15 @@ class Finetune:
         """Held-out loss and answers of the untrained model, and the file that remembers them."""
         self.start = Start(settings(self.args), self.data.fingerprint())
         self.folder.write_json(self.folder.run, asdict(self.start))
-        self.start.held_out_before = self.held_out_loss(trainer)
+        try:
+            self.start.held_out_before = self.held_out_loss(trainer)
+        except NonFinite as error:
+            raise Failed(
+                f"{error.what}, before any training: the weights of {self.source} are damaged, or "
+                f"overflow in {str(self.dtype)[6:]} (try --dtype float32)"
+            ) from None
         prompts = generate.spread(self.data.prompts, self.args.generate)
-        self.start.answers_before = generate.answers(self.model, self.tokenizer, prompts)
+        self.start.answers_before = self.answers(prompts)
         self.folder.write_json(self.folder.run, asdict(self.start))
 
     def read_start(self) -> None:
@@ -235,11 +244,14 @@ class Finetune:
         saved = self.folder.read_run()
         if saved is None:
             raise UsageError(f"--resume: {str(self.folder.root)!r} holds no run to continue")
-        self.start = Start(**saved)
+        try:
+            self.start = Start(**saved)
+        except TypeError:
+            raise UsageError(f"{self.folder.run}: not the run.json of a run") from None
         if self.start.data != self.data.fingerprint():
             raise UsageError("--resume: the data is not what the run was started with")
         self.folder.cut_log(int(self.checkpoint.name.rpartition("-")[2]))
-        self.console.print(f"continuing from {self.checkpoint}", soft_wrap=True)
+        self.console.print(f"continuing from {self.checkpoint}")
 
     def held_out_loss(self, trainer: AdapterTrainer) -> float | None:
         """Mean loss per token of the held-out examples; None without any."""
@@ -255,9 +267,11 @@ class Finetune:
         """
         resume = None if self.checkpoint is None else str(self.checkpoint)
         if self.checkpoint is not None:
-            state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
+            with readable(str(self.checkpoint)):
+                state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
             if state.global_step >= state.max_steps:  # only the closing stages are left
-                load_adapter(self.model, str(self.checkpoint))
+                with readable(str(self.checkpoint)):
+                    load_adapter(self.model, str(self.checkpoint))
                 trainer.state = state
                 return
         set_seed(self.args.seed)
@@ -289,6 +303,7 @@ class Finetune:
         steps = [r for r in log if "loss" in r]
         last = log[-1] if log else {}
         after = last.get("held_out_loss")
+        trainer.check_finite()
         if last.get("step") != trainer.state.global_step or after is None:
             after = self.held_out_loss(trainer)
         generations = self.show_generations()
@@ -321,13 +336,13 @@ class Finetune:
             self.folder.read_log(), self.folder.plot, f"{self.source}, {result['title']}"
         )
         self.folder.write_json(self.folder.summary, result)
-        out = Console(highlight=False)
+        out = plain_console()
         summary.show_generations(out, generations)
         out.print()
         out.print(summary.table(result))
-        out.print(f"adapter: {self.folder.adapter}\ncurves:  {self.folder.plot}", soft_wrap=True)
+        out.print(f"adapter: {self.folder.adapter}\ncurves:  {self.folder.plot}")
         if "reload" in result and not result["reload"]["equal"]:
-            self.console.print("[red]The reloaded adapter does not give the same logits.[/red]")
+            self.console.print("The reloaded adapter does not give the same logits.", style="red")
             return 1
         return 0
 
@@ -336,7 +351,7 @@ class Finetune:
         count = self.args.generate
         prompts = generate.spread(self.data.prompts, count)
         references = generate.spread(self.data.references, count)
-        after = generate.answers(self.model, self.tokenizer, prompts)
+        after = self.answers(prompts)
         generations = [
             {"prompt": p, "reference": r, "before": b, "after": a}
             for p, r, b, a in zip(
@@ -345,6 +360,10 @@ class Finetune:
         ]
         self.folder.write_json(self.folder.generations, generations)
         return generations
+
+    def answers(self, prompts: list[str]) -> list[str]:
+        """What the model answers now."""
+        return generate.answers(self.model, self.tokenizer, prompts, self.limit)
 
     def verify(self, trainer: AdapterTrainer) -> dict[str, Any]:
         """Reload the adapter into a fresh model: same logits? Then merge it: same loss?"""
@@ -366,5 +385,8 @@ class Finetune:
         fresh = load_model(self.source, self.dtype)
         load_adapter(fresh, str(self.folder.adapter), **self.quantization())
         merged: Any = merge_and_unload(fresh)
-        merged.save_pretrained(str(self.folder.merged))
-        self.tokenizer.save_pretrained(str(self.folder.merged))
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=self.folder.root) as staging:
+            whole = Path(staging) / "merged"
+            merged.save_pretrained(str(whole))
+            self.tokenizer.save_pretrained(str(whole))
+            self.folder.take_merged(whole)

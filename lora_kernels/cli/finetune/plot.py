@@ -46,7 +46,7 @@ def loss_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
             label="held out",
         )
     top.set_ylabel("loss (nats per token)")
-    top.set_title(title)
+    top.set_title(title, parse_math=False)  # a $ in a path is a $
     top.grid(alpha=0.3)
     top.legend()
     bottom.plot(x, [r["lr"] for r in steps], color="tab:green")
@@ -54,5 +54,8 @@ def loss_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=120, format="png")
-    os.replace(temporary, path)
+    try:
+        figure.savefig(temporary, dpi=120, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -7,8 +7,9 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +21,14 @@ from lora_kernels.cli.finetune.rundir import RunDir
 
 class Stopped(Exception):
     """Training was asked to stop during an evaluation, between two steps."""
+
+
+class Interrupted(Exception):
+    """Training stopped on a signal; `checkpoint` is where it can continue."""
+
+    def __init__(self, checkpoint: Path | None, signal_number: int) -> None:
+        self.checkpoint = checkpoint
+        self.signal_number = signal_number
 
 
 class StopOnSignal(TrainerCallback):
@@ -52,8 +61,8 @@ class StopOnSignal(TrainerCallback):
             raise KeyboardInterrupt
         self.received = number
         self.console.print(
-            "[yellow]Stopping after this step and saving a checkpoint; "
-            "press Ctrl-C again to stop at once.[/yellow]"
+            "Stopping after this step and saving a checkpoint; press Ctrl-C again to stop at once.",
+            style="yellow",
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -169,4 +178,13 @@ class Reporter(TrainerCallback):
 
 def stderr_console() -> Console:
     """Where the command talks: standard error, so that nothing mixes with its results."""
-    return Console(stderr=True, highlight=False, file=sys.stderr)
+    return plain_console(sys.stderr)
+
+
+def plain_console(file: TextIO | None = None) -> Console:
+    """A console that prints text as it is: a [tag] or a :name: in a path is no markup.
+
+    Args:
+        file: None takes standard output as it is at each print.
+    """
+    return Console(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,21 @@ CHECKPOINT_FILES = (
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass
+class Start:
+    """What a run remembers from its beginning, for `--resume` and the closing table."""
+
+    settings: dict[str, Any]
+    data: str
+    held_out_before: float | None = None
+    answers_before: list[str] = field(default_factory=list)
 
 
 class RunDir:
@@ -47,15 +63,33 @@ class RunDir:
         """Refuse a place that a new run cannot have.
 
         Raises:
-            UsageError: it holds a run (and `overwrite` is off), or is not a folder.
+            UsageError: it holds a run (and `overwrite` is off), is not a folder, or cannot be
+                written to.
         """
-        if self.root.exists() and not self.root.is_dir():
-            raise UsageError(f"--output: {str(self.root)!r} is a file")
+        if os.path.lexists(self.root) and not self.root.is_dir():
+            raise UsageError(f"--output: {str(self.root)!r} is not a folder")
+        self.try_writing()
         if (self.run.exists() or self.checkpoints()) and not overwrite:
             raise UsageError(
                 f"--output: {str(self.root)!r} holds a run; --resume continues it, "
                 "--overwrite replaces it"
             )
+
+    def try_writing(self) -> None:
+        """Make the folder and a file in it, and take away again what was not there."""
+        made = [p for p in (self.root, *self.root.parents) if not os.path.exists(p)]
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as file:
+                file.write(b"x")
+        except OSError as error:
+            raise UsageError(
+                f"--output: cannot write into {str(self.root)!r}: {error.strerror}"
+            ) from None
+        finally:
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def prepare(self, overwrite: bool) -> None:
         """Make the folder for a new run, empty of an older one; raises as `check` does."""
@@ -68,6 +102,11 @@ class RunDir:
             path.unlink(missing_ok=True)
         for folder in (self.adapter, self.merged, *self.checkpoints(), *self.leftovers()):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def take_merged(self, folder: Path) -> None:
+        """Put a merged model that was written elsewhere in this folder in its place."""
+        shutil.rmtree(self.merged, ignore_errors=True)
+        os.replace(folder, self.merged)
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -109,9 +148,12 @@ class RunDir:
         if not self.run.is_file():
             return None
         try:
-            return json.loads(self.run.read_text(encoding="utf-8"))
-        except ValueError as error:
+            run = json.loads(self.run.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
             raise UsageError(f"{self.run}: not readable ({error})") from None
+        if not isinstance(run, dict) or not isinstance(run.get("settings"), dict):
+            raise UsageError(f"{self.run}: not the run.json of a run")
+        return run
 
     def write_json(self, path: Path, value: Any) -> None:
         """Write a JSON file atomically."""

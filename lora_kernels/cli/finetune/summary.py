@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lora_kernels.cli.finetune.meter import MIB
 
@@ -25,9 +25,9 @@ def duration(seconds: float) -> str:
 def show_generations(console: Console, generations: list[dict[str, str]]) -> None:
     """Prompt, reference, and the answers before and after."""
     for item in generations:
-        console.print(f"\n[bold]{escape(_last_line(item['prompt']))}[/bold]")
+        console.print(f"\n{_last_line(item['prompt'])}", style="bold")
         for name in ("reference", "before", "after"):
-            console.print(f"  [dim]{name:<10}[/dim]{escape(' '.join(item[name].split()))}")
+            console.print(Text.assemble("  ", (f"{name:<10}", "dim"), " ".join(item[name].split())))
 
 
 def _last_line(prompt: str) -> str:
@@ -38,7 +38,7 @@ def _last_line(prompt: str) -> str:
 
 def table(result: dict[str, Any]) -> Table:
     """The closing table of a run's `summary.json`."""
-    view = Table(title=f"{result['model']}: {result['title']}", show_header=False)
+    view = Table(title=Text(f"{result['model']}: {result['title']}"), show_header=False)
     view.add_column(style="bold")
     view.add_column(justify="right")
     trainable, total = result["trainable_parameters"], result["total_parameters"]

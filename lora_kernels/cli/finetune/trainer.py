@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from lora_kernels.cli.errors import UsageError, one_line
+from lora_kernels.cli.finetune import finite
 from lora_kernels.cli.finetune.collate import LengthGroupedSampler
 from lora_kernels.cli.finetune.data import IGNORE
 from lora_kernels.cli.finetune.rundir import RunDir
+from lora_kernels.cli.finetune.verify import logits_of
 
 
 class AdapterTrainer(Trainer):
@@ -48,6 +53,18 @@ class AdapterTrainer(Trainer):
             self.optimizer = kind(groups, **options)
         return self.optimizer
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch; raises NonFinite before the optimiser can use what is not finite."""
+        loss = super().training_step(model, *args, **kwargs)
+        finite.check_step(model, float(loss), self.state.global_step)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The metrics; raises NonFinite so that no checkpoint of such weights is written."""
+        metrics = super().evaluate(*args, **kwargs)
+        finite.check_held_out(metrics.get("eval_token_loss", 0.0), self.state.global_step)
+        return metrics
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         data = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(example["input_ids"]) for example in data]
@@ -58,6 +75,7 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the checkpoint beside its place and rename it when it is whole."""
+        self.check_finite()  # so that no good checkpoint makes room for a bad one
         root = self.run_dir.root
         root.mkdir(parents=True, exist_ok=True)
         self._staging = tempfile.mkdtemp(prefix=".saving-", dir=root)
@@ -74,6 +92,14 @@ class AdapterTrainer(Trainer):
         for old in self.run_dir.checkpoints()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
+    def check_finite(self) -> None:
+        """Raise NonFinite unless the trained weights, and what the model makes of them, are."""
+        finite.check_weights(self.model, self.state.global_step)
+        finite.check_output(
+            logits_of(self.model, self.data_collator(self.train_dataset[:1])),
+            self.state.global_step,
+        )
+
     def save_now(self) -> Path:
         """Save a checkpoint of the step that was finished last; returns its folder."""
         self._save_checkpoint(self.model, None)
@@ -89,7 +115,27 @@ class AdapterTrainer(Trainer):
     ) -> None:
         from lora_kernels.adapters import load_adapter
 
-        load_adapter(self.model if model is None else model, resume_from_checkpoint)
+        with readable(resume_from_checkpoint):
+            load_adapter(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextlib.contextmanager
+def readable(checkpoint: str | None) -> Iterator[None]:
+    """Whatever a reader says of a checkpoint's files, it is the checkpoint that is damaged."""
+    try:
+        yield
+    except Exception as error:
+        raise UsageError(
+            f"--resume: {checkpoint!r} is damaged ({one_line(error)}); name an older checkpoint"
+        ) from error
 
 
 def parameter_groups(

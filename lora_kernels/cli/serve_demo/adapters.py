@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_kernels.adapters import adapter_layers, apply_lora, save_adapter
-from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.errors import Failed, UsageError
 from lora_kernels.cli.finetune.collate import Collator, can_trim_logits
-from lora_kernels.cli.finetune.data import Message, encode_all
+from lora_kernels.cli.finetune.data import encode_all
+from lora_kernels.cli.finetune.records import Message, pair
 from lora_kernels.cli.serve_demo.progress import Tick
 from lora_kernels.cli.serve_demo.voices import QUESTIONS, VOICES
 from lora_kernels.integrations.peft import CONFIG_FILE, WEIGHTS_FILE, key_of
@@ -41,20 +42,32 @@ def one_adapter(model: Any, rank: int) -> Any:
     return single
 
 
-def train_voice(single: Any, tokenizer: Any, voice: str, steps: int, tick: Tick) -> None:
-    """Fine-tune the model's adapter, from the start, on a voice's answers."""
+def train_voice(
+    single: Any, tokenizer: Any, voice: str, steps: int, limit: int | None, tick: Tick
+) -> None:
+    """Fine-tune the model's adapter, from the start, on a voice's answers.
+
+    Args:
+        limit: how many tokens the model takes, where it has a limit.
+    """
+    length = min(MAX_LENGTH, limit or MAX_LENGTH)
     factors = []
     for _, layer in adapter_layers(single):
         layer.reset_adapter()
         factors += [layer.lora_A, layer.lora_B]
-    examples, _, _ = encode_all(tokenizer, _conversations(voice), MAX_LENGTH)
+    examples, _, _ = encode_all(tokenizer, _conversations(voice), length)
     if not examples:
-        raise UsageError(f"--model: its prompts leave no room for an answer in {MAX_LENGTH} tokens")
+        raise UsageError(f"--model: its prompts leave no room for an answer in {length} tokens")
     batch = Collator(tokenizer.pad_token_id, can_trim_logits(single))(examples)
     batch = {name: t.to(single.device) for name, t in batch.items()}
     optimizer = torch.optim.AdamW(factors, lr=LEARNING_RATE, weight_decay=0.0)
     for _ in range(steps):
         loss = single(**batch).loss
+        if not bool(torch.isfinite(loss)):
+            raise Failed(
+                f"fine-tuning {voice!r} gave a loss of {loss.item()}: the model's weights are "
+                "damaged, or overflow in this --dtype (try --dtype float32)"
+            )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -63,8 +76,7 @@ def train_voice(single: Any, tokenizer: Any, voice: str, steps: int, tick: Tick)
 
 def _conversations(voice: str) -> list[list[Message]]:
     return [
-        [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        for question, answer in zip(QUESTIONS, VOICES[voice], strict=True)
+        pair(question, answer) for question, answer in zip(QUESTIONS, VOICES[voice], strict=True)
     ]
 
 
@@ -88,13 +100,20 @@ class Adapters:
 
     @staticmethod
     def train(
-        single: Any, tokenizer: Any, folder: Path, count: int, seed: int, steps: int, tick: Tick
+        single: Any,
+        tokenizer: Any,
+        folder: Path,
+        count: int,
+        seed: int,
+        steps: int,
+        limit: int | None,
+        tick: Tick,
     ) -> Adapters:
         """Fine-tune the first ones and save them in the folder."""
         folders = {}
         torch.manual_seed(seed)
         for voice in voices(count):
-            train_voice(single, tokenizer, voice, steps, tick)
+            train_voice(single, tokenizer, voice, steps, limit, tick)
             folders[voice] = save_adapter(single, folder / voice)
         first = next(iter(folders.values()))
         config = json.loads((first / CONFIG_FILE).read_text(encoding="utf-8"))

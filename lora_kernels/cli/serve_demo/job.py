@@ -18,6 +18,13 @@ from torch import Tensor
 
 from lora_kernels.adapters import adapter_layers
 from lora_kernels.cli.errors import UsageError
+from lora_kernels.cli.finetune.causal import (
+    check_reads_backwards,
+    check_tokens,
+    length_limit,
+    load_config,
+    vocabulary,
+)
 from lora_kernels.cli.finetune.data import segments
 from lora_kernels.cli.finetune.generate import spread
 from lora_kernels.cli.finetune.models import (
@@ -27,7 +34,8 @@ from lora_kernels.cli.finetune.models import (
     pick_dtype,
     quiet_transformers,
 )
-from lora_kernels.cli.finetune.progress import stderr_console
+from lora_kernels.cli.finetune.progress import plain_console, stderr_console
+from lora_kernels.cli.finetune.records import pair
 from lora_kernels.cli.serve_demo import plot, report
 from lora_kernels.cli.serve_demo.adapters import Adapters, one_adapter, twin, voices
 from lora_kernels.cli.serve_demo.check import Checked, check_rows
@@ -58,6 +66,10 @@ def serve(args: argparse.Namespace) -> int:
         )
     if not args.question.strip():
         raise UsageError("--question: got nothing, expected a text")
+    try:
+        args.question.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--question: got {args.question!r}, which is not UTF-8") from None
     quiet_transformers()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -88,7 +100,7 @@ class ServeDemo:
     def __init__(self, args: argparse.Namespace, folder: Path, place: Path) -> None:
         self.args, self.folder, self.place = args, folder, place
         self.console: Console = stderr_console()
-        self.out = Console(highlight=False, soft_wrap=True)
+        self.out = plain_console()
         self.source = Source.of(args.model)
         self.dtype = pick_dtype(args.dtype)
 
@@ -113,9 +125,13 @@ class ServeDemo:
     def load(self) -> None:
         """Tokenizer and model, and whether the adapters will fit."""
         args = self.args
-        self.tokenizer = load_tokenizer(self.source)
+        self.source = self.source.located()
+        config = load_config(self.source)
+        self.limit = length_limit(config)
+        self.tokenizer = load_tokenizer(self.source, vocabulary(config))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.base = load_model(self.source, self.dtype).to(device)
+        check_reads_backwards(self.base, self.source)
         self.console.print(f"model: {self.source}, {str(self.dtype)[6:]} on {device.type}")
         try:
             self.single = one_adapter(self.base, args.rank)
@@ -125,10 +141,13 @@ class ServeDemo:
         shapes = tuple((layer.in_features, layer.out_features) for layer in layers)
         self.arithmetic = Arithmetic(shapes, args.adapters, args.rank, self.dtype.itemsize)
         self.arithmetic.check_room(device)
-        turn = [{"role": "user", "content": args.question}, {"role": "assistant", "content": "."}]
-        self.prompt: str = segments(self.tokenizer, turn)[0][0]
+        try:
+            self.prompt: str = segments(self.tokenizer, pair(args.question, "."))[0][0]
+        except UsageError as error:
+            raise UsageError(f"--model: {error}") from error
         self.ids = torch.tensor(self.tokenizer([self.prompt])["input_ids"][0])
-        room = getattr(self.base.config, "max_position_embeddings", None)
+        check_tokens(self.tokenizer, self.ids.tolist(), vocabulary(config))
+        room = self.limit
         if room is not None and len(self.ids) + args.tokens > room:
             raise UsageError(
                 f"--tokens: got {args.tokens} after a prompt of {len(self.ids)}, expected at most "
@@ -147,6 +166,7 @@ class ServeDemo:
                 args.adapters,
                 args.seed,
                 args.train_steps,
+                self.limit,
                 tick,
             )
         trained = len(self.adapters.folders)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.markup import escape
 
 from lora_kernels.cli.serve_demo.check import Checked
 from lora_kernels.cli.serve_demo.measure import BASE, PEFT, POOL, Rates
@@ -25,10 +24,10 @@ class Loaded(NamedTuple):
 
 
 def _rows(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) -> None:
-    out.print(f"\n[bold]{title}[/bold]")
+    out.print(f"\n{title}", style="bold")
     first, second = (max(len(row[i]) for row in rows) for i in range(2))
     for name, value, note in rows:
-        out.print(escape(f"  {name:<{first}}  {value:>{second}}  {note}".rstrip()))
+        out.print(f"  {name:<{first}}  {value:>{second}}  {note}".rstrip())
 
 
 def memory(out: Console, sums: Arithmetic, pool: AdapterPool, model: Any) -> None:
@@ -74,7 +73,7 @@ def answers(out: Console, shown: Mapping[str, str], generated: Generated, checke
         ],
     )
     for message in checked.wrong:
-        out.print(f"  [red]{escape(message)}[/red]")
+        out.print(f"  {message}", style="red")
 
 
 def rates(out: Console, found: Rates, loaded: Loaded, args: argparse.Namespace) -> None:
@@ -91,4 +90,4 @@ def rates(out: Console, found: Rates, loaded: Loaded, args: argparse.Namespace) 
         rows.append((f"{distinct}", f"{rate:>9.1f}  {rate / base:>7.1%}  {theirs}", ""))
     rows.append((f"{BASE} alone", f"{base:>9.1f}" + " " * 20, ""))
     _rows(out, title, rows)
-    out.print(f"  PEFT {escape(loaded.note)}")
+    out.print(f"  PEFT {loaded.note}")
