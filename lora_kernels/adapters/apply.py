@@ -18,6 +18,7 @@ from lora_kernels.adapters.layers import (
     named_modules,
     replace_module,
 )
+from lora_kernels.adapters.reads import Read, read_layers, read_only
 from lora_kernels.adapters.report import LayerRow, group_rows, layer_row, table, with_unit
 from lora_kernels.adapters.targets import Targets, find_targets, is_excluded, kept_dense
 from lora_kernels.integrations.peft import ALL_LINEAR, pattern_value
@@ -99,7 +100,10 @@ def apply_lora(
     NF4Linear become QLoRALinear over the same bytes (a Linear4bit without an adapter becomes
     NF4Linear). With `quantize` the linear layers that get no adapter become NF4Linear too, except
     excluded ones and output layers. A weight that another module shares (a tied embedding) stays
-    dense, for quantising it would free nothing. The options are kept as `model.lora_config`, for
+    dense, for quantising it would free nothing. A layer whose weight the model's code reads without
+    calling it (Mamba's `dt_proj`), and one with a forward of its own, is left as it is; where other
+    code calls it, it is adapted when it is named, and stays dense. Hooks on a layer go over to the
+    one in its place. The options are kept as `model.lora_config`, for
     `save_adapter`.
 
     Every layer is checked before the first is replaced: an error leaves the model as it was. They
@@ -174,15 +178,18 @@ def apply_config(
         check_block_size("block_size", block_size)
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
-    dense, kept = _plan_quantisation(model, config, targets.names) if quantize else (set(), [])
+    reads = read_layers(model)
+    plan = _plan_quantisation(model, config, targets.names, reads) if quantize else (set(), [])
+    dense, kept = plan
     # The plan holds names only: a reference to a layer would keep its dense weight alive.
     theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
-    bare = dense | {name for name in theirs if not is_excluded(config, name)}
+    called = [name for name in theirs if id(get_module(model, name)) not in reads]
+    bare = dense | {name for name in called if not is_excluded(config, name)}
     work = list(targets.names) + sorted(bare - set(targets.names))
     for name in theirs:
         check_not_repacked(name, get_module(model, name))
     for name in work:
-        _check_layer(name, get_module(model, name), quantised=name in dense)
+        _check_layer(name, get_module(model, name), reads, quantised=name in dense)
     steps = _with_progress(work, progress)
     fmt: dict[str, Any] = {
         "block_size": block_size,
@@ -218,9 +225,11 @@ def apply_config(
     )
 
 
-def _check_layer(name: str, layer: Any, *, quantised: bool) -> None:
+def _check_layer(name: str, layer: Any, reads: Mapping[int, Read], *, quantised: bool) -> None:
     """Raise what converting the layer would raise, without converting it."""
     try:
+        if reason := read_only(layer, reads):
+            raise ValueError(reason)
         if isinstance(layer, NF4Linear):
             layer.weight.check()
         elif is_linear4bit(layer):
@@ -306,7 +315,7 @@ def _check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:
 
 
 def _plan_quantisation(
-    model: nn.Module, config: LoRAConfig, targets: tuple[str, ...]
+    model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], reads: Mapping[int, Read]
 ) -> tuple[set[str], list[tuple[str, str]]]:
     """(names of layers to quantise, (name, reason) of layers that stay dense)."""
     owners: dict[int, int] = {}
@@ -320,7 +329,7 @@ def _plan_quantisation(
         if not isinstance(module, nn.Linear) or is_linear4bit(module):
             continue
         if name not in targets:
-            if is_excluded(config, name) or id(module) in stay:
+            if is_excluded(config, name) or id(module) in stay | reads.keys():
                 continue
             try:
                 check_linear_layer(module)
@@ -330,7 +339,9 @@ def _plan_quantisation(
             raise ValueError(
                 f"quantize: the weight of {name} is on the meta device, expected loaded values"
             )
-        if owners[id(module.weight)] > 1:
+        if id(module) in reads:
+            kept.append((name, f"{reads[id(module)].reason}, kept dense"))
+        elif owners[id(module.weight)] > 1:
             kept.append((name, "weight is tied, kept dense"))
         else:
             dense.add(name)

@@ -22,6 +22,7 @@ from lora_kernels.adapters.layers import (
     named_modules,
     replace_module,
 )
+from lora_kernels.adapters.reads import read_layers
 from lora_kernels.adapters.targets import find_targets
 from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype, default_adapter_dtype
@@ -68,20 +69,20 @@ def attach_adapters(
         check_block_size("block_size", block_size)
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
-    targets = []
+    reads, targets = read_layers(model), []
     dense: set[str] = set()
     for config in configs:
         names = find_targets(model, config).names
         _check_patterns(config, names)
         targets.append(names)
         if quantize is not None:
-            dense |= _plan_quantisation(model, config, names)[0]
+            dense |= _plan_quantisation(model, config, names, reads)[0]
     adapted = {name for names in targets for name in names}
     theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
     for name in theirs:
         check_not_repacked(name, get_module(model, name))
     for name in sorted(adapted | dense):
-        _check_layer(name, get_module(model, name), quantised=name in dense)
+        _check_layer(name, get_module(model, name), reads, quantised=name in dense)
     model.requires_grad_(False)
     form: dict[str, Any] = {
         "block_size": block_size,
