@@ -28,8 +28,8 @@ from lora_kernels.nn.common import check_finite_weight, check_linear_layer
 from lora_kernels.nn.linear4bit import check_linear4bit, check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype
 from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
-from lora_kernels.ops.nf4.base import check_block_size
-from lora_kernels.ops.nf4.weight import check_quant_type
+from lora_kernels.ops.common.kinds import check_kinds, describe
+from lora_kernels.ops.nf4.base import QUANT_TYPES, check_block_size
 
 Progress = Callable[[int, int, str], None]
 BAR_AFTER = 2.0  # seconds; a bar that nobody asked for waits so long
@@ -147,6 +147,7 @@ def apply_lora(
         bool(use_dora),
     )
     check_model(model)
+    check_kinds(apply_lora, locals())
     targets = find_targets(model, config)
     _check_patterns(config, targets.names)
     return apply_config(
@@ -174,8 +175,7 @@ def apply_config(
 ) -> LoRAReport:
     """Put the configuration's adapters on the targets, which are known to take one."""
     if quantize is not None:
-        check_quant_type(quantize)
-        check_block_size("block_size", block_size)
+        check_quantize(quantize, block_size)
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
     reads = read_layers(model)
@@ -223,6 +223,15 @@ def apply_config(
         bytes_after=count_bytes(model),
         layers=tuple(layer_row(name, module) for name, module in adapter_layers(model)),
     )
+
+
+def check_quantize(quantize: object, block_size: int) -> None:
+    """Raise ValueError for a format to quantise to that there is not."""
+    if quantize not in QUANT_TYPES:
+        raise ValueError(
+            f"quantize: got {describe(quantize)}, expected {' or '.join(QUANT_TYPES)}, or None"
+        )
+    check_block_size("block_size", block_size)
 
 
 def _check_layer(name: str, layer: Any, reads: Mapping[int, Read], *, quantised: bool) -> None:
@@ -278,7 +287,7 @@ def _without_adapter(layer: nn.Module, form: dict[str, Any]) -> NF4Linear:
 def check_model(model: nn.Module) -> None:
     """Raise unless adapters can be put on this model."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected torch.nn.Module")
+        raise TypeError(f"model: got {describe(model)}, expected a torch.nn.Module")
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"model: {type(model).__name__} has PEFT adapters already; pass the base model"

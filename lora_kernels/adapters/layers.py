@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from lora_kernels.nn import LoRALinear, LoRAMixin, NF4Linear
 from lora_kernels.nn.common import device_hook
 from lora_kernels.nn.linear4bit import is_linear4bit
+from lora_kernels.ops.common.kinds import describe
 
 # Where wrappers of torch's keep the module that they stand for: torch.compile, activation
 # checkpointing and offloading, the first FSDP.
@@ -30,6 +31,8 @@ _WRAPPERS = (
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside wrappers of torch's: a model's names and layers are what they were."""
     while True:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {describe(model)}, expected a torch.nn.Module")
         inside = ("module",) if isinstance(model, _WRAPPERS) else _INSIDE
         inner = next((m for part in inside if (m := model._modules.get(part)) is not None), None)
         if inner is None:

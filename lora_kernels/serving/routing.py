@@ -19,6 +19,7 @@ from lora_kernels.adapters.layers import (
 )
 from lora_kernels.nn.multi_lora import MultiLoRALinear
 from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding
+from lora_kernels.ops.common.kinds import describe
 from lora_kernels.serving.form import check_servable, find_modules
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
             device than the pool, or the model has adapters or a pool already.
     """
     model = unwrap(model)
+    if not hasattr(pool, "form"):
+        raise TypeError(f"pool: got {describe(pool)}, expected an AdapterPool")
     check_servable(model)
     names = list(pool.modules)
     exactly = "|".join(re.escape(name) for name in names)
@@ -105,7 +108,7 @@ def detach_pool(model: nn.Module) -> tuple[str, ...]:
 
 def attached_pool(model: nn.Module) -> AdapterPool:
     """The pool of a model; ValueError where there is none."""
-    for module in model.modules():
+    for _, module in named_modules(model):
         if isinstance(module, _WRAPPERS):
             return module.router  # type: ignore[return-value]
     raise ValueError(f"model: {type(model).__name__} has no pool; call attach_pool first")

@@ -16,6 +16,7 @@ from lora_kernels.adapters.apply import (
     _plan_quantisation,
     _without_adapter,
     check_model,
+    check_quantize,
 )
 from lora_kernels.adapters.layers import (
     get_module,
@@ -32,8 +33,6 @@ from lora_kernels.nn.multi_lora_training import (
     SlotAdapter,
     TrainableMultiLoRALinear,
 )
-from lora_kernels.ops.nf4.base import check_block_size
-from lora_kernels.ops.nf4.weight import check_quant_type
 
 Layers = dict[str, TrainableMultiLoRALinear]
 
@@ -65,8 +64,7 @@ def attach_adapters(
     if pool is not None:
         raise ValueError(f"model: {pool} has a pool; serving.detach_pool removes it")
     if quantize is not None:
-        check_quant_type(quantize)
-        check_block_size("block_size", block_size)
+        check_quantize(quantize, block_size)
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
     reads, targets = read_layers(model), []
