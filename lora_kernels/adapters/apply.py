@@ -27,6 +27,7 @@ from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
 from lora_kernels.nn.common import check_finite_weight, check_linear_layer
 from lora_kernels.nn.linear4bit import check_linear4bit, check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype
+from lora_kernels.nn.multi_lora_embedding import POOLED
 from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
 from lora_kernels.ops.common.kinds import check_kinds, describe
 from lora_kernels.ops.nf4.base import QUANT_TYPES, check_block_size
@@ -299,6 +300,9 @@ def check_model(model: nn.Module) -> None:
             f"model: is a {type(model).__name__}, which cannot be replaced inside itself; use "
             "LoRALinear.from_linear"
         )
+    pooled = next((n for n, m in named_modules(model) if isinstance(m, POOLED)), None)
+    if pooled is not None:
+        raise ValueError(f"model: {pooled} has a pool already; serving.detach_pool removes it")
     training = [n for n, m in named_modules(model) if isinstance(m, TrainableMultiLoRALinear)]
     if training:
         raise ValueError(

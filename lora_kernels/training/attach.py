@@ -27,7 +27,6 @@ from lora_kernels.adapters.reads import read_layers
 from lora_kernels.adapters.targets import find_targets
 from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype, default_adapter_dtype
-from lora_kernels.nn.multi_lora import MultiLoRALinear
 from lora_kernels.nn.multi_lora_training import (
     RouteHolder,
     SlotAdapter,
@@ -60,9 +59,6 @@ def attach_adapters(
         As `apply_lora`; ValueError for a model with adapters or a pool already.
     """
     check_model(model)
-    pool = next((n for n, m in named_modules(model) if isinstance(m, MultiLoRALinear)), None)
-    if pool is not None:
-        raise ValueError(f"model: {pool} has a pool; serving.detach_pool removes it")
     if quantize is not None:
         check_quantize(quantize, block_size)
     if adapter_dtype is not None:
