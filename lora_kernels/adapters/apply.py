@@ -18,6 +18,7 @@ from lora_kernels.adapters.layers import (
     named_modules,
     replace_module,
 )
+from lora_kernels.adapters.reads import Read, read_layers, read_only
 from lora_kernels.adapters.report import LayerRow, group_rows, layer_row, table, with_unit
 from lora_kernels.adapters.targets import Targets, find_targets, is_excluded, kept_dense
 from lora_kernels.integrations.peft import ALL_LINEAR, pattern_value
@@ -26,9 +27,10 @@ from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
 from lora_kernels.nn.common import check_finite_weight, check_linear_layer
 from lora_kernels.nn.linear4bit import check_linear4bit, check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype
+from lora_kernels.nn.multi_lora_embedding import POOLED
 from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
-from lora_kernels.ops.nf4.base import check_block_size
-from lora_kernels.ops.nf4.weight import check_quant_type
+from lora_kernels.ops.common.kinds import check_kinds, describe
+from lora_kernels.ops.nf4.base import QUANT_TYPES, check_block_size
 
 Progress = Callable[[int, int, str], None]
 BAR_AFTER = 2.0  # seconds; a bar that nobody asked for waits so long
@@ -99,7 +101,10 @@ def apply_lora(
     NF4Linear become QLoRALinear over the same bytes (a Linear4bit without an adapter becomes
     NF4Linear). With `quantize` the linear layers that get no adapter become NF4Linear too, except
     excluded ones and output layers. A weight that another module shares (a tied embedding) stays
-    dense, for quantising it would free nothing. The options are kept as `model.lora_config`, for
+    dense, for quantising it would free nothing. A layer whose weight the model's code reads without
+    calling it (Mamba's `dt_proj`), and one with a forward of its own, is left as it is; where other
+    code calls it, it is adapted when it is named, and stays dense. Hooks on a layer go over to the
+    one in its place. The options are kept as `model.lora_config`, for
     `save_adapter`.
 
     Every layer is checked before the first is replaced: an error leaves the model as it was. They
@@ -143,6 +148,7 @@ def apply_lora(
         bool(use_dora),
     )
     check_model(model)
+    check_kinds(apply_lora, locals())
     targets = find_targets(model, config)
     _check_patterns(config, targets.names)
     return apply_config(
@@ -170,19 +176,21 @@ def apply_config(
 ) -> LoRAReport:
     """Put the configuration's adapters on the targets, which are known to take one."""
     if quantize is not None:
-        check_quant_type(quantize)
-        check_block_size("block_size", block_size)
+        check_quantize(quantize, block_size)
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
-    dense, kept = _plan_quantisation(model, config, targets.names) if quantize else (set(), [])
+    reads = read_layers(model)
+    plan = _plan_quantisation(model, config, targets.names, reads) if quantize else (set(), [])
+    dense, kept = plan
     # The plan holds names only: a reference to a layer would keep its dense weight alive.
     theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
-    bare = dense | {name for name in theirs if not is_excluded(config, name)}
+    called = [name for name in theirs if id(get_module(model, name)) not in reads]
+    bare = dense | {name for name in called if not is_excluded(config, name)}
     work = list(targets.names) + sorted(bare - set(targets.names))
     for name in theirs:
         check_not_repacked(name, get_module(model, name))
     for name in work:
-        _check_layer(name, get_module(model, name), quantised=name in dense)
+        _check_layer(name, get_module(model, name), reads, quantised=name in dense)
     steps = _with_progress(work, progress)
     fmt: dict[str, Any] = {
         "block_size": block_size,
@@ -218,9 +226,20 @@ def apply_config(
     )
 
 
-def _check_layer(name: str, layer: Any, *, quantised: bool) -> None:
+def check_quantize(quantize: object, block_size: int) -> None:
+    """Raise ValueError for a format to quantise to that there is not."""
+    if quantize not in QUANT_TYPES:
+        raise ValueError(
+            f"quantize: got {describe(quantize)}, expected {' or '.join(QUANT_TYPES)}, or None"
+        )
+    check_block_size("block_size", block_size)
+
+
+def _check_layer(name: str, layer: Any, reads: Mapping[int, Read], *, quantised: bool) -> None:
     """Raise what converting the layer would raise, without converting it."""
     try:
+        if reason := read_only(layer, reads):
+            raise ValueError(reason)
         if isinstance(layer, NF4Linear):
             layer.weight.check()
         elif is_linear4bit(layer):
@@ -269,7 +288,7 @@ def _without_adapter(layer: nn.Module, form: dict[str, Any]) -> NF4Linear:
 def check_model(model: nn.Module) -> None:
     """Raise unless adapters can be put on this model."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected torch.nn.Module")
+        raise TypeError(f"model: got {describe(model)}, expected a torch.nn.Module")
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"model: {type(model).__name__} has PEFT adapters already; pass the base model"
@@ -281,6 +300,9 @@ def check_model(model: nn.Module) -> None:
             f"model: is a {type(model).__name__}, which cannot be replaced inside itself; use "
             "LoRALinear.from_linear"
         )
+    pooled = next((n for n, m in named_modules(model) if isinstance(m, POOLED)), None)
+    if pooled is not None:
+        raise ValueError(f"model: {pooled} has a pool already; serving.detach_pool removes it")
     training = [n for n, m in named_modules(model) if isinstance(m, TrainableMultiLoRALinear)]
     if training:
         raise ValueError(
@@ -306,7 +328,7 @@ def _check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:
 
 
 def _plan_quantisation(
-    model: nn.Module, config: LoRAConfig, targets: tuple[str, ...]
+    model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], reads: Mapping[int, Read]
 ) -> tuple[set[str], list[tuple[str, str]]]:
     """(names of layers to quantise, (name, reason) of layers that stay dense)."""
     owners: dict[int, int] = {}
@@ -320,7 +342,7 @@ def _plan_quantisation(
         if not isinstance(module, nn.Linear) or is_linear4bit(module):
             continue
         if name not in targets:
-            if is_excluded(config, name) or id(module) in stay:
+            if is_excluded(config, name) or id(module) in stay | reads.keys():
                 continue
             try:
                 check_linear_layer(module)
@@ -330,7 +352,9 @@ def _plan_quantisation(
             raise ValueError(
                 f"quantize: the weight of {name} is on the meta device, expected loaded values"
             )
-        if owners[id(module.weight)] > 1:
+        if id(module) in reads:
+            kept.append((name, f"{reads[id(module)].reason}, kept dense"))
+        elif owners[id(module.weight)] > 1:
             kept.append((name, "weight is tied, kept dense"))
         else:
             dense.add(name)

@@ -32,6 +32,7 @@ from lora_kernels.integrations.peft import (
     PICKLED_WEIGHTS_FILE,
     WEIGHTS_FILE,
     check_config,
+    check_directory,
     key_of,
     split_key,
 )
@@ -40,6 +41,7 @@ from lora_kernels.nn import LoRAMixin
 from lora_kernels.nn.common import fill, whole
 from lora_kernels.nn.multi_lora_training import SlotAdapter
 from lora_kernels.ops.common.checks import FLOATS, names
+from lora_kernels.ops.common.kinds import check_kinds
 
 Factors = dict[str, Tensor]
 AdapterLayer = LoRAMixin | SlotAdapter
@@ -81,6 +83,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
         ValueError: the model has no adapters, they are on the meta device, or their dropout or
             use_rslora or use_dora differ (PEFT's configuration has one value for all).
     """
+    check_kinds(save_adapter, locals())
     model = unwrap(model)
     asked = getattr(model, "lora_config", None)
     return save_layers(model, require_adapters(model), asked, directory)
@@ -236,9 +239,10 @@ def load_adapter(
             non-finite values.
         TypeError: a tensor or an option has the wrong type.
     """
+    check_kinds(load_adapter, locals())
     if next(adapter_layers(model), None) is None:
         check_model(model)
-    model, folder = unwrap(model), Path(directory)
+    model, folder = unwrap(model), check_directory(directory)
     options = _read_config(folder / CONFIG_FILE)
     with _naming(folder / CONFIG_FILE):
         config = LoRAConfig.from_peft_dict(options)

@@ -9,11 +9,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lora_kernels.nn import LoRALinear, LoRAMixin, NF4Linear
+from lora_kernels.nn.common import device_hook
 from lora_kernels.nn.linear4bit import is_linear4bit
+from lora_kernels.ops.common.kinds import describe
 
 # Where wrappers of torch's keep the module that they stand for: torch.compile, activation
 # checkpointing and offloading, the first FSDP.
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_is_full_backward_hook", "_backward_pre_hooks"),
+)
 _WRAPPERS = (
     nn.DataParallel,
     nn.parallel.DistributedDataParallel,
@@ -24,6 +31,8 @@ _WRAPPERS = (
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside wrappers of torch's: a model's names and layers are what they were."""
     while True:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {describe(model)}, expected a torch.nn.Module")
         inside = ("module",) if isinstance(model, _WRAPPERS) else _INSIDE
         inner = next((m for part in inside if (m := model._modules.get(part)) is not None), None)
         if inner is None:
@@ -79,11 +88,27 @@ def require_adapters(model: nn.Module) -> list[tuple[str, LoRAMixin]]:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever the model holds `old`: one layer may stand in several places."""
+    """Put `new` wherever the model holds `old`: one layer may stand in several places.
+
+    Hooks on `old` go over to `new`, unless `new` holds `old` and calls it.
+    """
+    if all(module is not old for module in new.modules()):
+        _move_hooks(old, new)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
                 setattr(parent, name, new)
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    for name in _HOOKS:
+        if vars(old).get(name):
+            setattr(new, name, vars(old)[name])  # the same mapping: handles still remove
+    hook = device_hook(old)
+    if hook is not None and device_hook(new) is None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(new, hook)
 
 
 def base_format(module: nn.Module) -> str:

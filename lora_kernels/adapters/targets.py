@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from lora_kernels.adapters.config import LoRAConfig
-from lora_kernels.adapters.layers import (
-    named_modules,
-)
+from lora_kernels.adapters.layers import named_modules
+from lora_kernels.adapters.reads import Read, read_layers, read_only
 from lora_kernels.integrations.peft import matches
 from lora_kernels.integrations.transformers import is_classifier, is_conv1d, output_layer
 from lora_kernels.nn import LoRAMixin, NF4Linear
@@ -38,17 +38,19 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
             adapted; the message lists the candidates.
     """
     modules = {name: module for name, module in named_modules(model) if name}
-    fused = _fused_children(model)
-    refusals = {name: fused.get(id(m)) or _refusal(m) for name, m in modules.items()}
+    reads = read_layers(model)
+    refusals = {name: _refusal(m) or read_only(m, reads) for name, m in modules.items()}
     candidates = [name for name, reason in refusals.items() if reason is None]
+    read = {n: reads[id(m)].reason for n, m in modules.items() if _is_read_linear(m, reads)}
     excluded = {name for name in modules if is_excluded(config, name)}
     if config.all_linear:
         left_out = _heads(model)
-        names = [n for n in candidates if n not in excluded and id(modules[n]) not in left_out]
+        heads = [n for n in candidates if n not in excluded and id(modules[n]) in left_out]
+        names = [n for n in candidates if n not in excluded | set(heads) | set(read)]
         skipped = [(n, "excluded") for n in candidates if n in excluded]
-        skipped += [(n, "output layer") for n in candidates if n not in excluded | set(names)]
+        skipped += [(n, "output layer") for n in heads]
         skipped += [(n, str(refusals[n])) for n, m in modules.items() if _is_other_linear(m)]
-        skipped += [(n, fused[id(m)]) for n, m in modules.items() if id(m) in fused]
+        skipped += [(n, why) for n, why in read.items() if n not in excluded | set(heads)]
         if not names:
             raise ValueError(_no_match(model, config, candidates, skipped))
         return Targets(tuple(names), tuple(skipped))
@@ -64,6 +66,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         raise ValueError(
             f"target_modules: {len(wrong)} of the matched modules cannot be adapted: {listed}. "
             f"Candidates: {_some(_suffixes(candidates))}"
+        )
+    if risky := [name for name in names if name in read]:
+        warnings.warn(
+            f"target_modules: where that code runs, adapters have no effect on "
+            f"{_some([f'{name} ({read[name]})' for name in risky], '; ')}",
+            stacklevel=3,
         )
     return Targets(tuple(names), tuple((n, "excluded") for n in matched if n in excluded))
 
@@ -88,15 +96,13 @@ def _refusal(module: nn.Module) -> str | None:
 def _is_other_linear(module: nn.Module) -> bool:
     """A linear layer of a kind that takes no adapter here (Conv1D, GGUF, 8-bit, ...)."""
     kind = type(module).__name__
-    leaf = next(module.children(), None) is None
-    return leaf and ("Linear" in kind or is_conv1d(module)) and _refusal(module) is not None
+    whole = isinstance(module, nn.Linear) or next(module.children(), None) is None
+    return whole and ("Linear" in kind or is_conv1d(module)) and _refusal(module) is not None
 
 
-def _fused_children(model: nn.Module) -> dict[int, str]:
-    """Layers whose owner reads their weight and never calls them."""
-    reason = "nn.MultiheadAttention reads its weight without calling it"
-    owners = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
-    return {id(owner.out_proj): reason for owner in owners}
+def _is_read_linear(module: nn.Module, reads: Mapping[int, Read]) -> bool:
+    """A linear layer, else fit for an adapter, whose owner reads its weight."""
+    return id(module) in reads and _refusal(module) is None
 
 
 def _heads(model: nn.Module) -> set[int]:
@@ -110,8 +116,8 @@ def _heads(model: nn.Module) -> set[int]:
 
 
 def kept_dense(model: nn.Module) -> set[int]:
-    """ids of the layers that are quantised only as targets: heads, and what is never called."""
-    return _heads(model) | set(_fused_children(model))
+    """ids of the layers that are quantised only as targets: heads."""
+    return _heads(model)
 
 
 def is_excluded(config: LoRAConfig, name: str) -> bool:

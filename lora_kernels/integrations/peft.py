@@ -5,8 +5,10 @@ Source: PEFT 0.21, `adapter_config.json` and `adapter_model.safetensors`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "adapter_config.json"
@@ -76,6 +78,20 @@ _WITHOUT_EFFECT = frozenset(
         "use_rslora",
     }
 )
+
+
+def check_directory(directory: object, name: str = "directory") -> Path:
+    """The path of an adapter's directory; an error that names the argument where there is none."""
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"{name}: got {type(directory).__name__}, expected a directory's path")
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{name}: got {str(directory)!r}, which is no directory here; expected one that holds "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE} (huggingface_hub.snapshot_download fetches one from "
+            "the hub)"
+        )
+    return folder
 
 
 def key_of(module: str, factor: str) -> str:

@@ -22,11 +22,15 @@ def check_linear_layer(linear: nn.Module) -> None:
             f"linear: got {kind}, which has a forward of its own; expected torch.nn.Linear "
             "(a bitsandbytes Linear4bit goes through from_linear4bit)"
         )
+    _check_own_forward(linear)
     weight = linear._parameters.get("weight")
-    if weight is None:
-        raise TypeError(
-            f"linear: the weight of this {kind} is computed (parametrised), expected a parameter"
-        )
+    for name, own in (("weight", weight), ("bias", linear._parameters.get("bias"))):
+        if own is None and (name == "weight" or linear.bias is not None):
+            raise TypeError(
+                f"linear: the {name} of this {kind} is computed (parametrised), expected a "
+                "parameter"
+            )
+    assert weight is not None
     if weight.dtype not in FLOATS:
         raise TypeError(
             f"linear.weight: got dtype {names([weight.dtype])}, expected {names(FLOATS)}"
@@ -34,6 +38,32 @@ def check_linear_layer(linear: nn.Module) -> None:
     shape = [linear.out_features, linear.in_features]
     if list(weight.shape) != shape:
         raise ValueError(f"linear.weight: got shape {list(weight.shape)}, expected {shape}")
+
+
+def _check_own_forward(linear: nn.Linear) -> None:
+    """Raise for a forward that is set on the instance, but for accelerate's that moves inputs."""
+    forward = vars(linear).get("forward", linear.forward)
+    if getattr(forward, "__func__", None) is nn.Linear.forward and forward.__self__ is linear:
+        return
+    inner = getattr(vars(linear).get("_old_forward"), "__func__", None)
+    hook = device_hook(linear)
+    if hook is None or inner is not nn.Linear.forward:
+        name = getattr(forward, "__qualname__", type(forward).__name__)
+        raise TypeError(
+            f"linear: its forward is set on the instance ({name}), and a layer in its place would "
+            "lose it; expected the class's own"
+        )
+    if hook.offload:
+        raise TypeError(
+            "linear: accelerate has offloaded its weight and loads it in a forward of its own, "
+            "expected a weight that stays"
+        )
+
+
+def device_hook(module: nn.Module) -> Any:
+    """accelerate's hook that moves a layer's inputs to its device; None without one."""
+    hook = vars(module).get("_hf_hook")
+    return hook if type(hook).__name__ == "AlignDevicesHook" else None
 
 
 def check_finite_weight(weight: Tensor) -> None:

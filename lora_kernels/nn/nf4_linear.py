@@ -21,6 +21,7 @@ from lora_kernels.nn.common import (
     make_linear,
 )
 from lora_kernels.nn.linear4bit import weight_from_linear4bit
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.nf4.base import check_block_size
 from lora_kernels.ops.nf4.double_quant import NESTED_BLOCK_SIZE
 from lora_kernels.ops.nf4.weight import NF4Weight, check_quant_type
@@ -117,6 +118,7 @@ class NF4Linear(nn.Module):
     @classmethod
     def from_weight(cls, weight: NF4Weight, bias: Parameter | None = None) -> NF4Linear:
         """A layer around an existing NF4Weight and bias, neither of them copied."""
+        check_kinds(NF4Linear.from_weight, locals())
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         NF4Linear._set_base(module, weight.check(), bias)

@@ -14,6 +14,7 @@ from lora_kernels.nn.common import cast_like
 from lora_kernels.nn.linear4bit import weight_from_linear4bit
 from lora_kernels.nn.lora import LoRAMixin, check_adapter_options
 from lora_kernels.nn.nf4_linear import NF4Linear, quantize_linear
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 _MERGED = "merged_"
@@ -76,6 +77,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
     ) -> QLoRALinear:
         """Put an adapter on an existing NF4Weight (such as `NF4Linear.weight`); it is shared."""
         check_adapter_options(r, alpha, dropout, init)
+        check_kinds(cls.from_weight, locals())
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module._set_base(weight.check(), bias)

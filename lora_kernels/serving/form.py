@@ -16,8 +16,7 @@ from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.targets import find_targets, is_excluded
 from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of, matches
 from lora_kernels.integrations.transformers import output_layer
-from lora_kernels.nn.multi_lora import MultiLoRALinear
-from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding, check_embedding
+from lora_kernels.nn.multi_lora_embedding import check_embedding
 from lora_kernels.ops.common.checks import FLOATS, check_dtype
 from lora_kernels.ops.gather import PAGE, pages_of
 
@@ -86,7 +85,7 @@ def make_form(
     saved: dict[str, Tensor] = {}
     embeddings: frozenset[str] = frozenset()
     if isinstance(model, nn.Module):
-        check_servable(model)
+        check_model(model)
         config = LoRAConfig(target_modules=target_modules, exclude_modules=exclude_modules)
         embeddings, linears = find_modules(model, config)
         every = {*embeddings, *linears}
@@ -122,15 +121,6 @@ def make_form(
     if form.device.type == "meta":
         raise ValueError("device: got meta, expected one that holds values")
     return form
-
-
-def check_servable(model: nn.Module) -> None:
-    """Raise unless the model has neither adapters nor a pool yet."""
-    check_model(model)
-    ours = (MultiLoRALinear, MultiLoRAEmbedding)
-    attached = next((n for n, m in named_modules(model) if isinstance(m, ours)), None)
-    if attached is not None:
-        raise ValueError(f"model: {attached} has a pool already; detach_pool removes it")
 
 
 def _all_linear(model: nn.Module) -> frozenset[str]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.serving.routing import attached_pool
 
 
@@ -47,6 +48,8 @@ def generate_batch(
         ValueError: other than one adapter for each prompt, an empty prompt, a model in training
             mode or without a pool, no token to pad with, or several sequences asked for.
     """
+    if not isinstance(prompts, str):
+        check_kinds(generate_batch, locals())
     pool = attached_pool(model)
     if isinstance(prompts, str) or len(prompts) != len(adapters):
         raise ValueError(

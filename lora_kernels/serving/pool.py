@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.integrations.peft import ALL_LINEAR, CONFIG_FILE, WEIGHTS_FILE
+from lora_kernels.integrations.peft import ALL_LINEAR, CONFIG_FILE, WEIGHTS_FILE, check_directory
 from lora_kernels.ops.common.checks import names as dtype_names
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.gather import RankPages
 from lora_kernels.serving.errors import AdapterInUse
 from lora_kernels.serving.form import Shapes, make_form, positive
@@ -71,6 +72,7 @@ class AdapterPool:
             raise ValueError(f"host_bytes: got {host_bytes!r}, expected an int of at least 0")
         if (pages is None) == (memory is None):
             raise ValueError(f"pages: got {pages} and memory={memory}, expected one of them")
+        check_kinds(AdapterPool.__init__, locals())
         self.form = make_form(
             model,
             max_rank=max_rank,
@@ -123,7 +125,7 @@ class AdapterPool:
 
     def register(self, name: str, directory: str | os.PathLike[str]) -> None:
         """Give an adapter's directory a name; it is read when a route first asks for it."""
-        folder = Path(directory)
+        folder = check_directory(directory)
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"{folder / file}: no such file")

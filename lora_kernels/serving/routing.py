@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
+from lora_kernels.adapters.apply import check_model
 from lora_kernels.adapters.layers import (
     get_module,
     named_modules,
@@ -18,13 +19,13 @@ from lora_kernels.adapters.layers import (
     unwrap,
 )
 from lora_kernels.nn.multi_lora import MultiLoRALinear
-from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding
-from lora_kernels.serving.form import check_servable, find_modules
+from lora_kernels.nn.multi_lora_embedding import POOLED, MultiLoRAEmbedding
+from lora_kernels.ops.common.kinds import describe
+from lora_kernels.serving.form import find_modules
 
 if TYPE_CHECKING:
     from lora_kernels.serving.pool import AdapterPool
 
-_WRAPPERS = (MultiLoRALinear, MultiLoRAEmbedding)
 # Of each thread and each asyncio task its own: a route is seen by the code inside it alone.
 _Routes = tuple[tuple[object, Tensor | None], ...]
 _ACTIVE: ContextVar[_Routes] = ContextVar("active routes", default=())
@@ -59,7 +60,9 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
             device than the pool, or the model has adapters or a pool already.
     """
     model = unwrap(model)
-    check_servable(model)
+    if not hasattr(pool, "form"):
+        raise TypeError(f"pool: got {describe(pool)}, expected an AdapterPool")
+    check_model(model)
     names = list(pool.modules)
     exactly = "|".join(re.escape(name) for name in names)
     config = LoRAConfig(target_modules=exactly, exclude_modules=())
@@ -97,7 +100,7 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
 def detach_pool(model: nn.Module) -> tuple[str, ...]:
     """Put the layers back that `attach_pool` wrapped; their names. Without a pool, nothing."""
     model = unwrap(model)
-    wrapped = [(n, m) for n, m in named_modules(model) if isinstance(m, _WRAPPERS)]
+    wrapped = [(n, m) for n, m in named_modules(model) if isinstance(m, POOLED)]
     for _, layer in wrapped:
         replace_module(model, layer, layer.base)
     return tuple(name for name, _ in wrapped)
@@ -105,7 +108,7 @@ def detach_pool(model: nn.Module) -> tuple[str, ...]:
 
 def attached_pool(model: nn.Module) -> AdapterPool:
     """The pool of a model; ValueError where there is none."""
-    for module in model.modules():
-        if isinstance(module, _WRAPPERS):
+    for _, module in named_modules(model):
+        if isinstance(module, POOLED):
             return module.router  # type: ignore[return-value]
     raise ValueError(f"model: {type(model).__name__} has no pool; call attach_pool first")

@@ -28,6 +28,7 @@ from lora_kernels.integrations.peft import (
     EMBEDDING,
     WEIGHTS_FILE,
     check_config,
+    check_directory,
     key_of,
     split_key,
 )
@@ -81,7 +82,7 @@ def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
     else:
         if config is not None:
             raise ValueError("config: was given beside a directory, expected None")
-        folder = Path(source)
+        folder = check_directory(source, "source")
         options = _read_config(folder / CONFIG_FILE)
         where = str(folder / CONFIG_FILE)
         factors, other = _read_weights(folder / WEIGHTS_FILE)

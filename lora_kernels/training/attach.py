@@ -16,23 +16,22 @@ from lora_kernels.adapters.apply import (
     _plan_quantisation,
     _without_adapter,
     check_model,
+    check_quantize,
 )
 from lora_kernels.adapters.layers import (
     get_module,
     named_modules,
     replace_module,
 )
+from lora_kernels.adapters.reads import read_layers
 from lora_kernels.adapters.targets import find_targets
 from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype, default_adapter_dtype
-from lora_kernels.nn.multi_lora import MultiLoRALinear
 from lora_kernels.nn.multi_lora_training import (
     RouteHolder,
     SlotAdapter,
     TrainableMultiLoRALinear,
 )
-from lora_kernels.ops.nf4.base import check_block_size
-from lora_kernels.ops.nf4.weight import check_quant_type
 
 Layers = dict[str, TrainableMultiLoRALinear]
 
@@ -60,28 +59,24 @@ def attach_adapters(
         As `apply_lora`; ValueError for a model with adapters or a pool already.
     """
     check_model(model)
-    pool = next((n for n, m in named_modules(model) if isinstance(m, MultiLoRALinear)), None)
-    if pool is not None:
-        raise ValueError(f"model: {pool} has a pool; serving.detach_pool removes it")
     if quantize is not None:
-        check_quant_type(quantize)
-        check_block_size("block_size", block_size)
+        check_quantize(quantize, block_size)
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
-    targets = []
+    reads, targets = read_layers(model), []
     dense: set[str] = set()
     for config in configs:
         names = find_targets(model, config).names
         _check_patterns(config, names)
         targets.append(names)
         if quantize is not None:
-            dense |= _plan_quantisation(model, config, names)[0]
+            dense |= _plan_quantisation(model, config, names, reads)[0]
     adapted = {name for names in targets for name in names}
     theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
     for name in theirs:
         check_not_repacked(name, get_module(model, name))
     for name in sorted(adapted | dense):
-        _check_layer(name, get_module(model, name), quantised=name in dense)
+        _check_layer(name, get_module(model, name), reads, quantised=name in dense)
     model.requires_grad_(False)
     form: dict[str, Any] = {
         "block_size": block_size,

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_kernels.adapters.layers import unwrap
 from lora_kernels.nn.multi_lora_training import BatchRoute
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.training.attach import attach_adapters, detach_adapters, device_of
 from lora_kernels.training.batch import Batch, check_micro_batch, is_packed
 from lora_kernels.training.checkpoint import check_name, load_run, save_run
@@ -58,6 +59,8 @@ class MultiLoRATrainer:
     ) -> None:
         if not isinstance(jobs, Mapping) or not jobs:
             raise ValueError(f"jobs: got {jobs!r}, expected one or more by name")
+        unwrap(model)
+        check_kinds(MultiLoRATrainer.__init__, {**locals(), "jobs": {}})
         for name, job in jobs.items():
             check_name(name)
             if not isinstance(job, AdapterJob):

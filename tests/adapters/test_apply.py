@@ -203,7 +203,7 @@ def test_heads_are_not_quantised_unless_asked():
         ({"r": 0}, "r: got 0"),
         ({"dropout": 1.5}, "dropout: got 1.5"),
         ({"init": "pissa"}, "init: got 'pissa'"),
-        ({"quantize": "int8"}, "quant_type: got 'int8'"),
+        ({"quantize": "int8"}, "^quantize: got 'int8'"),
         ({"quantize": "nf4", "block_size": 5}, "block_size: got 5"),
     ],
 )

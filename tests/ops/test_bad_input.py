@@ -227,7 +227,7 @@ PACKED = [
         r"weights\[1\]: got dtype bfloat16, expected",
     ),
     ("weights", 1, _ones(N, K, **META), ValueError, rf"weights\[1\]: {META_SAYS}"),
-    ("weights", 1, "w", TypeError, r"weights\[1\]: got str, expected a Tensor or an NF4Weight"),
+    ("weights", 1, "w", TypeError, r"weights\[1\]: got 'w', expected a Tensor or an NF4Weight"),
     (
         "weights",
         1,
@@ -237,7 +237,7 @@ PACKED = [
     ),
     ("weights", 1, _qweight().to("meta"), ValueError, rf"weights\[1\]: {META_SAYS}"),
     ("lora_a", None, [_ones(R, K)], ValueError, "lora_a: got 1 entries, expected 3 as weights has"),
-    ("lora_a", 1, None, TypeError, r"lora_a\[1\]: got NoneType, expected a Tensor"),
+    ("lora_a", 1, None, TypeError, r"lora_a\[1\]: got None, expected a Tensor"),
     ("lora_a", 1, _ones(0, K), ValueError, r"lora_a\[1\]: got shape \[0, 10\], expected a rank"),
     (
         "lora_a",

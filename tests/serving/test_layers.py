@@ -177,7 +177,7 @@ def test_attach_and_detach():
     twin = copy.deepcopy(model)
     assert attached_pool(twin) is pool
     for again in (lambda: attach_pool(model, pool), lambda: AdapterPool(model, slots=1, pages=1)):
-        with pytest.raises(ValueError, match=r"q_proj has a pool already; detach_pool"):
+        with pytest.raises(ValueError, match=r"q_proj has a pool already; serving.detach_pool"):
             again()
     assert detach_pool(model) == names
     assert list(model.state_dict()) == keys and torch.equal(logits(model), plain)

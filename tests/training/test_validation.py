@@ -100,7 +100,7 @@ def test_models():
     meta = llama().to("meta")
     for model, message in (
         (adapted, "has adapters on 14 layers already"),
-        (pooled, "has a pool; serving.detach_pool removes it"),
+        (pooled, "has a pool already; serving.detach_pool removes it"),
         (meta, "model: is on meta, expected one device that holds values"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, to_rows
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.cross_entropy.schema import check_linear_cross_entropy
 
 
@@ -77,16 +78,22 @@ def linear_cross_entropy(
 
     Source: Hsu et al., 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training".
     """
-    x, weight = autocast(x, weight)
-    check_linear_cross_entropy(x, weight, labels)
-    labels = labels.reshape(-1)
-    if num_items is None:
-        num_items = (labels != ignore_index).sum()
-    if not isinstance(num_items, (Tensor, int, float)):
-        raise TypeError(f"num_items: got {type(num_items).__name__}, expected a number or a tensor")
-    divisor = torch.as_tensor(num_items, device=x.device)
-    if divisor.numel() != 1:
-        raise ValueError(f"num_items: got shape {list(divisor.shape)}, expected one element")
-    return LinearCrossEntropyFunction.apply(
-        to_rows(x), weight, labels, ignore_index, divisor.reshape(())
-    )
+    try:
+        x, weight = autocast(x, weight)
+        check_linear_cross_entropy(x, weight, labels)
+        labels = labels.reshape(-1)
+        if num_items is None:
+            num_items = (labels != ignore_index).sum()
+        if not isinstance(num_items, (Tensor, int, float)):
+            raise TypeError(
+                f"num_items: got {type(num_items).__name__}, expected a number or a tensor"
+            )
+        divisor = torch.as_tensor(num_items, device=x.device)
+        if divisor.numel() != 1:
+            raise ValueError(f"num_items: got shape {list(divisor.shape)}, expected one element")
+        return LinearCrossEntropyFunction.apply(
+            to_rows(x), weight, labels, ignore_index, divisor.reshape(())
+        )
+    except Exception:
+        check_kinds(linear_cross_entropy, locals())
+        raise

@@ -51,6 +51,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.dora.magnitude import base_of, norm_dtype
 from lora_kernels.ops.dora.schema import check_dora_linear, check_norm_sq
@@ -143,30 +144,34 @@ def dora_linear(
         ValueError: a shape, a device or dropout_p does not fit.
         TypeError: a dtype does not fit.
     """
-    stored, meta = base_of(weight)
-    if isinstance(weight, NF4Weight):
-        base = stored
-        x, bias = autocast(x, bias)
-    else:
-        x, dense, bias = autocast(x, weight, bias)
-        base = [dense]
-    check_dora_linear(x, base, meta, lora_a, lora_b, magnitude, bias, dropout_p, seed)
-    norm = _norm(stored, meta, lora_a, lora_b, scale, weight_norm_sq)
-    if threshold(dropout_p) == 0:
-        seed = None
-    elif seed is None:
-        seed = draw_seed(x.device)
-    rows, scale = to_rows(x), float(scale)
-    if needs_grad(x, lora_a, lora_b, magnitude, bias, base[0] if len(base) == 1 else None):
-        y = DoRALinearFunction.apply(
-            rows, lora_a, lora_b, magnitude, bias, norm, seed, scale, dropout_p, meta, *base
-        )
-    else:
-        y, _, _ = torch.ops.lora_kernels.dora_linear_fwd(
-            *(rows, base, meta, lora_a, lora_b, scale, magnitude, norm, bias, dropout_p, seed),
-            False,
-        )
-    return from_rows(y, x)
+    try:
+        stored, meta = base_of(weight)
+        if isinstance(weight, NF4Weight):
+            base = stored
+            x, bias = autocast(x, bias)
+        else:
+            x, dense, bias = autocast(x, weight, bias)
+            base = [dense]
+        check_dora_linear(x, base, meta, lora_a, lora_b, magnitude, bias, dropout_p, seed)
+        norm = _norm(stored, meta, lora_a, lora_b, scale, weight_norm_sq)
+        if threshold(dropout_p) == 0:
+            seed = None
+        elif seed is None:
+            seed = draw_seed(x.device)
+        rows, scale = to_rows(x), float(scale * 1.0)  # text is no number
+        if needs_grad(x, lora_a, lora_b, magnitude, bias, base[0] if len(base) == 1 else None):
+            y = DoRALinearFunction.apply(
+                rows, lora_a, lora_b, magnitude, bias, norm, seed, scale, dropout_p, meta, *base
+            )
+        else:
+            y, _, _ = torch.ops.lora_kernels.dora_linear_fwd(
+                *(rows, base, meta, lora_a, lora_b, scale, magnitude, norm, bias, dropout_p, seed),
+                False,
+            )
+        return from_rows(y, x)
+    except Exception:
+        check_kinds(dora_linear, locals())
+        raise
 
 
 def dora_norm(
@@ -185,7 +190,11 @@ def dora_norm(
     Returns:
         [N] in fp32; fp64 for an fp64 weight. Never differentiable.
     """
-    return _norm(*base_of(weight), lora_a, lora_b, scale, weight_norm_sq)
+    try:
+        return _norm(*base_of(weight), lora_a, lora_b, scale, weight_norm_sq)
+    except Exception:
+        check_kinds(dora_norm, locals())
+        raise
 
 
 def _norm(
@@ -198,4 +207,6 @@ def _norm(
 ) -> Tensor:
     check_norm_sq(weight_norm_sq, meta, norm_dtype(base), a.device)
     with torch.no_grad():
-        return torch.ops.lora_kernels.dora_norm(weight_norm_sq, base, meta, a, b, float(scale))
+        return torch.ops.lora_kernels.dora_norm(
+            weight_norm_sq, base, meta, a, b, float(scale * 1.0)
+        )

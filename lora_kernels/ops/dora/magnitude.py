@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.checks import FLOATS, check_dtype
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.weight import NF4Weight
 
@@ -64,7 +65,11 @@ def weight_norm_squared(weight: Tensor | NF4Weight) -> Tensor:
         ValueError: the weight is not 2-D.
         TypeError: its dtype is not a floating one.
     """
-    return base_norm_squared(*base_of(weight))
+    try:
+        return base_norm_squared(*base_of(weight))
+    except Exception:
+        check_kinds(weight_norm_squared, locals())
+        raise
 
 
 def base_norm_squared(base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:

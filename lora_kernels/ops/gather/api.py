@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.checks import check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.native import native_op, refuses
 from lora_kernels.ops.gather.pages import FIELDS, RankPages
 from lora_kernels.ops.gather.schema import Needs, check_gather_lora
@@ -155,39 +156,43 @@ def gather_lora(
             on a GPU nobody waits to read them: a slot that is not there is none).
         TypeError: a dtype does not fit.
     """
-    pages = [pages] if isinstance(pages, RankPages) else list(pages)
-    flat = [t for p in pages for t in p]
-    entries = _entries(x, slots)
-    if out is not None:
-        return _add(x, flat, entries, base, bias, dropout, out, overwrite=not add)
-    if isinstance(base, Tensor):
-        x, bias, base = autocast(x, bias, base)
-    else:
-        x, bias = autocast(x, bias)
-    n = sum(p.b.shape[-1] for p in pages)
-    meta, tensors = [n, x.shape[-1] if x.dim() else 0], []
-    if isinstance(base, NF4Weight):
-        meta, tensors = list(base.meta), list(base.check().base)
-    elif base is not None:
-        check_shape("base", base, ["N", "K"])
-        meta, tensors = list(base.shape), [base]
-    drops = [] if dropout is None else _dropout(dropout, entries[0])
-    given = [*tensors, *flat, *entries, *drops]
-    grad = needs_grad(x, bias, *given)
-    if not grad and x.dim():
-        y = _quick(x, tensors, meta, bias, flat, entries, drops)
-        if y is not None:
-            return y
-    check_gather_lora(x, tensors, meta, bias, flat, entries, drops)
-    rows = to_rows(x)
-    if grad:
-        counts = _Counts(len(tensors), len(flat), len(entries), len(drops))
-        y = GatherLoRAFunction.apply(rows, bias, meta, counts, *given)
-    else:
-        y, _ = torch.ops.lora_kernels.gather_lora_fwd(
-            rows, tensors, meta, bias, flat, entries, drops
-        )
-    return from_rows(y, x)
+    try:
+        pages = [pages] if isinstance(pages, RankPages) else list(pages)
+        flat = [t for p in pages for t in p]
+        entries = _entries(x, slots)
+        if out is not None:
+            return _add(x, flat, entries, base, bias, dropout, out, overwrite=not add)
+        if isinstance(base, Tensor):
+            x, bias, base = autocast(x, bias, base)
+        else:
+            x, bias = autocast(x, bias)
+        n = sum(p.b.shape[-1] for p in pages)
+        meta, tensors = [n, x.shape[-1] if x.dim() else 0], []
+        if isinstance(base, NF4Weight):
+            meta, tensors = list(base.meta), list(base.check().base)
+        elif base is not None:
+            check_shape("base", base, ["N", "K"])
+            meta, tensors = list(base.shape), [base]
+        drops = [] if dropout is None else _dropout(dropout, entries[0])
+        given = [*tensors, *flat, *entries, *drops]
+        grad = needs_grad(x, bias, *given)
+        if not grad and x.dim():
+            y = _quick(x, tensors, meta, bias, flat, entries, drops)
+            if y is not None:
+                return y
+        check_gather_lora(x, tensors, meta, bias, flat, entries, drops)
+        rows = to_rows(x)
+        if grad:
+            counts = _Counts(len(tensors), len(flat), len(entries), len(drops))
+            y = GatherLoRAFunction.apply(rows, bias, meta, counts, *given)
+        else:
+            y, _ = torch.ops.lora_kernels.gather_lora_fwd(
+                rows, tensors, meta, bias, flat, entries, drops
+            )
+        return from_rows(y, x)
+    except Exception:
+        check_kinds(gather_lora, locals())
+        raise
 
 
 def _quick(

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import needs_grad, to_rows
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.gather.api import _entries
 from lora_kernels.ops.gather.embedding_schema import check_gather_embed
 from lora_kernels.ops.gather.pages import RankPages, page_adapters
@@ -85,16 +86,20 @@ def gather_lora_embedding(
             GPU nobody waits to read them: what is not there is no adapter, and a row of zeros).
         TypeError: a dtype does not fit.
     """
-    [own] = _entries(ids.unsqueeze(-1), slots)
-    flat, given = ids.reshape(-1), list(pages)
-    check_gather_embed(flat, weight, given, own)
-    if out is not None:
-        return _add(ids, flat, given, own, weight, out)
-    if needs_grad(weight, *given):
-        y = GatherLoRAEmbeddingFunction.apply(flat, weight, own, *given)
-    else:
-        y = torch.ops.lora_kernels.gather_lora_embed_fwd(flat, weight, given, own)
-    return y.view(*ids.shape, y.shape[-1])
+    try:
+        [own] = _entries(ids.unsqueeze(-1), slots)
+        flat, given = ids.reshape(-1), list(pages)
+        check_gather_embed(flat, weight, given, own)
+        if out is not None:
+            return _add(ids, flat, given, own, weight, out)
+        if needs_grad(weight, *given):
+            y = GatherLoRAEmbeddingFunction.apply(flat, weight, own, *given)
+        else:
+            y = torch.ops.lora_kernels.gather_lora_embed_fwd(flat, weight, given, own)
+        return y.view(*ids.shape, y.shape[-1])
+    except Exception:
+        check_kinds(gather_lora_embedding, locals())
+        raise
 
 
 def _add(
@@ -129,5 +134,9 @@ def page_embedding_adapters(
     scales: Sequence[float] | Tensor,
 ) -> RankPages:
     """`page_adapters` of an embedding's adapters, A [r_i, V] and B [D, r_i]."""
-    pages = page_adapters(lora_a, lora_b, scales)
-    return pages._replace(a=pages.a.transpose(1, 2).contiguous())
+    try:
+        pages = page_adapters(lora_a, lora_b, scales)
+        return pages._replace(a=pages.a.transpose(1, 2).contiguous())
+    except Exception:
+        check_kinds(page_embedding_adapters, locals())
+        raise

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.common.kinds import check_kinds
 
 PAGE = 16  # ranks
 INTEGERS = (torch.int32,)
@@ -130,44 +131,48 @@ def page_adapters(
     Raises:
         ValueError: lists of different lengths, no adapter at all, or a shape that does not fit.
     """
-    if not len(lora_a) == len(lora_b) == len(scales):
-        raise ValueError(
-            f"lora_b: got {len(lora_b)} adapters and {len(scales)} scales, expected "
-            f"{len(lora_a)} as lora_a has"
+    try:
+        if not len(lora_a) == len(lora_b) == len(scales):
+            raise ValueError(
+                f"lora_b: got {len(lora_b)} adapters and {len(scales)} scales, expected "
+                f"{len(lora_a)} as lora_a has"
+            )
+        first = next((a for a in lora_a if a is not None), None)
+        if first is None:
+            raise ValueError(f"lora_a: got {list(lora_a)}, expected at least one adapter")
+        rows_a, rows_b, ranks = [], [], []
+        table: list[list[int]] = []
+        page = 0
+        for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+            if a is None or b is None:
+                if a is not b:
+                    raise ValueError(
+                        f"lora_b[{i}]: got {b}, expected an adapter or None as lora_a[{i}]"
+                    )
+                table.append([])
+                ranks.append(0)
+                continue
+            check_shape(f"lora_a[{i}]", a, ["r", first.shape[1]])
+            check_shape(f"lora_b[{i}]", b, ["N", a.shape[0]])
+            count = pages_of(a.shape[0])
+            pad = (0, 0, 0, count * PAGE - a.shape[0])
+            rows_a.append(torch.nn.functional.pad(a, pad))
+            rows_b.append(torch.nn.functional.pad(b.T, pad))
+            table.append(list(range(page, page + count)))
+            ranks.append(a.shape[0])
+            page += count
+        columns = max(map(len, table))
+        filled = [row + [0] * (columns - len(row)) for row in table]
+        device = first.device
+        return RankPages(
+            torch.cat(rows_a).unflatten(0, (-1, PAGE)),
+            torch.cat(rows_b).unflatten(0, (-1, PAGE)),
+            torch.tensor(filled, dtype=torch.int32, device=device),
+            torch.tensor(ranks, dtype=torch.int32, device=device),
+            scales
+            if isinstance(scales, Tensor)
+            else torch.tensor(scales, dtype=torch.float32, device=device),
         )
-    first = next((a for a in lora_a if a is not None), None)
-    if first is None:
-        raise ValueError(f"lora_a: got {list(lora_a)}, expected at least one adapter")
-    rows_a, rows_b, ranks = [], [], []
-    table: list[list[int]] = []
-    page = 0
-    for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
-        if a is None or b is None:
-            if a is not b:
-                raise ValueError(
-                    f"lora_b[{i}]: got {b}, expected an adapter or None as lora_a[{i}]"
-                )
-            table.append([])
-            ranks.append(0)
-            continue
-        check_shape(f"lora_a[{i}]", a, ["r", first.shape[1]])
-        check_shape(f"lora_b[{i}]", b, ["N", a.shape[0]])
-        count = pages_of(a.shape[0])
-        pad = (0, 0, 0, count * PAGE - a.shape[0])
-        rows_a.append(torch.nn.functional.pad(a, pad))
-        rows_b.append(torch.nn.functional.pad(b.T, pad))
-        table.append(list(range(page, page + count)))
-        ranks.append(a.shape[0])
-        page += count
-    columns = max(map(len, table))
-    filled = [row + [0] * (columns - len(row)) for row in table]
-    device = first.device
-    return RankPages(
-        torch.cat(rows_a).unflatten(0, (-1, PAGE)),
-        torch.cat(rows_b).unflatten(0, (-1, PAGE)),
-        torch.tensor(filled, dtype=torch.int32, device=device),
-        torch.tensor(ranks, dtype=torch.int32, device=device),
-        scales
-        if isinstance(scales, Tensor)
-        else torch.tensor(scales, dtype=torch.float32, device=device),
-    )
+    except Exception:
+        check_kinds(page_adapters, locals())
+        raise

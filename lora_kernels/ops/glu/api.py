@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import from_rows, needs_grad, to_rows
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.glu.schema import activation_index, check_glu
 
 
@@ -61,11 +62,15 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
 
     Source: Shazeer, 2020, "GLU Variants Improve Transformer".
     """
-    index = activation_index(activation)
-    check_glu(gate, up)
-    g, u = to_rows(gate), to_rows(up)
-    if needs_grad(gate, up):
-        h = GatedActivationFunction.apply(g, u, index)
-    else:
-        h = torch.ops.lora_kernels.glu_fwd(g, u, index)
-    return from_rows(h, gate)
+    try:
+        index = activation_index(activation)
+        check_glu(gate, up)
+        g, u = to_rows(gate), to_rows(up)
+        if needs_grad(gate, up):
+            h = GatedActivationFunction.apply(g, u, index)
+        else:
+            h = torch.ops.lora_kernels.glu_fwd(g, u, index)
+        return from_rows(h, gate)
+    except Exception:
+        check_kinds(gated_activation, locals())
+        raise

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.checks import check_dtype, check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import check_dropout, threshold
 from lora_kernels.ops.lora.schema import check_lora_linear
 from lora_kernels.ops.nf4.weight import NF4Weight
@@ -120,13 +121,17 @@ def lora_linear(
         ValueError: a shape, a device or dropout_p does not fit.
         TypeError: a dtype does not fit.
     """
-    if weight.dim() != 2:
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K]")
-    x, weight, bias = autocast(x, weight, bias)
-    meta = [weight.shape[0], weight.shape[-1]]
-    return _apply(
-        x, [weight], meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag, out_diag
-    )
+    try:
+        if weight.dim() != 2:
+            raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K]")
+        x, weight, bias = autocast(x, weight, bias)
+        meta = [weight.shape[0], weight.shape[-1]]
+        return _apply(
+            x, [weight], meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag, out_diag
+        )
+    except Exception:
+        check_kinds(lora_linear, locals())
+        raise
 
 
 def nf4_lora_linear(
@@ -149,20 +154,24 @@ def nf4_lora_linear(
 
     The other arguments, the result and the errors are those of `lora_linear`.
     """
-    x, bias = autocast(x, bias)
-    return _apply(
-        x,
-        qweight.check().base,
-        qweight.meta,
-        lora_a,
-        lora_b,
-        scale,
-        bias,
-        dropout_p,
-        seed,
-        rank_diag,
-        out_diag,
-    )
+    try:
+        x, bias = autocast(x, bias)
+        return _apply(
+            x,
+            qweight.check().base,
+            qweight.meta,
+            lora_a,
+            lora_b,
+            scale,
+            bias,
+            dropout_p,
+            seed,
+            rank_diag,
+            out_diag,
+        )
+    except Exception:
+        check_kinds(nf4_lora_linear, locals())
+        raise
 
 
 def _apply(
@@ -183,7 +192,7 @@ def _apply(
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    rows, scale = to_rows(x), float(scale)
+    rows, scale = to_rows(x), float(scale * 1.0)  # text is no number
     if needs_grad(x, a, b, bias, rank_diag, out_diag, base[0] if len(base) == 1 else None):
         y = LoRALinearFunction.apply(
             rows, a, b, bias, rank_diag, out_diag, seed, scale, dropout_p, meta, *base
@@ -217,19 +226,23 @@ def dropout_mask(shape: Sequence[int], p: float, seed: Tensor | int, stream: int
     Raises:
         ValueError: p is outside [0, 1), shape is empty or stream is negative.
     """
-    check_dropout(p)
-    if len(shape) == 0:
-        raise ValueError("shape: got no dimension, expected [..., K]")
-    if any(n < 0 for n in shape):
-        raise ValueError(f"shape: got {list(shape)}, expected sizes of 0 or more")
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream: got {stream}, expected 0 <= stream < 2**32")
-    if isinstance(seed, int):
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: got {seed}, expected a 64-bit integer")
-        seed = torch.tensor([seed], dtype=torch.int64)
-    check_dtype("seed", seed, [torch.int64])
-    check_shape("seed", seed, [1])
-    rows = torch.Size(shape[:-1]).numel()
-    mask = torch.ops.lora_kernels.dropout_mask(seed, rows, shape[-1], p, stream)
-    return mask.view(*shape)
+    try:
+        check_dropout(p)
+        if len(shape) == 0:
+            raise ValueError("shape: got no dimension, expected [..., K]")
+        if any(n < 0 for n in shape):
+            raise ValueError(f"shape: got {list(shape)}, expected sizes of 0 or more")
+        if not 0 <= stream < 2**32:
+            raise ValueError(f"stream: got {stream}, expected 0 <= stream < 2**32")
+        if isinstance(seed, int):
+            if not -(2**63) <= seed < 2**63:
+                raise ValueError(f"seed: got {seed}, expected a 64-bit integer")
+            seed = torch.tensor([seed], dtype=torch.int64)
+        check_dtype("seed", seed, [torch.int64])
+        check_shape("seed", seed, [1])
+        rows = torch.Size(shape[:-1]).numel()
+        mask = torch.ops.lora_kernels.dropout_mask(seed, rows, shape[-1], p, stream)
+        return mask.view(*shape)
+    except Exception:
+        check_kinds(dropout_mask, locals())
+        raise

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.nf4.schema import check_linear
 from lora_kernels.ops.nf4.weight import NF4Weight
 
@@ -55,12 +56,16 @@ def nf4_linear(x: Tensor, qweight: NF4Weight, *, bias: Tensor | None = None) -> 
         ValueError: a shape or a device does not fit.
         TypeError: a dtype does not fit.
     """
-    x, bias = autocast(x, bias)
-    base, meta = qweight.check().base, qweight.meta
-    check_linear(x, base, meta, bias)
-    rows = to_rows(x)
-    if needs_grad(x, bias):
-        y = NF4LinearFunction.apply(rows, bias, meta, *base)
-    else:
-        y = torch.ops.lora_kernels.nf4_linear_fwd(rows, base, meta, bias)
-    return from_rows(y, x)
+    try:
+        x, bias = autocast(x, bias)
+        base, meta = qweight.check().base, qweight.meta
+        check_linear(x, base, meta, bias)
+        rows = to_rows(x)
+        if needs_grad(x, bias):
+            y = NF4LinearFunction.apply(rows, bias, meta, *base)
+        else:
+            y = torch.ops.lora_kernels.nf4_linear_fwd(rows, base, meta, bias)
+        return from_rows(y, x)
+    except Exception:
+        check_kinds(nf4_linear, locals())
+        raise

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.checks import FLOATS, check_dtype, names
+from lora_kernels.ops.common.kinds import check_kind, check_kinds
 from lora_kernels.ops.nf4.base import (
     BLOCK_SIZES,
     COMPONENTS,
@@ -78,6 +79,7 @@ class NF4Weight:
             TypeError: w is not floating point.
             ValueError: w is not 2-D or holds a non-finite value; a parameter is out of range.
         """
+        check_kinds(NF4Weight.quantize, locals())
         check_dtype("w", w, FLOATS)
         if w.dim() != 2:
             raise ValueError(f"w: got shape {list(w.shape)}, expected [N, K]")
@@ -222,6 +224,7 @@ class NF4Weight:
             KeyError: an entry is missing.
             ValueError, TypeError: an entry's shape, dtype or content does not fit.
         """
+        check_kinds(NF4Weight.from_state_dict, locals())
         key = f"{prefix}weight"
         info = _quant_state(state, key)
         packed = _packed_bytes(key, _entry(state, key), (info.shape[0] * info.shape[1] + 1) // 2)
@@ -245,6 +248,7 @@ class NF4Weight:
 
 
 def check_quant_type(quant_type: str) -> None:
+    check_kind("quant_type", quant_type, str)
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type: got {quant_type!r}, expected one of {QUANT_TYPES}")
 

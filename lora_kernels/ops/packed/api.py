@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.lora.api import draw_seed
 from lora_kernels.ops.nf4.weight import NF4Weight
@@ -182,7 +183,9 @@ def gather(
             raise TypeError(
                 f"weights[{i}]: got {type(w).__name__}, expected a Tensor or an NF4Weight"
             )
-    return x, Projections(list(lora_a), list(lora_b), bias, base, meta, [float(s) for s in scales])
+    return x, Projections(
+        list(lora_a), list(lora_b), bias, base, meta, [float(s * 1.0) for s in scales]
+    )
 
 
 def _checked(i: int, weight: NF4Weight) -> NF4Weight:
@@ -238,16 +241,20 @@ def lora_packed_linear(
 
     Source: Hu et al., 2021, "LoRA"; Dettmers et al., 2023, "QLoRA".
     """
-    x, p = gather(x, weights, lora_a, lora_b, scales, biases)
-    check_inputs(x, dropout_p, seed)
-    for i in range(len(p.a)):
-        p.check(i, x, x.shape[-1])
-    seed = seed_for(x, dropout_p, seed)
-    rows = to_rows(x)
-    if p.need_grad(x):
-        y = LoRAPackedFunction.apply(rows, seed, dropout_p, p.scales, p.meta, *p.tensors)
-    else:
-        y, _ = torch.ops.lora_kernels.lora_packed_fwd(
-            rows, p.base, p.meta, p.a, p.b, p.scales, p.bias, dropout_p, seed
-        )
-    return tuple(from_rows(t, x) for t in y)
+    try:
+        x, p = gather(x, weights, lora_a, lora_b, scales, biases)
+        check_inputs(x, dropout_p, seed)
+        for i in range(len(p.a)):
+            p.check(i, x, x.shape[-1])
+        seed = seed_for(x, dropout_p, seed)
+        rows = to_rows(x)
+        if p.need_grad(x):
+            y = LoRAPackedFunction.apply(rows, seed, dropout_p, p.scales, p.meta, *p.tensors)
+        else:
+            y, _ = torch.ops.lora_kernels.lora_packed_fwd(
+                rows, p.base, p.meta, p.a, p.b, p.scales, p.bias, dropout_p, seed
+            )
+        return tuple(from_rows(t, x) for t in y)
+    except Exception:
+        check_kinds(lora_packed_linear, locals())
+        raise

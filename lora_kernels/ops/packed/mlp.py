@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import from_rows, to_rows
+from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.glu.schema import activation_index
 from lora_kernels.ops.nf4.weight import NF4Weight
 from lora_kernels.ops.packed.api import by_kind, gather, kept, of_weights, seed_for
@@ -206,20 +207,32 @@ def lora_mlp(
 
     Source: Shazeer, 2020, "GLU Variants Improve Transformer"; Hu et al., 2021, "LoRA".
     """
-    index = activation_index(activation)
-    if len(weights) != DOWN + 1:
-        raise ValueError(f"weights: got {len(weights)} entries, expected 3: gate, up and down")
-    x, p = gather(x, weights, lora_a, lora_b, scales, biases)
-    check_inputs(x, dropout_p, seed)
-    inner = p.meta[0]
-    for i, k in enumerate((x.shape[-1], x.shape[-1], inner)):
-        p.check(i, x, k)
-    if p.meta[META] != inner:
-        raise ValueError(
-            f"weights[1]: got shape {p.meta[META : META + 2]}, expected [{inner}, {x.shape[-1]}] "
-            "as weights[0] has"
+    try:
+        index = activation_index(activation)
+        if len(weights) != DOWN + 1:
+            raise ValueError(f"weights: got {len(weights)} entries, expected 3: gate, up and down")
+        x, p = gather(x, weights, lora_a, lora_b, scales, biases)
+        check_inputs(x, dropout_p, seed)
+        inner = p.meta[0]
+        for i, k in enumerate((x.shape[-1], x.shape[-1], inner)):
+            p.check(i, x, k)
+        if p.meta[META] != inner:
+            raise ValueError(
+                f"weights[1]: got shape {p.meta[META : META + 2]}, expected "
+                f"[{inner}, {x.shape[-1]}] as weights[0] has"
+            )
+        seed = seed_for(x, dropout_p, seed)
+        arguments: tuple[Any, ...] = (
+            to_rows(x),
+            seed,
+            dropout_p,
+            p.scales,
+            p.meta,
+            index,
+            *p.tensors,
         )
-    seed = seed_for(x, dropout_p, seed)
-    arguments: tuple[Any, ...] = (to_rows(x), seed, dropout_p, p.scales, p.meta, index, *p.tensors)
-    y = LoRAMLPFunction.apply(*arguments) if p.need_grad(x) else _forward(*arguments)[0]
-    return from_rows(y, x)
+        y = LoRAMLPFunction.apply(*arguments) if p.need_grad(x) else _forward(*arguments)[0]
+        return from_rows(y, x)
+    except Exception:
+        check_kinds(lora_mlp, locals())
+        raise
