@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.apply import apply_config, check_model
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.files import one_process, write_whole
 from lora_kernels.adapters.layers import (
     adapter_layers,
     get_module,
@@ -109,32 +110,14 @@ def save_layers(
     )
     folder = Path(directory)
     text = json.dumps(config, indent=2) + "\n"
-    with _one_process(layers) as writes:
+    with one_process(t for _, m in layers for t in _tensors_of(m).values()) as writes:
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"}))
-            _write(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+            write_whole(
+                folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"})
+            )
+            write_whole(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
     return folder
-
-
-@contextmanager
-def _one_process(layers: Sequence[tuple[str, AdapterLayer]]) -> Iterator[bool]:
-    """Whether this process writes: of adapters that are split over several, the first alone. The
-    others wait for it, and an error of its is one for all."""
-    if not any(hasattr(t, "full_tensor") for _, m in layers for t in _tensors_of(m).values()):
-        yield True
-        return
-    import torch.distributed as dist
-
-    error: list[Exception | None] = [None]
-    first = dist.get_rank() == 0
-    try:
-        yield first
-    except Exception as raised:
-        error = [raised]
-    dist.broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]
 
 
 def _tensors_of(layer: AdapterLayer) -> Factors:
@@ -183,26 +166,6 @@ def _usual(values: Iterable[Any]) -> Any:
 
 def _exactly(name: str) -> str:
     return "^" + re.escape(name)
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_adapter(
