@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,13 +110,15 @@ def save_layers(
     )
     folder = Path(directory)
     text = json.dumps(config, indent=2) + "\n"
+    files: dict[str, Callable[[Path], Any]] = {
+        WEIGHTS_FILE: lambda path: save_file(tensors, path, {"format": "pt"}),
+        CONFIG_FILE: lambda path: path.write_text(text, encoding="utf-8"),
+    }
     with one_process(t for _, m in layers for t in _tensors_of(m).values()) as writes:
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(
-                folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, {"format": "pt"})
-            )
-            write_whole(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+            for name, write in files.items():
+                write_whole(folder / name, write)
     return folder
 
 

@@ -14,7 +14,7 @@ from lora_kernels.serving import AdapterPool, attach_pool, detach_pool, generate
 from lora_kernels.training import AdapterJob, MultiLoRATrainer
 from tests.adapters.models import llama, mlp
 
-WEIGHT = torch.randn(4, 64)
+WEIGHT = torch.ones(4, 64)
 MODEL_CALLS = {
     "apply_lora": lk.apply_lora,
     "load_adapter": lambda model: lk.load_adapter(model, "."),
@@ -47,7 +47,9 @@ def _trainer(**options):
     return MultiLoRATrainer(**dict(model=llama(), jobs={"a": _job()}) | options)
 
 
-@pytest.mark.parametrize("model", ["a/name", None, np.ones(3), WEIGHT, type(mlp())], ids=str)
+@pytest.mark.parametrize(
+    "model", ["a/name", None, np.ones(3), WEIGHT, type(mlp())], ids=lambda m: type(m).__name__
+)
 @pytest.mark.parametrize("call", MODEL_CALLS.values(), ids=MODEL_CALLS)
 def test_a_model_that_is_none(call, model):
     with pytest.raises(TypeError, match=r"^model: got .*, expected a torch.nn.Module"):

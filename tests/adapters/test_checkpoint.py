@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import lora_kernels.adapters.checkpoint as checkpoint
 from lora_kernels.adapters import (
     adapter_layers,
     apply_lora,
+    files,
     load_adapter,
     merge_adapters,
     save_adapter,
@@ -154,9 +154,9 @@ def test_an_interrupted_save_leaves_the_old_files(saved, monkeypatch, step):
     if step == "save":
         monkeypatch.setattr("safetensors.torch.save_file", interrupt)
     elif step == "flush":
-        monkeypatch.setattr(checkpoint, "_flush", interrupt)
+        monkeypatch.setattr(files, "flush", interrupt)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", interrupt)
+        monkeypatch.setattr(files.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
