@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 
 import torch
@@ -10,12 +11,17 @@ from torch import Tensor, nn
 from lora_kernels import functional
 from lora_kernels.ops.gather import RankPages
 
+_EXPERT = re.compile(r"experts?\.\d+\b")  # one of several, each of which gets some of the tokens
+
 
 class Router(Protocol):
     """Who knows the adapters and which row uses which: a `serving.AdapterPool`."""
 
     def active_slots(self) -> Tensor | None:
         """int32, the slot of each row or token, −1 for none; None: nobody has an adapter."""
+
+    def active_tokens(self) -> tuple[int, int] | None:
+        """(batch, tokens of each row) of the model's input under way; None where nobody saw it."""
 
     def pages(self, module: str) -> RankPages:
         """The adapters of a module."""
@@ -28,10 +34,10 @@ class MultiLoRALinear(nn.Module):
     it is: without active slots the layer is its base, and a row without adapter is what the base
     gives, bit for bit, whoever else is in the batch.
 
-    Slots [B] are those of the rows of x [B, ..., K], each for all of its tokens. Where x has batch
-    and tokens folded into one dimension, [B·T, K], slots must be given for each token ([B, T] or
-    [B·T]). A layer that picks or reorders tokens (an expert of a mixture) cannot tell which token
-    is whose: it takes no adapters this way.
+    Slots [B] are those of the rows of x [B, ..., K], each for all of its tokens. Where a model
+    folds batch and tokens into one dimension, [B·T, K], they follow if the router knows T, and must
+    be given for each token ([B, T] or [B·T]) if not. A layer that picks or reorders tokens (an
+    expert of a mixture) cannot tell which token is whose: it takes no adapters this way.
 
     The state dict is the base's under `base.`; `serving.detach_pool` brings the base back.
 
@@ -52,8 +58,14 @@ class MultiLoRALinear(nn.Module):
                 f"for {expected[0]}, {expected[1]}"
             )
         self.base, self.router, self.name = base, router, name
+        self.picks = self.picks_tokens(name)
         self.in_features, self.out_features = got
         self.train(base.training)
+
+    @staticmethod
+    def picks_tokens(name: str) -> bool:
+        """Whether a module of this name is one expert of several, and gets some of the tokens."""
+        return _EXPERT.search(name) is not None
 
     @property
     def weight(self) -> Any:
@@ -71,7 +83,7 @@ class MultiLoRALinear(nn.Module):
         slots = self.router.active_slots()
         if slots is None:
             return y
-        slots = fit_slots(self.name, slots, x)
+        slots = fit_slots(self.name, slots, x, self.router, picks=self.picks)
         pages = self.router.pages(self.name)
         x = x.to(y.dtype)  # under autocast they differ
         inputs = (x, y, pages.a, pages.b, pages.scales)
@@ -83,19 +95,39 @@ class MultiLoRALinear(nn.Module):
         return f"name={self.name!r}"
 
 
-def fit_slots(name: str, slots: Tensor, x: Tensor) -> Tensor:
+def fit_slots(
+    name: str, slots: Tensor, x: Tensor, router: Router | None = None, *, picks: bool = False
+) -> Tensor:
     """The slots, for x's leading dimensions or the first of them; ValueError, with the layer's
-    name, where they are for something else."""
+    name, where x has other tokens than the model's input, or in another order. A layer that `picks`
+    tokens is known to have them all where it has as many."""
     lead = x.shape[:-1]
-    if slots.shape == lead[: slots.dim()]:
+    if slots.shape == lead[: slots.dim()] and not picks:
         return slots
-    if 1 in (slots.dim(), len(lead)) and slots.numel() == lead.numel():
-        return slots.reshape(lead)
+    if router is None:
+        tokens = (slots.shape[0], slots.shape[1]) if slots.dim() == 2 else None
+    else:
+        tokens = router.active_tokens()
+    if tokens is None and not picks:
+        if 1 in (slots.dim(), len(lead)) and slots.numel() == lead.numel():
+            return slots.reshape(lead)
+    elif tokens is not None and _all_tokens(lead, *tokens):
+        batch, length = tokens
+        if slots.shape == (batch,):
+            return slots.unsqueeze(1).expand(batch, length).reshape(lead)
+        if slots.numel() == batch * length:
+            return slots.reshape(lead)
     raise ValueError(
         f"{name}: slots: got shape {list(slots.shape)}, expected {list(lead)} as x has, or the "
-        "first of these; a layer that folds batch and tokens into one dimension needs a slot for "
-        "each token"
+        "first of these; a layer that folds batch and tokens into one dimension needs the model's "
+        "own call around it, or a slot for each token, and one that picks tokens takes no adapter"
     )
+
+
+def _all_tokens(lead: torch.Size, batch: int, length: int) -> bool:
+    """Whether leading dimensions hold all tokens of the input, those of a row side by side."""
+    folded = [n for n in lead if n != 1]
+    return folded in ([n for n in (batch, length) if n != 1], [batch * length])
 
 
 def _features(pages: RankPages) -> tuple[int, int]:

@@ -47,7 +47,7 @@ class MultiLoRAEmbedding(nn.Module):
         slots = self.router.active_slots()
         if slots is None:
             return y
-        slots = fit_slots(self.name, slots, ids.unsqueeze(-1))
+        slots = fit_slots(self.name, slots, ids.unsqueeze(-1), self.router)
         pages = self.router.pages(self.name)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (y, pages.a, pages.b)):
             return y + functional.gather_lora_embedding(ids, pages, slots).to(y.dtype)

@@ -19,7 +19,7 @@ from lora_kernels.ops.gather import RankPages
 from lora_kernels.serving.errors import AdapterInUse
 from lora_kernels.serving.form import Shapes, make_form, positive
 from lora_kernels.serving.library import Library, Origin, Read
-from lora_kernels.serving.routing import activated, active_slots
+from lora_kernels.serving.routing import activated, active_slots, active_tokens
 from lora_kernels.serving.shelf import Resident, Shelf
 from lora_kernels.serving.state import AdapterState, Source, read_state
 from lora_kernels.serving.stats import PoolStats
@@ -289,6 +289,10 @@ class AdapterPool:
     def active_slots(self) -> Tensor | None:
         """The slots of the innermost route around the caller; None outside any, or for nobody."""
         return active_slots(self)
+
+    def active_tokens(self) -> tuple[int, int] | None:
+        """(batch, tokens) of the input of the model that runs inside the route."""
+        return active_tokens(self)
 
     def stats(self) -> PoolStats:
         """What the pool holds, and what it has done so far."""

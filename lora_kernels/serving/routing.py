@@ -27,14 +27,23 @@ if TYPE_CHECKING:
     from lora_kernels.serving.pool import AdapterPool
 
 # Of each thread and each asyncio task its own: a route is seen by the code inside it alone.
-_Routes = tuple[tuple[object, Tensor | None], ...]
+_Routes = tuple[tuple[object, "_Route"], ...]
+_INPUTS = ("input_ids", "inputs_embeds")
 _ACTIVE: ContextVar[_Routes] = ContextVar("active routes", default=())
+
+
+class _Route:
+    """The slots of a route, and (batch, tokens) of the last input of a model with the pool."""
+
+    def __init__(self, slots: Tensor | None) -> None:
+        self.slots = slots
+        self.tokens: tuple[int, int] | None = None
 
 
 @contextmanager
 def activated(owner: object, slots: Tensor | None) -> Iterator[None]:
     """Make the slots those that `owner`'s layers see; an inner one hides an outer one, None too."""
-    token = _ACTIVE.set((*_ACTIVE.get(), (owner, slots)))
+    token = _ACTIVE.set((*_ACTIVE.get(), (owner, _Route(slots))))
     try:
         yield
     finally:
@@ -43,7 +52,38 @@ def activated(owner: object, slots: Tensor | None) -> Iterator[None]:
 
 def active_slots(owner: object) -> Tensor | None:
     """The slots of the innermost route of this thread or task; None outside any, or for nobody."""
-    return next((slots for who, slots in reversed(_ACTIVE.get()) if who is owner), None)
+    for who, route in reversed(_ACTIVE.get()):  # asked by every layer: no call more than needed
+        if who is owner:
+            return route.slots
+    return None
+
+
+def active_tokens(owner: object) -> tuple[int, int] | None:
+    """(batch, tokens) of the input that a model with the pool has now; None where none was seen."""
+    route = _route(owner)
+    return None if route is None else route.tokens
+
+
+def _route(owner: object) -> _Route | None:
+    return next((route for who, route in reversed(_ACTIVE.get()) if who is owner), None)
+
+
+class _SeeTokens:
+    """Before a model's forward: how many tokens each row of its input has."""
+
+    def __init__(self, pool: AdapterPool) -> None:
+        self.pool = pool
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        route = _route(self.pool)
+        if route is None or route.slots is None:
+            return
+        named = (kwargs.get(name) for name in _INPUTS)
+        given = (t for t in (*named, *args, *kwargs.values()) if isinstance(t, Tensor))
+        # ids [B, T], or what they stand for, [B, T, K]
+        shapes = (t.shape for t in given if t.dim() >= (3 if t.is_floating_point() else 2))
+        shape = next(shapes, None)
+        route.tokens = None if shape is None else (shape[0], shape[1])
 
 
 def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
@@ -94,6 +134,7 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
         layers[name] = base, kind(base, pool, name)
     for base, layer in layers.values():
         replace_module(model, base, layer)
+    model.register_forward_pre_hook(_SeeTokens(pool), with_kwargs=True)
     return tuple(layers)
 
 
@@ -103,6 +144,10 @@ def detach_pool(model: nn.Module) -> tuple[str, ...]:
     wrapped = [(n, m) for n, m in named_modules(model) if isinstance(m, POOLED)]
     for _, layer in wrapped:
         replace_module(model, layer, layer.base)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _SeeTokens):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
     return tuple(name for name, _ in wrapped)
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from lora_kernels.adapters import adapter_layers
 
@@ -69,3 +71,14 @@ def wake(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             layer.lora_B.normal_(std=0.1, generator=generator)
     return model
+
+
+class AllDouble(TorchFunctionMode):
+    """Makes code that casts to fp32 whatever it is given cast to fp64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args, kwargs = tree_map(
+            lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)

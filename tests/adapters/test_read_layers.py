@@ -8,14 +8,12 @@ import types
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from lora_kernels import QLoRALinear, apply_lora, merge_adapters
 from lora_kernels.adapters import adapter_layers, merge_and_unload
 from lora_kernels.nn import LoRALinear, NF4Linear
 from lora_kernels.testing import assert_within_budget
-from tests.adapters.models import mlp, wake
+from tests.adapters.models import AllDouble, mlp, wake
 
 SIZES = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, pad_token_id=0)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=64)
@@ -75,17 +73,6 @@ def _logits(model):
         return model(_ids(), use_cache=False).logits
 
 
-class _AllDouble(TorchFunctionMode):
-    """Makes code that casts to fp32 whatever it is given cast to fp64."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        args, kwargs = tree_map(
-            lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
-
-
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize(("kind", "options", "read", "mixed"), KINDS)
 def test_every_adapter_of_a_state_space_model_learns_and_merges(
@@ -113,7 +100,7 @@ def test_every_adapter_of_a_state_space_model_learns_and_merges(
         whole = exact.get_submodule(name)  # of several layers that share a weight, one
         whole.weight = nn.Parameter(whole.weight + layer.scale * b @ a)
     plain = _logits(copy.deepcopy(exact).float())
-    with _AllDouble():
+    with AllDouble():
         assert_within_budget(merged, _logits(exact), plain)
     for layer in (read, mixed):
         if layer is not None:
