@@ -25,7 +25,8 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 DONE := $(VENV)/.done
 SANITIZED := -DCMAKE_BUILD_TYPE=Release -DLORA_KERNELS_TORCH=OFF -DLORA_KERNELS_CUDA=OFF -DLORA_KERNELS_SANITIZE=ON
-PYTEST = $(PY) -m pytest -n $(JOBS) --dist worksteal --sample $(SAMPLE)
+# Fewer of glibc's arenas: each keeps what its threads had of it.
+PYTEST = MALLOC_ARENA_MAX=2 $(PY) -m pytest -n $(JOBS) --dist worksteal --sample $(SAMPLE)
 
 # Tools that pip put beside python (ninja, sometimes cmake) are found before the system's.
 export PATH := $(BIN):$(PATH)

@@ -44,8 +44,8 @@ def main() -> None:
 
     quiet_transformers()
     source = Source.of(args.model)
-    tokenizer = load_tokenizer(source)
     model = load_model(source, pick_dtype("auto"))
+    tokenizer = load_tokenizer(source, model.config.vocab_size)
     collate = Collator(tokenizer.pad_token_id, trim_logits=False)
 
     jobs, questions = {}, []

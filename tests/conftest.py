@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import platform
 import random
+import sys
 from pathlib import Path
 
 # Children of a test (the command line, the bench) inherit both: no look-ups on a model hub, and
@@ -84,6 +87,14 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory_given_back():
+    """A worker runs tests for many minutes: what glibc keeps of each module's adds up."""
+    yield
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)

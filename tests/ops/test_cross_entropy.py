@@ -215,7 +215,7 @@ def test_a_label_that_is_no_token(backend, label):
         ("weight", torch.randn(V, K, device="meta"), ValueError, "is on meta, expected cpu"),
         ("labels", torch.zeros(M + 1, dtype=torch.int64), ValueError, r"got shape \[13\]"),
         ("labels", torch.zeros(M), TypeError, "got dtype float32, expected int64"),
-        ("num_items", "7", TypeError, "got str, expected a number or a tensor"),
+        ("num_items", "7", TypeError, "got '7', expected a Tensor or a number or None"),
         ("num_items", torch.ones(2), ValueError, r"got shape \[2\], expected one element"),
     ],
 )
