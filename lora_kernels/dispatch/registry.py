@@ -2,7 +2,8 @@
 
 `define` gives torch an opaque op whose body is `run`: the first backend, in the order of
 `BACKENDS`, whose metadata-only `supports` refuses nothing. Selection happens inside the op, so it
-never breaks a graph and never guards on a shape.
+never breaks a graph and never guards on a shape. An op's arguments are written once, as the fields
+of a NamedTuple; such a call is what every implementation takes.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from lora_kernels.dispatch.schema import schema_of
 from lora_kernels.dispatch.settings import Setting
 
 NAMESPACE = "lora_kernels"
 NATIVE_NAMESPACE = "lora_kernels_native"
 BACKENDS = ("native", "triton", "reference")
 BACKEND_VARIABLE = "LORA_KERNELS_BACKEND"
+
+
+Call = TypeVar("Call")
+Function = TypeVar("Function", bound=Callable[[Any], Any])
 
 
 class BackendError(RuntimeError):
@@ -34,13 +40,13 @@ class BackendError(RuntimeError):
 class Implementation:
     """A backend's function for one op.
 
-    `supports` takes the op's arguments, reads only metadata (shape, dtype, strides, device) and
-    returns None, or one line that says why this backend refuses them.
+    Both functions take a call of the op. `supports` reads only metadata (shape, dtype, strides,
+    device) and returns None, or one line that says why this backend refuses the call.
     """
 
     backend: str
-    fn: Callable[..., Any]
-    supports: Callable[..., str | None]
+    fn: Callable[[Any], Any]
+    supports: Callable[[Any], str | None] = lambda call: None
 
     def __post_init__(self) -> None:
         _check_backend(self.backend)
@@ -48,11 +54,18 @@ class Implementation:
 
 @dataclass
 class Op:
-    """An op of this package: its schema and the implementations known so far."""
+    """An op of this package: its schema, the class of its calls (a NamedTuple of the op's
+    arguments) and the implementations known so far."""
 
     name: str
     schema: str
+    call: Callable[..., Any]
     implementations: dict[str, Implementation] = field(default_factory=dict)
+
+    @functools.cached_property
+    def overload(self) -> Any:
+        """The op in torch."""
+        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
 
     def in_order(self) -> list[Implementation]:
         return [self.implementations[b] for b in BACKENDS if b in self.implementations]
@@ -91,21 +104,30 @@ def _check_backend(name: str) -> None:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
 
 
-def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Define the op `lora_kernels::<name>` and its native twin from one schema string.
+def define(name: str, returns: str) -> Callable[[type[Call]], type[Call]]:
+    """Decorates the class of an op's calls: defines the op `lora_kernels::<name>` and its native
+    twin from the one schema that the class gives.
 
     Args:
         name: the op's name.
-        schema: arguments and returns, as `torch.library.define` takes them.
-        fake: returns empty outputs of the right shape, dtype and device.
+        returns: "Tensor y", or several in parentheses, as `torch.library.define` takes them.
+
+    The class is a NamedTuple whose fields are the op's arguments, and has a method `fake` that
+    returns empty outputs of the right shape, dtype and device.
     """
-    if name in _ops:
-        raise ValueError(f"name: op {name!r} is already defined")
-    _ops[name] = Op(name, schema)
-    _library.define(name + schema)
-    _library.impl(name, functools.partial(run, name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    _native_library.define(name + schema)
+
+    def decorate(call: type[Call]) -> type[Call]:
+        if name in _ops:
+            raise ValueError(f"name: op {name!r} is already defined")
+        op = _ops[name] = Op(name, schema_of(call, returns), call)
+        _library.define(name + op.schema)
+        _library.impl(name, functools.partial(_run, op), "CompositeExplicitAutograd")
+        fake: Any = lambda *args, **kwargs: op.call(*args, **kwargs).fake()  # noqa: E731
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+        _native_library.define(name + op.schema)
+        return call
+
+    return decorate
 
 
 def register(name: str, implementation: Implementation) -> None:
@@ -114,6 +136,12 @@ def register(name: str, implementation: Implementation) -> None:
     if implementation.backend in op.implementations:
         raise ValueError(f"{name}: backend {implementation.backend!r} is already registered")
     op.implementations[implementation.backend] = implementation
+
+
+def register_reference(fn: Function) -> Function:
+    """Decorates the reference of the op that has the function's name."""
+    register(fn.__name__, Implementation("reference", fn))
+    return fn
 
 
 def ops() -> dict[str, Op]:
@@ -127,42 +155,61 @@ def _get(name: str) -> Op:
     return _ops[name]
 
 
-def unwatched() -> bool:
-    """Whether nobody asks which backend runs, or for another than the first, in Python or by a
-    mode of torch's: then a caller may go straight to an op of that backend."""
-    return (
-        not torch.compiler.is_compiling()
-        and _forced.get() is None
-        and _log.get() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
-    )
+def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
+    """The native implementation, where a call outside autograd on a plain CPU tensor would come to
+    it anyway: nobody forces or asks for a backend, in Python or by a mode of torch's, and it
+    refuses nothing. Else None.
+
+    The way through torch's dispatcher and back into Python takes as long as a small layer's kernel.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    native, x = _ops[name].implementations.get("native"), call[0]
+    if (
+        native is None
+        or type(x) is not torch.Tensor
+        or not x.is_cpu
+        or _forced.get() is not None
+        or _log.get() is not None
+        or torch._C._len_torch_dispatch_stack() != 0
+        or forward_ad._current_level >= 0
+        or native.supports(call) is not None
+    ):
+        return None
+    return native.fn
 
 
-def run(name: str, *args: Any, **kwargs: Any) -> Any:
-    """Run the op on the first backend that accepts the arguments (or on the one asked for)."""
+def run(name: str, call: Any) -> Any:
+    """Run a call of `lora_kernels::<name>` outside autograd, the shortest way there is."""
+    fn = direct(name, call)
+    return _ops[name].overload(*call) if fn is None else fn(call)
+
+
+def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
+    """Run the op on the first backend that accepts the call (or on the one asked for)."""
+    call = op.call(*args, **kwargs)
     if forward_ad._current_level >= 0:
-        _refuse_forward_mode(name, args)
+        _refuse_forward_mode(op.name, call)
     log = _log.get()
     if log is not None:
-        log.append(_explain_op(name, *args, **kwargs))
-    op, forced = _ops[name], _forced.get()
+        log.append(_explain(op, call))
+    forced = _forced.get()
     if forced is not None:
         implementation = op.implementations.get(forced)
-        if implementation is not None and implementation.supports(*args, **kwargs) is None:
-            return implementation.fn(*args, **kwargs)
+        if implementation is not None and implementation.supports(call) is None:
+            return implementation.fn(call)
     else:
         for implementation in op.in_order():
-            if implementation.supports(*args, **kwargs) is None:
-                return implementation.fn(*args, **kwargs)
-    raise BackendError(str(_explain_op(name, *args, **kwargs)))
+            if implementation.supports(call) is None:
+                return implementation.fn(call)
+    raise BackendError(str(_explain(op, call)))
 
 
-def _refuse_forward_mode(name: str, args: tuple[Any, ...]) -> None:
+def _refuse_forward_mode(name: str, call: Any) -> None:
     """Raise where a derivative is carried forward: a kernel would drop it without a word."""
     # Inside torch.func.jvp an op cannot see which of its arguments carry one.
     if eager_transforms.JVP_NESTING > 0 or any(
-        forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args)
+        forward_ad.unpack_dual(t).tangent is not None for t in _tensors(call)
     ):
         raise NotImplementedError(
             f"{name}: forward-mode differentiation (torch.func.jvp, dual_level) is not "
@@ -178,21 +225,25 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _explain_op(name: str, *args: Any, **kwargs: Any) -> Explanation:
-    op = _get(name)
+def _explain(op: Op, call: Any) -> Explanation:
     refusals: dict[str, str | None] = {}
     for backend in BACKENDS:
         implementation = op.implementations.get(backend)
         if implementation is None:
             refusals[backend] = "has no implementation of this op"
         else:
-            refusals[backend] = implementation.supports(*args, **kwargs)
-    return Explanation(name, refusals, _forced.get())
+            refusals[backend] = implementation.supports(call)
+    return Explanation(op.name, refusals, _forced.get())
+
+
+def refusal(name: str, backend: str, *args: Any, **kwargs: Any) -> str | None:
+    """Why a backend does not take these arguments of the op `lora_kernels::<name>`, or None."""
+    return explain(name, *args, **kwargs)[0].refusals[backend]
 
 
 def chosen(name: str, *args: Any, **kwargs: Any) -> str | None:
     """The backend that `lora_kernels::<name>` would run on these arguments."""
-    return _explain_op(name, *args, **kwargs).chosen
+    return explain(name, *args, **kwargs)[0].chosen
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
@@ -207,7 +258,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Exp
         meanwhile; `print(*explain(...), sep="\\n")` reads well.
     """
     if isinstance(op, str):
-        return [_explain_op(op, *args, **kwargs)]
+        found_op = _get(op)
+        return [_explain(found_op, found_op.call(*args, **kwargs))]
     found: list[Explanation] = []
     with _log.use(found):
         op(*args, **kwargs)

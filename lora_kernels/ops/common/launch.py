@@ -138,17 +138,17 @@ def refuse_triton(tensors: Sequence[Tensor | None]) -> str | None:
     return None
 
 
-def register_triton(op: str, module: str, supports: Callable[..., str | None]) -> None:
+def register_triton(op: str, module: str, supports: Callable[[Any], str | None]) -> None:
     """Register function `op` of a module as the op's Triton implementation; the module, and with it
     triton, is imported at the first call."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        tensors = (t for a in args for t in (a if isinstance(a, list | tuple) else (a,)))
+    def launch(call: Any) -> Any:
+        tensors = (t for a in call for t in (a if isinstance(a, list | tuple) else (a,)))
         device = next(t.device for t in tensors if isinstance(t, Tensor))
         function = getattr(importlib.import_module(module), op)
         if device.type == "cpu":
-            return function(*args, **kwargs)
+            return function(call)
         with torch.cuda.device(device):  # Triton launches on the current one
-            return function(*args, **kwargs)
+            return function(call)
 
-    register(op, Implementation("triton", call, supports))
+    register(op, Implementation("triton", launch, supports))

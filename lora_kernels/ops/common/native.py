@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import native
-from lora_kernels.dispatch.registry import (
-    NATIVE_NAMESPACE,
-    Implementation,
-    ops,
-    register,
-    unwatched,
-)
+from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
 from lora_kernels.ops.common.checks import names
 
 # csrc/include/lora_kernels/nf4_linear_cuda.h
@@ -45,30 +39,6 @@ def _missing(op: str, device_type: str) -> str | None:
 def refuse_device(op: str, device: torch.device) -> str | None:
     """Why the extension cannot run the op on a device, or None."""
     return _missing(op, device.type)
-
-
-def native_op(op: str, x: Tensor) -> Any | None:
-    """The extension's own op where a call of the op with x on the CPU would come to it anyway, else
-    None. It checks every argument itself; where it raises, call the op, whose checks say more.
-
-    The checks in Python, and the way to a backend, take as long as a small layer's kernel where
-    caches are cold.
-    """
-    if not unwatched() or type(x) is not Tensor or not x.is_cpu:
-        return None
-    return _overload(op)
-
-
-@functools.cache
-def _overload(op: str) -> Any | None:
-    if _missing(op, "cpu") is not None:
-        return None
-    return getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default
-
-
-def refuses(op: str, *args: Any) -> bool:
-    """Whether the native backend takes no such call, so that none of it has been run."""
-    return ops()[op].implementations["native"].supports(*args) is not None
 
 
 def refuse_dtypes(*tensors: Tensor | None) -> str | None:
@@ -107,7 +77,7 @@ def refuse_cuda_linear(x: Tensor, meta: Sequence[int]) -> str | None:
     return None
 
 
-def register_native(op: str, supports: Callable[..., str | None]) -> None:
+def register_native(op: str, supports: Callable[[Any], str | None]) -> None:
     """Register `lora_kernels_native::<op>` as the native implementation of an op."""
-    packet = getattr(getattr(torch.ops, NATIVE_NAMESPACE), op)
-    register(op, Implementation("native", packet.default, supports))
+    overload = getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default
+    register(op, Implementation("native", lambda call: overload(*call), supports))

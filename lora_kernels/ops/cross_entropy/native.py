@@ -3,15 +3,13 @@ it, which are the vendor's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
 from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, register_native
-from lora_kernels.ops.cross_entropy.schema import loss_dtype
+from lora_kernels.ops.cross_entropy.schema import CrossEntropy, LinearCrossEntropy, loss_dtype
 
 # Rows of logits in existence at a time: as many as these bytes hold, which malloc still recycles
 # (more are mapped anew at each call), but enough for the products over a large vocabulary. 1,024
@@ -24,20 +22,17 @@ LEAST_ROWS = 256
 ROWS_STEP = 64
 
 
-def _refuse(logits: Tensor, labels: Tensor, ignore_index: int, need_grad: bool) -> str | None:
-    return refuse_device("cross_entropy", logits.device) or refuse_dtypes(logits)
+def _refuse(c: CrossEntropy) -> str | None:
+    return refuse_device("cross_entropy", c.logits.device) or refuse_dtypes(c.logits)
 
 
-def _refuse_linear(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[bool]
-) -> str | None:
-    return refuse_device("cross_entropy", x.device) or refuse_dtypes(x, weight)
+def _refuse_linear(c: LinearCrossEntropy) -> str | None:
+    return refuse_device("cross_entropy", c.x.device) or refuse_dtypes(c.x, c.weight)
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_cross_entropy(c: LinearCrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows at a time: the logits never exist as a whole."""
+    x, weight, needs = c.x, c.weight, c.needs
     most = max(LOGITS_BYTES // (weight.shape[0] * x.element_size()), LEAST_ROWS)
     rows = max(most // ROWS_STEP, 1) * ROWS_STEP
     losses = x.new_empty(x.shape[0], dtype=loss_dtype(x.dtype))
@@ -46,13 +41,13 @@ def linear_cross_entropy(
     loss = getattr(torch.ops, NATIVE_NAMESPACE).cross_entropy.default
     for begin in range(0, x.shape[0], rows):
         part = slice(begin, begin + rows)
-        x_part, label = x[part], labels[part]
+        x_part, label = x[part], c.labels[part]
         count = x_part.shape[0]
         missing = -count % ROWS_STEP
         if missing:
             x_part = pad(x_part, (0, 0, 0, missing))
-            label = pad(label, (0, missing), value=ignore_index)
-        loss_part, dlogits = loss(x_part @ weight.T, label, ignore_index, any(needs))
+            label = pad(label, (0, missing), value=c.ignore_index)
+        loss_part, dlogits = loss(x_part @ weight.T, label, c.ignore_index, any(needs))
         losses[part] = loss_part[:count]
         if needs[0] and missing:
             dx[part] = (dlogits @ weight)[:count]

@@ -5,36 +5,35 @@ Logits are rounded to x's dtype, as a linear layer's output is; the loss is comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import Implementation, register
-from lora_kernels.ops.cross_entropy.schema import loss_dtype
+from lora_kernels.dispatch.registry import register_reference
+from lora_kernels.ops.cross_entropy.schema import CrossEntropy, LinearCrossEntropy, loss_dtype
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, ignore_index: int, need_grad: bool
-) -> tuple[Tensor, Tensor]:
+@register_reference
+def cross_entropy(c: CrossEntropy) -> tuple[Tensor, Tensor]:
     """losses = log Σ exp(logits) - logits[label];  dlogits = softmax(logits) - one-hot(label)."""
-    _check_labels(labels, logits.shape[1], ignore_index)
-    kept = labels != ignore_index
+    logits, labels = c.logits, c.labels
+    _check_labels(labels, logits.shape[1], c.ignore_index)
+    kept = labels != c.ignore_index
     target = labels.where(kept, 0)[:, None]
     log_p = torch.log_softmax(logits.to(loss_dtype(logits.dtype)), dim=1)
     losses = -log_p.gather(1, target)[:, 0].where(kept, 0)
-    if not need_grad:
+    if not c.need_grad:
         return losses, logits.new_empty(0)
     p = log_p.exp()
     p.scatter_add_(1, target, p.new_full((), -1).expand(target.shape))
     return losses, p.where(kept[:, None], 0).to(logits.dtype)
 
 
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+@register_reference
+def linear_cross_entropy(c: LinearCrossEntropy) -> tuple[Tensor, Tensor, Tensor]:
     """The same of logits = x·Wᵀ, with dx = dlogits·W and dW = dlogitsᵀ·x."""
-    losses, dlogits = cross_entropy(x @ weight.T, labels, ignore_index, any(needs))
+    x, weight, needs = c.x, c.weight, c.needs
+    alone = CrossEntropy(x @ weight.T, c.labels, c.ignore_index, any(needs))
+    losses, dlogits = cross_entropy(alone)
     dx = dlogits @ weight if needs[0] else x.new_empty(0)
     dw = dlogits.T @ x if needs[1] else weight.new_empty(0)
     return losses, dx, dw
@@ -50,11 +49,3 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
             f"labels: got {int(labels[at])} at index {at}, expected 0 to {vocabulary - 1} "
             f"or {ignore_index}"
         )
-
-
-def _accepts(*args: object, **kwargs: object) -> str | None:
-    return None
-
-
-for _op in (cross_entropy, linear_cross_entropy):
-    register(_op.__name__, Implementation("reference", _op, _accepts))

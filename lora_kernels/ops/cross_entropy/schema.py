@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,32 +32,35 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _cross_entropy_fake(
-    logits: Tensor, labels: Tensor, ignore_index: int, need_grad: bool
-) -> tuple[Tensor, Tensor]:
-    losses = logits.new_empty(logits.shape[0], dtype=loss_dtype(logits.dtype))
-    return losses, logits.new_empty(logits.shape if need_grad else (0,))
+@define("cross_entropy", "(Tensor losses, Tensor dlogits)")
+class CrossEntropy(NamedTuple):
+    """losses = log Σ exp(logits) - logits[label], and their gradient where asked."""
+
+    logits: Tensor
+    labels: Tensor
+    ignore_index: int
+    need_grad: bool
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        z = self.logits
+        losses = z.new_empty(z.shape[0], dtype=loss_dtype(z.dtype))
+        return losses, z.new_empty(z.shape if self.need_grad else (0,))
 
 
-def _linear_cross_entropy_fake(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape[0], dtype=loss_dtype(x.dtype)),
-        x.new_empty(tuple(x.shape) if needs[0] else (0,)),
-        weight.new_empty(tuple(weight.shape) if needs[1] else (0,)),
-    )
+@define("linear_cross_entropy", "(Tensor losses, Tensor dx, Tensor dw)")
+class LinearCrossEntropy(NamedTuple):
+    """The same of logits = x·Wᵀ; `needs` says which of dx and dW."""
 
+    x: Tensor
+    weight: Tensor
+    labels: Tensor
+    ignore_index: int
+    needs: Sequence[bool]
 
-define(
-    "cross_entropy",
-    "(Tensor logits, Tensor labels, int ignore_index, bool need_grad)"
-    " -> (Tensor losses, Tensor dlogits)",
-    _cross_entropy_fake,
-)
-define(
-    "linear_cross_entropy",
-    "(Tensor x, Tensor weight, Tensor labels, int ignore_index, bool[] needs)"
-    " -> (Tensor losses, Tensor dx, Tensor dw)",
-    _linear_cross_entropy_fake,
-)
+    def fake(self) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight, needs = self.x, self.weight, self.needs
+        return (
+            x.new_empty(x.shape[0], dtype=loss_dtype(x.dtype)),
+            x.new_empty(tuple(x.shape) if needs[0] else (0,)),
+            weight.new_empty(tuple(weight.shape) if needs[1] else (0,)),
+        )

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch import registry
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.checks import check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
-from lora_kernels.ops.common.native import native_op, refuses
 from lora_kernels.ops.gather.pages import FIELDS, RankPages
-from lora_kernels.ops.gather.schema import Needs, check_gather_lora
+from lora_kernels.ops.gather.schema import GatherLoRAAdd, GatherLoRAForward, Needs
+from lora_kernels.ops.nf4.base import check_input
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 
@@ -174,55 +175,38 @@ def gather_lora(
             check_shape("base", base, ["N", "K"])
             meta, tensors = list(base.shape), [base]
         drops = [] if dropout is None else _dropout(dropout, entries[0])
+        if x.dim() == 0:
+            check_input(x, meta[1])
+        call = GatherLoRAForward(to_rows(x), tensors, meta, bias, flat, entries, drops)
         given = [*tensors, *flat, *entries, *drops]
-        grad = needs_grad(x, bias, *given)
-        if not grad and x.dim():
-            y = _quick(x, tensors, meta, bias, flat, entries, drops)
-            if y is not None:
-                return y
-        check_gather_lora(x, tensors, meta, bias, flat, entries, drops)
-        rows = to_rows(x)
-        if grad:
+        if needs_grad(x, bias, *given):
+            call.check(x)
             counts = _Counts(len(tensors), len(flat), len(entries), len(drops))
-            y = GatherLoRAFunction.apply(rows, bias, meta, counts, *given)
+            y = GatherLoRAFunction.apply(call.x, bias, meta, counts, *given)
         else:
-            y, _ = torch.ops.lora_kernels.gather_lora_fwd(
-                rows, tensors, meta, bias, flat, entries, drops
-            )
+            y = _forward(x, call)
         return from_rows(y, x)
     except Exception:
         check_kinds(gather_lora, locals())
         raise
 
 
-def _quick(
-    x: Tensor,
-    base: list[Tensor],
-    meta: list[int],
-    bias: Tensor | None,
-    pages: list[Tensor],
-    entries: list[Tensor],
-    drops: list[Tensor],
-) -> Tensor | None:
-    """y straight from the native op, where it takes the call; a dense base is torch's own product,
-    and needs no s."""
-    dense = len(base) == 1 and not drops
-    native = native_op("gather_lora_add" if dense else "gather_lora_fwd", x)
-    if native is None:
-        return None
-    rows = to_rows(x)
+def _forward(x: Tensor, call: GatherLoRAForward) -> Tensor:
+    """y outside autograd. The native kernels check every argument themselves."""
+    direct = registry.direct("gather_lora_fwd", call)
+    if direct is None:
+        call.check(x)
+        return torch.ops.lora_kernels.gather_lora_fwd(*call)[0]
     try:
-        if dense:
-            y = torch.nn.functional.linear(rows, base[0], bias)
-            native(y, rows, pages, entries, False)
-        else:
-            y, _ = native(rows, base, meta, bias, pages, entries, drops)
-    except RuntimeError:
-        check_gather_lora(x, base, meta, bias, pages, entries, drops)  # says more
-        if not refuses("gather_lora_fwd", rows, base, meta, bias, pages, entries, drops):
-            raise  # as where memory runs out
-        return None
-    return from_rows(y, x)
+        if len(call.base) > 1 or not call.base or call.dropout:
+            return direct(call)[0]
+        # A dense base is torch's own product, and needs no s.
+        y = torch.nn.functional.linear(call.x, call.base[0], call.bias)
+        registry.run("gather_lora_add", GatherLoRAAdd(y, call.x, call.pages, call.entries, False))
+        return y
+    except Exception:
+        call.check(x)  # says more
+        raise
 
 
 def _entries(x: Tensor, slots: Tensor | Mixture) -> list[Tensor]:
@@ -277,26 +261,18 @@ def _add(
     if rows.stride(-1) != 1 and rows.shape[-1] > 1:
         raise ValueError(f"out: has strides {list(out.stride())}, expected the last to be 1")
     meta = [out.shape[-1], x.shape[-1]]
-    native = native_op("gather_lora_add", x)
-    if native is not None:
-        try:
-            native(rows, to_rows(x), pages, entries, overwrite)
-            return out
-        except RuntimeError:
-            check_gather_lora(x, [], meta, None, pages, entries, [])  # says more
-            # Not again where it may have added a part already.
-            if not refuses("gather_lora_add", rows, to_rows(x), pages, entries, overwrite):
-                raise
-    else:
-        check_gather_lora(x, [], meta, None, pages, entries, [])
-    add_in_place(rows, to_rows(x), pages, entries, overwrite)
+    part = GatherLoRAForward(x, [], meta, None, pages, entries, [])
+    add = GatherLoRAAdd(rows, to_rows(x), pages, entries, overwrite)
+    direct = registry.direct("gather_lora_add", add)
+    try:
+        if direct is None:
+            part.check(x)
+            # Entering the block takes as long as a small layer's kernel where caches are cold.
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+                torch.ops.lora_kernels.gather_lora_add(*add)
+        else:
+            direct(add)
+    except Exception:
+        part.check(x)  # says more
+        raise
     return out
-
-
-def add_in_place(
-    out: Tensor, x: Tensor, pages: list[Tensor], entries: list[Tensor], overwrite: bool = False
-) -> None:
-    """The op on arguments that were checked, x [T, K] and out [T, N], outside autograd."""
-    # Entering the block takes as long as a small layer's kernel where caches are cold.
-    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-        torch.ops.lora_kernels.gather_lora_add(out, x, pages, entries, overwrite)

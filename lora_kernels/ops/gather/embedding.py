@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.registry import run
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.gather.api import _entries
-from lora_kernels.ops.gather.embedding_schema import check_gather_embed
+from lora_kernels.ops.gather.embedding_schema import GatherEmbedForward
 from lora_kernels.ops.gather.pages import RankPages, page_adapters
 
 
@@ -89,13 +90,14 @@ def gather_lora_embedding(
     try:
         [own] = _entries(ids.unsqueeze(-1), slots)
         flat, given = ids.reshape(-1), list(pages)
-        check_gather_embed(flat, weight, given, own)
+        call = GatherEmbedForward(flat, weight, given, own)
+        call.check()
         if out is not None:
             return _add(ids, flat, given, own, weight, out)
         if needs_grad(weight, *given):
             y = GatherLoRAEmbeddingFunction.apply(flat, weight, own, *given)
         else:
-            y = torch.ops.lora_kernels.gather_lora_embed_fwd(flat, weight, given, own)
+            y = run("gather_lora_embed_fwd", call)
         return y.view(*ids.shape, y.shape[-1])
     except Exception:
         check_kinds(gather_lora_embedding, locals())

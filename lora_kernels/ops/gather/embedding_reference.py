@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.dispatch.registry import register_reference
+from lora_kernels.ops.gather.embedding_schema import (
+    GatherEmbedAdd,
+    GatherEmbedBackward,
+    GatherEmbedForward,
+)
 from lora_kernels.ops.gather.pages import PAGE, RankPages, pages_of
-from lora_kernels.ops.gather.reference import _accepts, _check_range
+from lora_kernels.ops.gather.reference import _check_range
 
 
 class _Group(NamedTuple):
@@ -48,14 +53,14 @@ def _groups(
         yield _Group(slot, tokens, found, s.to(dtype), own, b.to(dtype), p.scales[slot].to(dtype))
 
 
-def gather_lora_embed_fwd(
-    ids: Tensor, weight: Tensor | None, pages: Sequence[Tensor], slots: Tensor
-) -> Tensor:
+@register_reference
+def gather_lora_embed_fwd(c: GatherEmbedForward) -> Tensor:
     """y[t] = weight[id_t] + scale·A[:, id_t]ᵀ·Bᵀ; rows without adapter are the weight's."""
-    dtype = pages[0].dtype if weight is None else weight.dtype
-    parts = [(g.tokens, g.scale * (g.s @ g.b)) for g in _groups(ids, pages, slots, dtype)]
+    ids, weight = c.ids, c.weight
+    dtype = c.pages[0].dtype if weight is None else weight.dtype
+    parts = [(g.tokens, g.scale * (g.s @ g.b)) for g in _groups(ids, c.pages, c.slots, dtype)]
     if weight is None:
-        y = torch.zeros(ids.shape[0], pages[1].shape[2], dtype=dtype, device=ids.device)
+        y = torch.zeros(ids.shape[0], c.pages[1].shape[2], dtype=dtype, device=ids.device)
     else:
         y = F.embedding(ids, weight)
     for tokens, z in parts:
@@ -63,21 +68,22 @@ def gather_lora_embed_fwd(
     return y
 
 
-def gather_lora_embed_add(out: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor) -> None:
+@register_reference
+def gather_lora_embed_add(c: GatherEmbedAdd) -> None:
     """out += the adapters' part of y; rows without adapter are left alone."""
-    parts = [(g.tokens, g.scale * (g.s @ g.b)) for g in _groups(ids, pages, slots, out.dtype)]
+    out, groups = c.out, _groups(c.ids, c.pages, c.slots, c.out.dtype)
+    parts = [(g.tokens, g.scale * (g.s @ g.b)) for g in groups]
     for tokens, z in parts:
         out[tokens] = out[tokens] + z
 
 
-def gather_lora_embed_bwd(
-    dy: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+@register_reference
+def gather_lora_embed_bwd(c: GatherEmbedBackward) -> tuple[Tensor, Tensor, Tensor]:
     """The derivation stands in `embedding.py`."""
-    p = RankPages(*pages)
+    dy, needs, p = c.dy, c.needs, RankPages(*c.pages)
     wide = torch.promote_types(torch.promote_types(dy.dtype, p.a.dtype), torch.float32)
     da, db, dscales = (torch.zeros_like(t, dtype=wide) for t in (p.a, p.b, p.scales))
-    for g in _groups(ids, pages, slots, dy.dtype):
+    for g in _groups(c.ids, c.pages, c.slots, dy.dtype):
         dz, rank = dy[g.tokens], g.b.shape[0]
         u = dz @ g.b.T  # [G, r]
         pad = len(g.pages) * PAGE - rank
@@ -93,7 +99,3 @@ def gather_lora_embed_bwd(
     grads = zip((da, db, dscales), needs, (p.a, p.b, p.scales), strict=True)
     a, b, scales = ((grad if want else grad.new_empty(0)).to(t.dtype) for grad, want, t in grads)
     return a, b, scales
-
-
-for _op in (gather_lora_embed_fwd, gather_lora_embed_add, gather_lora_embed_bwd):
-    register(_op.__name__, Implementation("reference", _op, _accepts))

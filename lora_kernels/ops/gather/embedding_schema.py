@@ -7,11 +7,13 @@ lie side by side; b [P, 16, D] and the rest as ever. ids int32 or int64 [T], slo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
+from lora_kernels.dispatch.schema import Mutated
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
 from lora_kernels.ops.gather.pages import INTEGERS, PAGE, RankPages, check_pages
 
@@ -27,55 +29,60 @@ def check_embedding_pages(name: str, pages: RankPages) -> None:
     check_pages(name, pages._replace(a=pages.a.new_empty(pages.a.shape[0], PAGE, 0)))
 
 
-def check_gather_embed(
-    ids: Tensor, weight: Tensor | None, pages: Sequence[Tensor], slots: Tensor
-) -> None:
-    """Raise ValueError or TypeError that names the argument which does not fit."""
-    p = RankPages(*pages)
-    check_embedding_pages("pages", p)
-    device = p.a.device
-    check_dtype("ids", ids, IDS)
-    check_shape("ids", ids, ["T"])
-    check_device("ids", ids, device)
-    check_dtype("slots", slots, INTEGERS)
-    check_shape("slots", slots, [ids.shape[0]])
-    check_device("slots", slots, device)
-    if weight is not None:
-        check_dtype("weight", weight, FLOATS)
-        check_shape("weight", weight, [p.a.shape[1], p.b.shape[2]])
-        check_device("weight", weight, device)
+@define("gather_lora_embed_fwd", "Tensor y")
+class GatherEmbedForward(NamedTuple):
+    """y[t] = W[id_t] + the adapter's part of token t."""
+
+    ids: Tensor
+    weight: Tensor | None
+    pages: Sequence[Tensor]
+    slots: Tensor
+
+    def check(self) -> None:
+        """Raise ValueError or TypeError that names the argument which does not fit."""
+        ids, weight, slots, p = self.ids, self.weight, self.slots, RankPages(*self.pages)
+        check_embedding_pages("pages", p)
+        device = p.a.device
+        check_dtype("ids", ids, IDS)
+        check_shape("ids", ids, ["T"])
+        check_device("ids", ids, device)
+        check_dtype("slots", slots, INTEGERS)
+        check_shape("slots", slots, [ids.shape[0]])
+        check_device("slots", slots, device)
+        if weight is not None:
+            check_dtype("weight", weight, FLOATS)
+            check_shape("weight", weight, [p.a.shape[1], p.b.shape[2]])
+            check_device("weight", weight, device)
+
+    def fake(self) -> Tensor:
+        like = self.pages[0] if self.weight is None else self.weight
+        return like.new_empty((self.ids.shape[0], self.pages[1].shape[2]))
 
 
-def _fwd_fake(ids: Tensor, weight: Tensor | None, pages: Sequence[Tensor], slots: Tensor) -> Tensor:
-    like = pages[0] if weight is None else weight
-    return like.new_empty((ids.shape[0], pages[1].shape[2]))
+@define("gather_lora_embed_add", "()")
+class GatherEmbedAdd(NamedTuple):
+    """out += the adapters' part of y."""
+
+    out: Mutated
+    ids: Tensor
+    pages: Sequence[Tensor]
+    slots: Tensor
+
+    def fake(self) -> None:
+        return None
 
 
-def _add_fake(out: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor) -> None:
-    return None
+@define("gather_lora_embed_bwd", "(Tensor da, Tensor db, Tensor dscales)")
+class GatherEmbedBackward(NamedTuple):
+    """da, db and dscales, in the order of `needs`; those not needed are empty."""
 
+    dy: Tensor
+    ids: Tensor
+    pages: Sequence[Tensor]
+    slots: Tensor
+    needs: Sequence[bool]
 
-def _bwd_fake(
-    dy: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = zip((pages[0], pages[1], pages[4]), needs, strict=True)
-    da, db, dscales = (t.new_empty(t.shape if want else (0,)) for t, want in wanted)
-    return da, db, dscales
-
-
-define(
-    "gather_lora_embed_fwd",
-    "(Tensor ids, Tensor? weight, Tensor[] pages, Tensor slots) -> Tensor y",
-    _fwd_fake,
-)
-define(
-    "gather_lora_embed_add",
-    "(Tensor(a!) out, Tensor ids, Tensor[] pages, Tensor slots) -> ()",
-    _add_fake,
-)
-define(
-    "gather_lora_embed_bwd",
-    "(Tensor dy, Tensor ids, Tensor[] pages, Tensor slots, bool[] needs) -> "
-    "(Tensor da, Tensor db, Tensor dscales)",
-    _bwd_fake,
-)
+    def fake(self) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = zip((self.pages[0], self.pages[1], self.pages[4]), self.needs, strict=True)
+        da, db, dscales = (t.new_empty(t.shape if want else (0,)) for t, want in wanted)
+        return da, db, dscales

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.native import EMPTY, refuse_linear, register_native
+from lora_kernels.ops.gather.schema import (
+    GatherLoRAAdd,
+    GatherLoRABackward,
+    GatherLoRAForward,
+)
 
 _FLOATS = (torch.float32,)
 
@@ -32,36 +37,16 @@ def _refuse(
     return reason
 
 
-def _fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    bias: Tensor | None,
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-) -> str | None:
-    return _refuse("gather_lora_fwd", [x], base, bias, pages, entries)
+def _fwd(c: GatherLoRAForward) -> str | None:
+    return _refuse("gather_lora_fwd", [c.x], c.base, c.bias, c.pages, c.entries)
 
 
-def _add(
-    out: Tensor, x: Tensor, pages: Sequence[Tensor], entries: Sequence[Tensor], overwrite: bool
-) -> str | None:
-    return _refuse("gather_lora_add", [out, x], [], None, pages, entries)
+def _add(c: GatherLoRAAdd) -> str | None:
+    return _refuse("gather_lora_add", [c.out, c.x], [], None, c.pages, c.entries)
 
 
-def _bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> str | None:
-    return _refuse("gather_lora_bwd", [dy, x, s], base, None, pages, entries)
+def _bwd(c: GatherLoRABackward) -> str | None:
+    return _refuse("gather_lora_bwd", [c.dy, c.x, c.s], c.base, None, c.pages, c.entries)
 
 
 register_native("gather_lora_fwd", _fwd)

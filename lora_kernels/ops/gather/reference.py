@@ -10,11 +10,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.dispatch.registry import register_reference
 from lora_kernels.ops.common.philox import keep_bits
 from lora_kernels.ops.gather.pages import PAGE, RankPages, pages_of, split_pages
-from lora_kernels.ops.gather.schema import sums_width, unpack_needs
-from lora_kernels.ops.nf4.reference import linear_bwd, linear_fwd
+from lora_kernels.ops.gather.schema import (
+    GatherLoRAAdd,
+    GatherLoRABackward,
+    GatherLoRAForward,
+    sums_width,
+)
+from lora_kernels.ops.nf4.reference import nf4_linear_bwd, nf4_linear_fwd
+from lora_kernels.ops.nf4.schema import NF4LinearBackward, NF4LinearForward
 
 
 class Group:
@@ -78,64 +84,53 @@ def _check_range(name: str, t: Tensor, low: int, end: int) -> None:
         raise ValueError(f"{name}: got {int(t[at])} at {at}, expected {low} to {end - 1}")
 
 
-def gather_lora_fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    bias: Tensor | None,
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
+@register_reference
+def gather_lora_fwd(c: GatherLoRAForward) -> tuple[Tensor, Tensor]:
     """s[e] = drop(x[t])·A[slot]ᵀ;  y[t] = x[t]·Wᵀ + bias + Σ_e weight[e]·scale·s[e]·B[slot]ᵀ."""
-    _check_values(pages, entries, x)
-    y = x.new_zeros(x.shape[0], meta[0])
-    if base:
-        y = linear_fwd(x, base, meta, bias)
-    elif bias is not None:
-        y = y + bias
-    s = x.new_zeros(entries[0].shape[0], sums_width(pages))
-    for g, columns, ranks in _groups(pages, entries, x):
-        s[g.entries, ranks] = g.drop(x[g.tokens], dropout) @ g.a.T
+    x = c.x
+    _check_values(c.pages, c.entries, x)
+    y = x.new_zeros(x.shape[0], c.meta[0])
+    if c.base:
+        y = nf4_linear_fwd(NF4LinearForward(x, c.base, c.meta, c.bias))
+    elif c.bias is not None:
+        y = y + c.bias
+    s = x.new_zeros(c.entries[0].shape[0], sums_width(c.pages))
+    for g, columns, ranks in _groups(c.pages, c.entries, x):
+        s[g.entries, ranks] = g.drop(x[g.tokens], c.dropout) @ g.a.T
         z = g.weights * (g.scale * (s[g.entries, ranks] @ g.b))
         y[:, columns] = y[:, columns].index_add(0, g.tokens, z)
     return y, s
 
 
-def gather_lora_add(
-    out: Tensor, x: Tensor, pages: Sequence[Tensor], entries: Sequence[Tensor], overwrite: bool
-) -> None:
+@register_reference
+def gather_lora_add(c: GatherLoRAAdd) -> None:
     """out += the adapters' part of y, or out = it."""
-    y, _ = gather_lora_fwd(x, [], [out.shape[1], x.shape[1]], None, pages, entries, [])
-    out.copy_(y if overwrite else out + y)
+    meta = [c.out.shape[1], c.x.shape[1]]
+    y, _ = gather_lora_fwd(GatherLoRAForward(c.x, [], meta, None, c.pages, c.entries, []))
+    c.out.copy_(y if c.overwrite else c.out + y)
 
 
+@register_reference
 def gather_lora_bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-    needs: Sequence[bool],
+    c: GatherLoRABackward,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """The derivation stands in `api.py`."""
-    _check_values(pages, entries, x)
-    projections = split_pages(pages)
-    want = unpack_needs(needs, len(projections))
+    dy, x, entries, dropout = c.dy, c.x, c.entries, c.dropout
+    _check_values(c.pages, entries, x)
+    projections, want = split_pages(c.pages), c.want
     wide = torch.promote_types(x.dtype, projections[0].a.dtype)
-    dx = linear_bwd(dy, base, meta) if base else torch.zeros_like(x)
+    dx = torch.zeros_like(x)
+    if c.base:
+        dx = nf4_linear_bwd(NF4LinearBackward(dy, c.base, c.meta))
     gate = projections[0].scales.dtype
     dweights = x.new_zeros(entries[0].shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     da, db, dscales = (
         [torch.zeros_like(t, dtype=torch.promote_types(wide, t.dtype)) for t in found]
         for found in zip(*((p.a, p.b, p.scales) for p in projections), strict=True)
     )
-    for g, columns, ranks in _groups(pages, entries, x):
+    for g, columns, ranks in _groups(c.pages, entries, x):
         dz, i = dy[g.tokens, columns], g.stream
-        own = s[g.entries, ranks]
+        own = c.s[g.entries, ranks]
         u = dz @ g.b.T  # [G, r], gradient of scale · weight · s
         ds = g.weights * (g.scale * u)
         dx = dx.index_add(0, g.tokens, g.drop(ds @ g.a, dropout))
@@ -166,11 +161,3 @@ def _put(into: Tensor, g: Group, rows: Tensor) -> None:
     """Write an adapter's rows [r, ..] into its pages, zeros past its rank."""
     pad = torch.nn.functional.pad(rows, (0, 0, 0, len(g.pages) * PAGE - g.rank))
     into[g.pages] = pad.unflatten(0, (-1, PAGE)).to(into.dtype)
-
-
-def _accepts(*args: object, **kwargs: object) -> str | None:
-    return None
-
-
-for _op in (gather_lora_fwd, gather_lora_add, gather_lora_bwd):
-    register(_op.__name__, Implementation("reference", _op, _accepts))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
+from lora_kernels.dispatch.schema import Mutated
 from lora_kernels.ops.common.checks import (
     FLOATS,
     check_device,
@@ -91,92 +92,93 @@ def check_projections(pages: Sequence[RankPages], n: int, k: int, x: Tensor) -> 
         raise ValueError(f"pages: give {total} outputs, expected {n} as the base has")
 
 
-def check_gather_lora(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    bias: Tensor | None,
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-) -> None:
-    """Raise ValueError or TypeError that names the argument which does not fit."""
-    check_input(x, meta[1])
-    if base:
-        check_base(x, base, meta)
-    check_optional_vector("bias", bias, meta[0], x, [x.dtype])
-    projections = split_pages(pages)
-    check_projections(projections, meta[0], meta[1], x)
-    check_entries(entries, x)
-    check_dropout(dropout, projections[0].slots, entries[0].shape[0], x.device)
-
-
 def sums_width(pages: Sequence[Tensor]) -> int:
     """Columns of s: each projection's ranks, as many as its widest slot has room for."""
     return sum(p.width for p in split_pages(pages))
 
 
-def _fwd_fake(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    bias: Tensor | None,
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    s = x.new_empty((entries[0].shape[0], sums_width(pages)))
-    return x.new_empty((x.shape[0], meta[0])), s
+@define("gather_lora_fwd", "(Tensor y, Tensor s)")
+class GatherLoRAForward(NamedTuple):
+    """y = x·Wᵀ + bias + the adapters' part; s [E, ranks] = drop(x[t])·A[slot]ᵀ."""
+
+    x: Tensor
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    bias: Tensor | None
+    pages: Sequence[Tensor]
+    entries: Sequence[Tensor]
+    dropout: Sequence[Tensor]
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError or TypeError that names the argument which does not fit.
+
+        Args:
+            x: as the user gave it, whose rows this call has.
+        """
+        check_input(x, self.meta[1])
+        if self.base:
+            check_base(x, self.base, self.meta)
+        check_optional_vector("bias", self.bias, self.meta[0], x, [x.dtype])
+        projections = split_pages(self.pages)
+        check_projections(projections, self.meta[0], self.meta[1], x)
+        check_entries(self.entries, x)
+        count = self.entries[0].shape[0]
+        check_dropout(self.dropout, projections[0].slots, count, x.device)
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        x = self.x
+        s = x.new_empty((self.entries[0].shape[0], sums_width(self.pages)))
+        return x.new_empty((x.shape[0], self.meta[0])), s
 
 
-def _add_fake(
-    out: Tensor, x: Tensor, pages: Sequence[Tensor], entries: Sequence[Tensor], overwrite: bool
-) -> None:
-    return None
+@define("gather_lora_add", "()")
+class GatherLoRAAdd(NamedTuple):
+    """out += the adapters' part of y, or out = it."""
+
+    out: Mutated
+    x: Tensor
+    pages: Sequence[Tensor]
+    entries: Sequence[Tensor]
+    overwrite: bool
+
+    def fake(self) -> None:
+        return None
 
 
-def _bwd_fake(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    want = unpack_needs(needs, len(pages) // FIELDS)
-
-    def like(t: Tensor, wanted: bool) -> Tensor:
-        return t.new_empty(t.shape if wanted else (0,))
-
-    projections = split_pages(pages)
-    return (
-        like(x, want.x),
-        x.new_empty((meta[0],) if want.bias else (0,)),
-        projections[0].scales.new_empty(entries[0].shape if want.weights else (0,)),
-        [like(p.a, w) for p, w in zip(projections, want.a, strict=True)],
-        [like(p.b, w) for p, w in zip(projections, want.b, strict=True)],
-        [like(p.scales, w) for p, w in zip(projections, want.scales, strict=True)],
-    )
-
-
-define(
-    "gather_lora_fwd",
-    "(Tensor x, Tensor[] base, int[] meta, Tensor? bias, Tensor[] pages, Tensor[] entries, "
-    "Tensor[] dropout) -> (Tensor y, Tensor s)",
-    _fwd_fake,
-)
-define(
-    "gather_lora_add",
-    "(Tensor(a!) out, Tensor x, Tensor[] pages, Tensor[] entries, bool overwrite) -> ()",
-    _add_fake,
-)
-define(
+@define(
     "gather_lora_bwd",
-    "(Tensor dy, Tensor x, Tensor s, Tensor[] base, int[] meta, Tensor[] pages, "
-    "Tensor[] entries, Tensor[] dropout, bool[] needs) -> (Tensor dx, Tensor dbias, "
-    "Tensor dweights, Tensor[] da, Tensor[] db, Tensor[] dscales)",
-    _bwd_fake,
+    "(Tensor dx, Tensor dbias, Tensor dweights, Tensor[] da, Tensor[] db, Tensor[] dscales)",
 )
+class GatherLoRABackward(NamedTuple):
+    """The gradients that `needs` (packed, see `Needs`) asks for; the others are empty."""
+
+    dy: Tensor
+    x: Tensor
+    s: Tensor
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    pages: Sequence[Tensor]
+    entries: Sequence[Tensor]
+    dropout: Sequence[Tensor]
+    needs: Sequence[bool]
+
+    @property
+    def want(self) -> Needs:
+        """`needs` by name."""
+        return unpack_needs(self.needs, len(self.pages) // FIELDS)
+
+    def fake(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        want, projections = self.want, split_pages(self.pages)
+
+        def like(t: Tensor, wanted: bool) -> Tensor:
+            return t.new_empty(t.shape if wanted else (0,))
+
+        weights = self.entries[0].shape if want.weights else (0,)
+        return (
+            like(self.x, want.x),
+            self.x.new_empty((self.meta[0],) if want.bias else (0,)),
+            projections[0].scales.new_empty(weights),
+            [like(p.a, w) for p, w in zip(projections, want.a, strict=True)],
+            [like(p.b, w) for p, w in zip(projections, want.b, strict=True)],
+            [like(p.scales, w) for p, w in zip(projections, want.scales, strict=True)],
+        )

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, register_native
+from lora_kernels.ops.glu.schema import GLUBackward, GLUForward
 
 
-def _fwd(g: Tensor, u: Tensor, activation: int) -> str | None:
-    return refuse_device("glu_fwd", g.device) or refuse_dtypes(g, u)
+def _fwd(c: GLUForward) -> str | None:
+    return refuse_device("glu_fwd", c.g.device) or refuse_dtypes(c.g, c.u)
 
 
-def _bwd(dh: Tensor, g: Tensor, u: Tensor, activation: int, need_h: bool) -> str | None:
-    return refuse_device("glu_bwd", g.device) or refuse_dtypes(dh, g, u)
+def _bwd(c: GLUBackward) -> str | None:
+    return refuse_device("glu_bwd", c.g.device) or refuse_dtypes(c.dh, c.g, c.u)
 
 
 register_native("glu_fwd", _fwd)

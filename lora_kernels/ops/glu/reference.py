@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.dispatch.registry import register_reference
+from lora_kernels.ops.glu.schema import GLUBackward, GLUForward
 
 
 def activate(g: Tensor, activation: int) -> Tensor:
@@ -38,28 +39,20 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
-def glu_fwd(g: Tensor, u: Tensor, activation: int) -> Tensor:
+@register_reference
+def glu_fwd(c: GLUForward) -> Tensor:
     """h = act(g) * u."""
-    wide_g, wide_u = _wide(g, u)
-    h = activate(wide_g, activation) * wide_u
-    return h.to(g.dtype).contiguous()
+    wide_g, wide_u = _wide(c.g, c.u)
+    h = activate(wide_g, c.activation) * wide_u
+    return h.to(c.g.dtype).contiguous()
 
 
-def glu_bwd(
-    dh: Tensor, g: Tensor, u: Tensor, activation: int, need_h: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+@register_reference
+def glu_bwd(c: GLUBackward) -> tuple[Tensor, Tensor, Tensor]:
     """dg = dh * u * act'(g);  du = dh * act(g);  h = act(g) * u."""
-    wide_dh, wide_g, wide_u = _wide(dh, g, u)
-    act = activate(wide_g, activation)
-    grads = [wide_dh * wide_u * slope(wide_g, activation), wide_dh * act]
-    h = act * wide_u if need_h else g.new_empty(0)
-    dg, du, h = (t.to(g.dtype).contiguous() for t in (*grads, h))
+    wide_dh, wide_g, wide_u = _wide(c.dh, c.g, c.u)
+    act = activate(wide_g, c.activation)
+    grads = [wide_dh * wide_u * slope(wide_g, c.activation), wide_dh * act]
+    h = act * wide_u if c.need_h else c.g.new_empty(0)
+    dg, du, h = (t.to(c.g.dtype).contiguous() for t in (*grads, h))
     return dg, du, h
-
-
-def _accepts(*args: object, **kwargs: object) -> str | None:
-    return None
-
-
-for _op in (glu_fwd, glu_bwd):
-    register(_op.__name__, Implementation("reference", _op, _accepts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
@@ -30,21 +32,28 @@ def check_glu(gate: Tensor, up: Tensor) -> None:
     check_device("up", up, gate.device)
 
 
-def _fwd_fake(g: Tensor, u: Tensor, activation: int) -> Tensor:
-    return g.new_empty(tuple(g.shape))
+@define("glu_fwd", "Tensor h")
+class GLUForward(NamedTuple):
+    """h = act(g) * u."""
+
+    g: Tensor
+    u: Tensor
+    activation: int
+
+    def fake(self) -> Tensor:
+        return self.g.new_empty(tuple(self.g.shape))
 
 
-def _bwd_fake(
-    dh: Tensor, g: Tensor, u: Tensor, activation: int, need_h: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = tuple(g.shape)
-    return g.new_empty(shape), g.new_empty(shape), g.new_empty(shape if need_h else (0,))
+@define("glu_bwd", "(Tensor dg, Tensor du, Tensor h)")
+class GLUBackward(NamedTuple):
+    """dg = dh * u * act'(g), du = dh * act(g) and, where asked, h again."""
 
+    dh: Tensor
+    g: Tensor
+    u: Tensor
+    activation: int
+    need_h: bool
 
-define("glu_fwd", "(Tensor g, Tensor u, int activation) -> Tensor", _fwd_fake)
-define(
-    "glu_bwd",
-    "(Tensor dh, Tensor g, Tensor u, int activation, bool need_h) -> "
-    "(Tensor dg, Tensor du, Tensor h)",
-    _bwd_fake,
-)
+    def fake(self) -> tuple[Tensor, Tensor, Tensor]:
+        g, shape = self.g, tuple(self.g.shape)
+        return g.new_empty(shape), g.new_empty(shape), g.new_empty(shape if self.need_h else (0,))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from lora_kernels.ops.common.native import (
     EMPTY,
@@ -15,37 +12,39 @@ from lora_kernels.ops.common.native import (
     refuse_linear,
     register_native,
 )
-from lora_kernels.ops.nf4.schema import check_scales
+from lora_kernels.ops.nf4.schema import (
+    NF4Dequantize,
+    NF4LinearBackward,
+    NF4LinearForward,
+    NF4Quantize,
+    NF4QuantizeScales,
+)
 
 
-def _quantize(w: Tensor, block_size: int, quant_type: int) -> str | None:
-    return refuse_device("nf4_quantize", w.device) or refuse_dtypes(w)
+def _quantize(c: NF4Quantize) -> str | None:
+    return refuse_device("nf4_quantize", c.w.device) or refuse_dtypes(c.w)
 
 
-def _quantize_scales(
-    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
-) -> str | None:
-    check_scales(absmax, nested_map, nested_offset)
-    return refuse_device("nf4_quantize_scales", absmax.device)
+def _quantize_scales(c: NF4QuantizeScales) -> str | None:
+    c.check()
+    return refuse_device("nf4_quantize_scales", c.absmax.device)
 
 
-def _dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> str | None:
-    reason = refuse_device("nf4_dequantize", base[0].device)
-    if reason is None and dtype == torch.float64:
+def _dequantize(c: NF4Dequantize) -> str | None:
+    reason = refuse_device("nf4_dequantize", c.base[0].device)
+    if reason is None and c.dtype == torch.float64:
         reason = "gives float32, float16, bfloat16, not float64"
     return reason
 
 
-def _linear_fwd(
-    x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
-) -> str | None:
-    reason = refuse_linear("nf4_linear_fwd", [x], bias) or refuse_cuda_linear(x, meta)
-    return EMPTY if reason is None and meta[0] == 0 else reason
+def _linear_fwd(c: NF4LinearForward) -> str | None:
+    reason = refuse_linear("nf4_linear_fwd", [c.x], c.bias) or refuse_cuda_linear(c.x, c.meta)
+    return EMPTY if reason is None and c.meta[0] == 0 else reason
 
 
-def _linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> str | None:
-    reason = refuse_linear("nf4_linear_bwd", [dy])
-    return EMPTY if reason is None and meta[1] == 0 else reason
+def _linear_bwd(c: NF4LinearBackward) -> str | None:
+    reason = refuse_linear("nf4_linear_bwd", [c.dy])
+    return EMPTY if reason is None and c.meta[1] == 0 else reason
 
 
 register_native("nf4_quantize", _quantize)

@@ -2,50 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.dispatch.registry import Implementation, register, register_reference
 from lora_kernels.ops.common.checks import check_finite
 from lora_kernels.ops.nf4.base import Meta
-from lora_kernels.ops.nf4.schema import check_scales
+from lora_kernels.ops.nf4.schema import (
+    NF4Dequantize,
+    NF4LinearBackward,
+    NF4LinearForward,
+    NF4Quantize,
+    NF4QuantizeScales,
+)
 from lora_kernels.ops.nf4.tables import code_bounds, code_values
 
 # bitsandbytes' floor for the scale that it divides by: a block of zeros encodes as zeros.
 _SMALLEST_SCALE = 1e-38
 
 
-def quantize(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tensor]:
+@register_reference
+def nf4_quantize(c: NF4Quantize) -> tuple[Tensor, Tensor]:
     """codes = nearest table entry of w * (1 / absmax), absmax = max |w| of each flat block."""
-    flat = w.reshape(-1).float()
+    block_size, flat = c.block_size, c.w.reshape(-1).float()
     check_finite("w", flat)
     pad = -flat.numel() % block_size
     blocks = torch.nn.functional.pad(flat, (0, pad)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1) if blocks.shape[0] else flat.new_empty(0)
     inverse = 1.0 / absmax.clamp(min=_SMALLEST_SCALE)
     scaled = (blocks * inverse[:, None]).clamp(-1, 1).flatten()[: flat.numel()]
-    bounds, order = code_bounds(quant_type, w.device)
+    bounds, order = code_bounds(c.quant_type, flat.device)
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
     codes = order[torch.bucketize(scaled, bounds)]
     return codes[::2] << 4 | codes[1::2], absmax
 
 
-def quantize_scales(
-    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
-) -> tuple[Tensor, Tensor]:
+def nf4_quantize_scales(c: NF4QuantizeScales) -> tuple[Tensor, Tensor]:
     """codes = nearest map entry of (absmax - offset) * (1 / nested_absmax), nested_absmax = max
     |absmax - offset| of each nested block."""
+    absmax, nested_block_size = c.absmax, c.nested_block_size
     check_finite("absmax", absmax)
-    centred = absmax - nested_offset
+    centred = absmax - c.nested_offset
     blocks = torch.nn.functional.pad(centred, (0, -centred.numel() % nested_block_size))
     blocks = blocks.view(-1, nested_block_size)
     nested_absmax = blocks.abs().amax(dim=1) if blocks.shape[0] else absmax.new_empty(0)
     scaled = (blocks * (1.0 / nested_absmax)[:, None]).flatten()[: centred.numel()]
-    return _encode_scales(scaled, nested_map), nested_absmax
+    return _encode_scales(scaled, c.nested_map), nested_absmax
 
 
 def _encode_scales(x: Tensor, code_map: Tensor) -> Tensor:
@@ -90,33 +95,24 @@ def dense_weight(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype
     return base[0] if Meta(*meta).is_dense else dequantize(base, meta, dtype)
 
 
-def linear_fwd(
-    x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
-) -> Tensor:
-    return torch.nn.functional.linear(x, dense_weight(base, meta, x.dtype), bias)
+@register_reference
+def nf4_dequantize(c: NF4Dequantize) -> Tensor:
+    return dequantize(*c)
 
 
-def linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
-    return dy @ dense_weight(base, meta, dy.dtype)
+@register_reference
+def nf4_linear_fwd(c: NF4LinearForward) -> Tensor:
+    """y = x·Wᵀ + bias."""
+    return torch.nn.functional.linear(c.x, dense_weight(c.base, c.meta, c.x.dtype), c.bias)
 
 
-def _accepts(*args: object, **kwargs: object) -> str | None:
-    return None
+@register_reference
+def nf4_linear_bwd(c: NF4LinearBackward) -> Tensor:
+    """dx = dy·W."""
+    return c.dy @ dense_weight(c.base, c.meta, c.dy.dtype)
 
 
-def _accepts_scales(
-    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
-) -> str | None:
-    check_scales(absmax, nested_map, nested_offset)
-    return None
-
-
-_OPS: dict[str, Callable[..., Any]] = {
-    "nf4_quantize": quantize,
-    "nf4_dequantize": dequantize,
-    "nf4_linear_fwd": linear_fwd,
-    "nf4_linear_bwd": linear_bwd,
-}
-for _op, _fn in _OPS.items():
-    register(_op, Implementation("reference", _fn, _accepts))
-register("nf4_quantize_scales", Implementation("reference", quantize_scales, _accepts_scales))
+register(
+    "nf4_quantize_scales",
+    Implementation("reference", nf4_quantize_scales, NF4QuantizeScales.check),
+)

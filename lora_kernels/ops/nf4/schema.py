@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import check_dtype, check_optional_vector
-from lora_kernels.ops.nf4.base import Meta, check_base, check_input
+from lora_kernels.ops.nf4.base import check_base, check_input
 
 
 def check_linear(
@@ -20,70 +21,78 @@ def check_linear(
     check_optional_vector("bias", bias, meta[0], x, [x.dtype])
 
 
-def check_scales(absmax: Tensor, nested_map: Tensor, nested_offset: Tensor) -> None:
-    """Called by every backend's `supports`: no public function stands before this op."""
-    check_dtype("absmax", absmax, [torch.float32])
-    check_dtype("nested_map", nested_map, [torch.float32])
-    check_dtype("nested_offset", nested_offset, [torch.float32])
+@define("nf4_quantize", "(Tensor packed, Tensor absmax)")
+class NF4Quantize(NamedTuple):
+    """The codes of w, two a byte, and the scale of each block."""
+
+    w: Tensor
+    block_size: int
+    quant_type: int
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        n = self.w.numel()
+        return (
+            self.w.new_empty((n + 1) // 2, dtype=torch.uint8),
+            self.w.new_empty((n + self.block_size - 1) // self.block_size, dtype=torch.float32),
+        )
 
 
-def _quantize_fake(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tensor]:
-    n = w.numel()
-    return (
-        w.new_empty((n + 1) // 2, dtype=torch.uint8),
-        w.new_empty((n + block_size - 1) // block_size, dtype=torch.float32),
-    )
+@define("nf4_quantize_scales", "(Tensor codes, Tensor nested_absmax)")
+class NF4QuantizeScales(NamedTuple):
+    """The scales of a weight as codes of one byte, and the scale of each nested block."""
+
+    absmax: Tensor
+    nested_map: Tensor
+    nested_offset: Tensor
+    nested_block_size: int
+
+    def check(self) -> None:
+        """Called by every backend's `supports`: no public function stands before this op."""
+        check_dtype("absmax", self.absmax, [torch.float32])
+        check_dtype("nested_map", self.nested_map, [torch.float32])
+        check_dtype("nested_offset", self.nested_offset, [torch.float32])
+
+    def fake(self) -> tuple[Tensor, Tensor]:
+        self.check()
+        blocks, size = self.absmax.numel(), self.nested_block_size
+        return (
+            self.absmax.new_empty(blocks, dtype=torch.uint8),
+            self.absmax.new_empty((blocks + size - 1) // size),
+        )
 
 
-def _quantize_scales_fake(
-    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
-) -> tuple[Tensor, Tensor]:
-    check_scales(absmax, nested_map, nested_offset)
-    blocks = absmax.numel()
-    return (
-        absmax.new_empty(blocks, dtype=torch.uint8),
-        absmax.new_empty((blocks + nested_block_size - 1) // nested_block_size),
-    )
+@define("nf4_dequantize", "Tensor")
+class NF4Dequantize(NamedTuple):
+    """W [N, K] of a 4-bit base."""
+
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    dtype: torch.dtype
+
+    def fake(self) -> Tensor:
+        return self.base[0].new_empty(tuple(self.meta[:2]), dtype=self.dtype)
 
 
-def _dequantize_fake(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> Tensor:
-    m = Meta(*meta)
-    return base[0].new_empty((m.n, m.k), dtype=dtype)
+@define("nf4_linear_fwd", "Tensor")
+class NF4LinearForward(NamedTuple):
+    """y = x·Wᵀ + bias."""
+
+    x: Tensor
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    bias: Tensor | None
+
+    def fake(self) -> Tensor:
+        return self.x.new_empty((self.x.shape[0], self.meta[0]))
 
 
-def _linear_fwd_fake(
-    x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
-) -> Tensor:
-    return x.new_empty((x.shape[0], meta[0]))
+@define("nf4_linear_bwd", "Tensor")
+class NF4LinearBackward(NamedTuple):
+    """dx = dy·W."""
 
+    dy: Tensor
+    base: Sequence[Tensor]
+    meta: Sequence[int]
 
-def _linear_bwd_fake(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
-    return dy.new_empty((dy.shape[0], meta[1]))
-
-
-define(
-    "nf4_quantize",
-    "(Tensor w, int block_size, int quant_type) -> (Tensor packed, Tensor absmax)",
-    _quantize_fake,
-)
-define(
-    "nf4_quantize_scales",
-    "(Tensor absmax, Tensor nested_map, Tensor nested_offset, int nested_block_size)"
-    " -> (Tensor codes, Tensor nested_absmax)",
-    _quantize_scales_fake,
-)
-define(
-    "nf4_dequantize",
-    "(Tensor[] base, int[] meta, ScalarType dtype) -> Tensor",
-    _dequantize_fake,
-)
-define(
-    "nf4_linear_fwd",
-    "(Tensor x, Tensor[] base, int[] meta, Tensor? bias) -> Tensor",
-    _linear_fwd_fake,
-)
-define(
-    "nf4_linear_bwd",
-    "(Tensor dy, Tensor[] base, int[] meta) -> Tensor",
-    _linear_bwd_fake,
-)
+    def fake(self) -> Tensor:
+        return self.dy.new_empty((self.dy.shape[0], self.meta[1]))

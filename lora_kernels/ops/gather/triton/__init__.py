@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.launch import refuse_triton, register_triton
+from lora_kernels.ops.gather.embedding_schema import (
+    GatherEmbedAdd,
+    GatherEmbedBackward,
+    GatherEmbedForward,
+)
+from lora_kernels.ops.gather.schema import (
+    GatherLoRAAdd,
+    GatherLoRABackward,
+    GatherLoRAForward,
+)
 
 
 def _refuse(
@@ -18,58 +28,30 @@ def _refuse(
     return refuse_triton([*activations, *pages[0::5]])
 
 
-def _fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    bias: Tensor | None,
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-) -> str | None:
-    return _refuse([x, bias], pages, entries)
+def _fwd(c: GatherLoRAForward) -> str | None:
+    return _refuse([c.x, c.bias], c.pages, c.entries)
 
 
-def _add(
-    out: Tensor, x: Tensor, pages: Sequence[Tensor], entries: Sequence[Tensor], overwrite: bool
-) -> str | None:
-    return _refuse([x, out], pages, entries)
+def _add(c: GatherLoRAAdd) -> str | None:
+    return _refuse([c.x, c.out], c.pages, c.entries)
 
 
-def _bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> str | None:
-    return _refuse([x, dy, s], pages, entries)
+def _bwd(c: GatherLoRABackward) -> str | None:
+    return _refuse([c.x, c.dy, c.s], c.pages, c.entries)
 
 
-def _embed(activations: Tensor, pages: Sequence[Tensor]) -> str | None:
-    return _refuse([activations], pages, ())
+def _embed_fwd(c: GatherEmbedForward) -> str | None:
+    return _refuse([c.pages[0] if c.weight is None else c.weight], c.pages, ())
 
 
-def _embed_fwd(
-    ids: Tensor, weight: Tensor | None, pages: Sequence[Tensor], slots: Tensor
-) -> str | None:
-    return _embed(pages[0] if weight is None else weight, pages)
-
-
-def _embed_add(out: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor) -> str | None:
-    if out.stride(-1) != 1 and out.shape[-1] > 1:
+def _embed_add(c: GatherEmbedAdd) -> str | None:
+    if c.out.stride(-1) != 1 and c.out.shape[-1] > 1:
         return "takes an out whose last dimension is contiguous"
-    return _embed(out, pages)
+    return _refuse([c.out], c.pages, ())
 
 
-def _embed_bwd(
-    dy: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor, needs: Sequence[bool]
-) -> str | None:
-    return _embed(dy, pages)
+def _embed_bwd(c: GatherEmbedBackward) -> str | None:
+    return _refuse([c.dy], c.pages, ())
 
 
 _EMBEDDING = "lora_kernels.ops.gather.triton.embedding"

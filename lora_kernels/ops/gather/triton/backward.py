@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil
 
@@ -11,11 +10,12 @@ from torch import Tensor
 
 from lora_kernels.ops.common.triton_host import precision, run
 from lora_kernels.ops.gather.pages import RankPages, split_pages
-from lora_kernels.ops.gather.schema import unpack_needs
+from lora_kernels.ops.gather.schema import GatherLoRABackward
 from lora_kernels.ops.gather.triton.forward import chosen_plan
 from lora_kernels.ops.gather.triton.grads import _gather_grad_kernel, _gather_scale_grad_kernel
 from lora_kernels.ops.gather.triton.passes import Mask, expand, mask_args, shrink
 from lora_kernels.ops.gather.triton.work import Entries
+from lora_kernels.ops.nf4.schema import NF4LinearBackward
 from lora_kernels.ops.nf4.triton.linear import nf4_linear_bwd
 
 # Entries of a slot that a program looks at together, where only their order counts.
@@ -24,26 +24,18 @@ _SUM_BLOCK = 256
 
 
 def gather_lora_bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-    needs: Sequence[bool],
+    c: GatherLoRABackward,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """dx, dbias, dweights, and da, db and dscales of each projection; those not needed are empty.
 
     A page that no entry of this batch uses gets zeros."""
-    projections = split_pages(pages)
-    want = unpack_needs(needs, len(projections))
-    given = Entries(entries, x.shape[0], projections[0].slots)
+    dy, x, s, projections, want = c.dy, c.x, c.s, split_pages(c.pages), c.want
+    given = Entries(c.entries, x.shape[0], projections[0].slots)
     dx = x.new_empty(0)
-    if want.x:
-        dx = nf4_linear_bwd(dy, base, meta) if base else torch.zeros_like(x)
-        dx = dx.contiguous()
+    if want.x and c.base:
+        dx = nf4_linear_bwd(NF4LinearBackward(dy, c.base, c.meta)).contiguous()
+    elif want.x:
+        dx = x.new_zeros(x.shape)
     dbias = dy.sum(0) if want.bias else x.new_empty(0)
     dweights = projections[0].scales.new_zeros(given.count if want.weights else 0)
     da, db, dscales = (
@@ -61,7 +53,7 @@ def gather_lora_bwd(
         if given.count == 0 or given.slots_count == 0:
             continue
         own, part = s[:, ranks], dy[:, columns]
-        mask = Mask(dropout, i) if dropout else None
+        mask = Mask(c.dropout, i) if c.dropout else None
         if want.b[i]:
             grad(own, part, db[i], p, given, None)
         if not (want.x or want.a[i] or want.scales[i] or want.weights):

@@ -4,13 +4,17 @@ what is read by token, then the passes of the linear op. The derivation stands i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 
 import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.triton_host import run, stride
+from lora_kernels.ops.gather.embedding_schema import (
+    GatherEmbedAdd,
+    GatherEmbedBackward,
+    GatherEmbedForward,
+)
 from lora_kernels.ops.gather.pages import PAGE, RankPages
 from lora_kernels.ops.gather.triton.backward import grad, grad_sums, scale_sums
 from lora_kernels.ops.gather.triton.embed import (
@@ -25,34 +29,30 @@ _BLOCK_N = 1024
 _RUN = 32  # tokens of a run that are added together
 
 
-def gather_lora_embed_fwd(
-    ids: Tensor, weight: Tensor | None, pages: Sequence[Tensor], slots: Tensor
-) -> Tensor:
+def gather_lora_embed_fwd(c: GatherEmbedForward) -> Tensor:
     """y [T, N]; a token whose id is not there gets zeros."""
-    p = RankPages(*pages)
+    weight, p = c.weight, RankPages(*c.pages)
     like = p.a if weight is None else weight
-    y = like.new_empty((ids.shape[0], p.b.shape[2]))
-    s, entries = _read(ids, p, slots, weight, None if weight is None else y)
+    y = like.new_empty((c.ids.shape[0], p.b.shape[2]))
+    s, entries = _read(c.ids, p, c.slots, weight, None if weight is None else y)
     _add(y, s, p, entries, overwrite=weight is None)
     return y
 
 
-def gather_lora_embed_add(out: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor) -> None:
+def gather_lora_embed_add(c: GatherEmbedAdd) -> None:
     """out += the adapters' part."""
-    p = RankPages(*pages)
-    s, entries = _read(ids, p, slots)
-    _add(out, s, p, entries, overwrite=False)
+    p = RankPages(*c.pages)
+    s, entries = _read(c.ids, p, c.slots)
+    _add(c.out, s, p, entries, overwrite=False)
 
 
-def gather_lora_embed_bwd(
-    dy: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def gather_lora_embed_bwd(c: GatherEmbedBackward) -> tuple[Tensor, Tensor, Tensor]:
     """da, db and dscales; those not needed are empty."""
-    p = RankPages(*pages)
-    want_a, want_b, want_scales = needs
-    wanted = zip((p.a, p.b, p.scales), needs, strict=True)
+    dy, p = c.dy, RankPages(*c.pages)
+    want_a, want_b, want_scales = c.needs
+    wanted = zip((p.a, p.b, p.scales), c.needs, strict=True)
     da, db, dscales = (t.new_zeros(t.shape if want else (0,)) for t, want in wanted)
-    s, entries = _read(ids, p, slots)
+    s, entries = _read(c.ids, p, c.slots)
     if entries.count == 0 or p.slots == 0:
         return da, db, dscales
     if want_b:
@@ -60,7 +60,7 @@ def gather_lora_embed_bwd(
     if want_a or want_scales:
         u = grad_sums(dy, PAGE, p, entries)
         if want_a:
-            _grad_a(u, ids, da, p, entries)
+            _grad_a(u, c.ids, da, p, entries)
         if want_scales:
             scale_sums((u * s).sum(1), dscales, entries)
     return da, db, dscales

@@ -9,76 +9,60 @@ from torch import Tensor
 
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.gather.pages import RankPages, split_pages
-from lora_kernels.ops.gather.schema import sums_width
+from lora_kernels.ops.gather.schema import GatherLoRAAdd, GatherLoRAForward, sums_width
 from lora_kernels.ops.gather.triton.base_plan import fused_config
 from lora_kernels.ops.gather.triton.gemm import gemm_with_adapters
 from lora_kernels.ops.gather.triton.passes import Mask, expand, shrink
 from lora_kernels.ops.gather.triton.plan import GatherProblem, Plan, few_parts, plan
 from lora_kernels.ops.gather.triton.work import Entries
+from lora_kernels.ops.nf4.schema import NF4LinearForward
 from lora_kernels.ops.nf4.triton.base import Weight
 from lora_kernels.ops.nf4.triton.linear import base_problem, nf4_linear_fwd
 
 
-def gather_lora_fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    bias: Tensor | None,
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
+def gather_lora_fwd(c: GatherLoRAForward) -> tuple[Tensor, Tensor]:
     """y [T, N] and s [E, columns of every projection]; zeros where an entry has no rank."""
-    s = x.new_zeros((entries[0].shape[0], sums_width(pages)))
-    if base:
-        made = _with_base(x, base, meta, bias, pages, entries, dropout, s)
+    x, bias = c.x, c.bias
+    s = x.new_zeros((c.entries[0].shape[0], sums_width(c.pages)))
+    if c.base:
+        made = _with_base(c, s)
         if made is not None:
             return made, s
-        y = nf4_linear_fwd(x, base, meta, bias)
+        y = nf4_linear_fwd(NF4LinearForward(x, c.base, c.meta, bias))
     elif bias is not None:
         y = bias.expand(x.shape[0], -1).contiguous()
     else:
-        y = x.new_empty((x.shape[0], meta[0]))
-    _add(y, x, pages, entries, dropout, s, overwrite=not base and bias is None)
+        y = x.new_empty((x.shape[0], c.meta[0]))
+    _add(y, x, c.pages, c.entries, c.dropout, s, overwrite=not c.base and bias is None)
     return y, s
 
 
-def _with_base(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    bias: Tensor | None,
-    pages: Sequence[Tensor],
-    entries: Sequence[Tensor],
-    dropout: Sequence[Tensor],
-    s: Tensor,
-) -> Tensor | None:
+def _with_base(c: GatherLoRAForward, s: Tensor) -> Tensor | None:
     """y where the base's product adds the adapters itself: see `base_plan.py`."""
-    projections = split_pages(pages)
+    x, projections = c.x, split_pages(c.pages)
     if len(projections) > 1:  # their parts of y meet inside a tile
         return None
-    p, w = projections[0], Weight(base, meta)
-    given = Entries(entries, x.shape[0], p.slots)
+    p, w = projections[0], Weight(c.base, c.meta)
+    given = Entries(c.entries, x.shape[0], p.slots)
     if given.count == 0 or given.slots_count == 0 or x.shape[1] == 0:
         return None
-    mask = Mask(dropout, 0) if dropout else None
+    mask = Mask(c.dropout, 0) if c.dropout else None
     problem, device = problem_of(x, p.b.shape[2], p, given, mask), planned_device(x.device)
     config = fused_config(problem, base_problem(x, w), device)
     if config is None:
         return None
-    y = x.new_empty((x.shape[0], meta[0]))
+    y = x.new_empty((x.shape[0], w.meta.n))
     parts, keep, late = _sums(x, p, given, mask, s, few_parts(plan(problem, device), x.shape[1]))
-    gemm_with_adapters(x, w, bias, y, parts, p, given, config, device, keep=keep, late=late)
+    gemm_with_adapters(x, w, c.bias, y, parts, p, given, config, device, keep=keep, late=late)
     return y
 
 
-def gather_lora_add(
-    out: Tensor, x: Tensor, pages: Sequence[Tensor], entries: Sequence[Tensor], overwrite: bool
-) -> None:
+def gather_lora_add(c: GatherLoRAAdd) -> None:
     """out += the adapters' part, or out = it."""
+    out = c.out
     if out.stride(-1) != 1 and out.shape[-1] > 1:
         raise ValueError(f"out: has strides {list(out.stride())}, expected the last to be 1")
-    _add(out, x, pages, entries, [], None, overwrite)
+    _add(out, c.x, c.pages, c.entries, [], None, c.overwrite)
 
 
 def _add(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from lora_kernels.ops.common.launch import refuse_triton, register_triton
+from lora_kernels.ops.glu.schema import GLUBackward, GLUForward
 
 
-def _fwd(g: Tensor, u: Tensor, activation: int) -> str | None:
-    return refuse_triton([g, u])
+def _fwd(c: GLUForward) -> str | None:
+    return refuse_triton([c.g, c.u])
 
 
-def _bwd(dh: Tensor, g: Tensor, u: Tensor, activation: int, need_h: bool) -> str | None:
-    return refuse_triton([g, dh, u])
+def _bwd(c: GLUBackward) -> str | None:
+    return refuse_triton([c.g, c.dh, c.u])
 
 
 register_triton("glu_fwd", "lora_kernels.ops.glu.triton.launchers", _fwd)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.triton_host import run
-from lora_kernels.ops.glu.schema import ACTIVATIONS
+from lora_kernels.ops.glu.schema import ACTIVATIONS, GLUBackward, GLUForward
 from lora_kernels.ops.glu.triton.kernels import _glu_bwd_kernel, _glu_fwd_kernel
 
 _WARPS = 4
@@ -23,8 +23,9 @@ def _like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
-def glu_fwd(g: Tensor, u: Tensor, activation: int) -> Tensor:
+def glu_fwd(c: GLUForward) -> Tensor:
     """h, of g's shape."""
+    g = c.g
     h = _like(g)
     block = _block(g)
     run(
@@ -33,35 +34,34 @@ def glu_fwd(g: Tensor, u: Tensor, activation: int) -> Tensor:
         _WARPS,
         1,
         p_g=g.contiguous(),
-        p_u=u.contiguous(),
+        p_u=c.u.contiguous(),
         p_h=h,
         size=g.numel(),
-        ACTIVATION=ACTIVATIONS[activation],
+        ACTIVATION=ACTIVATIONS[c.activation],
         BLOCK=block,
     )
     return h
 
 
-def glu_bwd(
-    dh: Tensor, g: Tensor, u: Tensor, activation: int, need_h: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def glu_bwd(c: GLUBackward) -> tuple[Tensor, Tensor, Tensor]:
     """dg, du and, where asked, h, all of g's shape."""
+    g = c.g
     dg, du = _like(g), _like(g)
-    h = _like(g) if need_h else g.new_empty(0)
+    h = _like(g) if c.need_h else g.new_empty(0)
     block = _block(g)
     run(
         _glu_bwd_kernel,
         (ceil(g.numel() / block),),
         _WARPS,
         1,
-        p_dh=dh.contiguous(),
+        p_dh=c.dh.contiguous(),
         p_g=g.contiguous(),
-        p_u=u.contiguous(),
+        p_u=c.u.contiguous(),
         p_dg=dg,
         p_du=du,
-        p_h=h if need_h else None,
+        p_h=h if c.need_h else None,
         size=g.numel(),
-        ACTIVATION=ACTIVATIONS[activation],
+        ACTIVATION=ACTIVATIONS[c.activation],
         BLOCK=block,
     )
     return dg, du, h

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
 from lora_kernels.ops.common.launch import refuse_device, refuse_triton, register_triton
-from lora_kernels.ops.nf4.schema import check_scales
+from lora_kernels.ops.nf4.schema import (
+    NF4Dequantize,
+    NF4LinearBackward,
+    NF4LinearForward,
+    NF4Quantize,
+    NF4QuantizeScales,
+)
 
 
-def _quantize(w: Tensor, block_size: int, quant_type: int) -> str | None:
-    return refuse_triton([w])
+def _quantize(c: NF4Quantize) -> str | None:
+    return refuse_triton([c.w])
 
 
-def _quantize_scales(
-    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
-) -> str | None:
-    check_scales(absmax, nested_map, nested_offset)
-    return refuse_device(absmax.device)
+def _quantize_scales(c: NF4QuantizeScales) -> str | None:
+    c.check()
+    return refuse_device(c.absmax.device)
 
 
-def _dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> str | None:
-    if dtype == torch.float64:
+def _dequantize(c: NF4Dequantize) -> str | None:
+    if c.dtype == torch.float64:
         return "gives float32, float16, bfloat16, not float64"
-    return refuse_device(base[0].device)
+    return refuse_device(c.base[0].device)
 
 
-def _linear_fwd(
-    x: Tensor, base: Sequence[Tensor], meta: Sequence[int], bias: Tensor | None
-) -> str | None:
-    return refuse_triton([x, bias])
+def _linear_fwd(c: NF4LinearForward) -> str | None:
+    return refuse_triton([c.x, c.bias])
 
 
-def _linear_bwd(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> str | None:
-    return refuse_triton([dy])
+def _linear_bwd(c: NF4LinearBackward) -> str | None:
+    return refuse_triton([c.dy])
 
 
 register_triton("nf4_quantize", "lora_kernels.ops.nf4.triton.codec", _quantize)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from lora_kernels.ops.common.checks import check_finite
 from lora_kernels.ops.common.configs import next_power_of_2
 from lora_kernels.ops.common.triton_host import run
+from lora_kernels.ops.nf4.schema import NF4Dequantize, NF4Quantize, NF4QuantizeScales
 from lora_kernels.ops.nf4.tables import code_bounds
 from lora_kernels.ops.nf4.triton.base import Weight, scale_args, table
 from lora_kernels.ops.nf4.triton.kernels import (
@@ -25,10 +25,10 @@ _TILES = 4  # of a program, which loads the table once
 _QUANTIZED = 4096  # weights of a tile, the largest block
 
 
-def nf4_dequantize(base: Sequence[Tensor], meta: Sequence[int], dtype: torch.dtype) -> Tensor:
+def nf4_dequantize(c: NF4Dequantize) -> Tensor:
     """W [N, K] in dtype."""
-    weight = Weight(base, meta)
-    return dequantize_slab(weight, slice(0, meta[0]), slice(0, meta[1]), dtype)
+    n, k = c.meta[:2]
+    return dequantize_slab(Weight(c.base, c.meta), slice(0, n), slice(0, k), c.dtype)
 
 
 def dequantize_slab(weight: Weight, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
@@ -66,14 +66,15 @@ def dequantize_slab(weight: Weight, rows: slice, columns: slice, dtype: torch.dt
     return out
 
 
-def nf4_quantize(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, Tensor]:
+def nf4_quantize(c: NF4Quantize) -> tuple[Tensor, Tensor]:
     """codes u8 and absmax fp32 of a weight, flat blocks; `check_finite` waits for the device."""
+    w, block_size = c.w, c.block_size
     check_finite("w", w)
     flat = w.reshape(-1)
     size = flat.numel()
     codes = w.new_empty((size + 1) // 2, dtype=torch.uint8)
     absmax = w.new_empty(ceil(size / block_size), dtype=torch.float32)
-    bounds, order = code_bounds(quant_type, w.device)
+    bounds, order = code_bounds(c.quant_type, w.device)
     blocks = max(1, _QUANTIZED // block_size)
     run(
         _quantize_kernel,
@@ -92,10 +93,9 @@ def nf4_quantize(w: Tensor, block_size: int, quant_type: int) -> tuple[Tensor, T
     return codes, absmax
 
 
-def nf4_quantize_scales(
-    absmax: Tensor, nested_map: Tensor, nested_offset: Tensor, nested_block_size: int
-) -> tuple[Tensor, Tensor]:
+def nf4_quantize_scales(c: NF4QuantizeScales) -> tuple[Tensor, Tensor]:
     """codes u8 and nested scales fp32 of absmax; `check_finite` waits for the device."""
+    absmax, nested_block_size = c.absmax, c.nested_block_size
     check_finite("absmax", absmax)
     size = absmax.numel()
     codes = absmax.new_empty(size, dtype=torch.uint8)
@@ -106,8 +106,8 @@ def nf4_quantize_scales(
         4,
         1,
         p_absmax=absmax,
-        p_map=nested_map,
-        p_offset=nested_offset,
+        p_map=c.nested_map,
+        p_offset=c.nested_offset,
         p_codes=codes,
         p_nested=nested,
         size=size,
