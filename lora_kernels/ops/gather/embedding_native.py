@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.native import refuse_linear, register_native
+from lora_kernels.ops.gather.embedding_schema import (
+    GatherEmbedAdd,
+    GatherEmbedBackward,
+    GatherEmbedForward,
+)
 
 
 def _refuse(op: str, activations: Tensor, pages: Sequence[Tensor]) -> str | None:
@@ -19,21 +24,20 @@ def _refuse(op: str, activations: Tensor, pages: Sequence[Tensor]) -> str | None
     return reason
 
 
-def _fwd(ids: Tensor, weight: Tensor | None, pages: Sequence[Tensor], slots: Tensor) -> str | None:
-    return _refuse("gather_lora_embed_fwd", pages[0] if weight is None else weight, pages)
+def _fwd(c: GatherEmbedForward) -> str | None:
+    like = c.pages[0] if c.weight is None else c.weight
+    return _refuse("gather_lora_embed_fwd", like, c.pages)
 
 
-def _add(out: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor) -> str | None:
-    reason = _refuse("gather_lora_embed_add", out, pages)
-    if reason is None and out.numel() and out.stride(-1) != 1:
+def _add(c: GatherEmbedAdd) -> str | None:
+    reason = _refuse("gather_lora_embed_add", c.out, c.pages)
+    if reason is None and c.out.numel() and c.out.stride(-1) != 1:
         reason = "takes an out whose last dimension is contiguous"
     return reason
 
 
-def _bwd(
-    dy: Tensor, ids: Tensor, pages: Sequence[Tensor], slots: Tensor, needs: Sequence[bool]
-) -> str | None:
-    return _refuse("gather_lora_embed_bwd", dy, pages)
+def _bwd(c: GatherEmbedBackward) -> str | None:
+    return _refuse("gather_lora_embed_bwd", c.dy, c.pages)
 
 
 register_native("gather_lora_embed_fwd", _fwd)

@@ -24,61 +24,40 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.dispatch.settings import KeepsSettings
+from lora_kernels.dispatch.registry import run
+from lora_kernels.ops.common.call_function import CallFunction
 from lora_kernels.ops.common.checks import check_dtype, check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import check_dropout, threshold
-from lora_kernels.ops.lora.schema import check_lora_linear
+from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearForward
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 
-class LoRALinearFunction(KeepsSettings):
+class LoRALinearFunction(CallFunction):
+    kind = LoRALinearForward
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        bias: Tensor | None,
-        rank_diag: Tensor | None,
-        out_diag: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        meta: list[int],
-        *base: Tensor,
-    ) -> Tensor:
-        y, s = torch.ops.lora_kernels.lora_linear_fwd(
-            x, list(base), meta, a, b, scale, bias, dropout_p, seed, rank_diag, out_diag
-        )
-        ctx.save_for_backward(x, s, a, b, seed, rank_diag, out_diag, *base)
-        ctx.scale, ctx.dropout_p, ctx.meta = scale, dropout_p, meta
+    def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
+        c = LoRALinearFunction.gathered(counts, values)
+        y, s = torch.ops.lora_kernels.lora_linear_fwd(*c)
+        LoRALinearFunction.keep(ctx, counts, c._replace(bias=None), s)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, s, a, b, seed, rank_diag, out_diag, *base = ctx.saved_tensors
-        asked = ctx.needs_input_grad
-        needs = [*asked[:6], len(base) == 1 and asked[10]]
-        grads = torch.ops.lora_kernels.lora_linear_bwd(
-            to_rows(dy),
-            x,
-            s,
-            base,
-            ctx.meta,
-            a,
-            b,
-            ctx.scale,
-            ctx.dropout_p,
-            seed,
-            rank_diag,
-            out_diag,
-            needs,
+        c, (s,) = LoRALinearFunction.kept(ctx)
+        asked = LoRALinearFunction.asked(ctx)
+        needs = [asked.x, asked.a, asked.b, asked.bias, asked.rank_diag, asked.out_diag]
+        needs.append(len(c.base) == 1 and asked.base[0])
+        grads = torch.ops.lora_kernels.lora_linear_bwd(*c.backward(to_rows(dy), s, needs))
+        made = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        dx, da, db, dbias, drank, dout, dw = made
+        base = [dw, *[None] * (len(c.base) - 1)]
+        return LoRALinearFunction.grads(
+            x=dx, a=da, b=db, bias=dbias, rank_diag=drank, out_diag=dout, base=base
         )
-        *inputs, dw = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return (*inputs, None, None, None, None, dw, *(None for _ in base[1:]))
 
 
 def lora_linear(
@@ -126,8 +105,11 @@ def lora_linear(
             raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K]")
         x, weight, bias = autocast(x, weight, bias)
         meta = [weight.shape[0], weight.shape[-1]]
-        return _apply(
-            x, [weight], meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag, out_diag
+        scale = float(scale * 1.0)  # text is no number
+        return _run(
+            LoRALinearForward(
+                x, [weight], meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag, out_diag
+            ),
         )
     except Exception:
         check_kinds(lora_linear, locals())
@@ -156,51 +138,32 @@ def nf4_lora_linear(
     """
     try:
         x, bias = autocast(x, bias)
-        return _apply(
-            x,
-            qweight.check().base,
-            qweight.meta,
-            lora_a,
-            lora_b,
-            scale,
-            bias,
-            dropout_p,
-            seed,
-            rank_diag,
-            out_diag,
+        base, meta = qweight.check().base, qweight.meta
+        scale = float(scale * 1.0)
+        return _run(
+            LoRALinearForward(
+                x, base, meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag, out_diag
+            ),
         )
     except Exception:
         check_kinds(nf4_lora_linear, locals())
         raise
 
 
-def _apply(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: list[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    rank_diag: Tensor | None,
-    out_diag: Tensor | None,
-) -> Tensor:
-    check_lora_linear(x, base, meta, a, b, bias, dropout_p, seed, rank_diag, out_diag)
-    if threshold(dropout_p) == 0:
+def _run(c: LoRALinearForward) -> Tensor:
+    """The call whose x is as the user gave it."""
+    c.check()
+    x, seed = c.x, c.seed
+    if threshold(c.dropout_p) == 0:
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    rows, scale = to_rows(x), float(scale * 1.0)  # text is no number
-    if needs_grad(x, a, b, bias, rank_diag, out_diag, base[0] if len(base) == 1 else None):
-        y = LoRALinearFunction.apply(
-            rows, a, b, bias, rank_diag, out_diag, seed, scale, dropout_p, meta, *base
-        )
+    c = c._replace(x=to_rows(x), seed=seed)
+    dense = c.base[0] if len(c.base) == 1 else None
+    if needs_grad(x, c.a, c.b, c.bias, c.rank_diag, c.out_diag, dense):
+        y = LoRALinearFunction.run(c)
     else:
-        y, _ = torch.ops.lora_kernels.lora_linear_fwd(
-            rows, base, meta, a, b, scale, bias, dropout_p, seed, rank_diag, out_diag
-        )
+        y, _ = run("lora_linear_fwd", c)
     return from_rows(y, x)
 
 
@@ -241,7 +204,7 @@ def dropout_mask(shape: Sequence[int], p: float, seed: Tensor | int, stream: int
         check_dtype("seed", seed, [torch.int64])
         check_shape("seed", seed, [1])
         rows = torch.Size(shape[:-1]).numel()
-        mask = torch.ops.lora_kernels.dropout_mask(seed, rows, shape[-1], p, stream)
+        mask = run("dropout_mask", DropoutMask(seed, rows, shape[-1], p, stream))
         return mask.view(*shape)
     except Exception:
         check_kinds(dropout_mask, locals())

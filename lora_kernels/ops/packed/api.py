@@ -16,82 +16,44 @@ Source: Hu et al., 2021, "LoRA"; Dettmers et al., 2023, "QLoRA".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.dispatch.settings import KeepsSettings
+from lora_kernels.dispatch.registry import run
+from lora_kernels.ops.common.call_function import CallFunction
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.lora.api import draw_seed
 from lora_kernels.ops.nf4.weight import NF4Weight
-from lora_kernels.ops.packed.schema import (
-    META,
-    check_inputs,
-    check_projection,
-    pack_needs,
-    split_base,
-)
-
-T = TypeVar("T")
+from lora_kernels.ops.packed.schema import META, LoRAPackedForward, pack_needs, split_base
 
 
-class LoRAPackedFunction(KeepsSettings):
+class LoRAPackedFunction(CallFunction):
+    kind = LoRAPackedForward
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        seed: Tensor | None,
-        dropout_p: float,
-        scales: list[float],
-        meta: list[int],
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        a, b, bias, base = by_kind(tensors, len(scales))
-        y, s = torch.ops.lora_kernels.lora_packed_fwd(
-            x, base, meta, a, b, scales, bias, dropout_p, seed
-        )
-        ctx.save_for_backward(x, s, seed, *a, *b, *base)
-        ctx.dropout_p, ctx.scales, ctx.meta = dropout_p, scales, meta
+    def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> tuple[Tensor, ...]:
+        c = LoRAPackedFunction.gathered(counts, values)
+        y, s = torch.ops.lora_kernels.lora_packed_fwd(*c)
+        LoRAPackedFunction.keep(ctx, counts, c._replace(bias=[None] * len(c.a)), s)
         return tuple(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, s, seed, *parameters = ctx.saved_tensors
-        p = len(ctx.scales)
-        a, b, base = parameters[:p], parameters[p : 2 * p], parameters[2 * p :]
-        asked = ctx.needs_input_grad
-        want = by_kind(asked[5:], p)
+        c, (s,) = LoRAPackedFunction.kept(ctx)
+        asked = LoRAPackedFunction.asked(ctx)
+        want = (asked.a, asked.b, asked.bias, of_weights(asked.base, c.meta))
+        needs = pack_needs(asked.x, *want)
         grads = torch.ops.lora_kernels.lora_packed_bwd(
-            [to_rows(t) for t in dy],
-            x,
-            s,
-            base,
-            ctx.meta,
-            a,
-            b,
-            ctx.scales,
-            ctx.dropout_p,
-            seed,
-            pack_needs(asked[0], *want[:3], of_weights(want[3], ctx.meta)),
+            *c.backward([to_rows(t) for t in dy], s, needs)
         )
-        dx = grads[0] if asked[0] else None
-        return (dx, *[None] * 4, *kept(grads[1:], want, ctx.meta))
-
-
-def by_kind(values: Sequence[T], projections: int) -> tuple[list[T], list[T], list[T], list[T]]:
-    """a, b, bias and base out of the functions' flat arguments (or of their gradients' flags)."""
-    p = projections
-    return (
-        list(values[:p]),
-        list(values[p : 2 * p]),
-        list(values[2 * p : 3 * p]),
-        list(values[3 * p :]),
-    )
+        dx = grads[0] if asked.x else None
+        return LoRAPackedFunction.grads(x=dx, **by_field(grads[1:], want, c.base, c.meta))
 
 
 def of_weights(flags: Sequence[bool], meta: Sequence[int]) -> list[bool]:
@@ -100,44 +62,21 @@ def of_weights(flags: Sequence[bool], meta: Sequence[int]) -> list[bool]:
     return [len(part) == 1 and part[0] for part, _, _ in parts]
 
 
-def kept(
-    grads: Sequence[Sequence[Tensor]], want: Sequence[Sequence[bool]], meta: Sequence[int]
-) -> list[Tensor | None]:
-    """The lists da, db, dbias and dw as gradients of the flat tensors, None where not asked."""
-    *adapters, dw = grads
-    result: list[Tensor | None] = []
-    for given, flags in zip(adapters, want[:3], strict=True):
-        result += [t if flag else None for t, flag in zip(given, flags, strict=True)]
-    for t, (part, _, _) in zip(dw, split_base(want[3], meta), strict=True):
-        result += [t] if len(part) == 1 and part[0] else [None] * len(part)
-    return result
-
-
-class Projections(NamedTuple):
-    """The projections' arguments as the ops take them (`schema.py` says how)."""
-
-    a: list[Tensor]
-    b: list[Tensor]
-    bias: list[Tensor | None]
-    base: list[Tensor]
-    meta: list[int]
-    scales: list[float]
-
-    @property
-    def tensors(self) -> list[Tensor | None]:
-        """What the autograd functions take; `by_kind` takes it apart."""
-        return [*self.a, *self.b, *self.bias, *self.base]
-
-    def need_grad(self, x: Tensor) -> bool:
-        dense = [
-            t for part, _, _ in split_base(self.base, self.meta) if len(part) == 1 for t in part
-        ]
-        return needs_grad(x, *self.a, *self.b, *self.bias, *dense)
-
-    def check(self, i: int, x: Tensor, k: int) -> None:
-        """Raise unless projection i fits an input of width k with x's dtype and device."""
-        base, meta, _ = split_base(self.base, self.meta)[i]
-        check_projection(i, x, k, base, meta, self.a[i], self.b[i], self.bias[i], self.a[0].dtype)
+def by_field(
+    grads: Sequence[Sequence[Tensor]],
+    want: Sequence[Sequence[bool]],
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+) -> dict[str, list[Tensor | None]]:
+    """The lists da, db, dbias and dw as gradients of a call's fields, None where not asked."""
+    a, b, bias, weights = (
+        [t if flag else None for t, flag in zip(given, flags, strict=True)]
+        for given, flags in zip(grads, want, strict=True)
+    )
+    into: list[Tensor | None] = []
+    for dw, (part, _, _) in zip(weights, split_base(base, meta), strict=True):
+        into += [dw, *[None] * (len(part) - 1)]
+    return {"a": a, "b": b, "bias": bias, "base": into}
 
 
 def gather(
@@ -147,8 +86,10 @@ def gather(
     lora_b: Sequence[Tensor],
     scales: Sequence[float],
     biases: Sequence[Tensor | None] | None,
-) -> tuple[Tensor, Projections]:
-    """x and the projections, cast where autocast is on. Checks numbers and kinds of the entries."""
+    dropout_p: float,
+    seed: Tensor | None,
+) -> LoRAPackedForward:
+    """The call, cast where autocast is on. Checks numbers and kinds of the entries."""
     p = len(weights)
     if p == 0:
         raise ValueError("weights: got no entry, expected one or more")
@@ -183,8 +124,9 @@ def gather(
             raise TypeError(
                 f"weights[{i}]: got {type(w).__name__}, expected a Tensor or an NF4Weight"
             )
-    return x, Projections(
-        list(lora_a), list(lora_b), bias, base, meta, [float(s * 1.0) for s in scales]
+    factors = [float(s * 1.0) for s in scales]
+    return LoRAPackedForward(
+        x, base, meta, list(lora_a), list(lora_b), factors, bias, dropout_p, seed
     )
 
 
@@ -195,11 +137,21 @@ def _checked(i: int, weight: NF4Weight) -> NF4Weight:
         raise type(error)(f"weights[{i}]: {error}") from error
 
 
-def seed_for(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | None:
-    """The seed of this call: none without dropout, a fresh one where none was given."""
-    if threshold(dropout_p) == 0:
-        return None
-    return draw_seed(x.device) if seed is None else seed
+def ready(c: LoRAPackedForward) -> LoRAPackedForward:
+    """The call with x as rows, and with the seed that it needs: none without dropout, a fresh one
+    where none was given."""
+    seed = c.seed
+    if threshold(c.dropout_p) == 0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(c.x.device)
+    return c._replace(x=to_rows(c.x), seed=seed)
+
+
+def wants_grad(c: LoRAPackedForward) -> bool:
+    """Whether a gradient will be asked for."""
+    parts = (part for part, _, _ in split_base(c.base, c.meta))
+    return needs_grad(c.x, *c.a, *c.b, *c.bias, *(p[0] for p in parts if len(p) == 1))
 
 
 def lora_packed_linear(
@@ -242,19 +194,14 @@ def lora_packed_linear(
     Source: Hu et al., 2021, "LoRA"; Dettmers et al., 2023, "QLoRA".
     """
     try:
-        x, p = gather(x, weights, lora_a, lora_b, scales, biases)
-        check_inputs(x, dropout_p, seed)
-        for i in range(len(p.a)):
-            p.check(i, x, x.shape[-1])
-        seed = seed_for(x, dropout_p, seed)
-        rows = to_rows(x)
-        if p.need_grad(x):
-            y = LoRAPackedFunction.apply(rows, seed, dropout_p, p.scales, p.meta, *p.tensors)
+        c = gather(x, weights, lora_a, lora_b, scales, biases, dropout_p, seed)
+        c.check([c.x.shape[-1] if c.x.dim() else 0] * len(c.a))
+        rows = ready(c)
+        if wants_grad(rows):
+            y = LoRAPackedFunction.run(rows)
         else:
-            y, _ = torch.ops.lora_kernels.lora_packed_fwd(
-                rows, p.base, p.meta, p.a, p.b, p.scales, p.bias, dropout_p, seed
-            )
-        return tuple(from_rows(t, x) for t in y)
+            y, _ = run("lora_packed_fwd", rows)
+        return tuple(from_rows(t, c.x) for t in y)
     except Exception:
         check_kinds(lora_packed_linear, locals())
         raise

@@ -17,144 +17,103 @@ Source: Shazeer, 2020, "GLU Variants Improve Transformer"; Hu et al., 2021, "LoR
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.dispatch.settings import KeepsSettings
+from lora_kernels.ops.common.call_function import CallFunction
 from lora_kernels.ops.common.flatten import from_rows, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.glu.schema import activation_index
+from lora_kernels.ops.lora.schema import LoRALinearForward
 from lora_kernels.ops.nf4.weight import NF4Weight
-from lora_kernels.ops.packed.api import by_kind, gather, kept, of_weights, seed_for
-from lora_kernels.ops.packed.schema import META, check_inputs, pack_needs, split_base
+from lora_kernels.ops.packed.api import by_field, gather, of_weights, ready, wants_grad
+from lora_kernels.ops.packed.schema import META, LoRAPackedForward, pack_needs, split_base
 
 # Gate and up are packed, streams 0 and 1; down follows.
 DOWN = 2
 
 
-def _forward(
-    x: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    scales: list[float],
-    meta: list[int],
-    activation: int,
-    *tensors: Tensor,
-) -> tuple[Tensor, ...]:
+class LoRAMLP(NamedTuple):
+    """An MLP's arguments: its three projections, as if all of them read x, and its activation."""
+
+    x: Tensor
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scales: Sequence[float]
+    bias: Sequence[Tensor | None]
+    dropout_p: float
+    seed: Tensor | None
+    activation: int
+
+    @property
+    def projections(self) -> LoRAPackedForward:
+        return LoRAPackedForward(*self[:-1])
+
+
+def _down(p: LoRAPackedForward, h: Tensor) -> LoRALinearForward:
+    base, meta, _ = split_base(p.base, p.meta)[DOWN]
+    return p.one(DOWN, base, meta)._replace(x=h)
+
+
+def _forward(c: LoRAMLP) -> tuple[Tensor, ...]:
     """y, and what the backward reads: s, g, u, s of down."""
-    a, b, bias, base = by_kind(tensors, len(scales))
-    down, down_meta, where = split_base(base, meta)[DOWN]
-    (g, u), s = torch.ops.lora_kernels.lora_packed_fwd(
-        x,
-        base[: where.start],
-        meta[: DOWN * META],
-        a[:DOWN],
-        b[:DOWN],
-        scales[:DOWN],
-        bias[:DOWN],
-        dropout_p,
-        seed,
-    )
-    h = torch.ops.lora_kernels.glu_fwd(g, u, activation)
-    y, s_down = torch.ops.lora_kernels.lora_linear_fwd(
-        h,
-        down,
-        down_meta,
-        a[DOWN],
-        b[DOWN],
-        scales[DOWN],
-        bias[DOWN],
-        dropout_p,
-        seed,
-        None,
-        None,
-        DOWN,
-    )
+    p = c.projections
+    (g, u), s = torch.ops.lora_kernels.lora_packed_fwd(*p.first(DOWN))
+    h = torch.ops.lora_kernels.glu_fwd(g, u, c.activation)
+    y, s_down = torch.ops.lora_kernels.lora_linear_fwd(*_down(p, h))
     return y, s, g, u, s_down
 
 
-class LoRAMLPFunction(KeepsSettings):
+class LoRAMLPFunction(CallFunction):
+    kind = LoRAMLP
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        seed: Tensor | None,
-        dropout_p: float,
-        scales: list[float],
-        meta: list[int],
-        activation: int,
-        *tensors: Tensor,
-    ) -> Tensor:
-        y, s, g, u, s_down = _forward(x, seed, dropout_p, scales, meta, activation, *tensors)
-        a, b, _, base = by_kind(tensors, len(scales))
-        ctx.save_for_backward(x, s, g, u, s_down, seed, *a, *b, *base)
-        ctx.dropout_p, ctx.scales, ctx.meta = dropout_p, scales, meta
-        ctx.activation = activation
+    def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
+        c = LoRAMLPFunction.gathered(counts, values)
+        y, *made = _forward(c)
+        LoRAMLPFunction.keep(ctx, counts, c._replace(bias=[None] * len(c.a)), *made)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, s, g, u, s_down, seed, *parameters = ctx.saved_tensors
-        p, meta = len(ctx.scales), ctx.meta
-        a, b, base = parameters[:p], parameters[p : 2 * p], parameters[2 * p :]
-        asked = ctx.needs_input_grad
-        want = by_kind(asked[6:], p)
-        want_w = of_weights(want[3], meta)
-        want_a, want_b, want_bias, *_ = want
-        into_gate = pack_needs(asked[0], *(w[:DOWN] for w in (*want[:3], want_w)))
-        down, down_meta, where = split_base(base, meta)[DOWN]
-        dy = to_rows(dy)
+        c, (s, g, u, s_down) = LoRAMLPFunction.kept(ctx)
+        asked = LoRAMLPFunction.asked(ctx)
+        want_w = of_weights(asked.base, c.meta)
+        want = (asked.a, asked.b, asked.bias, want_w)
+        want_a, want_b, want_bias = asked.a[DOWN], asked.b[DOWN], asked.bias[DOWN]
+        into_gate = pack_needs(asked.x, *(w[:DOWN] for w in want))
+        p, dy = c.projections, to_rows(dy)
 
         def down_grads(h: Tensor, dx: bool, da: bool, rest: bool, dw: bool) -> tuple[Tensor, ...]:
             """(dh, da, db, dbias, ..., dw); only da and dw read h."""
-            needs = [dx, da, rest and want_b[DOWN], rest and want_bias[DOWN], False, False, dw]
-            return torch.ops.lora_kernels.lora_linear_bwd(
-                dy,
-                h,
-                s_down,
-                down,
-                down_meta,
-                a[DOWN],
-                b[DOWN],
-                ctx.scales[DOWN],
-                ctx.dropout_p,
-                seed,
-                None,
-                None,
-                needs,
-                DOWN,
-            )
+            needs = [dx, da, rest and want_b, rest and want_bias, False, False, dw]
+            call = _down(p, h).backward(dy, s_down, needs)
+            return torch.ops.lora_kernels.lora_linear_bwd(*call)
 
-        need_h = want_a[DOWN] or want_w[DOWN]
+        need_h = want_a or want_w[DOWN]
         if not any(into_gate):
-            h = torch.ops.lora_kernels.glu_fwd(g, u, ctx.activation) if need_h else g
-            _, da, db, dbias, _, _, dw = down_grads(h, False, want_a[DOWN], True, want_w[DOWN])
-            return (*[None] * 6, *kept(_of_down(da, db, dbias, dw), want, meta))
+            h = torch.ops.lora_kernels.glu_fwd(g, u, c.activation) if need_h else g
+            _, da, db, dbias, _, _, dw = down_grads(h, False, want_a, True, want_w[DOWN])
+            return LoRAMLPFunction.grads(
+                **by_field(_of_down(da, db, dbias, dw), want, c.base, c.meta)
+            )
         dh, da, db, dbias, _, _, dw = down_grads(g, True, False, True, False)
-        dg, du, h = torch.ops.lora_kernels.glu_bwd(dh, g, u, ctx.activation, need_h)
+        dg, du, h = torch.ops.lora_kernels.glu_bwd(dh, g, u, c.activation, need_h)
         del dh
         if need_h:
-            _, da, _, _, _, _, dw = down_grads(h, False, want_a[DOWN], False, want_w[DOWN])
+            _, da, _, _, _, _, dw = down_grads(h, False, want_a, False, want_w[DOWN])
         del h
-        dx, *grads = torch.ops.lora_kernels.lora_packed_bwd(
-            [dg, du],
-            x,
-            s,
-            base[: where.start],
-            meta[: DOWN * META],
-            a[:DOWN],
-            b[:DOWN],
-            ctx.scales[:DOWN],
-            ctx.dropout_p,
-            seed,
-            into_gate,
-        )
+        call = p.first(DOWN).backward([dg, du], s, into_gate)
+        dx, *grads = torch.ops.lora_kernels.lora_packed_bwd(*call)
         all_grads = [[*of, last] for of, last in zip(grads, (da, db, dbias, dw), strict=True)]
-        return (dx if asked[0] else None, *[None] * 5, *kept(all_grads, want, meta))
+        dx = dx if asked.x else None
+        return LoRAMLPFunction.grads(x=dx, **by_field(all_grads, want, c.base, c.meta))
 
 
 def _of_down(*grads: Tensor) -> list[list[Tensor]]:
@@ -211,28 +170,19 @@ def lora_mlp(
         index = activation_index(activation)
         if len(weights) != DOWN + 1:
             raise ValueError(f"weights: got {len(weights)} entries, expected 3: gate, up and down")
-        x, p = gather(x, weights, lora_a, lora_b, scales, biases)
-        check_inputs(x, dropout_p, seed)
+        p = gather(x, weights, lora_a, lora_b, scales, biases, dropout_p, seed)
+        k = p.x.shape[-1] if p.x.dim() else 0
         inner = p.meta[0]
-        for i, k in enumerate((x.shape[-1], x.shape[-1], inner)):
-            p.check(i, x, k)
+        p.check((k, k, inner))
         if p.meta[META] != inner:
             raise ValueError(
-                f"weights[1]: got shape {p.meta[META : META + 2]}, expected "
-                f"[{inner}, {x.shape[-1]}] as weights[0] has"
+                f"weights[1]: got shape {p.meta[META : META + 2]}, expected [{inner}, {k}] as "
+                "weights[0] has"
             )
-        seed = seed_for(x, dropout_p, seed)
-        arguments: tuple[Any, ...] = (
-            to_rows(x),
-            seed,
-            dropout_p,
-            p.scales,
-            p.meta,
-            index,
-            *p.tensors,
-        )
-        y = LoRAMLPFunction.apply(*arguments) if p.need_grad(x) else _forward(*arguments)[0]
-        return from_rows(y, x)
+        rows = ready(p)
+        c = LoRAMLP(*rows, index)
+        y = LoRAMLPFunction.run(c) if wants_grad(rows) else _forward(c)[0]
+        return from_rows(y, p.x)
     except Exception:
         check_kinds(lora_mlp, locals())
         raise

@@ -9,7 +9,7 @@ tensors one after the other: one of a dense weight, two or five of a 4-bit one, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from lora_kernels.ops.common.checks import (
     check_shape,
 )
 from lora_kernels.ops.common.philox import check_dropout
+from lora_kernels.ops.lora.schema import LoRALinearBackward, LoRALinearForward
 from lora_kernels.ops.nf4.base import Meta
 
 META = len(Meta._fields)
@@ -65,18 +66,6 @@ def unpack_needs(needs: Sequence[bool], projections: int) -> tuple[bool, list[li
     return needs[0], [list(needs[1 + i :: projections]) for i in range(projections)]
 
 
-def check_inputs(x: Tensor, dropout_p: float, seed: Tensor | None) -> None:
-    """Raise ValueError or TypeError unless x, dropout_p and seed make sense."""
-    check_dtype("x", x, FLOATS)
-    if x.dim() == 0:
-        raise ValueError("x: got shape [], expected [..., K]")
-    check_dropout(dropout_p)
-    if seed is not None:
-        check_shape("seed", seed, [1])
-        check_dtype("seed", seed, [torch.int64])
-        check_device("seed", seed, x.device)
-
-
 def check_projection(
     i: int,
     x: Tensor,
@@ -112,55 +101,145 @@ def check_projection(
     check_optional_vector(f"biases[{i}]", bias, n, x, [x.dtype])
 
 
-def _fwd_fake(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    bias: Sequence[Tensor | None],
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[list[Tensor], Tensor]:
-    m = x.shape[0]
-    return [x.new_empty((m, n)) for n in meta[::META]], x.new_empty((m, sum(t.shape[0] for t in a)))
+@define("lora_packed_fwd", "(Tensor[] y, Tensor s)")
+class LoRAPackedForward(NamedTuple):
+    """y_i [M, N_i] and s [M, Σ r_i]."""
+
+    x: Tensor
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scales: Sequence[float]
+    bias: Sequence[Tensor | None]
+    dropout_p: float
+    seed: Tensor | None
+
+    def check(self, widths: Sequence[int]) -> None:
+        """Raise ValueError or TypeError that names the argument which does not fit.
+
+        Args:
+            widths: of each projection's input.
+        """
+        x, seed = self.x, self.seed
+        check_dtype("x", x, FLOATS)
+        if x.dim() == 0:
+            raise ValueError("x: got shape [], expected [..., K]")
+        check_dropout(self.dropout_p)
+        if seed is not None:
+            check_shape("seed", seed, [1])
+            check_dtype("seed", seed, [torch.int64])
+            check_device("seed", seed, x.device)
+        for i, (base, meta, _) in enumerate(split_base(self.base, self.meta)):
+            own = (self.a[i], self.b[i], self.bias[i])
+            check_projection(i, x, widths[i], base, meta, *own, self.a[0].dtype)
+
+    def first(self, count: int) -> LoRAPackedForward:
+        """The first projections."""
+        end = split_base(self.base, self.meta)[count - 1][2].stop
+        return self._replace(
+            base=self.base[:end],
+            meta=self.meta[: count * META],
+            a=self.a[:count],
+            b=self.b[:count],
+            scales=self.scales[:count],
+            bias=self.bias[:count],
+        )
+
+    def backward(
+        self, dy: Sequence[Tensor], s: Tensor, needs: Sequence[bool]
+    ) -> LoRAPackedBackward:
+        """The call of its backward."""
+        return LoRAPackedBackward(
+            dy,
+            self.x,
+            s,
+            self.base,
+            self.meta,
+            self.a,
+            self.b,
+            self.scales,
+            self.dropout_p,
+            self.seed,
+            needs,
+        )
+
+    def one(self, i: int, base: Sequence[Tensor], meta: Sequence[int]) -> LoRALinearForward:
+        """Projection i alone."""
+        return LoRALinearForward(
+            self.x,
+            base,
+            meta,
+            self.a[i],
+            self.b[i],
+            self.scales[i],
+            self.bias[i],
+            self.dropout_p,
+            self.seed,
+            None,
+            None,
+            stream=i,
+        )
+
+    def fake(self) -> tuple[list[Tensor], Tensor]:
+        x, m = self.x, self.x.shape[0]
+        ranks = sum(t.shape[0] for t in self.a)
+        return [x.new_empty((m, n)) for n in self.meta[::META]], x.new_empty((m, ranks))
 
 
-def _bwd_fake(
-    dy: Sequence[Tensor],
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Any, ...]:
-    want_x, wants = unpack_needs(needs, len(a))
-    grads: list[list[Tensor]] = [[], [], [], []]
-    for i, want in enumerate(wants):
-        n, k = meta[i * META], meta[i * META + 1]
-        shapes = (tuple(a[i].shape), tuple(b[i].shape), (n,), (n, k))
-        dtypes = (a[i].dtype, b[i].dtype, x.dtype, x.dtype)
-        for into, asked, shape, dtype in zip(grads, want, shapes, dtypes, strict=True):
-            into.append(x.new_empty(shape if asked else (0,), dtype=dtype))
-    return x.new_empty(tuple(x.shape) if want_x else (0,)), *grads
+@define("lora_packed_bwd", "(Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dw)")
+class LoRAPackedBackward(NamedTuple):
+    """The gradients that `needs` (see `pack_needs`) asks for; the others are empty."""
 
+    dy: Sequence[Tensor]
+    x: Tensor
+    s: Tensor
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scales: Sequence[float]
+    dropout_p: float
+    seed: Tensor | None
+    needs: Sequence[bool]
 
-define(
-    "lora_packed_fwd",
-    "(Tensor x, Tensor[] base, int[] meta, Tensor[] a, Tensor[] b, float[] scales, "
-    "Tensor?[] bias, float dropout_p, Tensor? seed) -> (Tensor[] y, Tensor s)",
-    _fwd_fake,
-)
-define(
-    "lora_packed_bwd",
-    "(Tensor[] dy, Tensor x, Tensor s, Tensor[] base, int[] meta, Tensor[] a, Tensor[] b, "
-    "float[] scales, float dropout_p, Tensor? seed, bool[] needs) -> "
-    "(Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dw)",
-    _bwd_fake,
-)
+    @property
+    def want(self) -> tuple[bool, list[list[bool]]]:
+        """dx, and (da, db, dbias, dw) of each projection."""
+        return unpack_needs(self.needs, len(self.a))
+
+    def one(
+        self, i: int, base: Sequence[Tensor], meta: Sequence[int], s: Tensor
+    ) -> LoRALinearBackward:
+        """Projection i alone; s is its own."""
+        want_x, wants = self.want
+        want_a, want_b, want_bias, want_w = wants[i]
+        return LoRALinearBackward(
+            self.dy[i],
+            self.x,
+            s,
+            base,
+            meta,
+            self.a[i],
+            self.b[i],
+            self.scales[i],
+            self.dropout_p,
+            self.seed,
+            None,
+            None,
+            [want_x, want_a, want_b, want_bias, False, False, want_w],
+            stream=i,
+        )
+
+    def fake(self) -> tuple[Any, ...]:
+        x = self.x
+        want_x, wants = self.want
+        grads: list[list[Tensor]] = [[], [], [], []]
+        for i, want in enumerate(wants):
+            a, b = self.a[i], self.b[i]
+            n, k = self.meta[i * META], self.meta[i * META + 1]
+            shapes = (tuple(a.shape), tuple(b.shape), (n,), (n, k))
+            dtypes = (a.dtype, b.dtype, x.dtype, x.dtype)
+            for into, asked, shape, dtype in zip(grads, want, shapes, dtypes, strict=True):
+                into.append(x.new_empty(shape if asked else (0,), dtype=dtype))
+        return x.new_empty(tuple(x.shape) if want_x else (0,)), *grads

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from lora_kernels.ops.common.launch import refuse_device, refuse_triton, register_triton
+from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearBackward, LoRALinearForward
 
 
-def _fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    rank_diag: Tensor | None,
-    out_diag: Tensor | None,
-    stream: int = 0,
-) -> str | None:
-    return refuse_triton([x, a, b, bias, rank_diag, out_diag])
+def _fwd(c: LoRALinearForward) -> str | None:
+    return refuse_triton([c.x, c.a, c.b, c.bias, c.rank_diag, c.out_diag])
 
 
-def _bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    rank_diag: Tensor | None,
-    out_diag: Tensor | None,
-    needs: Sequence[bool],
-    stream: int = 0,
-) -> str | None:
-    return refuse_triton([x, dy, s, a, b, rank_diag, out_diag])
+def _bwd(c: LoRALinearBackward) -> str | None:
+    return refuse_triton([c.x, c.dy, c.s, c.a, c.b, c.rank_diag, c.out_diag])
 
 
-def _mask(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> str | None:
-    return refuse_device(seed.device)
+def _mask(c: DropoutMask) -> str | None:
+    return refuse_device(c.seed.device)
 
 
 register_triton("lora_linear_fwd", "lora_kernels.ops.lora.triton.forward", _fwd)

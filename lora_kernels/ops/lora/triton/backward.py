@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from lora_kernels.ops.common.thin.grad_pass import grad_pass
 from lora_kernels.ops.common.thin.outer import outer
 from lora_kernels.ops.common.thin.shrink import shrink
 from lora_kernels.ops.common.triton_host import NO_DROPOUT, Dropout
+from lora_kernels.ops.lora.schema import LoRALinearBackward
 from lora_kernels.ops.lora.triton.diagonals import diagonals as diagonal_grads
 from lora_kernels.ops.lora.triton.forward import ADD_CONFIG
 from lora_kernels.ops.lora.triton.gemm import gemm
@@ -25,32 +24,18 @@ from lora_kernels.ops.nf4.triton.base import Weight
 from lora_kernels.ops.nf4.triton.product import product_t
 
 
-def lora_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    rank_diag: Tensor | None,
-    out_diag: Tensor | None,
-    needs: Sequence[bool],
-    stream: int = 0,
-) -> tuple[Tensor, ...]:
+def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
     """The derivation stands in `api.py`; which launches, `strategies.py` says."""
-    w = Weight(base, meta)
+    dy, x, s, a, b, scale, w = c.dy, c.x, c.s, c.a, c.b, c.scale, Weight(c.base, c.meta)
+    rank_diag, out_diag = c.rank_diag, c.out_diag
     m, n, k, r = dy.shape[0], dy.shape[1], x.shape[1], a.shape[0]
-    want_x, want_a, want_b, want_bias, want_rank, want_out, want_w = needs
-    dropout = Dropout(dropout_p, seed, stream)
+    want_x, want_a, want_b, want_bias, want_rank, want_out, want_w = c.needs
+    dropout = Dropout(c.dropout_p, c.seed, c.stream)
     device = planned_device(dy.device)
     size = dy.element_size()
     problem = Problem(m, n, k, r, dy.dtype, dropout.on, w.takes_tma(dy), w.quantised)
     plan = choose("lora_linear_bwd", problem, device)
-    grads = [dy.new_empty(0, dtype=t.dtype) for t in _like(x, a, b, rank_diag, out_diag)]
+    grads = [dy.new_empty(0, dtype=dtype) for dtype in c.dtypes]
     if want_a:
         grads[1] = torch.empty_like(a, memory_format=torch.contiguous_format)
     if want_b:
@@ -149,12 +134,3 @@ def lora_linear_bwd(
     if want_w:
         grads[6] = executor().product(dy.T, x)
     return tuple(grads)
-
-
-def _like(
-    x: Tensor, a: Tensor, b: Tensor, rank_diag: Tensor | None, out_diag: Tensor | None
-) -> list[Tensor]:
-    """A tensor of each gradient's dtype, in the order of `schema.GRADS`."""
-    rank = x if rank_diag is None else rank_diag
-    out = x if out_diag is None else out_diag
-    return [x, a, b, x, rank, out, x]

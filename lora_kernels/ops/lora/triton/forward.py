@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 
 import torch
@@ -14,6 +13,7 @@ from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.common.strategies import Problem, choose
 from lora_kernels.ops.common.thin.shrink import shrink
 from lora_kernels.ops.common.triton_host import Dropout
+from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearForward
 from lora_kernels.ops.lora.triton.dropout import _dropout_mask_kernel
 from lora_kernels.ops.lora.triton.gemm import gemm
 from lora_kernels.ops.nf4.triton.base import Weight
@@ -23,24 +23,11 @@ from lora_kernels.ops.nf4.triton.product import product
 ADD_CONFIG = GemmConfig(64, 64, 16, 4, 1)
 
 
-def lora_linear_fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    rank_diag: Tensor | None,
-    out_diag: Tensor | None,
-    stream: int = 0,
-) -> tuple[Tensor, Tensor]:
+def lora_linear_fwd(c: LoRALinearForward) -> tuple[Tensor, Tensor]:
     """y [M, N] and s [M, R]; which launches, `strategies.py` says."""
-    w = Weight(base, meta)
-    m, k, n, r = x.shape[0], x.shape[1], meta[0], a.shape[0]
-    dropout = Dropout(dropout_p, seed, stream)
+    x, a, w = c.x, c.a, Weight(c.base, c.meta)
+    m, k, n, r = x.shape[0], x.shape[1], c.meta[0], a.shape[0]
+    dropout = Dropout(c.dropout_p, c.seed, c.stream)
     device = planned_device(x.device)
     s = x.new_empty((m, r))
     problem = Problem(m, n, k, r, x.dtype, dropout.on, w.takes_tma(x), w.quantised)
@@ -67,28 +54,29 @@ def lora_linear_fwd(
         y,
         s,
         a,
-        b,
-        scale=scale,
+        c.b,
+        scale=c.scale,
         dropout=dropout,
-        bias=bias,
-        rank_diag=rank_diag,
-        out_diag=out_diag,
+        bias=c.bias,
+        rank_diag=c.rank_diag,
+        out_diag=c.out_diag,
         backward=False,
     )
     return y, s
 
 
-def dropout_mask(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> Tensor:
+def dropout_mask(c: DropoutMask) -> Tensor:
     """The boolean keep mask [rows, cols]."""
-    out = torch.empty((rows, cols), dtype=torch.bool, device=seed.device)
+    rows, cols = c.rows, c.cols
+    out = torch.empty((rows, cols), dtype=torch.bool, device=c.seed.device)
     if out.numel():
         args = {
-            "p_seed": seed,
+            "p_seed": c.seed,
             "p_out": out.view(torch.uint8),
             "M": rows,
             "K": cols,
-            "threshold": threshold(p),
-            "stream": stream,
+            "threshold": threshold(c.p),
+            "stream": c.stream,
             "BM": 16,
             "BK": 128,
         }

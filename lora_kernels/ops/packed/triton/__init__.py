@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from lora_kernels.ops.common.launch import refuse_triton, register_triton
+from lora_kernels.ops.packed.schema import LoRAPackedBackward, LoRAPackedForward
 
 
-def _fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    bias: Sequence[Tensor | None],
-    dropout_p: float,
-    seed: Tensor | None,
-) -> str | None:
-    return refuse_triton([x, *a, *b, *bias])
+def _fwd(c: LoRAPackedForward) -> str | None:
+    return refuse_triton([c.x, *c.a, *c.b, *c.bias])
 
 
-def _bwd(
-    dy: Sequence[Tensor],
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: Sequence[bool],
-) -> str | None:
-    return refuse_triton([x, s, *dy, *a, *b])
+def _bwd(c: LoRAPackedBackward) -> str | None:
+    return refuse_triton([c.x, c.s, *c.dy, *c.a, *c.b])
 
 
 register_triton("lora_packed_fwd", "lora_kernels.ops.packed.triton.forward", _fwd)

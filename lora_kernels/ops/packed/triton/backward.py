@@ -14,7 +14,7 @@ from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run
 from lora_kernels.ops.lora.triton.backward import lora_linear_bwd
 from lora_kernels.ops.nf4.triton.base import Weight
-from lora_kernels.ops.packed.schema import rank_slices, unpack_needs
+from lora_kernels.ops.packed.schema import LoRAPackedBackward, rank_slices
 from lora_kernels.ops.packed.triton.gemm import _packed_grad_x_kernel
 from lora_kernels.ops.packed.triton.grad_pass import packed_grad_pass
 from lora_kernels.ops.packed.triton.groups import groups, numbered, split_weights, weight_args
@@ -23,22 +23,13 @@ from lora_kernels.ops.packed.triton.thin import _packed_grad_a_kernel
 
 
 def lora_packed_bwd(
-    dy: Sequence[Tensor],
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: Sequence[bool],
+    c: LoRAPackedBackward,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """The derivation stands in `api.py`."""
+    dy, x, s, a, b, scales = c.dy, c.x, c.s, c.a, c.b, c.scales
     m, k = x.shape
-    weights = split_weights(base, meta)
-    want_x, wants = unpack_needs(needs, len(a))
+    weights = split_weights(c.base, c.meta)
+    want_x, wants = c.want
     columns = list(rank_slices(a))
     s = s if s.stride(1) == 1 else s.contiguous()
     dx = x.new_empty(0)
@@ -47,16 +38,14 @@ def lora_packed_bwd(
     dbias = [x.new_empty(t.shape[0] if want[2] else 0) for t, want in zip(b, wants, strict=True)]
     for group in groups(weights):
         part = slice(group.start, group.stop)
-        dropout = Dropout(dropout_p, seed, group.start)
+        dropout = Dropout(c.dropout_p, c.seed, group.start)
         r = max(t.shape[0] for t in a[part])
         planned = plan_config("lora_linear_bwd", dy[part], weights[part], r, dropout.on)
         if planned is None:
             for i in group:
-                asked = [want_x, *wants[i][:3], False, False, False]
-                more, da[i], db[i], dbias[i], *_ = lora_linear_bwd(
-                    dy[i], x, s[:, columns[i]], weights[i].base, weights[i].meta, a[i], b[i],
-                    scales[i], dropout_p, seed, None, None, asked, i,
-                )  # fmt: skip
+                one = c.one(i, weights[i].base, weights[i].meta, s[:, columns[i]])
+                asked = [*one.needs[:-1], False]  # dW is made below
+                more, da[i], db[i], dbias[i], *_ = lora_linear_bwd(one._replace(needs=asked))
                 dx = dx.add_(more) if i else more
             continue
         strategy, config = planned

@@ -19,7 +19,7 @@ from lora_kernels.ops.common.triton_host import (
 )
 from lora_kernels.ops.lora.triton.forward import lora_linear_fwd
 from lora_kernels.ops.nf4.triton.base import Weight
-from lora_kernels.ops.packed.schema import rank_slices
+from lora_kernels.ops.packed.schema import LoRAPackedForward, rank_slices
 from lora_kernels.ops.packed.triton.gemm import _packed_forward_kernel
 from lora_kernels.ops.packed.triton.groups import (
     ends,
@@ -32,36 +32,24 @@ from lora_kernels.ops.packed.triton.plan import plan_config
 from lora_kernels.ops.packed.triton.thin import _packed_shrink_kernel
 
 
-def lora_packed_fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scales: Sequence[float],
-    bias: Sequence[Tensor | None],
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[list[Tensor], Tensor]:
+def lora_packed_fwd(c: LoRAPackedForward) -> tuple[list[Tensor], Tensor]:
     """y_i [M, N_i] and s [M, Σ R_i]."""
-    m = x.shape[0]
-    weights = split_weights(base, meta)
+    x, a, m = c.x, c.a, c.x.shape[0]
+    weights = split_weights(c.base, c.meta)
     columns = list(rank_slices(a))
     s = x.new_empty((m, columns[-1].stop))
     y = [x.new_empty(0)] * len(weights)
     for group in groups(weights):
         first = group.start
-        dropout = Dropout(dropout_p, seed, first)
+        dropout = Dropout(c.dropout_p, c.seed, first)
         part = slice(group.start, group.stop)
         own = s[:, columns[first].start : columns[group[-1]].stop]
         r = max(t.shape[0] for t in a[part])
         planned = plan_config("lora_linear_fwd", [x], weights[part], r, dropout.on)
         if planned is None:
             for i in group:
-                y[i], s[:, columns[i]] = lora_linear_fwd(
-                    x, weights[i].base, weights[i].meta, a[i], b[i], scales[i], bias[i], dropout_p,
-                    seed, None, None, i,
-                )  # fmt: skip
+                one = c.one(i, weights[i].base, weights[i].meta)
+                y[i], s[:, columns[i]] = lora_linear_fwd(one)
             continue
         strategy, config = planned
         y[part] = [x.new_empty((m, w.meta.n)) for w in weights[part]]
@@ -69,8 +57,8 @@ def lora_packed_fwd(
         if not single_pass:
             _shrink(x, a[part], own, dropout)
         _project(
-            x, weights[part], y[part], own, a[part], b[part], bias[part], scales[part], dropout,
-            config, single_pass,
+            x, weights[part], y[part], own, a[part], c.b[part], c.bias[part], c.scales[part],
+            dropout, config, single_pass,
         )  # fmt: skip
     return y, s
 
