@@ -75,7 +75,7 @@ def weight_bytes(case: Case) -> int:
 def saved_bytes(case: Case) -> int:
     """What a backward cannot do without, weights and adapters left out: x and the s of each layer
     in x's type, and with dropout the seed (int64) that makes the mask again. An MLP keeps gate's
-    and up's outputs too; DoRA the norms (fp32), and for its magnitude y or what y was made of; a
+    and up's outputs too; DoRA the norms (fp32), and for its magnitude what y was made of; a
     gated activation keeps its two inputs; an embedding ids (int64) and slots (int32), as s is read
     from its adapters.
     """
@@ -85,8 +85,6 @@ def saved_bytes(case: Case) -> int:
     if case.op == EMBED:
         return (ID_BYTES + SLOT_BYTES) * case.m
     kept = case.m * case.k * size + _made_for_backward(case, size)
-    if case.op == "dora_linear" and not _dora_keeps_z(case):
-        kept += case.m * case.n * size
     return kept + (SEED_BYTES if case.dropout else 0)
 
 
@@ -96,13 +94,8 @@ def _made_for_backward(case: Case, size: int) -> int:
     if case.op == "lora_mlp":
         made += 2 * case.m * case.layers[0].n * size
     if case.op == "dora_linear":
-        made += NORM_BYTES * case.n + (case.m * case.n * size if _dora_keeps_z(case) else 0)
+        made += NORM_BYTES * case.n + case.m * case.n * size
     return made
-
-
-def _dora_keeps_z(case: Case) -> bool:
-    """Whether the output does not tell what its magnitude scaled."""
-    return case.bias or case.dropout > 0
 
 
 def cost(case: Case) -> Cost:

@@ -143,13 +143,11 @@ def _dora(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
     norm = torch.linalg.vector_norm(layer.w.double() + scale * (b.double() @ a.double()), dim=1)
     norm = norm.float()
     magnitude = (norm * (1 + 0.25 * torch.rand(n))).to(BF16)
-    keep = dropout > 0
-    forward = [x, base, meta, a, b, scale, magnitude, norm, bias, p, seed, keep]
+    forward = [x, base, meta, a, b, scale, magnitude, norm, bias, p, seed, True]
     made = _made("dora_linear_fwd", forward, fill)
-    saved = [None, made["z"]] if keep else [made["y"], None]
     needs = [True, True, True, True, False, False]
     back = [layer.dy, x, made["s"], base, meta, a, b, scale, magnitude, norm, p, seed]
-    back += [*saved, needs]
+    back += [made["z"], needs]
     rows = nbytes(magnitude, norm)
     small = nbytes(layer.w, a, b) + norm.nbytes
     return [
@@ -159,9 +157,9 @@ def _dora(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
         ),
         Subject(
             "dora forward", "dora_linear_fwd", forward, z, dropout,
-            z.floor["forward"] + rows + keep * layer.dy.nbytes, z.flops["forward"], m * n,
+            z.floor["forward"] + rows + layer.dy.nbytes, z.flops["forward"], m * n,
         ),
-        Subject(  # one more product for the magnitude's gradient: y or z is read
+        Subject(  # one more product for the magnitude's gradient: z is read
             "dora backward", "dora_linear_bwd", back, z, dropout,
             z.floor["backward"] + rows + magnitude.nbytes + layer.dy.nbytes,
             z.flops["backward"], m * k,

@@ -1,5 +1,5 @@
 """Calls of the DoRA kernels for `problems.py`: a problem's rank_diag stands for rows that are
-special, its out_diag for a z that is kept, since DoRA has no diagonals."""
+special, since DoRA has no diagonals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lora_kernels.ops.dora.magnitude import output_scale
 from lora_kernels.ops.lora.reference import drop
 from lora_kernels.ops.nf4.reference import dense_weight
 from tests.compiled.problems import FP16, FP32, Problem, both
@@ -44,7 +43,7 @@ QUANTISED = (
         base="nf4",
     ),
     Quantised(
-        "fp4-odd-rows",  # and z made again
+        "fp4-odd-rows",
         (7, 33, 41, 3),
         both("16x16x32 w2 s2", "16x16x32 w2 s2"),
         adapter=FP32,
@@ -83,7 +82,7 @@ def _arguments(p: Problem, r: Source) -> dict[str, Any]:
     total = dense_weight(base, meta, FP32).double() + SCALE * (b.double() @ a.double())
     norm = torch.linalg.vector_norm(total, dim=1).float()
     magnitude = norm * (1 + r.normal(n, std=0.25))
-    if p.rank_diag or not p.bias:  # and rows that leave nothing of z in y
+    if p.rank_diag or not p.bias:  # and rows of no magnitude
         magnitude[1::7] = 0
         magnitude[2:3] *= 1e-5
     return {
@@ -107,31 +106,24 @@ def _norm(p: Problem, r: Source) -> tuple[Any, ...]:
 
 
 def _forward(p: Problem, r: Source) -> tuple[Any, ...]:
-    return *_arguments(p, r).values(), _kept(p) == "z"
+    return *_arguments(p, r).values(), _learns(p)
 
 
 def _backward(p: Problem, r: Source) -> tuple[Any, ...]:
     t = _arguments(p, r)
-    x, w, b = t["x"], dense_weight(t["base"], t["meta"], p.dtype), t["b"]
+    x, n = t["x"], t["meta"][0]
     bias, dropout, seed = (t.pop(name) for name in ("bias", "dropout_p", "seed"))
-    dy = r.normal(x.shape[0], w.shape[0], dtype=p.dtype)
+    dy = r.normal(x.shape[0], n, dtype=p.dtype)
     dy = strided(dy, p.strides) if p.strides else dy
     s = (drop(x.float(), dropout, seed) @ t["a"].float().T).to(p.dtype)
-    # What a forward would have kept: z here is any, y goes with x, s and m̂.
-    z = r.normal(x.shape[0], w.shape[0], dtype=p.dtype)
-    exact = x.float() @ w.float().T + SCALE * (s.float() @ b.float().T)
-    y = (output_scale(t["magnitude"], t["norm"]) * exact).to(p.dtype)
-    y, z = (v if _kept(p) == name else None for name, v in (("y", y), ("z", z)))
-    needs = list(p.needs or (True, True, True, True, bias is not None, False))[:6]
-    return dy, t.pop("x"), s, *t.values(), dropout, seed, y, z, needs
+    z = r.normal(x.shape[0], n, dtype=p.dtype) if _learns(p) else None
+    needs = list(p.needs or (True, True, True, _learns(p), bias is not None, False))[:6]
+    return dy, t.pop("x"), s, *t.values(), dropout, seed, z, needs
 
 
-def _kept(p: Problem) -> str:
-    """What the forward keeps for the magnitude's gradient; with rows of special kinds also
-    nothing, so that z is made again from a masked x."""
-    if not p.dropout and not p.bias:
-        return "y"
-    return "" if p.rank_diag and not p.out_diag else "z"
+def _learns(p: Problem) -> bool:
+    """Whether the magnitude does, so that the forward keeps z."""
+    return not p.rank_diag or p.out_diag
 
 
 MAKERS: dict[str, Callable[[Problem, Source], tuple[Any, ...]]] = {

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.dora.magnitude import output_scale
 from lora_kernels.ops.lora.reference import drop
 from lora_kernels.ops.nf4.reference import dense_weight
 from tests.ops.case import BASES, DTYPES, Case, Source, dtype_name, size_name, strided
@@ -34,15 +33,15 @@ SCALE = 0.75
 class Options:
     """What a DoRA call may have besides x, W, A, B and the magnitude.
 
-    `kept` is what the forward saved for the magnitude's gradient: "y", "z" or nothing. `rows`
-    makes some rows special: "zero" have norm 0, "flat" have magnitude 0 or a tiny m̂.
+    `keep_z` is whether the magnitude learns. `rows` makes some rows special: "zero" have norm 0,
+    "flat" have magnitude 0 or a tiny m̂.
     """
 
     bias: bool = False
     dropout_p: float = 0.0
     adapter_dtype: torch.dtype | None = None
     strides: str = ""
-    kept: str = "y"
+    keep_z: bool = True
     rows: str = ""
     needs: tuple[bool, ...] | None = None
 
@@ -50,19 +49,19 @@ class Options:
 FP32 = torch.float32
 OPTIONS = {
     "plain": Options(),
-    "bias": Options(bias=True, kept="z"),
-    "dropout": Options(dropout_p=0.25, kept="z"),
+    "bias": Options(bias=True),
+    "dropout": Options(dropout_p=0.25),
     "fp32-adapters": Options(adapter_dtype=FP32),
-    "all": Options(True, 0.5, FP32, kept="z"),
+    "all": Options(True, 0.5, FP32),
 }
 SPECIAL = {
     "zero-rows": Options(rows="zero"),
-    "zero-rows-all": Options(True, 0.5, FP32, kept="z", rows="zero"),
+    "zero-rows-all": Options(True, 0.5, FP32, rows="zero"),
     "flat-rows": Options(rows="flat"),
-    "flat-rows-all": Options(True, 0.5, FP32, kept="z", rows="flat"),
-    "kept-nothing": Options(kept=""),
-    "kept-nothing-all": Options(True, 0.5, FP32, kept=""),
-    "transposed": Options(True, 0.25, strides="transposed", kept="z"),
+    "flat-rows-all": Options(True, 0.5, FP32, rows="flat"),
+    "kept-nothing": Options(keep_z=False),
+    "kept-nothing-all": Options(True, 0.5, FP32, keep_z=False),
+    "transposed": Options(True, 0.25, strides="transposed"),
     "padded-rows": Options(strides="padded-rows"),
 }
 
@@ -96,7 +95,7 @@ def _norm(base: list[Tensor], meta: list[int], a: Tensor, b: Tensor) -> tuple[Te
 def dora_norm() -> Iterator[Case]:
     def make(r: Source, call: Call) -> tuple[Any, ...]:
         base, meta, a, b = _base(r, call, call[3].adapter_dtype or call[1])
-        own = None if call[3].kept == "" else _norm(base, meta, a, b)[0]
+        own = None if not call[3].keep_z else _norm(base, meta, a, b)[0]
         return own, base, meta, a, b, SCALE
 
     plain, mixed = OPTIONS["plain"], OPTIONS["fp32-adapters"]
@@ -156,7 +155,7 @@ def _arguments(r: Source, call: Call) -> dict[str, Any]:
 
 def dora_linear_fwd() -> Iterator[Case]:
     for label, call, core in _calls():
-        keep_z = call[3].kept == "z"
+        keep_z = call[3].keep_z
         yield Case(
             "dora_linear_fwd",
             label,
@@ -169,25 +168,20 @@ def dora_linear_bwd() -> Iterator[Case]:
     def make(r: Source, call: Call) -> tuple[Any, ...]:
         o = call[3]
         t = _arguments(r, call)
-        x, base, meta, a, b = (t[k] for k in ("x", "base", "meta", "a", "b"))
+        x, base, meta, a = (t[k] for k in ("x", "base", "meta", "a"))
         dy = r.normal(x.shape[0], meta[0], dtype=x.dtype)
         dy = strided(dy, o.strides) if o.strides and dy.numel() else dy
         s = (drop(x.float(), o.dropout_p, t["seed"]) @ a.float().T).to(x.dtype)
-        # What a forward would have kept: z here is any, y goes with x, s and m̂.
-        z = r.normal(x.shape[0], meta[0], dtype=x.dtype)
-        w = dense_weight(base, meta, x.dtype).float()
-        exact = x.float() @ w.T + SCALE * (s.float() @ b.float().T)
-        y = (output_scale(t["magnitude"], t["norm"]) * exact).to(x.dtype)
-        y, z = (v if o.kept == name else None for name, v in (("y", y), ("z", z)))
-        needs = o.needs or (True, True, True, True, o.bias, len(base) == 1)
+        z = r.normal(x.shape[0], meta[0], dtype=x.dtype) if o.keep_z else None
+        needs = o.needs or (True, True, True, o.keep_z, o.bias, len(base) == 1)
         bias, p, seed = (t.pop(k) for k in ("bias", "dropout_p", "seed"))
         assert (bias is not None) == o.bias
-        return dy, t.pop("x"), s, *t.values(), p, seed, y, z, list(needs)
+        return dy, t.pop("x"), s, *t.values(), p, seed, z, list(needs)
 
     for label, call, core in _calls():
         yield Case("dora_linear_bwd", label, lambda r, c=call: make(r, c), core=core)
     for i, p in itertools.product(range(6), (0.0, 0.1)):  # one gradient at a time
-        o = Options(True, p, kept="z", needs=tuple(j == i for j in range(6)))
+        o = Options(True, p, needs=tuple(j == i for j in range(6)))
         yield Case(
             "dora_linear_bwd",
             f"needs-only-{i}-p{p}",

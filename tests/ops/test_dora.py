@@ -193,16 +193,12 @@ def _extra(t, base, p, bias):
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("p", "bias", "own"), [(0.0, False, False), (0.0, True, True), (0.2, False, True)]
-)
-def test_saved_are_s_and_the_output_or_z(base, dtype, p, bias, own):
+@pytest.mark.parametrize(("p", "bias"), [(0.0, False), (0.0, True), (0.2, False)])
+def test_saved_are_s_and_z(base, dtype, p, bias):
     y, extra = _extra(tensors(dtype=dtype, adapters=torch.float32), base, p, bias)
     assert sorted(tuple(v.shape) for v in extra) == [(M, R), (M, N)]
-    (large,) = (v for v in extra if v.shape == (M, N))
-    assert (large.data_ptr() == y.data_ptr()) != own
-    added = sum(v.nbytes for v in extra if v.data_ptr() != y.data_ptr())
-    assert added == (M * R + (M * N if own else 0)) * dtype.itemsize
+    assert all(v.data_ptr() != y.data_ptr() for v in extra)
+    assert sum(v.nbytes for v in extra) == (M * R + M * N) * dtype.itemsize
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
@@ -334,15 +330,6 @@ def test_any_leading_dimensions(shape, p):
     assert torch.equal(y.reshape(-1, N), z)
     assert torch.equal(x.grad.reshape(-1, K), rows.grad)
     assert torch.equal(t["magnitude"].grad, flat["magnitude"].grad)
-
-
-def test_the_output_must_not_be_changed_before_the_backward():
-    t = require(tensors())
-    del t["bias"]
-    y = call(t)
-    y.detach().mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -28,16 +28,14 @@ Backward, with dy = ∂L/∂y and dz = m̂ ∘ dy:
 A row with norm 0 has no direction. There m̂ = 1 and dmagnitude = 0: all is finite, and the row
 learns as in plain LoRA until it has a norm. (m̂ = 0 would leave a layer of zeros dead for ever.)
 
-Saved: x, s, the norm [N], the parameters themselves, and if the magnitude requires a gradient:
-    without dropout and bias   y, the output, which the next operation often keeps anyway:
-                               dmagnitude = Σ_m dy ∘ y / magnitude. Where m̂ is 0 or tiny, y holds
-                               nothing of z; a backend makes z again for such a call (a native one
-                               on the CPU, where to look at m̂ is free; a GPU kernel can branch
-                               inside its tile, so neither waits for the device).
-    otherwise                  z, M·N elements of x's dtype. With a bias, y − bias would have lost
-                               the digits of z that the bias covers: biases of 100 and more are
-                               usual in 16 bits (Qwen), and the budget would not hold.
-The mask is made again from its seed.
+Saved: x, s, the norm [N], the parameters themselves, and if the magnitude requires a gradient z,
+M·N elements of x's dtype. The mask is made again from its seed. Why z, and nothing cheaper:
+    y          is the caller's, who may write over it (`relu_`, `+=`). It would cost no memory where
+               the next operation keeps it (v, gate and up of a transformer, not q, k, o and down),
+               but it lacks what a small m̂ or a large bias takes from z.
+    nothing    Σ_m dy ∘ z = ⟨W[n], (dyᵀ·xd)[n]⟩ + c·⟨B[n], (dyᵀ·s)[n]⟩, or z made again: 2·M·N·K
+               FLOPs, a third more than forward and backward have, against one M·N store and one
+               read. Who lacks the memory has checkpointing.
 """
 
 from __future__ import annotations
@@ -75,27 +73,23 @@ class DoRALinearFunction(KeepsSettings):
         meta: list[int],
         *base: Tensor,
     ) -> Tensor:
-        from_output = bias is None and seed is None
         learns = magnitude.requires_grad
         y, s, z = torch.ops.lora_kernels.dora_linear_fwd(
-            *(x, list(base), meta, a, b, scale, magnitude, norm, bias, dropout_p, seed),
-            learns and not from_output,
+            *(x, list(base), meta, a, b, scale, magnitude, norm, bias, dropout_p, seed), learns
         )
-        kept = None if not learns else y if from_output else z
-        ctx.save_for_backward(x, s, a, b, magnitude, norm, seed, kept, *base)
-        ctx.scale, ctx.dropout_p, ctx.meta, ctx.from_output = scale, dropout_p, meta, from_output
+        ctx.save_for_backward(x, s, a, b, magnitude, norm, seed, z if learns else None, *base)
+        ctx.scale, ctx.dropout_p, ctx.meta = scale, dropout_p, meta
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, s, a, b, magnitude, norm, seed, kept, *base = ctx.saved_tensors
-        y, z = (kept, None) if ctx.from_output else (None, kept)
+        x, s, a, b, magnitude, norm, seed, z, *base = ctx.saved_tensors
         asked = ctx.needs_input_grad
         needs = [*asked[:5], len(base) == 1 and asked[10]]
         grads = torch.ops.lora_kernels.dora_linear_bwd(
             *(to_rows(dy), x, s, base, ctx.meta, a, b, ctx.scale, magnitude, norm),
-            *(ctx.dropout_p, seed, y, z, needs),
+            *(ctx.dropout_p, seed, z, needs),
         )
         *inputs, dw = (grad if need else None for grad, need in zip(grads, needs, strict=True))
         return (*inputs, None, None, None, None, None, dw, *(None for _ in base[1:]))
@@ -121,9 +115,8 @@ def dora_linear(
     y = x·Wᵀ + (m̂ − 1) ∘ (drop(x)·Wᵀ) + m̂ ∘ (scale·drop(x)·Aᵀ·Bᵀ) + bias, as in PEFT. A row whose
     norm is 0 has m̂ = 1. Under autocast x, weight and bias are cast; the others stay as they are.
 
-    Between forward and backward x and s [M, R] are kept, and for the magnitude's gradient y itself,
-    so y must not be changed in place before the backward; with a bias or dropout another M·N
-    elements of x's dtype instead.
+    Between forward and backward x and s [M, R] are kept, and for the magnitude's gradient M·N
+    elements of x's dtype.
 
     Args:
         x: [..., K]; fp32, fp16, bf16 (fp64 on the reference).

@@ -26,10 +26,6 @@ from lora_kernels.ops.dora.magnitude import (
 )
 from lora_kernels.ops.nf4.base import Meta
 
-# Below this |m̂| what y = m̂ ∘ z keeps of z is no longer trusted: fp16 would be among its subnormal
-# numbers, and at 0 nothing is left.
-_SMALL_SCALE = 2.0**-8
-
 
 def _native(op: str, *args: Any) -> Any:
     return getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default(*args)
@@ -127,7 +123,6 @@ def dora_linear_bwd(
     norm: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    y: Tensor | None,
     z: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -156,36 +151,11 @@ def dora_linear_bwd(
             dw += dy.T @ (x - xd)
     dmagnitude, dbias = magnitude.new_empty(0), x.new_empty(0)
     if needs[3]:
-        if y is not None and z is None:
-            total = _dmagnitude_of_output(dy, y, x, base, meta, a, b, scale, magnitude, norm)
-        else:
-            z = _lora(xd, base, meta, a, b, scale)[0] if z is None else z
-            total = _column_dot(dy, z) * inverse_norm(norm)
-        dmagnitude = total.to(magnitude.dtype)
+        assert z is not None
+        dmagnitude = (_column_dot(dy, z) * inverse_norm(norm)).to(magnitude.dtype)
     if needs[4]:
         dbias = dy.sum(0)
     return dx, da, db, dmagnitude, dbias, dw
-
-
-def _dmagnitude_of_output(
-    dy: Tensor,
-    y: Tensor,
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-) -> Tensor:
-    """Σ_m dy ∘ y / magnitude, or Σ_m dy ∘ z / norm where the output has lost z to a small m̂."""
-    direct = torch.where(norm > 0, _column_dot(dy, y) / magnitude, 0.0)
-    small = output_scale(magnitude, norm).abs() < _SMALL_SCALE
-    if not bool(small.any()):  # on a CPU this waits for nothing
-        return direct
-    z, _ = _lora(x, base, meta, a, b, scale)
-    return torch.where(small, _column_dot(dy, z) * inverse_norm(norm), direct)
 
 
 def _lora(

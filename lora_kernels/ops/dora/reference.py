@@ -81,7 +81,6 @@ def dora_linear_bwd(
     norm: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    y: Tensor | None,
     z: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -106,8 +105,7 @@ def dora_linear_bwd(
     if needs[2]:
         grads[2] = scale * (dz.to(wide).T @ s.to(wide))
     if needs[3]:
-        if z is None:
-            z = linear(xd, w) + scale * (s @ b.to(dtype).T)
+        assert z is not None
         wide = torch.promote_types(dtype, norm.dtype)
         grads[3] = (dy.to(wide) * z.to(wide)).sum(0) * inverse_norm(norm)
     if needs[4]:

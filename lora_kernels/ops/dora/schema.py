@@ -85,7 +85,6 @@ def _bwd_fake(
     norm: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    y: Tensor | None,
     z: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -119,11 +118,11 @@ define(
     "(Tensor y, Tensor s, Tensor z)",
     _fwd_fake,
 )
-# For dmagnitude: z, or the y of a forward without dropout and bias; neither, and z is made again.
+# z is for dmagnitude, and may be absent where that is not asked.
 define(
     "dora_linear_bwd",
     "(Tensor dy, Tensor x, Tensor s, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale, "
-    "Tensor magnitude, Tensor norm, float dropout_p, Tensor? seed, Tensor? y, Tensor? z, "
+    "Tensor magnitude, Tensor norm, float dropout_p, Tensor? seed, Tensor? z, "
     "bool[] needs) -> (Tensor dx, Tensor da, Tensor db, Tensor dmagnitude, Tensor dbias, "
     "Tensor dw)",
     _bwd_fake,

@@ -51,11 +51,10 @@ def _bwd(
     norm: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    y: Tensor | None,
     z: Tensor | None,
     needs: Sequence[bool],
 ) -> str | None:
-    return refuse_triton([x, dy, s, a, b, magnitude, norm, y, z])
+    return refuse_triton([x, dy, s, a, b, magnitude, norm, z])
 
 
 register_triton("dora_norm", "lora_kernels.ops.dora.triton.norm", _norm)

@@ -13,7 +13,7 @@ from lora_kernels.ops.common.launch import executor, planned_device
 from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK, block_rank, one_read_parts
 from lora_kernels.ops.common.thin.outer import outer
 from lora_kernels.ops.common.thin.shrink import shrink
-from lora_kernels.ops.common.triton_host import Dropout, precision, run
+from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
 from lora_kernels.ops.dora.magnitude import without_autocast
 from lora_kernels.ops.dora.triton.dropout import mask_words
 from lora_kernels.ops.dora.triton.forward import plan_config
@@ -24,7 +24,6 @@ from lora_kernels.ops.lora.triton.forward import dropout_mask
 from lora_kernels.ops.nf4.triton.base import Weight
 
 _OFF = Dropout(0.0, None, 0)
-_AGAIN_STEP = 64  # of K, where z is made again
 _SUM_BLOCK = 512  # four elements a thread: each fp32 load is 16 bytes beside its neighbour's
 
 
@@ -42,7 +41,6 @@ def dora_linear_bwd(
     norm: Tensor,
     dropout_p: float,
     seed: Tensor | None,
-    y: Tensor | None,
     z: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -67,9 +65,10 @@ def dora_linear_bwd(
     scales = dy.new_empty(n, dtype=torch.float32)  # m̂
     if columns:
         _columns(
-            dy, x, s, w, b, magnitude, norm, y, z, scales, (ds, rest) if ds_in_pass else None,
+            dy, s, b, magnitude, norm, z if want_magnitude else None, scales,
+            (ds, rest) if ds_in_pass else None,
             db if want_b else None, dmagnitude if want_magnitude else None,
-            dbias if want_bias else None, scale, dropout, device,
+            dbias if want_bias else None, scale, device,
         )  # fmt: skip
     elif n:
         _scales(magnitude, norm, scales)
@@ -123,13 +122,10 @@ def _scales(magnitude: Tensor, norm: Tensor, out: Tensor) -> None:
 
 def _columns(
     dy: Tensor,
-    x: Tensor,
     s: Tensor,
-    weight: Weight,
     b: Tensor,
     magnitude: Tensor,
     norm: Tensor,
-    y: Tensor | None,
     z: Tensor | None,
     scales: Tensor,
     sums: tuple[Tensor, Tensor | None] | None,
@@ -137,17 +133,14 @@ def _columns(
     dmagnitude: Tensor | None,
     dbias: Tensor | None,
     scale: float,
-    dropout: Dropout,
     device: Device,
 ) -> None:
-    """One read of dy, and of what was kept, for m̂, db, dmagnitude, dbias and the sums ds, with what
+    """One read of dy, and of z where given, for m̂, db, dmagnitude, dbias and the sums ds, with what
     rounding takes from them, where given."""
     ds, rest = sums or (None, None)
     m, n = dy.shape
-    k, r = x.shape[1], b.shape[1]
-    w, stride_wn, stride_wk = weight.matrix
+    r = b.shape[1]
     size, br = dy.element_size(), block_rank(r)
-    kept = None if dmagnitude is None else z if z is not None else y
     bn = 256 if size == 2 and br <= 32 else 64 if size == 4 else 128
     bm = 64 if size == 2 else 16
     rows = max(m, 1)
@@ -159,14 +152,14 @@ def _columns(
         return None if wanted is None else dy.new_empty(shape, dtype=torch.float32)
 
     parts_ds, parts_g = parts(ds, parts_n, m, r), parts(db, parts_m, n, r)
-    parts_bias, parts_dots = parts(dbias, parts_m, n), parts(kept, parts_m, n)
+    parts_bias, parts_dots = parts(dbias, parts_m, n), parts(z, parts_m, n)
     run(
         _dora_pass_kernel,
         (ceil(n / bn), parts_m, 1 if db is None else ceil(r / br)),
         8 if bn == 256 else 4,
         1,  # products and lanes read the same tile: see `tiles.in_registers`
         p_dy=dy,
-        p_kept=kept,
+        p_z=z,
         p_s=s,
         p_b=b,
         p_magnitude=magnitude,
@@ -182,8 +175,8 @@ def _columns(
         span=span,
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
-        stride_ym=0 if kept is None else kept.stride(0),
-        stride_yn=0 if kept is None else kept.stride(1),
+        stride_zm=stride(z, 0),
+        stride_zn=stride(z, 1),
         stride_sm=s.stride(0),
         stride_sr=s.stride(1),
         stride_bn=b.stride(0),
@@ -202,7 +195,7 @@ def _columns(
     run(
         _dora_finish_kernel,
         (blocks + ceil(elements / _SUM_BLOCK),),
-        8 if weight.quantised else 4,  # beside what decodes ptxas put scalars of 4 on the stack
+        4,
         2,
         p_parts_ds=parts_ds,
         p_ds=ds,
@@ -215,45 +208,18 @@ def _columns(
         p_dmagnitude=dmagnitude,
         p_magnitude=magnitude,
         p_norm=norm,
-        p_dy=dy,
-        p_x=x,
-        p_s=s,
-        p_w=w,
-        p_b=b,
-        p_seed=dropout.seed,
-        M=m,
         N=n,
-        K=k,
         R=r,
         size_ds=elements,
         parts_ds=parts_n,
         parts=parts_m,
         scale=float(scale),
-        keep_scale=dropout.keep_scale,
-        threshold=dropout.threshold,
-        stream=dropout.stream,
         stride_magnitude=magnitude.stride(0),
         stride_norm=norm.stride(0),
-        stride_dym=dy.stride(0),
-        stride_dyn=dy.stride(1),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_sm=s.stride(0),
-        stride_sr=s.stride(1),
-        stride_wn=stride_wn,
-        stride_wk=stride_wk,
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
         blocks=blocks,
-        KEPT="" if kept is None else "z" if z is not None else "y",
-        DROPOUT=dropout.on,
-        PRECISION=precision(dy.dtype),
-        BM=32,
         BN=block,
-        BK=_AGAIN_STEP,
         BR=16,
         SUM_BLOCK=_SUM_BLOCK,
-        **weight.decode_args(_AGAIN_STEP),
     )
 
 

@@ -3,15 +3,9 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.lora_tiles import branch_tile
-from lora_kernels.ops.common.nf4_tiles import right_tile
 from lora_kernels.ops.common.thin.sums import _sum
-from lora_kernels.ops.common.tiles import cast, dot, keep_operand
+from lora_kernels.ops.common.tiles import cast, dot
 from lora_kernels.ops.dora.triton.kernels import scale_tile
-
-# Below this |m̂| what y = m̂ ∘ z keeps of z is no longer trusted: fp16 would be among its subnormal
-# numbers, and at 0 nothing is left.
-_SMALL_SCALE = tl.constexpr(2.0**-8)
 
 
 @triton.jit
@@ -24,7 +18,7 @@ def _column_sums(b_t, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def _dora_pass_kernel(
     p_dy,
-    p_kept,
+    p_z,
     p_s,
     p_b,
     p_magnitude,
@@ -40,8 +34,8 @@ def _dora_pass_kernel(
     span,
     stride_dym,
     stride_dyn,
-    stride_ym,
-    stride_yn,
+    stride_zm,
+    stride_zn,
     stride_sm,
     stride_sr,
     stride_bn,
@@ -54,11 +48,11 @@ def _dora_pass_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Partial sums of ds = dy·(m̂ ∘ b), g = dyᵀ·s, dbias = Σ_m dy and dots = Σ_m dy ∘ kept, each
+    """Partial sums of ds = dy·(m̂ ∘ b), g = dyᵀ·s, dbias = Σ_m dy and dots = Σ_m dy ∘ z, each
     where it is wanted; and m̂ itself.
 
-    4·M·N·R FLOPs; bytes: dy and kept once, s and b, and the parts.
-    Shapes: dy[M, N] kept[M, N] s[M, R] b[N, R], magnitude and norm[N]; m[N], ds[N / BN, M, R],
+    4·M·N·R FLOPs; bytes: dy and z once, s and b, and the parts.
+    Shapes: dy[M, N] z[M, N] s[M, R] b[N, R], magnitude and norm[N]; m[N], ds[N / BN, M, R],
         g[spans, N, R], dbias and dots[spans, N] in fp32.
     Grid: [cdiv(N, BN), spans of rows, cdiv(R, BR)]; ds only where R <= BR. Sums in fp32.
     """
@@ -103,9 +97,9 @@ def _dora_pass_kernel(
         if p_dbias is not None:
             b_dbias += _column_sums(b_dy, BM, BN)
         if p_dots is not None:
-            o_kept = o_m[:, None] * stride_ym + o_n[None, :] * stride_yn
-            b_kept = tl.load(p_kept + o_kept, mask=m_dy, other=0.0)  # [BM, BN]
-            b_dots += _column_sums(b_dy.to(tl.float32) * b_kept.to(tl.float32), BM, BN)
+            o_z = o_m[:, None] * stride_zm + o_n[None, :] * stride_zn
+            b_z = tl.load(p_z + o_z, mask=m_dy, other=0.0)  # [BM, BN]
+            b_dots += _column_sums(b_dy.to(tl.float32) * b_z.to(tl.float32), BM, BN)
     if p_g is not None:
         o_g = (pid_m.to(tl.int64) * N + o_n[None, :]) * R + o_r[:, None]
         tl.store(p_g + o_g, b_g, mask=m_n[None, :] & m_r[:, None])
@@ -115,94 +109,6 @@ def _dora_pass_kernel(
             tl.store(p_dbias + o_part, b_dbias, mask=m_n)
         if p_dots is not None:
             tl.store(p_dots + o_part, b_dots, mask=m_n)
-
-
-@triton.jit
-def _dots_again(
-    p_dy,
-    p_x,
-    p_s,
-    p_w,
-    p_absmax,
-    p_nested,
-    p_map,
-    p_offset,
-    p_table,
-    p_b,
-    p_seed,
-    n0,
-    M,
-    N,
-    K,
-    R,
-    scale,
-    keep_scale,
-    threshold,
-    stream,
-    stride_dym,
-    stride_dyn,
-    stride_xm,
-    stride_xk,
-    stride_sm,
-    stride_sr,
-    stride_wn,
-    stride_wk,
-    stride_bn,
-    stride_br,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BR: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
-):
-    """Σ_m dy ∘ z of the columns n0.. [BN], z = drop(x)·wᵀ + scale · s·bᵀ made a tile at a time.
-
-    Shapes: dy[M, N] x[M, K] s[M, R] w[N, K] b[N, R]. CHUNK > 0: w is 4-bit.
-    Sums in fp32; z is not rounded.
-    """
-    dtype: tl.constexpr = p_x.dtype.element_ty
-    o_n = (n0 + tl.arange(0, BN)).to(tl.int64)
-    m_n = o_n < N
-    if CHUNK > 0:
-        b_table = tl.load(p_table + tl.arange(0, 16))
-    b_dots = tl.full([BN], 0.0, tl.float32)  # [BN]
-    for m0 in range(0, M, BM):
-        o_m = (m0 + tl.arange(0, BM)).to(tl.int64)
-        m_m = o_m < M
-        b_z = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
-        for k0 in range(0, K, BK):
-            o_k = (k0 + tl.arange(0, BK)).to(tl.int64)
-            m_k = o_k < K
-            o_x = o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
-            b_x = tl.load(p_x + o_x, mask=m_m[:, None] & m_k[None, :], other=0.0)  # [BM, BK]
-            if DROPOUT:
-                m_keep = keep_operand(p_seed, o_m, k0, stream, threshold, BM, BK)
-                b_x = tl.where(m_keep, b_x, 0.0)
-            if CHUNK > 0:
-                b_w = right_tile(
-                    p_w, p_absmax, p_nested, p_map, p_offset, b_table, k0, n0, K, N, True, dtype,
-                    BK, BN, CHUNK, BLOCK, NESTED,
-                )  # [BK, BN]  # fmt: skip
-            else:
-                o_w = o_k[:, None] * stride_wk + o_n[None, :] * stride_wn
-                b_w = tl.load(p_w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
-            b_z = dot(b_x, b_w, b_z, PRECISION)
-        b_t = branch_tile(
-            tl.full([BM, BN], 0.0, tl.float32), p_s, p_b, None, tl.cast(m0, tl.int32), n0, M, N, R,
-            stride_sm, stride_sr, stride_br, stride_bn, 1, dtype, PRECISION, BM, BN, BR,
-        )  # fmt: skip
-        b_z = b_z * keep_scale + b_t * scale
-        o_dy = o_m[:, None] * stride_dym + o_n[None, :] * stride_dyn
-        m_dy = m_m[:, None] & m_n[None, :]
-        b_dy = tl.load(p_dy + o_dy, mask=m_dy, other=0.0)  # [BM, BN]
-        # A product may be fused into the sum, its own share unrounded: lanes that share a result
-        # would differ in the last bit. A selected value is not.
-        b_dots += _column_sums(tl.where(m_dy, b_dy.to(tl.float32) * b_z, 0.0), BM, BN)
-    return b_dots
 
 
 @triton.jit
@@ -218,63 +124,25 @@ def _dora_finish_kernel(
     p_dmagnitude,
     p_magnitude,
     p_norm,
-    p_dy,
-    p_x,
-    p_s,
-    p_w,
-    p_absmax,
-    p_nested,
-    p_map,
-    p_offset,
-    p_table,
-    p_b,
-    p_seed,
-    M,
     N,
-    K,
     R,
     size_ds,
     parts_ds,
     parts,
     scale,
-    keep_scale,
-    threshold,
-    stream,
     stride_magnitude,
     stride_norm,
-    stride_dym,
-    stride_dyn,
-    stride_xm,
-    stride_xk,
-    stride_sm,
-    stride_sr,
-    stride_wn,
-    stride_wk,
-    stride_bn,
-    stride_br,
     blocks,
-    KEPT: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
     BR: tl.constexpr,
     SUM_BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
 ):
     """The pass's parts added in their order: db = scale · m̂ ∘ g, dbias, dmagnitude and
-    ds = scale · Σ parts (rest: what rounding takes from it), each where it is wanted.
+    ds = scale · Σ parts (rest: what rounding takes from it), each where it is wanted. dmagnitude is
+    Σ_m dy ∘ z / norm, and 0 where the norm is 0.
 
-    dmagnitude is Σ_m dy ∘ z / norm, and 0 where the norm is 0. The dots are of z where KEPT is
-    "z"; of y, to be divided by the magnitude, where it is "y", but |m̂| < 2^-8 leaves too little of
-    z in y: a block with such a column makes z again, and so does every block where KEPT is "".
-
-    (R + 2)·N·parts additions; bytes: the parts once, the results. A block that makes z again does
-    2·M·(K + R) FLOPs a column and reads x.
-    Shapes: as in `_dora_pass_kernel`; db[N, R], dmagnitude and dbias[N], x[M, K] w[N, K].
+    (R + 2)·N·parts additions; bytes: the parts once, the results.
+    Shapes: as in `_dora_pass_kernel`; db[N, R], dmagnitude and dbias[N].
     Grid: [`blocks` of BN columns, then blocks of ds]. Sums in fp32.
     """
     pid = tl.program_id(0)
@@ -306,27 +174,10 @@ def _dora_finish_kernel(
             m_norm = b_norm > 0
             b_by = tl.where(m_norm, b_norm, 1.0)
             b_total = tl.full([BN], 0.0, tl.float32)  # [BN]
-            m_again = m_norm
-            if KEPT != "":
-                p_part = p_dots
-                for _ in range(parts):
-                    b_total += tl.load(p_part + o_n, mask=m_n, other=0.0)
-                    p_part += N
-            if KEPT == "y":
-                m_again = m_norm & (tl.abs(b_m) < _SMALL_SCALE)
-                o_magnitude = o_n * stride_magnitude
-                b_by = tl.load(p_magnitude + o_magnitude, mask=m_norm & ~m_again, other=1.0)
-                b_by = tl.where(m_again, b_norm, b_by.to(tl.float32))
-            if KEPT != "z":
-                if tl.max(m_again.to(tl.int32), axis=0) > 0:
-                    b_again = _dots_again(
-                        p_dy, p_x, p_s, p_w, p_absmax, p_nested, p_map, p_offset, p_table, p_b,
-                        p_seed, pid * BN, M, N, K, R, scale, keep_scale, threshold, stream,
-                        stride_dym, stride_dyn, stride_xm, stride_xk, stride_sm, stride_sr,
-                        stride_wn, stride_wk, stride_bn, stride_br, DROPOUT, PRECISION, BM, BN, BK,
-                        BR, CHUNK, BLOCK, NESTED,
-                    )  # fmt: skip
-                    b_total = tl.where(m_again, b_again, b_total)
+            p_part = p_dots
+            for _ in range(parts):
+                b_total += tl.load(p_part + o_n, mask=m_n, other=0.0)
+                p_part += N
             b_total = tl.where(m_norm, tl.math.div_rn(b_total, b_by), 0.0)
             dtype = p_dmagnitude.dtype.element_ty
             tl.store(p_dmagnitude + o_n, cast(b_total, dtype), mask=m_n)
