@@ -155,6 +155,11 @@ def _get(name: str) -> Op:
     return _ops[name]
 
 
+def implementation(name: str, backend: str) -> Callable[[Any], Any]:
+    """A backend's function for an op, whether it takes a call or not."""
+    return _ops[name].implementations[backend].fn
+
+
 def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
     """The native implementation, where a call outside autograd on a plain CPU tensor would come to
     it anyway: nobody forces or asks for a backend, in Python or by a mode of torch's, and it
@@ -181,6 +186,8 @@ def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
 
 def run(name: str, call: Any) -> Any:
     """Run a call of `lora_kernels::<name>` outside autograd, the shortest way there is."""
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.lora_kernels, name)(*call)
     fn = direct(name, call)
     return _ops[name].overload(*call) if fn is None else fn(call)
 

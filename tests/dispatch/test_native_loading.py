@@ -11,6 +11,7 @@ import torch
 
 from lora_kernels import use_backend
 from lora_kernels.dispatch import chosen, native, ops
+from lora_kernels.dispatch.registry import refusal
 from tests.ops.inputs import cases
 
 NOT_WANTED = os.environ.get("LORA_KERNELS_NO_NATIVE", "") not in ("", "0")
@@ -64,7 +65,7 @@ WITH_NATIVE = sorted(name for name, op in ops().items() if "native" in op.implem
 @pytest.mark.parametrize("name", WITH_NATIVE)
 def test_native_refuses_other_devices(name):
     args = next(c for c in cases(name) if c.core).build("meta")
-    assert ops()[name].implementations["native"].supports(*args) is not None
+    assert refusal(name, "native", *args) is not None
 
 
 FP32_OR_NONE = {"dropout_mask", "nf4_quantize_scales"}  # no backend is asked to take fp64
@@ -74,7 +75,7 @@ FP32_OR_NONE = {"dropout_mask", "nf4_quantize_scales"}  # no backend is asked to
 def test_native_refuses_float64(name):
     """The reference alone takes fp64: it is the oracle of the error budget."""
     args = [_double(a) for a in next(c for c in cases(name) if c.core).build()]
-    assert ops()[name].implementations["native"].supports(*args) is not None
+    assert refusal(name, "native", *args) is not None
     with use_backend(None):
         assert chosen(name, *args) == "reference"
 

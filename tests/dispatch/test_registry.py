@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from lora_kernels import NF4Weight, explain, use_backend
 from lora_kernels import functional as F
@@ -25,12 +27,19 @@ from lora_kernels.dispatch import (
 X = torch.zeros(2, 3)
 
 
-def _accepts(*args):
+class Call(NamedTuple):
+    x: Tensor
+
+    def fake(self) -> Tensor:
+        return torch.empty_like(self.x)
+
+
+def _accepts(call):
     return None
 
 
-def _refuses_2d(x):
-    return "takes 1-D x" if x.dim() == 2 else None
+def _refuses_2d(call):
+    return "takes 1-D x" if call.x.dim() == 2 else None
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +53,10 @@ def _automatic():
 def op():
     """An op with three backends: native refuses 2-D x, each adds its own number."""
     name = "registry_test"
-    define(name, "(Tensor x) -> Tensor", lambda x: torch.empty_like(x))
+    define(name, "Tensor")(Call)
     supports = {"native": _refuses_2d, "triton": _accepts, "reference": _accepts}
     for number, backend in enumerate(reversed(BACKENDS)):
-        fn = lambda x, number=number: x + number  # noqa: E731
+        fn = lambda call, number=number: call.x + number  # noqa: E731
         register(name, Implementation(backend, fn, supports[backend]))
     yield name
     del registry._ops[name]
@@ -93,7 +102,7 @@ def test_a_backend_without_the_op_never_falls_back(op, monkeypatch):
 
 def test_every_backend_refuses(op, monkeypatch):
     for backend in ("triton", "reference"):
-        refusing = Implementation(backend, lambda x: x, lambda x: "is tired")
+        refusing = Implementation(backend, lambda call: call.x, lambda call: "is tired")
         monkeypatch.setitem(ops()[op].implementations, backend, refusing)
     with pytest.raises(
         BackendError,
@@ -137,7 +146,7 @@ def test_unknown_op():
 
 def test_duplicates_are_refused(op):
     with pytest.raises(ValueError, match="op 'registry_test' is already defined"):
-        define(op, "(Tensor x) -> Tensor", lambda x: x)
+        define(op, "Tensor")(Call)
     with pytest.raises(ValueError, match="backend 'reference' is already registered"):
         register(op, Implementation("reference", _accepts, _accepts))
 
@@ -161,7 +170,7 @@ def test_supports_reads_metadata_only(op):
     for name in GENERATORS:
         case = next(c for c in cases(name) if c.core)
         for implementation in ops()[name].in_order():
-            answer = implementation.supports(*case.build("meta"))
+            answer = implementation.supports(ops()[name].call(*case.build("meta")))
             assert answer is None or isinstance(answer, str)
 
 

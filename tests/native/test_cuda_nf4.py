@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_kernels.ops.nf4 import reference
 from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.double_quant import dynamic_map
+from lora_kernels.ops.nf4.schema import NF4Quantize, NF4QuantizeScales
 from tests.native.cuda_launcher import (
     COMPUTE,
     DTYPES,
@@ -150,7 +151,7 @@ def quantize(compute: int, w: Tensor, block_size: int, quant_type: int):
 
 def check_quantized(compute: int, w: Tensor, block_size: int, quant_type: int) -> None:
     packed, absmax, bad, _ = quantize(compute, w, block_size, quant_type)
-    expected = reference.quantize(w, block_size, quant_type)
+    expected = reference.nf4_quantize(NF4Quantize(w, block_size, quant_type))
     assert bad == NONE
     assert torch.equal(packed, expected[0])
     assert torch.equal(absmax, expected[1])
@@ -257,7 +258,9 @@ def test_quantize_scales(compute, blocks, nested, equal) -> None:
     if equal:
         offset = absmax[:1].clone()
     found = quantize_scales(compute, absmax, dynamic_map(), offset, nested)
-    expected = reference.quantize_scales(absmax, dynamic_map(), offset, nested)
+    expected = reference.nf4_quantize_scales(
+        NF4QuantizeScales(absmax, dynamic_map(), offset, nested)
+    )
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     assert found[2] == [NONE, NONE]
@@ -271,7 +274,9 @@ def test_quantize_scales_on_the_grid(compute) -> None:
     points = [middles + step / 32767.5 for step in (-1, -0.5, 0, 0.5, 1)]
     absmax = torch.cat([*points, torch.tensor([-1.0, 1.0, 0.0])]) + 2
     found = quantize_scales(compute, absmax, code_map, torch.tensor([2.0]), 2048)
-    expected = reference.quantize_scales(absmax, code_map, torch.tensor([2.0]), 2048)
+    expected = reference.nf4_quantize_scales(
+        NF4QuantizeScales(absmax, code_map, torch.tensor([2.0]), 2048)
+    )
     assert torch.equal(found[0], expected[0])
 
 

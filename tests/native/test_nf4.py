@@ -10,6 +10,7 @@ import torch
 from lora_kernels.ops.nf4 import reference
 from lora_kernels.ops.nf4.base import BLOCK_SIZES
 from lora_kernels.ops.nf4.double_quant import dynamic_map
+from lora_kernels.ops.nf4.schema import NF4Quantize, NF4QuantizeScales
 from lora_kernels.ops.nf4.tables import code_bounds
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,7 +48,7 @@ def nested_base(n: int, block_size: int, nested_block: int) -> list[torch.Tensor
 @functools.cache
 def quantize_case(n: int, block_size: int, dtype: torch.dtype, quant_type: int):
     w = weight(n, dtype)
-    return w, *reference.quantize(w, block_size, quant_type)
+    return w, *reference.nf4_quantize(NF4Quantize(w, block_size, quant_type))
 
 
 @functools.cache
@@ -115,7 +116,7 @@ def every_exponent(dtype: torch.dtype, quant_type: int):
     scales = torch.cat([powers, powers * 1.37, -powers * 1.996])
     w = (block.double() * scales[:, None]).to(dtype)
     w = w[w.isfinite().all(dim=1)]
-    return w, *reference.quantize(w, 128, quant_type)
+    return w, *reference.nf4_quantize(NF4Quantize(w, 128, quant_type))
 
 
 @pytest.mark.parametrize("quant_type", [0, 1])
@@ -164,7 +165,7 @@ def test_bitsandbytes(isa: str, block_size: int, dtype: torch.dtype, quant_type:
 def test_results_do_not_depend_on_threads(isa: str, threads: int) -> None:
     n = 1_000_003
     w = weight(n, torch.bfloat16)
-    expected = reference.quantize(w, 64, 0)
+    expected = reference.nf4_quantize(NF4Quantize(w, 64, 0))
     torch.set_num_threads(threads)
     packed, absmax = native_ops.nf4_quantize(w, 64, 0)
     assert torch.equal(packed, expected[0])
@@ -175,7 +176,7 @@ def test_results_do_not_depend_on_threads(isa: str, threads: int) -> None:
 
     scales = [absmax, dynamic_map(), absmax.mean().reshape(1), 256]
     codes, nested_absmax = native_ops.nf4_quantize_scales(*scales)
-    expected = reference.quantize_scales(*scales)
+    expected = reference.nf4_quantize_scales(NF4QuantizeScales(*scales))
     assert torch.equal(codes, expected[0])
     assert same_bits(nested_absmax, expected[1])
     base, meta = [packed, codes, nested_absmax, *scales[1:3]], [1, n, 64, 0, 256]

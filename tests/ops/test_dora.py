@@ -43,8 +43,8 @@ def fixed_norm(monkeypatch):
     implementations = ops()["dora_norm"].implementations
     original, kept = implementations["reference"], []
 
-    def norm(*args):
-        kept.append(original.fn(*args))
+    def norm(call):
+        kept.append(original.fn(call))
         return kept[0].clone()
 
     replaced = Implementation("reference", norm, original.supports)

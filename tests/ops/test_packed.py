@@ -187,9 +187,9 @@ def spy(monkeypatch):
         implementations = ops()[name].implementations
         original = implementations["reference"]
 
-        def record(*args, name=name, original=original, **kwargs):
-            calls.append((name, args))
-            return original.fn(*args, **kwargs)
+        def record(call, name=name, original=original):
+            calls.append((name, call))
+            return original.fn(call)
 
         monkeypatch.setitem(
             implementations, "reference", Implementation("reference", record, original.supports)

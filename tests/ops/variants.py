@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bench.gpu import ways
 from lora_kernels import use_backend
-from lora_kernels.dispatch import BACKENDS, native, ops
+from lora_kernels.dispatch import BACKENDS, native
+from lora_kernels.dispatch.registry import refusal
 from lora_kernels.ops.common.configs import GENERIC, GemmConfig
 from lora_kernels.ops.common.launch import Executor, use_executor
 from lora_kernels.ops.common.strategies import STRATEGIES
@@ -124,8 +125,7 @@ def all_variants() -> tuple[Variant, ...]:
 
 def accepts(op: str, backend: str, args: tuple[Any, ...]) -> bool:
     """Whether the backend has the op and does not refuse these arguments."""
-    implementation = ops()[op].implementations.get(backend)
-    return implementation is not None and implementation.supports(*args) is None
+    return refusal(op, backend, *args) is None
 
 
 def oracle_args(op: str, args: tuple[Any, ...]) -> list[Any]:

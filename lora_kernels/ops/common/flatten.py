@@ -22,14 +22,18 @@ def from_rows(y: Tensor, x: Tensor) -> Tensor:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd has to see the call; it costs more than a small layer's kernels do."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Cast to the autocast dtype where autocast is on for the first tensor's device."""
     first = tensors[0]
     assert first is not None
-    kind = first.device.type
+    kind = "cpu" if first.is_cpu else first.device.type  # the latter makes two objects
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # torch raises for meta
         return tensors
     dtype = torch.get_autocast_dtype(kind)

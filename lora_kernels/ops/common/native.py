@@ -54,16 +54,26 @@ def refuse_linear(op: str, activations: Sequence[Tensor], *parameters: Tensor | 
 
     Which kernel runs is chosen in C++, by dtype, instruction set and shape (csrc/cpu/linear.cpp).
     """
-    reason = refuse_device(op, activations[0].device)
-    if reason is None:
-        reason = refuse_dtypes(*activations, *parameters)
-    if reason is None and any(t.shape[-1] == 0 for t in activations):
-        reason = EMPTY
-    if reason is None and any(p is not None and p.numel() == 0 for p in parameters):
-        reason = EMPTY
-    if reason is None and any(p is not None and p.stride(-1) != 1 for p in parameters):
-        reason = "takes parameters whose last dimension is contiguous"
-    return reason
+    # Before every call of a small layer: plain loops take half the time of `any` over a generator.
+    x = activations[0]
+    reason = _missing(op, "cpu" if x.is_cpu else x.device.type)
+    if reason is not None:
+        return reason
+    for t in activations:
+        if t.dtype not in DTYPES:
+            return refuse_dtypes(t)
+        if t.shape[-1] == 0:
+            return EMPTY
+    for p in parameters:
+        if p is None:
+            continue
+        if p.dtype not in DTYPES:
+            return refuse_dtypes(p)
+        if p.numel() == 0:
+            return EMPTY
+        if p.stride(-1) != 1:
+            return "takes parameters whose last dimension is contiguous"
+    return None
 
 
 def refuse_cuda_linear(x: Tensor, meta: Sequence[int]) -> str | None:

@@ -47,52 +47,48 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.registry import run
 from lora_kernels.dispatch.settings import KeepsSettings
+from lora_kernels.ops.common.fields import Fields
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.dora.magnitude import base_of, norm_dtype
-from lora_kernels.ops.dora.schema import check_dora_linear, check_norm_sq
+from lora_kernels.ops.dora.schema import (
+    DoRALinearForward,
+    DoRANorm,
+    check_magnitude,
+    check_norm_sq,
+)
 from lora_kernels.ops.lora.api import draw_seed
+from lora_kernels.ops.lora.schema import LoRALinearForward
 from lora_kernels.ops.nf4.weight import NF4Weight
+
+_FIELDS = Fields(DoRALinearForward)
 
 
 class DoRALinearFunction(KeepsSettings):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        magnitude: Tensor,
-        bias: Tensor | None,
-        norm: Tensor,
-        seed: Tensor | None,
-        scale: float,
-        dropout_p: float,
-        meta: list[int],
-        *base: Tensor,
-    ) -> Tensor:
-        learns = magnitude.requires_grad
-        y, s, z = torch.ops.lora_kernels.dora_linear_fwd(
-            *(x, list(base), meta, a, b, scale, magnitude, norm, bias, dropout_p, seed), learns
-        )
-        ctx.save_for_backward(x, s, a, b, magnitude, norm, seed, z if learns else None, *base)
-        ctx.scale, ctx.dropout_p, ctx.meta = scale, dropout_p, meta
+    def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
+        c = _FIELDS.gathered(counts, values)
+        c = c._replace(keep_z=c.magnitude.requires_grad)
+        y, s, z = run("dora_linear_fwd", c)
+        _FIELDS.keep(ctx, counts, values, s, *([z] if c.keep_z else []), without=c.bias)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, s, a, b, magnitude, norm, seed, z, *base = ctx.saved_tensors
-        asked = ctx.needs_input_grad
-        needs = [*asked[:5], len(base) == 1 and asked[10]]
-        grads = torch.ops.lora_kernels.dora_linear_bwd(
-            *(to_rows(dy), x, s, base, ctx.meta, a, b, ctx.scale, magnitude, norm),
-            *(ctx.dropout_p, seed, z, needs),
-        )
-        *inputs, dw = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return (*inputs, None, None, None, None, None, dw, *(None for _ in base[1:]))
+        c, (s, *z) = _FIELDS.kept(ctx)
+        asked = _FIELDS.asked(ctx)
+        needs = [asked.x, asked.a, asked.b, asked.magnitude, asked.bias]
+        needs.append(len(c.base) == 1 and asked.base[0])
+        call = c.backward(to_rows(dy), s, z[0] if z else None, needs)
+        grads = run("dora_linear_bwd", call)
+        made = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        dx, da, db, dmagnitude, dbias, dw = made
+        base = [dw, *[None] * (len(c.base) - 1)]
+        return _FIELDS.grads(x=dx, a=da, b=db, magnitude=dmagnitude, bias=dbias, base=base)
 
 
 def dora_linear(
@@ -145,22 +141,26 @@ def dora_linear(
         else:
             x, dense, bias = autocast(x, weight, bias)
             base = [dense]
-        check_dora_linear(x, base, meta, lora_a, lora_b, magnitude, bias, dropout_p, seed)
+        scale = float(scale * 1.0)  # text is no number
+        of_lora = LoRALinearForward(
+            x, base, meta, lora_a, lora_b, scale, bias, dropout_p, seed, None, None
+        )
+        of_lora.check()
+        check_magnitude(magnitude, meta, x.device)
         norm = _norm(stored, meta, lora_a, lora_b, scale, weight_norm_sq)
         if threshold(dropout_p) == 0:
             seed = None
         elif seed is None:
             seed = draw_seed(x.device)
-        rows, scale = to_rows(x), float(scale * 1.0)  # text is no number
+        c = DoRALinearForward(
+            *(to_rows(x), base, meta, lora_a, lora_b, scale, magnitude, norm, bias, dropout_p),
+            seed,
+            keep_z=False,
+        )
         if needs_grad(x, lora_a, lora_b, magnitude, bias, base[0] if len(base) == 1 else None):
-            y = DoRALinearFunction.apply(
-                rows, lora_a, lora_b, magnitude, bias, norm, seed, scale, dropout_p, meta, *base
-            )
+            y = DoRALinearFunction.apply(_FIELDS.counts(c), *_FIELDS.spread(c))
         else:
-            y, _, _ = torch.ops.lora_kernels.dora_linear_fwd(
-                *(rows, base, meta, lora_a, lora_b, scale, magnitude, norm, bias, dropout_p, seed),
-                False,
-            )
+            y, _, _ = run("dora_linear_fwd", c)
         return from_rows(y, x)
     except Exception:
         check_kinds(dora_linear, locals())
@@ -200,6 +200,4 @@ def _norm(
 ) -> Tensor:
     check_norm_sq(weight_norm_sq, meta, norm_dtype(base), a.device)
     with torch.no_grad():
-        return torch.ops.lora_kernels.dora_norm(
-            weight_norm_sq, base, meta, a, b, float(scale * 1.0)
-        )
+        return run("dora_norm", DoRANorm(weight_norm_sq, base, meta, a, b, float(scale * 1.0)))

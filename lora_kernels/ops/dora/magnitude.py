@@ -16,6 +16,7 @@ from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 T = TypeVar("T")
+C = TypeVar("C", bound=tuple[object, ...])
 # Elements of W or y that are widened at a time: what they take then stays in a core's cache.
 _BLOCK = 1 << 18
 
@@ -118,15 +119,15 @@ def row_blocks(base: Sequence[Tensor], m: Meta) -> Iterator[Tensor]:
         yield torch.ops.lora_kernels.nf4_dequantize(part, meta, torch.float32)
 
 
-def without_autocast(op: Callable[..., T]) -> Callable[..., T]:
+def without_autocast(op: Callable[[C], T]) -> Callable[[C], T]:
     """The op's body with torch's own autocast off: it decides its precision itself."""
 
     @functools.wraps(op)
-    def call(*args: object) -> T:
-        kind = next(t for t in args if isinstance(t, Tensor)).device.type
+    def run(call: C) -> T:
+        kind = next(t for t in call if isinstance(t, Tensor)).device.type
         if not torch.is_autocast_enabled(kind):
-            return op(*args)
+            return op(call)
         with torch.autocast(kind, enabled=False):
-            return op(*args)
+            return op(call)
 
-    return call
+    return run

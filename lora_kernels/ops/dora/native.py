@@ -24,6 +24,7 @@ from lora_kernels.ops.dora.magnitude import (
     rows_at_once,
     without_autocast,
 )
+from lora_kernels.ops.dora.schema import DoRALinearBackward, DoRALinearForward, DoRANorm
 from lora_kernels.ops.nf4.base import Meta
 
 
@@ -32,18 +33,12 @@ def _native(op: str, *args: Any) -> Any:
 
 
 @without_autocast
-def dora_norm(
-    weight_norm_sq: Tensor | None,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-) -> Tensor:
+def dora_norm(c: DoRANorm) -> Tensor:
     """norm² = ‖W‖² + 2c·⟨B, W·Aᵀ⟩ + c²·B·(A·Aᵀ)·Bᵀ, row by row: one read of W, summed in fp32.
 
     The rest is small ([N, R] and [R, R]) and in fp64, so that the result is as exact as ‖W‖² is.
     """
+    base, meta, a, b, scale, weight_norm_sq = c.base, c.meta, c.a, c.b, c.scale, c.weight_norm_sq
     a32 = a.float()
     if weight_norm_sq is None:
         # Both sums over W from one pass: a block of rows stays in the cache.
@@ -78,91 +73,58 @@ def _base_rows(rows: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Ten
 
 
 @without_autocast
-def dora_linear_fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def dora_linear_fwd(c: DoRALinearForward) -> tuple[Tensor, Tensor, Tensor]:
     """z = xd·Wᵀ + scale·s·Bᵀ in one kernel;  y = m̂ ∘ z + (x − xd)·Wᵀ + bias,  xd = drop(x)."""
-    mask = _mask(x, dropout_p, seed)
-    xd = _drop(x, mask, dropout_p)
-    z, s = _lora(xd, base, meta, a, b, scale)
-    rest = None if mask is None else _base_linear(x - xd, base, meta)
-    y = torch.empty_like(z) if keep_z else z
-    m = output_scale(magnitude, norm)
-    for out, part, beside in _row_blocks(meta[0], y, z, rest):
+    x = c.x
+    mask = _mask(x, c.dropout_p, c.seed)
+    xd = _drop(x, mask, c.dropout_p)
+    branch = c.lora._replace(x=xd, bias=None, dropout_p=0.0, seed=None)
+    z, s = _native("lora_linear_fwd", *branch)
+    rest = None if mask is None else _base_linear(x - xd, c.base, c.meta)
+    y = torch.empty_like(z) if c.keep_z else z
+    m = output_scale(c.magnitude, c.norm)
+    for out, part, beside in _row_blocks(c.meta[0], y, z, rest):
         block = part * m  # fp32
         if beside is not None:
             block += beside
-        if bias is not None:
-            block += bias
+        if c.bias is not None:
+            block += c.bias
         out.copy_(block)
-    return y, s, z if keep_z else x.new_empty(0)
+    return y, s, z if c.keep_z else x.new_empty(0)
 
 
 @without_autocast
-def dora_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    z: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
     """LoRA's own backward of dz = m̂ ∘ dy at xd; what the mask takes from x is added to dx."""
+    dy, x, base, meta, needs, norm = c.dy, c.x, c.base, c.meta, c.needs, c.norm
     n, k = meta[0], meta[1]
-    mask = _mask(x, dropout_p, seed)
-    xd = _drop(x, mask, dropout_p)
-    dx, da, db, dw = (x.new_empty(0, dtype=t.dtype) for t in (x, a, b, x))
+    mask = _mask(x, c.dropout_p, c.seed)
+    xd = _drop(x, mask, c.dropout_p)
+    dx, da, db, dmagnitude, dbias, dw = (x.new_empty(0, dtype=dtype) for dtype in c.dtypes)
     if needs[0] or needs[1] or needs[2] or needs[5]:
-        m = output_scale(magnitude, norm)
+        m = output_scale(c.magnitude, norm)
         dz = dy.new_empty((x.shape[0], n))
         for out, part in _row_blocks(n, dz, dy):
             out.copy_(part * m)
         asked = [needs[0], needs[1], needs[2], False, False, False, needs[5]]
         dx, da, db, *_, dw = _native(
             "lora_linear_bwd",
-            *(dz, xd, s, base, meta, a, b, scale, 0.0, None, None, None, asked),
+            *(dz, xd, c.s, base, meta, c.a, c.b, c.scale, 0.0, None, None, None, asked),
         )
         if mask is not None and needs[0]:
-            kept = keep_scale(dropout_p)
+            kept = keep_scale(c.dropout_p)
             beside = _base_linear_bwd(dy, base, meta)
             for out, other, keep in _row_blocks(k, dx, beside, mask):
                 both = out.float() * kept + other.float() * (1 - kept)
                 out.copy_(torch.where(keep, both, other))
         if mask is not None and needs[5]:
             dw += dy.T @ (x - xd)
-    dmagnitude, dbias = magnitude.new_empty(0), x.new_empty(0)
     if needs[3]:
-        assert z is not None
-        dmagnitude = (_column_dot(dy, z) * inverse_norm(norm)).to(magnitude.dtype)
+        assert c.z is not None
+        dmagnitude = (_column_dot(dy, c.z) * inverse_norm(norm)).to(c.magnitude.dtype)
     if needs[4]:
         dbias = dy.sum(0)
     return dx, da, db, dmagnitude, dbias, dw
-
-
-def _lora(
-    x: Tensor, base: Sequence[Tensor], meta: Sequence[int], a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """z = x·Wᵀ + scale·s·Bᵀ and s = x·Aᵀ."""
-    return _native("lora_linear_fwd", x, base, meta, a, b, scale, None, 0.0, None, None, None)
 
 
 def _base_linear(x: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
@@ -205,50 +167,21 @@ def _dense(base: Sequence[Tensor]) -> Tensor | None:
     return base[0] if len(base) == 1 else None
 
 
-def _supports_norm(
-    weight_norm_sq: Tensor | None,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-) -> str | None:
-    op = "lora_linear_fwd" if len(base) == 1 else "nf4_linear_fwd"
-    reason = refuse_device(op, a.device) or refuse_dtypes(weight_norm_sq, _dense(base), a, b)
-    return EMPTY if reason is None and 0 in (*meta[:2], a.shape[0]) else reason
+def _supports_norm(c: DoRANorm) -> str | None:
+    op = "lora_linear_fwd" if len(c.base) == 1 else "nf4_linear_fwd"
+    dtypes = (c.weight_norm_sq, _dense(c.base), c.a, c.b)
+    reason = refuse_device(op, c.a.device) or refuse_dtypes(*dtypes)
+    return EMPTY if reason is None and 0 in (*c.meta[:2], c.a.shape[0]) else reason
 
 
-def _supports_fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    bias: Tensor | None,
-    *rest: object,
-) -> str | None:
-    reason = refuse_linear("lora_linear_fwd", [x], _dense(base), a, b, bias)
-    return reason or refuse_dtypes(magnitude, norm)
+def _supports_fwd(c: DoRALinearForward) -> str | None:
+    reason = refuse_linear("lora_linear_fwd", [c.x], _dense(c.base), c.a, c.b, c.bias)
+    return reason or refuse_dtypes(c.magnitude, c.norm)
 
 
-def _supports_bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    *rest: object,
-) -> str | None:
-    reason = refuse_linear("lora_linear_bwd", [dy, x, s], _dense(base), a, b)
-    return reason or refuse_dtypes(magnitude, norm)
+def _supports_bwd(c: DoRALinearBackward) -> str | None:
+    reason = refuse_linear("lora_linear_bwd", [c.dy, c.x, c.s], _dense(c.base), c.a, c.b)
+    return reason or refuse_dtypes(c.magnitude, c.norm)
 
 
 register("dora_norm", Implementation("native", dora_norm, _supports_norm))

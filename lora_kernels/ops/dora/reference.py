@@ -5,120 +5,78 @@ Everything is computed in x's dtype, but for the norm and the sums of the adapte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.dispatch.registry import register_reference
 from lora_kernels.ops.dora.magnitude import (
     inverse_norm,
     norm_dtype,
     output_scale,
     without_autocast,
 )
+from lora_kernels.ops.dora.schema import DoRALinearBackward, DoRALinearForward, DoRANorm
 from lora_kernels.ops.lora.reference import drop
 from lora_kernels.ops.nf4.reference import dense_weight
 
 
+@register_reference
 @without_autocast
-def dora_norm(
-    weight_norm_sq: Tensor | None,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-) -> Tensor:
+def dora_norm(c: DoRANorm) -> Tensor:
     """norm[n] = ‖W[n] + scale·B[n]·A‖, by its definition."""
-    dtype = norm_dtype(base)
-    w = dense_weight(base, meta, dtype).to(dtype)
-    return torch.linalg.vector_norm(w + scale * (b.to(dtype) @ a.to(dtype)), dim=1)
+    dtype = norm_dtype(c.base)
+    w = dense_weight(c.base, c.meta, dtype).to(dtype)
+    return torch.linalg.vector_norm(w + c.scale * (c.b.to(dtype) @ c.a.to(dtype)), dim=1)
 
 
+@register_reference
 @without_autocast
-def dora_linear_fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def dora_linear_fwd(c: DoRALinearForward) -> tuple[Tensor, Tensor, Tensor]:
     """s = xd·Aᵀ;  z = xd·Wᵀ + scale·s·Bᵀ;  y = m̂ ∘ z + (x − xd)·Wᵀ + bias,  xd = drop(x)."""
-    dtype = x.dtype
-    w = dense_weight(base, meta, dtype)
-    m = output_scale(magnitude, norm).to(dtype)
-    xd = drop(x, dropout_p, seed)
-    s = xd @ a.to(dtype).T  # [M, R]
-    z = linear(xd, w) + scale * (s @ b.to(dtype).T)  # [M, N]
+    x, dtype = c.x, c.x.dtype
+    w = dense_weight(c.base, c.meta, dtype)
+    m = output_scale(c.magnitude, c.norm).to(dtype)
+    xd = drop(x, c.dropout_p, c.seed)
+    s = xd @ c.a.to(dtype).T  # [M, R]
+    z = linear(xd, w) + c.scale * (s @ c.b.to(dtype).T)  # [M, N]
     y = m * z
     if xd is not x:
         y = y + linear(x - xd, w)
-    if bias is not None:
-        y = y + bias
-    return y, s, z if keep_z else x.new_empty(0)
+    if c.bias is not None:
+        y = y + c.bias
+    return y, s, z if c.keep_z else x.new_empty(0)
 
 
+@register_reference
 @without_autocast
-def dora_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    z: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
     """The derivation stands in `api.py`."""
-    dtype = x.dtype
+    x, dy, s, needs, dtype = c.x, c.dy, c.s, c.needs, c.x.dtype
     grads = [x.new_empty(0) for _ in needs]
-    w = dense_weight(base, meta, dtype)
-    xd = drop(x, dropout_p, seed)
-    dz = output_scale(magnitude, norm).to(dtype) * dy  # [M, N]
-    ds = scale * (dz @ b.to(dtype))  # [M, R]
+    w = dense_weight(c.base, c.meta, dtype)
+    xd = drop(x, c.dropout_p, c.seed)
+    dz = output_scale(c.magnitude, c.norm).to(dtype) * dy  # [M, N]
+    ds = c.scale * (dz @ c.b.to(dtype))  # [M, R]
     # The adapter's gradients are summed in its own dtype: fp32 under 16-bit activations.
-    wide = torch.promote_types(dtype, a.dtype)
+    wide = torch.promote_types(dtype, c.a.dtype)
     if needs[0]:
-        through = dz @ w + ds @ a.to(dtype)
+        through = dz @ w + ds @ c.a.to(dtype)
         if xd is x:
             grads[0] = through
         else:
             beside = dy @ w
-            grads[0] = beside + drop(through - beside, dropout_p, seed)
+            grads[0] = beside + drop(through - beside, c.dropout_p, c.seed)
     if needs[1]:
         grads[1] = ds.to(wide).T @ xd.to(wide)
     if needs[2]:
-        grads[2] = scale * (dz.to(wide).T @ s.to(wide))
+        grads[2] = c.scale * (dz.to(wide).T @ s.to(wide))
     if needs[3]:
-        assert z is not None
-        wide = torch.promote_types(dtype, norm.dtype)
-        grads[3] = (dy.to(wide) * z.to(wide)).sum(0) * inverse_norm(norm)
+        assert c.z is not None
+        wide = torch.promote_types(dtype, c.norm.dtype)
+        grads[3] = (dy.to(wide) * c.z.to(wide)).sum(0) * inverse_norm(c.norm)
     if needs[4]:
         grads[4] = dy.sum(0)
     if needs[5]:
         grads[5] = dz.T @ xd + dy.T @ (x - xd)
-    dtypes = (dtype, a.dtype, b.dtype, magnitude.dtype, dtype, dtype)
-    return tuple(g.to(t) for g, t in zip(grads, dtypes, strict=True))
-
-
-def _accepts(*args: object, **kwargs: object) -> str | None:
-    return None
-
-
-for _op in (dora_norm, dora_linear_fwd, dora_linear_bwd):
-    register(_op.__name__, Implementation("reference", _op, _accepts))
+    return tuple(g.to(t) for g, t in zip(grads, c.dtypes, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,27 +11,15 @@ from torch import Tensor
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
 from lora_kernels.ops.dora.magnitude import norm_dtype
-from lora_kernels.ops.lora.schema import check_lora_linear
+from lora_kernels.ops.lora.schema import LoRALinearForward
 
 GRADS = ("x", "lora_a", "lora_b", "magnitude", "bias", "weight")
 
 
-def check_dora_linear(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> None:
-    """Raise ValueError or TypeError that names the argument which does not fit."""
-    check_lora_linear(x, base, meta, a, b, bias, dropout_p, seed, None, None)
+def check_magnitude(magnitude: Tensor, meta: Sequence[int], device: torch.device) -> None:
     check_shape("magnitude", magnitude, [meta[0]])
     check_dtype("magnitude", magnitude, FLOATS)
-    check_device("magnitude", magnitude, x.device)
+    check_device("magnitude", magnitude, device)
 
 
 def check_norm_sq(
@@ -42,88 +31,106 @@ def check_norm_sq(
         check_device("weight_norm_sq", weight_norm_sq, device)
 
 
-def _norm_fake(
-    weight_norm_sq: Tensor | None,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-) -> Tensor:
-    return a.new_empty((meta[0],), dtype=norm_dtype(base))
+@define("dora_norm", "Tensor")
+class DoRANorm(NamedTuple):
+    """The norms [N] of W + scale·B·A; without ‖W‖² of every row that is computed as well."""
+
+    weight_norm_sq: Tensor | None
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def fake(self) -> Tensor:
+        return self.a.new_empty((self.meta[0],), dtype=norm_dtype(self.base))
 
 
-def _fwd_fake(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = (x.shape[0], meta[0])
-    s = x.new_empty((x.shape[0], a.shape[0]))
-    return x.new_empty(size), s, x.new_empty(size if keep_z else (0,))
+@define("dora_linear_fwd", "(Tensor y, Tensor s, Tensor z)")
+class DoRALinearForward(NamedTuple):
+    """y, s and, if `keep_z`, z = drop(x)·Wᵀ + scale·s·Bᵀ, else [0]."""
+
+    x: Tensor
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor
+    norm: Tensor
+    bias: Tensor | None
+    dropout_p: float
+    seed: Tensor | None
+    keep_z: bool
+
+    @property
+    def lora(self) -> LoRALinearForward:
+        """The same layer without its magnitude."""
+        own = (self.x, self.base, self.meta, self.a, self.b, self.scale, self.bias)
+        return LoRALinearForward(*own, self.dropout_p, self.seed, None, None)
+
+    def fake(self) -> tuple[Tensor, Tensor, Tensor]:
+        x, size = self.x, (self.x.shape[0], self.meta[0])
+        s = x.new_empty((x.shape[0], self.a.shape[0]))
+        return x.new_empty(size), s, x.new_empty(size if self.keep_z else (0,))
+
+    def backward(
+        self, dy: Tensor, s: Tensor, z: Tensor | None, needs: Sequence[bool]
+    ) -> DoRALinearBackward:
+        """The call of its backward."""
+        return DoRALinearBackward(
+            dy,
+            self.x,
+            s,
+            self.base,
+            self.meta,
+            self.a,
+            self.b,
+            self.scale,
+            self.magnitude,
+            self.norm,
+            self.dropout_p,
+            self.seed,
+            z,
+            needs,
+        )
 
 
-def _bwd_fake(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    z: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    n, k = meta[0], meta[1]
-    grads = (
-        ((x.shape[0], k), x.dtype),
-        (a.shape, a.dtype),
-        (b.shape, b.dtype),
-        ((n,), magnitude.dtype),
-        ((n,), x.dtype),
-        ((n, k), x.dtype),
-    )
-    return tuple(
-        x.new_empty(shape if need else (0,), dtype=dtype)
-        for need, (shape, dtype) in zip(needs, grads, strict=True)
-    )
-
-
-# The norms of W + scale·B·A; without ‖W‖² of every row that is computed as well.
-define(
-    "dora_norm",
-    "(Tensor? weight_norm_sq, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale) -> "
-    "Tensor",
-    _norm_fake,
-)
-# z = drop(x)·Wᵀ + scale·s·Bᵀ is returned if `keep_z`, else [0].
-define(
-    "dora_linear_fwd",
-    "(Tensor x, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale, Tensor magnitude, "
-    "Tensor norm, Tensor? bias, float dropout_p, Tensor? seed, bool keep_z) -> "
-    "(Tensor y, Tensor s, Tensor z)",
-    _fwd_fake,
-)
-# z is for dmagnitude, and may be absent where that is not asked.
-define(
+@define(
     "dora_linear_bwd",
-    "(Tensor dy, Tensor x, Tensor s, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale, "
-    "Tensor magnitude, Tensor norm, float dropout_p, Tensor? seed, Tensor? z, "
-    "bool[] needs) -> (Tensor dx, Tensor da, Tensor db, Tensor dmagnitude, Tensor dbias, "
-    "Tensor dw)",
-    _bwd_fake,
+    "(Tensor dx, Tensor da, Tensor db, Tensor dmagnitude, Tensor dbias, Tensor dw)",
 )
+class DoRALinearBackward(NamedTuple):
+    """The gradients that `needs` asks for, in the order of `GRADS`; the others are empty. z is for
+    dmagnitude, and may be absent where that is not asked."""
+
+    dy: Tensor
+    x: Tensor
+    s: Tensor
+    base: Sequence[Tensor]
+    meta: Sequence[int]
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor
+    norm: Tensor
+    dropout_p: float
+    seed: Tensor | None
+    z: Tensor | None
+    needs: Sequence[bool]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The gradients' dtypes."""
+        x = self.x.dtype
+        return (x, self.a.dtype, self.b.dtype, self.magnitude.dtype, x, x)
+
+    def fake(self) -> tuple[Tensor, ...]:
+        """A tensor for each gradient, [0] where it is not asked for."""
+        n, k = self.meta[0], self.meta[1]
+        m, r = self.x.shape[0], self.a.shape[0]
+        shapes = ((m, k), (r, k), (n, r), (n,), (n,), (n, k))
+        return tuple(
+            self.x.new_empty(shape if need else (0,), dtype=dtype)
+            for need, shape, dtype in zip(self.needs, shapes, self.dtypes, strict=True)
+        )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.dispatch import registry
+from lora_kernels.dispatch.registry import direct, implementation
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.checks import check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
@@ -158,8 +158,11 @@ def gather_lora(
         TypeError: a dtype does not fit.
     """
     try:
-        pages = [pages] if isinstance(pages, RankPages) else list(pages)
-        flat = [t for p in pages for t in p]
+        if isinstance(pages, RankPages):
+            flat: list[Tensor] = list(pages)
+            pages = [pages]
+        else:
+            flat = [t for p in pages for t in p]
         entries = _entries(x, slots)
         if out is not None:
             return _add(x, flat, entries, base, bias, dropout, out, overwrite=not add)
@@ -167,12 +170,15 @@ def gather_lora(
             x, bias, base = autocast(x, bias, base)
         else:
             x, bias = autocast(x, bias)
-        n = sum(p.b.shape[-1] for p in pages)
-        meta, tensors = [n, x.shape[-1] if x.dim() else 0], []
-        if isinstance(base, NF4Weight):
+        meta, tensors = [0, x.shape[-1] if x.dim() else 0], []
+        if base is None:
+            for p in pages:
+                meta[0] += p.b.shape[-1]
+        elif isinstance(base, NF4Weight):
             meta, tensors = list(base.meta), list(base.check().base)
-        elif base is not None:
-            check_shape("base", base, ["N", "K"])
+        else:
+            if base.dim() != 2:
+                check_shape("base", base, ["N", "K"])
             meta, tensors = list(base.shape), [base]
         drops = [] if dropout is None else _dropout(dropout, entries[0])
         if x.dim() == 0:
@@ -193,16 +199,17 @@ def gather_lora(
 
 def _forward(x: Tensor, call: GatherLoRAForward) -> Tensor:
     """y outside autograd. The native kernels check every argument themselves."""
-    direct = registry.direct("gather_lora_fwd", call)
-    if direct is None:
+    forward = direct("gather_lora_fwd", call)
+    if forward is None:
         call.check(x)
         return torch.ops.lora_kernels.gather_lora_fwd(*call)[0]
     try:
-        if len(call.base) > 1 or not call.base or call.dropout:
-            return direct(call)[0]
+        if len(call.base) != 1 or call.dropout:
+            return forward(call)[0]
         # A dense base is torch's own product, and needs no s.
         y = torch.nn.functional.linear(call.x, call.base[0], call.bias)
-        registry.run("gather_lora_add", GatherLoRAAdd(y, call.x, call.pages, call.entries, False))
+        add = implementation("gather_lora_add", "native")
+        add(GatherLoRAAdd(y, call.x, call.pages, call.entries, False))
         return y
     except Exception:
         call.check(x)  # says more
@@ -247,32 +254,39 @@ def _add(
     out: Tensor,
     overwrite: bool,
 ) -> Tensor:
-    for name, value in (("base", base), ("bias", bias), ("dropout", dropout)):
-        if value is not None:
-            raise ValueError(f"{name}: was given beside out, expected None")
-    if out.shape[:-1] != x.shape[:-1] or out.dtype != x.dtype:
+    if base is not None or bias is not None or dropout is not None:
+        for name, value in (("base", base), ("bias", bias), ("dropout", dropout)):
+            if value is not None:
+                raise ValueError(f"{name}: was given beside out, expected None")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError("out: requires a gradient, expected a tensor outside autograd")
+    if (x.dim() != 2 or out.dim() != 2) and out.shape[:-1] != x.shape[:-1]:
+        _check_add(x, pages, entries, out)
+    try:
+        rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+        add = GatherLoRAAdd(rows, to_rows(x), pages, entries, overwrite)
+        native = direct("gather_lora_add", add)
+        if native is not None:
+            native(add)
+            return out
+    except Exception:
+        _check_add(x, pages, entries, out)  # says more
+        raise
+    _check_add(x, pages, entries, out)
+    # Entering the block takes as long as a small layer's kernel where caches are cold.
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+        torch.ops.lora_kernels.gather_lora_add(*add)
+    return out
+
+
+def _check_add(x: Tensor, pages: list[Tensor], entries: list[Tensor], out: Tensor) -> None:
+    """Raise ValueError that names the argument which does not fit."""
+    if out.dim() == 0 or out.shape[:-1] != x.shape[:-1] or out.dtype != x.dtype:
         raise ValueError(
             f"out: got shape {list(out.shape)} {out.dtype}, expected {list(x.shape[:-1])} + [N] "
             f"{x.dtype} as x has"
         )
-    if out.requires_grad and torch.is_grad_enabled():
-        raise ValueError("out: requires a gradient, expected a tensor outside autograd")
-    rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
-    if rows.stride(-1) != 1 and rows.shape[-1] > 1:
+    if out.stride(-1) != 1 and out.shape[-1] > 1:
         raise ValueError(f"out: has strides {list(out.stride())}, expected the last to be 1")
     meta = [out.shape[-1], x.shape[-1]]
-    part = GatherLoRAForward(x, [], meta, None, pages, entries, [])
-    add = GatherLoRAAdd(rows, to_rows(x), pages, entries, overwrite)
-    direct = registry.direct("gather_lora_add", add)
-    try:
-        if direct is None:
-            part.check(x)
-            # Entering the block takes as long as a small layer's kernel where caches are cold.
-            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-                torch.ops.lora_kernels.gather_lora_add(*add)
-        else:
-            direct(add)
-    except Exception:
-        part.check(x)  # says more
-        raise
-    return out
+    GatherLoRAForward(x, [], meta, None, pages, entries, []).check(x)

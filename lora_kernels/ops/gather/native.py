@@ -7,14 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.native import EMPTY, refuse_linear, register_native
+from lora_kernels.ops.common.native import (
+    DTYPES,
+    EMPTY,
+    refuse_dtypes,
+    refuse_linear,
+    register_native,
+)
+from lora_kernels.ops.gather.pages import FIELDS
 from lora_kernels.ops.gather.schema import (
     GatherLoRAAdd,
     GatherLoRABackward,
     GatherLoRAForward,
 )
 
-_FLOATS = (torch.float32,)
+_FACTORS = "takes scales and weights in float32"
 
 
 def _refuse(
@@ -25,16 +32,18 @@ def _refuse(
     pages: Sequence[Tensor],
     entries: Sequence[Tensor],
 ) -> str | None:
-    dense = base[0] if len(base) == 1 else None
-    reason = refuse_linear(op, activations, dense, bias)
-    if reason is None:
-        a, b, scales = pages[0::5], pages[1::5], pages[4::5]
-        if any(t.shape[-1] == 0 for t in (*a, *b)):
+    reason = refuse_linear(op, activations, base[0] if len(base) == 1 else None, bias)
+    if reason is not None:
+        return reason
+    for i in range(0, len(pages), FIELDS):
+        a, b, _, _, scales = pages[i : i + FIELDS]
+        if a.dtype not in DTYPES:
+            return refuse_dtypes(a)
+        if a.shape[-1] == 0 or b.shape[-1] == 0:
             return EMPTY
-        reason = refuse_linear(op, activations, *(t for t in a if t.numel()))
-        if any(t.dtype not in _FLOATS for t in (*scales, *entries[2:])):
-            reason = "takes scales and weights in float32"
-    return reason
+        if scales.dtype is not torch.float32:
+            return _FACTORS
+    return _FACTORS if len(entries) > 2 and entries[2].dtype is not torch.float32 else None
 
 
 def _fwd(c: GatherLoRAForward) -> str | None:

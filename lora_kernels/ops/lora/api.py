@@ -25,37 +25,38 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.registry import run
-from lora_kernels.ops.common.call_function import CallFunction
+from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.checks import check_dtype, check_shape
+from lora_kernels.ops.common.fields import Fields
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import check_dropout, threshold
 from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearForward
 from lora_kernels.ops.nf4.weight import NF4Weight
 
+_FIELDS = Fields(LoRALinearForward)
 
-class LoRALinearFunction(CallFunction):
-    kind = LoRALinearForward
 
+class LoRALinearFunction(KeepsSettings):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
-        c = LoRALinearFunction.gathered(counts, values)
-        y, s = torch.ops.lora_kernels.lora_linear_fwd(*c)
-        LoRALinearFunction.keep(ctx, counts, c._replace(bias=None), s)
+        c = _FIELDS.gathered(counts, values)
+        y, s = run("lora_linear_fwd", c)
+        _FIELDS.keep(ctx, counts, values, s, without=c.bias)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        c, (s,) = LoRALinearFunction.kept(ctx)
-        asked = LoRALinearFunction.asked(ctx)
+        c, (s,) = _FIELDS.kept(ctx)
+        asked = _FIELDS.asked(ctx)
         needs = [asked.x, asked.a, asked.b, asked.bias, asked.rank_diag, asked.out_diag]
         needs.append(len(c.base) == 1 and asked.base[0])
-        grads = torch.ops.lora_kernels.lora_linear_bwd(*c.backward(to_rows(dy), s, needs))
+        grads = run("lora_linear_bwd", c.backward(to_rows(dy), s, needs))
         made = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         dx, da, db, dbias, drank, dout, dw = made
         base = [dw, *[None] * (len(c.base) - 1)]
-        return LoRALinearFunction.grads(
+        return _FIELDS.grads(
             x=dx, a=da, b=db, bias=dbias, rank_diag=drank, out_diag=dout, base=base
         )
 
@@ -161,7 +162,7 @@ def _run(c: LoRALinearForward) -> Tensor:
     c = c._replace(x=to_rows(x), seed=seed)
     dense = c.base[0] if len(c.base) == 1 else None
     if needs_grad(x, c.a, c.b, c.bias, c.rank_diag, c.out_diag, dense):
-        y = LoRALinearFunction.run(c)
+        y = LoRALinearFunction.apply(_FIELDS.counts(c), *_FIELDS.spread(c))
     else:
         y, _ = run("lora_linear_fwd", c)
     return from_rows(y, x)

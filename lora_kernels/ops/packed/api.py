@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.registry import run
-from lora_kernels.ops.common.call_function import CallFunction
+from lora_kernels.dispatch.settings import KeepsSettings
+from lora_kernels.ops.common.fields import Fields
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
@@ -31,29 +32,29 @@ from lora_kernels.ops.lora.api import draw_seed
 from lora_kernels.ops.nf4.weight import NF4Weight
 from lora_kernels.ops.packed.schema import META, LoRAPackedForward, pack_needs, split_base
 
+_FIELDS = Fields(LoRAPackedForward)
 
-class LoRAPackedFunction(CallFunction):
-    kind = LoRAPackedForward
 
+class LoRAPackedFunction(KeepsSettings):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> tuple[Tensor, ...]:
-        c = LoRAPackedFunction.gathered(counts, values)
-        y, s = torch.ops.lora_kernels.lora_packed_fwd(*c)
-        LoRAPackedFunction.keep(ctx, counts, c._replace(bias=[None] * len(c.a)), s)
+        c = _FIELDS.gathered(counts, values)
+        y, s = run("lora_packed_fwd", c)
+        _FIELDS.keep(ctx, counts, values, s)
         return tuple(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        c, (s,) = LoRAPackedFunction.kept(ctx)
-        asked = LoRAPackedFunction.asked(ctx)
+        c, (s,) = _FIELDS.kept(ctx)
+        asked = _FIELDS.asked(ctx)
         want = (asked.a, asked.b, asked.bias, of_weights(asked.base, c.meta))
         needs = pack_needs(asked.x, *want)
         grads = torch.ops.lora_kernels.lora_packed_bwd(
             *c.backward([to_rows(t) for t in dy], s, needs)
         )
         dx = grads[0] if asked.x else None
-        return LoRAPackedFunction.grads(x=dx, **by_field(grads[1:], want, c.base, c.meta))
+        return _FIELDS.grads(x=dx, **by_field(grads[1:], want, c.base, c.meta))
 
 
 def of_weights(flags: Sequence[bool], meta: Sequence[int]) -> list[bool]:
@@ -198,7 +199,7 @@ def lora_packed_linear(
         c.check([c.x.shape[-1] if c.x.dim() else 0] * len(c.a))
         rows = ready(c)
         if wants_grad(rows):
-            y = LoRAPackedFunction.run(rows)
+            y = LoRAPackedFunction.apply(_FIELDS.counts(rows), *_FIELDS.spread(rows))
         else:
             y, _ = run("lora_packed_fwd", rows)
         return tuple(from_rows(t, c.x) for t in y)

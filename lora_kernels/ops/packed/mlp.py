@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.ops.common.call_function import CallFunction
+from lora_kernels.dispatch.settings import KeepsSettings
+from lora_kernels.ops.common.fields import Fields
 from lora_kernels.ops.common.flatten import from_rows, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.glu.schema import activation_index
@@ -69,21 +70,22 @@ def _forward(c: LoRAMLP) -> tuple[Tensor, ...]:
     return y, s, g, u, s_down
 
 
-class LoRAMLPFunction(CallFunction):
-    kind = LoRAMLP
+_FIELDS = Fields(LoRAMLP)
 
+
+class LoRAMLPFunction(KeepsSettings):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
-        c = LoRAMLPFunction.gathered(counts, values)
+        c = _FIELDS.gathered(counts, values)
         y, *made = _forward(c)
-        LoRAMLPFunction.keep(ctx, counts, c._replace(bias=[None] * len(c.a)), *made)
+        _FIELDS.keep(ctx, counts, values, *made)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        c, (s, g, u, s_down) = LoRAMLPFunction.kept(ctx)
-        asked = LoRAMLPFunction.asked(ctx)
+        c, (s, g, u, s_down) = _FIELDS.kept(ctx)
+        asked = _FIELDS.asked(ctx)
         want_w = of_weights(asked.base, c.meta)
         want = (asked.a, asked.b, asked.bias, want_w)
         want_a, want_b, want_bias = asked.a[DOWN], asked.b[DOWN], asked.bias[DOWN]
@@ -100,9 +102,7 @@ class LoRAMLPFunction(CallFunction):
         if not any(into_gate):
             h = torch.ops.lora_kernels.glu_fwd(g, u, c.activation) if need_h else g
             _, da, db, dbias, _, _, dw = down_grads(h, False, want_a, True, want_w[DOWN])
-            return LoRAMLPFunction.grads(
-                **by_field(_of_down(da, db, dbias, dw), want, c.base, c.meta)
-            )
+            return _FIELDS.grads(**by_field(_of_down(da, db, dbias, dw), want, c.base, c.meta))
         dh, da, db, dbias, _, _, dw = down_grads(g, True, False, True, False)
         dg, du, h = torch.ops.lora_kernels.glu_bwd(dh, g, u, c.activation, need_h)
         del dh
@@ -113,7 +113,7 @@ class LoRAMLPFunction(CallFunction):
         dx, *grads = torch.ops.lora_kernels.lora_packed_bwd(*call)
         all_grads = [[*of, last] for of, last in zip(grads, (da, db, dbias, dw), strict=True)]
         dx = dx if asked.x else None
-        return LoRAMLPFunction.grads(x=dx, **by_field(all_grads, want, c.base, c.meta))
+        return _FIELDS.grads(x=dx, **by_field(all_grads, want, c.base, c.meta))
 
 
 def _of_down(*grads: Tensor) -> list[list[Tensor]]:
@@ -181,7 +181,11 @@ def lora_mlp(
             )
         rows = ready(p)
         c = LoRAMLP(*rows, index)
-        y = LoRAMLPFunction.run(c) if wants_grad(rows) else _forward(c)[0]
+        y = (
+            LoRAMLPFunction.apply(_FIELDS.counts(c), *_FIELDS.spread(c))
+            if wants_grad(rows)
+            else _forward(c)[0]
+        )
         return from_rows(y, p.x)
     except Exception:
         check_kinds(lora_mlp, locals())

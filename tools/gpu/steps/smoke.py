@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 from lora_kernels.dispatch import BACKENDS, ops
+from lora_kernels.dispatch.registry import refusal
 from tools.gpu import files, pool
 from tools.gpu.context import Context
 
@@ -70,15 +71,14 @@ def call(op: str, backend: str, device: str) -> dict[str, Any]:
     from tests.ops.variants import Variant, accepts
 
     variant, reason = Variant(backend, device), "has no implementation of this op"
-    implementation = ops()[op].implementations.get(backend)
     for case in cases(op):
         if not case.core:
             continue
         args = case.build(device)  # by other ops, which are free to run anywhere
         with variant.active():
             taken = accepts(op, backend, args)
-            if not taken and implementation is not None:
-                reason = implementation.supports(*args) or reason
+            if not taken:
+                reason = refusal(op, backend, *args) or reason
         if taken:
             assert_agrees(case, device, variant.active, repeat=device != "cpu")
             return {"note": case.label}

@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from lora_kernels.ops.common.launch import refuse_triton, register_triton
+from lora_kernels.ops.dora.schema import DoRALinearBackward, DoRALinearForward, DoRANorm
 
 
-def _norm(
-    weight_norm_sq: Tensor | None,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-) -> str | None:
-    dense = base[0] if len(base) == 1 else None
-    return refuse_triton([a, b, dense])
+def _norm(c: DoRANorm) -> str | None:
+    return refuse_triton([c.a, c.b, c.base[0] if len(c.base) == 1 else None])
 
 
-def _fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    keep_z: bool,
-) -> str | None:
-    return refuse_triton([x, a, b, magnitude, norm, bias])
+def _fwd(c: DoRALinearForward) -> str | None:
+    return refuse_triton([c.x, c.a, c.b, c.magnitude, c.norm, c.bias])
 
 
-def _bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    z: Tensor | None,
-    needs: Sequence[bool],
-) -> str | None:
-    return refuse_triton([x, dy, s, a, b, magnitude, norm, z])
+def _bwd(c: DoRALinearBackward) -> str | None:
+    return refuse_triton([c.x, c.dy, c.s, c.a, c.b, c.magnitude, c.norm, c.z])
 
 
 register_triton("dora_norm", "lora_kernels.ops.dora.triton.norm", _norm)

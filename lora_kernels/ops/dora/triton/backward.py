@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 
 import torch
@@ -15,11 +14,13 @@ from lora_kernels.ops.common.thin.outer import outer
 from lora_kernels.ops.common.thin.shrink import shrink
 from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
 from lora_kernels.ops.dora.magnitude import without_autocast
+from lora_kernels.ops.dora.schema import DoRALinearBackward
 from lora_kernels.ops.dora.triton.dropout import mask_words
 from lora_kernels.ops.dora.triton.forward import plan_config
 from lora_kernels.ops.dora.triton.gemm import gemm
 from lora_kernels.ops.dora.triton.kernels import _scale_kernel
 from lora_kernels.ops.dora.triton.thin import _dora_finish_kernel, _dora_pass_kernel
+from lora_kernels.ops.lora.schema import DropoutMask
 from lora_kernels.ops.lora.triton.forward import dropout_mask
 from lora_kernels.ops.nf4.triton.base import Weight
 
@@ -28,35 +29,17 @@ _SUM_BLOCK = 512  # four elements a thread: each fp32 load is 16 bytes beside it
 
 
 @without_autocast
-def dora_linear_bwd(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    z: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
     """The derivation stands in `api.py`: dy is read once for all but dx (and dW)."""
-    w = Weight(base, meta)
-    m, n, k, r = dy.shape[0], dy.shape[1], x.shape[1], a.shape[0]
-    want_x, want_a, want_b, want_magnitude, want_bias, want_w = needs
-    dropout = Dropout(dropout_p, seed, 0)
+    dy, x, s, a, b, w = c.dy, c.x, c.s, c.a, c.b, Weight(c.base, c.meta)
+    magnitude, norm, scale = c.magnitude, c.norm, c.scale
+    m, n, r = dy.shape[0], dy.shape[1], a.shape[0]
+    k = x.shape[1]
+    want_x, want_a, want_b, want_magnitude, want_bias, want_w = c.needs
+    dropout = Dropout(c.dropout_p, c.seed, 0)
     device = planned_device(dy.device)
     size, br = dy.element_size(), block_rank(r)
-    like = (x, a, b, magnitude, x, x)
-    shapes = ((m, k), a.shape, b.shape, (n,), (n,), (n, k))
-    dx, da, db, dmagnitude, dbias, dw = (
-        t.new_empty(shape if need else 0)
-        for t, shape, need in zip(like, shapes, needs, strict=True)
-    )
+    dx, da, db, dmagnitude, dbias, dw = c.fake()
     columns = want_b or want_magnitude or want_bias
     want_ds = want_x or want_a
     ds_in_pass = want_ds and columns and r <= MAX_ONE_READ_RANK and n > 0
@@ -65,7 +48,7 @@ def dora_linear_bwd(
     scales = dy.new_empty(n, dtype=torch.float32)  # m̂
     if columns:
         _columns(
-            dy, s, b, magnitude, norm, z if want_magnitude else None, scales,
+            dy, s, b, magnitude, norm, c.z if want_magnitude else None, scales,
             (ds, rest) if ds_in_pass else None,
             db if want_b else None, dmagnitude if want_magnitude else None,
             dbias if want_bias else None, scale, device,
@@ -99,7 +82,7 @@ def dora_linear_bwd(
         config = thin_columns(m, k, device, br, size)
         outer(config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout, rest=rest)
     if want_w:
-        dw = _weight_grad(dy, x, scales, dropout_p, dropout)
+        dw = _weight_grad(dy, x, scales, c.dropout_p, dropout)
     return dx, da, db, dmagnitude, dbias, dw
 
 
@@ -230,7 +213,9 @@ def _weight_grad(
     if not dropout.on:
         return executor().product((dy * scales).to(dy.dtype).T, x)
     assert dropout.seed is not None
-    mask = dropout_mask(dropout.seed, x.shape[0], x.shape[1], dropout_p, dropout.stream)
+    mask = dropout_mask(
+        DropoutMask(dropout.seed, x.shape[0], x.shape[1], dropout_p, dropout.stream)
+    )
     moved = (dy * ((scales - 1.0) * dropout.keep_scale)).to(dy.dtype)
     whole = executor().product(dy.T, x)
     return whole.add_(executor().product(moved.T, x * mask))

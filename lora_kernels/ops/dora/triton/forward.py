@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.shrink import shrink
 from lora_kernels.ops.common.triton_host import Dropout
+from lora_kernels.ops.dora.schema import DoRALinearForward
 from lora_kernels.ops.dora.triton.dropout import mask_words
 from lora_kernels.ops.dora.triton.gemm import gemm
 from lora_kernels.ops.nf4.triton.base import Weight
@@ -64,27 +64,14 @@ def _holds(config: GemmConfig, size: int, dropout: bool, backward: bool, quantis
     return config.tma or sums + operands <= _MAX_PAIR_REGISTERS
 
 
-def dora_linear_fwd(
-    x: Tensor,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    magnitude: Tensor,
-    norm: Tensor,
-    bias: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def dora_linear_fwd(c: DoRALinearForward) -> tuple[Tensor, Tensor, Tensor]:
     """s = drop(x)·Aᵀ in one pass over x, then y [M, N], and z where kept, in one product."""
-    w = Weight(base, meta)
-    m, k, n, r = x.shape[0], x.shape[1], meta[0], a.shape[0]
-    dropout = Dropout(dropout_p, seed, 0)
+    x, a, w = c.x, c.a, Weight(c.base, c.meta)
+    m, k, n, r = x.shape[0], x.shape[1], c.meta[0], a.shape[0]
+    dropout = Dropout(c.dropout_p, c.seed, 0)
     device = planned_device(x.device)
     s, y = x.new_empty((m, r)), x.new_empty((m, n))
-    z = x.new_empty((m, n) if keep_z else 0)
+    z = x.new_empty((m, n) if c.keep_z else 0)
     shrink(
         thin_rows(m, k, device, block_rank(r), x.element_size()),
         x,
@@ -99,15 +86,15 @@ def dora_linear_fwd(
         x,
         w,
         y,
-        z if keep_z else None,
+        z if c.keep_z else None,
         s,
-        b.T,
-        magnitude=magnitude,
-        norm=norm,
+        c.b.T,
+        magnitude=c.magnitude,
+        norm=c.norm,
         row=None,
         mask=mask_words(dropout, x) if dropout.on and n else None,
-        bias=bias,
-        scale=scale,
+        bias=c.bias,
+        scale=c.scale,
         dropout=dropout,
         backward=False,
     )

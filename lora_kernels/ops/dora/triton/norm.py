@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import ceil
 
 import torch
@@ -12,25 +11,19 @@ from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.triton_host import run
+from lora_kernels.ops.dora.schema import DoRANorm
 from lora_kernels.ops.dora.triton.kernels import _norm_kernel
 from lora_kernels.ops.nf4.triton.base import Weight
 
 _WARPS = 4
 
 
-def dora_norm(
-    weight_norm_sq: Tensor | None,
-    base: Sequence[Tensor],
-    meta: Sequence[int],
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-) -> Tensor:
+def dora_norm(c: DoRANorm) -> Tensor:
     """[N] in fp32. The sum itself is squared, so ‖W‖² is of no use: W is read anyway, and nothing
     cancels."""
-    weight = Weight(base, meta)
+    a, b, weight = c.a, c.b, Weight(c.base, c.meta)
     w, stride_wn, stride_wk = weight.matrix
-    n, k = meta[0], meta[1]
+    n, k = c.meta[0], c.meta[1]
     r = a.shape[0]
     exact = a.dtype == torch.float32
     # fp32 products are unrolled: small steps of the rank keep the code, and its making, short.
@@ -51,7 +44,7 @@ def dora_norm(
         N=n,
         K=k,
         R=r,
-        scale=float(scale),
+        scale=float(c.scale),
         stride_wn=stride_wn,
         stride_wk=stride_wk,
         stride_ar=a.stride(0),
