@@ -27,7 +27,18 @@ BACKEND_VARIABLE = "LORA_KERNELS_BACKEND"
 
 
 class BackendError(RuntimeError):
-    """No backend can run the op on these arguments, or the one that was asked for cannot."""
+    """No backend can run the op on these arguments, or the one that was asked for cannot.
+
+    Examples:
+        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        >>> a, b = torch.randn(8, 64), torch.randn(32, 8)
+        >>> try:
+        ...     with lk.use_backend("native"):  # which has no fp64
+        ...         lk.functional.lora_linear(x.double(), weight.double(), a.double(), b.double())
+        ... except lk.dispatch.BackendError as error:
+        ...     str(error).splitlines()[0]
+        'lora_linear_fwd: no backend (native was asked for)'
+    """
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,12 @@ class Implementation:
 
     `supports` takes the op's arguments, reads only metadata (shape, dtype, strides, device) and
     returns None, or one line that says why this backend refuses them.
+
+    Examples:
+        >>> def supports(x):
+        ...     return None if x.is_cuda else f"x is on {x.device}, not on CUDA"
+        >>> lk.dispatch.Implementation("triton", torch.clone, supports).supports(torch.ones(2))
+        'x is on cpu, not on CUDA'
     """
 
     backend: str
@@ -60,7 +77,15 @@ class Op:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Each backend's answer for a call of an op: `refusals[backend]` is None when it accepts."""
+    """Each backend's answer for a call of an op: `refusals[backend]` is None when it accepts.
+
+    Examples:
+        >>> refusals = {"native": "x is on cuda:0, not on the CPU", "reference": None}
+        >>> print(lk.dispatch.Explanation("nf4_linear_fwd", refusals))
+        nf4_linear_fwd: reference
+          native    x is on cuda:0, not on the CPU
+          reference accepts
+    """
 
     op: str
     refusals: dict[str, str | None]
@@ -98,6 +123,13 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
         name: the op's name.
         schema: arguments and returns, as `torch.library.define` takes them.
         fake: returns empty outputs of the right shape, dtype and device.
+
+    Examples:
+        >>> lk.dispatch.define("twice_for_docs", "(Tensor x) -> Tensor", fake=torch.empty_like)
+        >>> impl = lk.dispatch.Implementation("reference", lambda x: 2 * x, lambda x: None)
+        >>> lk.dispatch.register("twice_for_docs", impl)
+        >>> torch.ops.lora_kernels.twice_for_docs(torch.ones(2))
+        tensor([2., 2.])
     """
     if name in _ops:
         raise ValueError(f"name: op {name!r} is already defined")
@@ -109,7 +141,15 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
 
 
 def register(name: str, implementation: Implementation) -> None:
-    """Add a backend's implementation to an op that is already defined."""
+    """Add a backend's implementation to an op that is already defined.
+
+    Examples:
+        >>> lk.dispatch.define("thrice_for_docs", "(Tensor x) -> Tensor", fake=torch.empty_like)
+        >>> impl = lk.dispatch.Implementation("reference", lambda x: 3 * x, lambda x: None)
+        >>> lk.dispatch.register("thrice_for_docs", impl)
+        >>> lk.dispatch.chosen("thrice_for_docs", torch.ones(2))
+        'reference'
+    """
     op = _get(name)
     if implementation.backend in op.implementations:
         raise ValueError(f"{name}: backend {implementation.backend!r} is already registered")
@@ -117,7 +157,12 @@ def register(name: str, implementation: Implementation) -> None:
 
 
 def ops() -> dict[str, Op]:
-    """Every op of the package by name."""
+    """Every op of the package by name.
+
+    Examples:
+        >>> "lora_linear_fwd" in lk.dispatch.ops()
+        True
+    """
     return dict(_ops)
 
 
@@ -191,7 +236,13 @@ def _explain_op(name: str, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def chosen(name: str, *args: Any, **kwargs: Any) -> str | None:
-    """The backend that `lora_kernels::<name>` would run on these arguments."""
+    """The backend that `lora_kernels::<name>` would run on these arguments.
+
+    Examples:
+        >>> gate = up = torch.randn(3, 96, dtype=torch.float64)
+        >>> lk.dispatch.chosen("glu_fwd", gate, up, 0)
+        'reference'
+    """
     return _explain_op(name, *args, **kwargs).chosen
 
 
@@ -205,6 +256,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Exp
     Returns:
         One `Explanation` per op that the call ran, in order, and none that another thread ran
         meanwhile; `print(*explain(...), sep="\\n")` reads well.
+
+    Examples:
+        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        >>> a, b = torch.randn(8, 64), torch.randn(32, 8)
+        >>> with lk.use_backend("reference"):
+        ...     (found,) = lk.explain(lk.functional.lora_linear, x, weight, a, b)
+        >>> found.op, found.chosen
+        ('lora_linear_fwd', 'reference')
     """
     if isinstance(op, str):
         return [_explain_op(op, *args, **kwargs)]
@@ -225,6 +284,12 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     Raises:
         ValueError: `name` is no backend.
+
+    Examples:
+        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        >>> a, b = torch.randn(8, 64), torch.randn(32, 8)
+        >>> with lk.use_backend("reference"):
+        ...     y = lk.functional.lora_linear(x, weight, a, b)
     """
     if name is not None:
         _check_backend(name)

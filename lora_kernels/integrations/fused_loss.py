@@ -43,6 +43,14 @@ def fuse_loss(model: nn.Module) -> bool:
 
     Raises:
         TypeError: `model` is no module.
+
+    Examples:
+        >>> lk.fuse_loss(model)
+        True
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> output = model.train()(input_ids=ids, labels=ids)
+        >>> output.logits is None, output.loss.shape
+        (True, torch.Size([]))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")

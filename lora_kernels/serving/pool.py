@@ -51,6 +51,19 @@ class AdapterPool:
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of its range, the model has
             no such layer, or adapters already.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool({"q_proj": (64, 32)}, slots=2, pages=2)
+        >>> state = {
+        ...     "base_model.model.q_proj.lora_A.weight": torch.randn(8, 64),
+        ...     "base_model.model.q_proj.lora_B.weight": torch.randn(32, 8),
+        ... }
+        >>> config = lk.LoRAConfig(r=8, target_modules=["q_proj"])
+        >>> pool.load("french", state, config)
+        0
+        >>> pool.acquire(["french", None])  # the slot of each row
+        tensor([ 0, -1], dtype=torch.int32)
+        >>> pool.release(["french", None])
     """
 
     def __init__(

@@ -20,6 +20,12 @@ class PoolStats:
         device_bytes: of all pages and tables; fixed when the pool is made.
         used_bytes: of the pages in use and of all tables.
         host_bytes: of the host's cache.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool({"q_proj": (64, 32)}, slots=2, pages=2)
+        >>> stats = pool.stats()
+        >>> stats.loaded, stats.slots, stats.pages_free
+        (0, 2, 2)
     """
 
     known: int

@@ -43,6 +43,19 @@ class MultiLoRATrainer:
 
     Raises:
         As `apply_lora`; TypeError or ValueError for a job or a name that makes no sense.
+
+    Examples:
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> batches = [{"input_ids": ids, "labels": ids}] * 2
+        >>> jobs = {
+        ...     "french": lk.training.AdapterJob(lk.LoRAConfig(r=4), batches),
+        ...     "german": lk.training.AdapterJob(lk.LoRAConfig(r=8), batches, lr=5e-4),
+        ... }
+        >>> trainer = lk.training.MultiLoRATrainer(model, jobs)
+        >>> losses = trainer.train()
+        >>> {name: len(each) for name, each in losses.items()}
+        {'french': 2, 'german': 2}
+        >>> folders = trainer.save("adapters")  # adapters/french, adapters/german
     """
 
     def __init__(
