@@ -1,4 +1,4 @@
-"""Every block of Python in docs/, and the README's on serving, runs as it stands."""
+"""Every block of Python in the README and in docs/ runs as it stands, and the pages are complete."""
 
 from __future__ import annotations
 
@@ -12,52 +12,92 @@ import lora_kernels as lk
 from tests.cli.conftest import make_model, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)#\s]+)(#[^)]*)?\)")
+_VARIABLE = re.compile(r"\bLORA_KERNELS_[A-Z][A-Z_]*[A-Z]\b")
 
 
-def blocks(path: Path, text: str) -> str:
-    """The blocks of a part of a file as one program, each line where it is in the file."""
-    whole = path.read_text(encoding="utf-8")
-    lines = [""] * (whole.count("\n") + 1)
-    start = whole.index(text)
-    for found in _BLOCK.finditer(whole, start, start + len(text)):
-        first = whole.count("\n", 0, found.start(1))
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(path: Path) -> str:
+    """The blocks of a file as one program, each line where it is in the file."""
+    text = read(path)
+    lines = [""] * (text.count("\n") + 1)
+    for found in _BLOCK.finditer(text):
+        first = text.count("\n", 0, found.start(1))
         for i, line in enumerate(found[1].splitlines()):
             lines[first + i] = line
     return "\n".join(lines)
 
 
-def test_there_are_docs_with_blocks():
-    assert DOCS and all(_BLOCK.search(path.read_text(encoding="utf-8")) for path in DOCS)
+def run(path: Path) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": path.stem}
+    exec(compile(blocks(path), str(path), "exec"), names)
+    return names
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [p for p in DOCS if _BLOCK.search(read(p))], ids=lambda p: p.name)
 def test_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": path.stem}
-    exec(compile(blocks(path, path.read_text(encoding="utf-8")), str(path), "exec"), names)
+    run(path)
     assert not list(tmp_path.iterdir())
 
 
-def test_readme_on_serving_runs(tmp_path, monkeypatch):
+def test_readme_runs(tmp_path, monkeypatch):
+    """From top to bottom, with a tiny model in a folder of the name that stands there."""
     pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("peft", reason="peft is not installed")
     monkeypatch.chdir(tmp_path)
-    trained = make_model().eval()
-    lk.apply_lora(trained, r=4)
-    for name, p in trained.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_()
-    lk.save_adapter(trained, "adapters/french")
-    path = ROOT / "README.md"
-    section = path.read_text(encoding="utf-8").partition("## Serving many adapters\n")[2]
-    names: dict[str, Any] = {
-        "lk": lk,
-        "model": make_model().eval(),
-        "tokenizer": make_tokenizer(),
-        "prompts": ["to be", "to be"],
-    }
-    exec(compile(blocks(path, section.partition("\n## ")[0]), str(path), "exec"), names)
-    with_adapter, without = names["texts"]
-    assert with_adapter != without
-    assert names["pool"].names() == ("french",)
+    name = re.search(r'^name = "(.+)"$', read(README), re.MULTILINE)[1]
+    make_model().save_pretrained(name)
+    make_tokenizer().save_pretrained(name)
+    names = run(README)
+    assert any("lora_A" in key for key, _ in names["peft_model"].named_parameters())
+    assert {len(losses) for losses in names["losses"].values()} == {10}
+    assert sorted(p.name for p in Path("adapters").iterdir()) == ["french", "german"]
+    assert len(names["made"].texts) == 2 and names["pool"].names() == ("french",)
+
+
+def test_readme_leads_with_install_and_a_first_run():
+    """What a reader needs comes before any table."""
+    text = read(README)
+    first = [text.index(part) for part in ("## Install", "## Quick start", "```python", "\n|")]
+    assert first == sorted(first)
+    quick = _BLOCK.search(text)[1].splitlines()
+    imports = [line for line in quick if line.startswith(("import", "from"))]
+    assert len([line for line in quick if line]) - len(imports) <= 12
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(path):
+    for target, _ in _LINK.findall(read(path)):
+        if not target.startswith(("http:", "https:")):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def sources() -> list[Path]:
+    """What may read a variable of the package."""
+    found = [ROOT / name for name in ("setup.py", "CMakeLists.txt", "Makefile")]
+    for folder in ("lora_kernels", "bench", "tools", "tests", "examples", "csrc"):
+        found += (ROOT / folder).rglob("*")
+    kinds = {".py", ".txt", ".cmake", ".cpp", ".h", ".cu", ".cuh", ""}
+    return [p for p in found if p.is_file() and p.suffix in kinds and p.name != Path(__file__).name]
+
+
+def test_every_environment_variable_is_documented():
+    page = set(_VARIABLE.findall(read(ROOT / "docs" / "environment.md")))
+    used: set[str] = set()
+    for path in sources():
+        used.update(_VARIABLE.findall(read(path)))
+    assert used, "found no variable: the search is broken"
+    assert used - page == set(), "docs/environment.md lacks these"
+    assert page - used == set(), "docs/environment.md names these, which nothing reads"
+
+
+def test_changelog_has_the_version():
+    assert f"## {lk.__version__}" in read(ROOT / "CHANGELOG.md")

@@ -42,7 +42,7 @@ class MultiLoRATrainer:
         loss: of logits [B, L, V] and labels [B, L] of one adapter.
 
     Raises:
-        As `apply_lora`; TypeError or ValueError for a job or a name that makes no sense.
+        TypeError, ValueError: as `apply_lora`, and for a job or a name that makes no sense.
 
     Examples:
         >>> ids = torch.tensor([[1, 2, 3, 4]])

@@ -64,8 +64,8 @@ class SlotDropout(NamedTuple):
     Attributes:
         seeds: int64 [S].
         thresholds: int32 [S], round(65536 p).
-        rows: int32 [E], the row of its slot's mask that an entry takes; None: the how-manieth of
-            its slot it is, so that an adapter drops as it would in a batch of its own.
+        rows: int32 [E], the row of its slot's mask that an entry takes; None: entries are
+            counted slot by slot, so that an adapter drops as it would in a batch of its own.
 
     Examples:
         >>> dropout = lk.functional.SlotDropout(

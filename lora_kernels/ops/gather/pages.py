@@ -38,7 +38,7 @@ class RankPages(NamedTuple):
         scales: fp32 [S].
 
     Examples:
-        >>> a, b = [torch.randn(4, 64), torch.randn(20, 64)], [torch.randn(32, 4), torch.randn(32, 20)]
+        >>> a, b = zip(*((torch.randn(r, 64), torch.randn(32, r)) for r in (4, 20)))
         >>> pages = lk.functional.page_adapters(a, b, scales=[2.0, 0.5])
         >>> pages.a.shape, pages.b.shape  # rank 4 takes one page of 16, rank 20 two
         (torch.Size([3, 16, 64]), torch.Size([3, 16, 32]))
