@@ -1,7 +1,8 @@
-"""Every block of Python in the README and in docs/ runs as it stands, and the pages are complete."""
+"""Every block of Python in the README and in docs/ runs as it stands; the pages are complete."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 import lora_kernels as lk
 from tests.cli.conftest import make_model, make_tokenizer
+from tools import import_graph
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -101,3 +103,43 @@ def test_every_environment_variable_is_documented():
 
 def test_changelog_has_the_version():
     assert f"## {lk.__version__}" in read(ROOT / "CHANGELOG.md")
+
+
+def messages(path: Path) -> list[str]:
+    """Every string of a Python file, with … for what is filled in."""
+    found = []
+    for node in ast.walk(ast.parse(read(path))):
+        if isinstance(node, ast.JoinedStr):
+            parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
+            found.append("".join(parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    said = [m for folder in ("lora_kernels", "setup.py") for m in _python(ROOT / folder)]
+    quoted = []
+    for line in read(ROOT / "docs" / "troubleshooting.md").splitlines():
+        cell = line.removeprefix("| ").partition(" |")[0]
+        # A name in code, and what is marked as another package's, are no message of ours.
+        if line.startswith("| `") and "(torch's)" not in cell:
+            quoted += [q for q in re.findall(r"`([^`]+)`", cell) if " " in q]
+    assert len(quoted) > 30
+    for message in quoted:
+        parts = [part for part in (p.strip() for p in message.split("…")) if len(part) > 2]
+        assert any(all(part in one for part in parts) for one in said), f"nothing says: {message}"
+
+
+def _python(path: Path) -> list[str]:
+    files = path.rglob("*.py") if path.is_dir() else [path]
+    return [message for file in files for message in messages(file)]
+
+
+def test_imports_run_downwards_and_the_picture_shows_them():
+    edges = import_graph.edges()
+    assert ("nn", "functional") in edges, "found no import: the search is broken"
+    assert import_graph.upward(edges) == []
+    assert import_graph.upward({("ops", "nn"), ("nn", "ops")}) == [("ops", "nn")]
+    drawn = read(import_graph.PICTURE)
+    assert drawn == import_graph.picture(), "python -m tools.import_graph draws it again"
