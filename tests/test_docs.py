@@ -50,6 +50,7 @@ def test_blocks_run(path, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_readme_runs(tmp_path, monkeypatch):
     """From top to bottom, with a tiny model in a folder of the name that stands there."""
     pytest.importorskip("transformers", reason="transformers is not installed")

@@ -89,7 +89,7 @@ def families(package: Path = PACKAGE) -> list[str]:
 def boxes() -> dict[str, tuple[float, float, float]]:
     """(left, top, width) of each part."""
     middle = MARGIN + WIDTH + GAP / 2
-    placed = {}
+    placed: dict[str, tuple[float, float, float]] = {}
     for i, floor in enumerate(FLOORS):
         left = middle - (len(floor) * (WIDTH + GAP) - GAP) / 2
         for j, part in enumerate(floor):

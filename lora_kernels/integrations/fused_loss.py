@@ -29,8 +29,8 @@ def fuse_loss(model: nn.Module) -> bool:
 
     While the model trains on labels, its output layer and its loss become one
     `functional.linear_cross_entropy`: the same loss, and the output's `logits` are None. In
-    evaluation mode and without labels nothing changes, and neither at a call for which the output
-    layer is no plain `nn.Linear` any more: one with an adapter, a 4-bit one, one with hooks. The
+    evaluation mode and without labels nothing changes, nor at a call where the output layer is no
+    longer a plain `nn.Linear`: one with an adapter, a 4-bit one, one with hooks. The
     model's class and state stay as they are; `del model.forward` undoes it.
 
     Args:

@@ -28,12 +28,12 @@ HOST_BYTES = 1 << 30
 
 
 class AdapterPool:
-    """Adapters in rank pages of a fixed number, loaded by name and put out when room is needed.
+    """Adapters in a fixed number of rank pages, loaded by name and evicted when room is needed.
 
     An adapter of rank r takes a slot and ceil(r / 16) pages at each of its modules, of all of them
     or of none. The least recently used leaves first; one that a route holds or that is pinned
-    stays, and `AdapterPoolFull` says so. What left comes back by its name, from the host's cache
-    or from its directory. All methods may be called from any thread; files are read and checked
+    stays, and `AdapterPoolFull` says so. One that left is loaded again when it is asked for, from
+    the host's cache or from its directory. All methods may be called from any thread; files are read and checked
     without keeping others waiting. On CUDA weights travel on a stream of their own, which routes
     wait for on the device.
 

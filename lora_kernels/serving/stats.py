@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Counts of one moment.
+    """What a pool holds at one moment, and counts since it was made.
 
     Attributes:
         known: adapters that the pool has a name for.

@@ -18,7 +18,7 @@ KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids
 class Batch(NamedTuple):
     """Micro-batches of several adapters, one below the other.
 
-    A micro-batch [B, L] keeps the padding of its own, on whichever side; shorter ones are filled
+    A micro-batch [B, L] keeps its own padding, on whichever side; shorter ones are filled
     up on the right, behind their last column, so that positions are what they were. What fills up
     is masked, has no label and no adapter: it changes nothing for anyone.
 

@@ -176,7 +176,7 @@ def gather_lora(
 
     Raises:
         ValueError: a shape, a device, a slot or a token does not fit (the last two on the CPU;
-            on a GPU nobody waits to read them: a slot that is not there is none).
+            on a GPU they are not read, and a slot that does not exist counts as none).
         TypeError: a dtype does not fit.
 
     Examples:

@@ -83,7 +83,7 @@ def gather_lora_embedding(
 
     Raises:
         ValueError: a shape, a device, a slot or an id does not fit (the last two on the CPU; on a
-            GPU nobody waits to read them: what is not there is no adapter, and a row of zeros).
+            GPU they are not read: such a slot counts as none, and such an id gives zeros).
         TypeError: a dtype does not fit.
 
     Examples:
