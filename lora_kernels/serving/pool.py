@@ -33,9 +33,9 @@ class AdapterPool:
     An adapter of rank r takes a slot and ceil(r / 16) pages at each of its modules, of all of them
     or of none. The least recently used leaves first; one that a route holds or that is pinned
     stays, and `AdapterPoolFull` says so. One that left is loaded again when it is asked for, from
-    the host's cache or from its directory. All methods may be called from any thread; files are read and checked
-    without keeping others waiting. On CUDA weights travel on a stream of their own, which routes
-    wait for on the device.
+    the host's cache or from its directory. All methods may be called from any thread; files are
+    read and checked without keeping others waiting. On CUDA weights travel on a stream of their
+    own, which routes wait for on the device.
 
     Args:
         model: its target layers give the modules and their sizes (it is only looked at); or
