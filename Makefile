@@ -44,7 +44,7 @@ ctest --test-dir $(1) --output-on-failure --no-tests=error -j $(JOBS)
 endef
 
 .PHONY: help setup demo test test-full test-python test-triton test-tritons test-triton-full test-cpp \
-    cuda-build matrix bench gpu lint format clean distclean
+    cuda-build matrix bench gpu docs lint format clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -140,6 +140,16 @@ bench: setup ## measure against every peer installed (SUITE=quick, targets or fu
 gpu: setup ## what one GPU says of it all, in ten minutes (ARGS=--dry-run: on the CPU); docs/gpu.md
 	$(PY) -m tools.gpu $(ARGS)
 
+# A venv of its own: nothing of it is imported together with the package.
+.venv-docs/.done: requirements-docs.txt
+	@echo "== installing requirements-docs.txt into .venv-docs (once)"
+	@$(PYTHON) -m venv --clear .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check -qq install -r requirements-docs.txt
+	@touch $@
+
+docs: .venv-docs/.done ## the documentation as a site in site/, warnings are errors
+	PATH=$(abspath .venv-docs/bin):$$PATH NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs -q build --strict
+
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -152,9 +162,9 @@ format: setup ## rewrite the sources as lint wants them
 	$(if $(CPP_SOURCES),$(BIN)/clang-format -i $(CPP_SOURCES))
 
 clean: ## remove what was built, keep .venv
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks $(DONE)/package
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks $(DONE)/package
 	find lora_kernels -name '*.so' -delete
 	find lora_kernels bench tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
-	rm -rf $(VENV) .venv-triton-*
+	rm -rf $(VENV) .venv-triton-* .venv-docs

@@ -24,6 +24,12 @@ def assert_within_budget(
         actual: the result under test.
         oracle: the same in fp64.
         plain: the same from the plain PyTorch expression in the dtype under test.
+
+    Examples:
+        >>> from lora_kernels.testing import assert_within_budget
+        >>> x, w = torch.randn(3, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+        >>> oracle, plain = x.double() @ w.double().T, x @ w.T
+        >>> assert_within_budget(torch.nn.functional.linear(x, w), oracle, plain)
     """
     assert oracle.dtype == torch.float64, f"{name}: the oracle is {oracle.dtype}, not float64"
     assert actual.dtype == plain.dtype, f"{name}: dtype {actual.dtype}, expected {plain.dtype}"
@@ -58,6 +64,13 @@ def assert_call_within_budget(
     """Hold `fn(*args)` against `plain`: the oracle is `plain` on the same values in fp64.
 
     Floating tensors (also in lists) are converted; a tuple of results is checked one by one.
+
+    Examples:
+        >>> from lora_kernels.testing import assert_call_within_budget
+        >>> def plain(gate, up):
+        ...     return torch.nn.functional.silu(gate) * up
+        >>> args = [torch.randn(3, 96), torch.randn(3, 96)]
+        >>> assert_call_within_budget(lk.functional.gated_activation, plain, args)
     """
     kwargs = kwargs or {}
     actual = _tuple(fn(*args, **kwargs))

@@ -47,6 +47,13 @@ class LoRAReport:
         trainable_parameters, total_parameters: a 4-bit weight counts its elements.
         bytes_before, bytes_after: memory of all parameters and buffers.
         layers: one row per adapted layer.
+
+    Examples:
+        >>> report = lk.apply_lora(model, r=8, target_modules=["q_proj", "v_proj"])
+        >>> report.modules
+        ('model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj')
+        >>> report.trainable_parameters
+        1792
     """
 
     modules: tuple[str, ...]
@@ -134,6 +141,12 @@ def apply_lora(
             the candidates), the model has adapters already, an option is out of its range, or a
             weight to quantise holds non-finite values (the message names the layer).
         TypeError: an option has the wrong type.
+
+    Examples:
+        >>> report = lk.apply_lora(model, r=8, alpha=16, dropout=0.05, quantize="nf4")
+        >>> len(report.modules), len(report.quantized)
+        (7, 7)
+        >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     """
     config = LoRAConfig(
         r,

@@ -56,6 +56,13 @@ class LoadResult:
         modules: names of the layers whose adapter was loaded.
         missing_keys: tensors that the model's adapters have and the file does not.
         unexpected_keys: tensors of the file that the model has no place for.
+
+    Examples:
+        >>> report = lk.apply_lora(model, target_modules=["q_proj"])
+        >>> folder = lk.save_adapter(model, "adapter")
+        >>> result = lk.load_adapter(model, "adapter")
+        >>> result.modules, result.missing_keys
+        (('model.layers.0.self_attn.q_proj',), ())
     """
 
     modules: tuple[str, ...]
@@ -83,6 +90,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: the model has no adapters, they are on the meta device, or their dropout or
             use_rslora or use_dora differ (PEFT's configuration has one value for all).
+
+    Examples:
+        >>> report = lk.apply_lora(model, r=8)
+        >>> folder = lk.save_adapter(model, "adapter")
+        >>> sorted(file.name for file in folder.iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     check_kinds(save_adapter, locals())
     model = unwrap(model)
@@ -203,6 +216,13 @@ def load_adapter(
             layers are, its weights disagree with its configuration or with the model, or hold
             non-finite values.
         TypeError: a tensor or an option has the wrong type.
+
+    Examples:
+        >>> report = lk.apply_lora(model, r=8)
+        >>> folder = lk.save_adapter(model, "adapter")
+        >>> base = lk.merge_and_unload(model)  # plain layers again
+        >>> len(lk.load_adapter(base, "adapter", quantize="nf4").modules)
+        7
     """
     check_kinds(load_adapter, locals())
     if next(adapter_layers(model), None) is None:

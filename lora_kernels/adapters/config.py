@@ -17,6 +17,13 @@ class LoRAConfig:
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or out of its range.
+
+    Examples:
+        >>> config = lk.LoRAConfig(r=8, alpha=16, rank_pattern={"q_proj": 32})
+        >>> config.rank_of("layers.0.self_attn.q_proj"), config.rank_of("layers.0.self_attn.v_proj")
+        (32, 8)
+        >>> config.to_peft_dict()["lora_alpha"]
+        16
     """
 
     r: int = 16

@@ -73,7 +73,13 @@ def get_module(model: nn.Module, name: str) -> nn.Module:
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRAMixin]]:
-    """(name, layer) of every layer of the model that has an adapter."""
+    """(name, layer) of every layer of the model that has an adapter.
+
+    Examples:
+        >>> report = lk.apply_lora(model, r=8, target_modules=["q_proj"])
+        >>> [(name, layer.r) for name, layer in lk.adapters.adapter_layers(model)]
+        [('model.layers.0.self_attn.q_proj', 8)]
+    """
     for name, module in named_modules(model):
         if isinstance(module, LoRAMixin):
             yield name, module

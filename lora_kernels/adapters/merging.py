@@ -29,6 +29,13 @@ def merge_adapters(model: nn.Module, *, safe: bool = False, requantize: bool = F
     Raises:
         ValueError: the model has no adapters, or a merged weight is not finite (checked with
             `safe`, and for 4-bit layers with `requantize`).
+
+    Examples:
+        >>> report = lk.apply_lora(model)
+        >>> lk.merge_adapters(model)  # as fast as the base; state_dict stays what it was
+        >>> model.model.layers[0].self_attn.q_proj.merged
+        True
+        >>> lk.unmerge_adapters(model)
     """
     done = []
     try:
@@ -54,6 +61,13 @@ def unmerge_adapters(model: nn.Module) -> None:
 
     Raises:
         ValueError: the model has no adapters.
+
+    Examples:
+        >>> report = lk.apply_lora(model)
+        >>> lk.merge_adapters(model)
+        >>> lk.unmerge_adapters(model)
+        >>> model.model.layers[0].self_attn.q_proj.merged
+        False
     """
     for _, layer in require_adapters(model):
         if layer.merged:
@@ -78,6 +92,12 @@ def merge_and_unload(
 
     Raises:
         ValueError: the model has no adapters, or `safe` and a merged weight is not finite.
+
+    Examples:
+        >>> report = lk.apply_lora(model)
+        >>> plain = lk.merge_and_unload(model)
+        >>> type(plain.model.layers[0].self_attn.q_proj)
+        <class 'torch.nn.modules.linear.Linear'>
     """
     model = unwrap(model)
     adapters = require_adapters(model)
@@ -114,6 +134,14 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: the model has no adapters.
+
+    Examples:
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> base = model(ids).logits
+        >>> report = lk.apply_lora(model)
+        >>> with lk.disable_adapters(model):
+        ...     torch.equal(model(ids).logits, base)
+        True
     """
     require_adapters(model)
     before = [(layer, layer.adapter_enabled) for _, layer in adapter_layers(model)]

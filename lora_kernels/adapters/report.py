@@ -121,6 +121,12 @@ class ModelReport:
         trainable_parameters, total_parameters: a 4-bit weight counts its elements.
         bytes: memory of all parameters and buffers.
         rows: the number of rows of x (M) and `dtype` its dtype, for which the path was asked.
+
+    Examples:
+        >>> _ = lk.apply_lora(model, target_modules=["q_proj"], dropout=0.0)
+        >>> report = lk.model_report(model, rows=8)
+        >>> [row.name for row in report.layers], report.rows
+        (['model.layers.0.self_attn.q_proj'], 8)
     """
 
     layers: tuple[LayerRow, ...]
@@ -157,6 +163,12 @@ def model_report(
     Raises:
         ValueError: `rows` is negative.
         TypeError: `dtype` is not a floating dtype.
+
+    Examples:
+        >>> _ = lk.apply_lora(model, quantize="nf4")
+        >>> report = lk.model_report(model, rows=512)
+        >>> len(report.layers)  # print(report) shows each one's backend
+        7
     """
     if rows < 0:
         raise ValueError(f"rows: got {rows}, expected 0 or more")

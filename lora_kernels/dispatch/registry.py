@@ -33,7 +33,18 @@ Function = TypeVar("Function", bound=Callable[[Any], Any])
 
 
 class BackendError(RuntimeError):
-    """No backend can run the op on these arguments, or the one that was asked for cannot."""
+    """No backend can run the op on these arguments, or the one that was asked for cannot.
+
+    Examples:
+        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        >>> a, b = torch.randn(8, 64), torch.randn(32, 8)
+        >>> try:
+        ...     with lk.use_backend("native"):  # which has no fp64
+        ...         lk.functional.lora_linear(x.double(), weight.double(), a.double(), b.double())
+        ... except lk.dispatch.BackendError as error:
+        ...     str(error).splitlines()[0]
+        'lora_linear_fwd: no backend (native was asked for)'
+    """
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,13 @@ class Implementation:
 
     Both functions take a call of the op. `supports` reads only metadata (shape, dtype, strides,
     device) and returns None, or one line that says why this backend refuses the call.
+
+    Examples:
+        >>> def supports(call):
+        ...     return None if call.x.is_cuda else f"x is on {call.x.device}, not on CUDA"
+        >>> triton = lk.dispatch.Implementation("triton", lambda call: call.x.clone(), supports)
+        >>> triton.supports(lk.dispatch.ops()["lora_linear_fwd"].call(torch.ones(2), *[None] * 10))
+        'x is on cpu, not on CUDA'
     """
 
     backend: str
@@ -73,7 +91,15 @@ class Op:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Each backend's answer for a call of an op: `refusals[backend]` is None when it accepts."""
+    """Each backend's answer for a call of an op: `refusals[backend]` is None when it accepts.
+
+    Examples:
+        >>> refusals = {"native": "x is on cuda:0, not on the CPU", "reference": None}
+        >>> print(lk.dispatch.Explanation("nf4_linear_fwd", refusals))
+        nf4_linear_fwd: reference
+          native    x is on cuda:0, not on the CPU
+          reference accepts
+    """
 
     op: str
     refusals: dict[str, str | None]
@@ -114,6 +140,18 @@ def define(name: str, returns: str) -> Callable[[type[Call]], type[Call]]:
 
     The class is a NamedTuple whose fields are the op's arguments, and has a method `fake` that
     returns empty outputs of the right shape, dtype and device.
+
+    Examples:
+        >>> from typing import NamedTuple
+        >>> @lk.dispatch.define("twice_for_docs", "Tensor")
+        ... class Twice(NamedTuple):
+        ...     x: torch.Tensor
+        ...     def fake(self):
+        ...         return torch.empty_like(self.x)
+        >>> impl = lk.dispatch.Implementation("reference", lambda call: 2 * call.x)
+        >>> lk.dispatch.register("twice_for_docs", impl)
+        >>> torch.ops.lora_kernels.twice_for_docs(torch.ones(2))
+        tensor([2., 2.])
     """
 
     def decorate(call: type[Call]) -> type[Call]:
@@ -131,7 +169,13 @@ def define(name: str, returns: str) -> Callable[[type[Call]], type[Call]]:
 
 
 def register(name: str, implementation: Implementation) -> None:
-    """Add a backend's implementation to an op that is already defined."""
+    """Add a backend's implementation to an op that is already defined.
+
+    Examples:
+        >>> impl = lk.dispatch.Implementation("triton", lambda call: call.x * 3)
+        >>> lk.dispatch.register("linear_cross_entropy", impl)  # which has none yet
+        >>> del lk.dispatch.registry._ops["linear_cross_entropy"].implementations["triton"]
+    """
     op = _get(name)
     if implementation.backend in op.implementations:
         raise ValueError(f"{name}: backend {implementation.backend!r} is already registered")
@@ -145,7 +189,12 @@ def register_reference(fn: Function) -> Function:
 
 
 def ops() -> dict[str, Op]:
-    """Every op of the package by name."""
+    """Every op of the package by name.
+
+    Examples:
+        >>> "lora_linear_fwd" in lk.dispatch.ops()
+        True
+    """
     return dict(_ops)
 
 
@@ -249,7 +298,13 @@ def refusal(name: str, backend: str, *args: Any, **kwargs: Any) -> str | None:
 
 
 def chosen(name: str, *args: Any, **kwargs: Any) -> str | None:
-    """The backend that `lora_kernels::<name>` would run on these arguments."""
+    """The backend that `lora_kernels::<name>` would run on these arguments.
+
+    Examples:
+        >>> gate = up = torch.randn(3, 96, dtype=torch.float64)
+        >>> lk.dispatch.chosen("glu_fwd", gate, up, 0)
+        'reference'
+    """
     return explain(name, *args, **kwargs)[0].chosen
 
 
@@ -263,6 +318,14 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Exp
     Returns:
         One `Explanation` per op that the call ran, in order, and none that another thread ran
         meanwhile; `print(*explain(...), sep="\\n")` reads well.
+
+    Examples:
+        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        >>> a, b = torch.randn(8, 64), torch.randn(32, 8)
+        >>> with lk.use_backend("reference"):
+        ...     (found,) = lk.explain(lk.functional.lora_linear, x, weight, a, b)
+        >>> found.op, found.chosen
+        ('lora_linear_fwd', 'reference')
     """
     if isinstance(op, str):
         found_op = _get(op)
@@ -284,6 +347,12 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     Raises:
         ValueError: `name` is no backend.
+
+    Examples:
+        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        >>> a, b = torch.randn(8, 64), torch.randn(32, 8)
+        >>> with lk.use_backend("reference"):
+        ...     y = lk.functional.lora_linear(x, weight, a, b)
     """
     if name is not None:
         _check_backend(name)

@@ -38,6 +38,12 @@ def to_params4bit(weight: NF4Weight, quant_storage: torch.dtype = torch.uint8) -
     Raises:
         ImportError: bitsandbytes is not installed.
         ValueError: the bytes do not divide into `quant_storage`.
+
+    Examples:
+        >>> from lora_kernels.integrations.bitsandbytes import to_params4bit
+        >>> weight = lk.NF4Weight.quantize(torch.randn(32, 64))
+        >>> to_params4bit(weight).quant_state.quant_type
+        'nf4'
     """
     import bitsandbytes as bnb
 
@@ -63,6 +69,12 @@ def to_linear4bit(
     Raises:
         ImportError: bitsandbytes is not installed.
         TypeError: `layer` is no NF4Linear.
+
+    Examples:
+        >>> from lora_kernels.integrations.bitsandbytes import to_linear4bit
+        >>> layer = lk.NF4Linear.from_linear(torch.nn.Linear(64, 32))
+        >>> type(to_linear4bit(layer)).__name__
+        'Linear4bit'
     """
     if not isinstance(layer, NF4Linear):
         raise TypeError(f"layer: got {type(layer).__name__}, expected NF4Linear")

@@ -29,8 +29,8 @@ def fuse_loss(model: nn.Module) -> bool:
 
     While the model trains on labels, its output layer and its loss become one
     `functional.linear_cross_entropy`: the same loss, and the output's `logits` are None. In
-    evaluation mode and without labels nothing changes, and neither at a call for which the output
-    layer is no plain `nn.Linear` any more: one with an adapter, a 4-bit one, one with hooks. The
+    evaluation mode and without labels nothing changes, nor at a call where the output layer is no
+    longer a plain `nn.Linear`: one with an adapter, a 4-bit one, one with hooks. The
     model's class and state stay as they are; `del model.forward` undoes it.
 
     Args:
@@ -43,6 +43,14 @@ def fuse_loss(model: nn.Module) -> bool:
 
     Raises:
         TypeError: `model` is no module.
+
+    Examples:
+        >>> lk.fuse_loss(model)
+        True
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> output = model.train()(input_ids=ids, labels=ids)
+        >>> output.logits is None, output.loss.shape
+        (True, torch.Size([]))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")

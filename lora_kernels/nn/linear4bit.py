@@ -11,7 +11,13 @@ from lora_kernels.ops.nf4.weight import NF4Weight
 
 
 def is_linear4bit(module: object) -> bool:
-    """Whether this is bitsandbytes' Linear4bit or a subclass of it."""
+    """Whether this is bitsandbytes' Linear4bit or a subclass of it.
+
+    Examples:
+        >>> from lora_kernels.integrations.bitsandbytes import is_linear4bit
+        >>> is_linear4bit(torch.nn.Linear(64, 32))
+        False
+    """
     return any(
         cls.__name__ == "Linear4bit" and cls.__module__.split(".")[0] == "bitsandbytes"
         for cls in type(module).__mro__
@@ -28,6 +34,14 @@ def weight_from_linear4bit(layer: nn.Module) -> NF4Weight:
         TypeError: `layer` is no Linear4bit.
         ValueError: bitsandbytes has repacked the weight in place for CPU inference, which rounds
             the scales to bf16, or the weight is in no 4-bit format at all.
+
+    Examples:
+        >>> import bitsandbytes as bnb
+        >>> from lora_kernels.integrations.bitsandbytes import weight_from_linear4bit
+        >>> layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4")
+        >>> weight = weight_from_linear4bit(layer)
+        >>> weight.shape, weight.quant_type
+        ((32, 64), 'nf4')
     """
     if not is_linear4bit(layer):
         raise TypeError(f"layer: got {type(layer).__name__}, expected bitsandbytes.nn.Linear4bit")
@@ -79,7 +93,15 @@ def _refuse_repacked(name: str, state: Any) -> None:
 
 
 def weight_from_quant_state(packed: Any, state: Any) -> NF4Weight:
-    """The 4-bit weight of `bitsandbytes.functional.quantize_4bit`'s two results, sharing them."""
+    """The 4-bit weight of `bitsandbytes.functional.quantize_4bit`'s two results, sharing them.
+
+    Examples:
+        >>> import bitsandbytes as bnb
+        >>> from lora_kernels.integrations.bitsandbytes import weight_from_quant_state
+        >>> packed, state = bnb.functional.quantize_4bit(torch.randn(32, 64), quant_type="nf4")
+        >>> weight_from_quant_state(packed, state).shape
+        (32, 64)
+    """
     _refuse_repacked("layer", state)
     parts = {f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}
     return NF4Weight.from_state_dict({"weight": packed, **parts})

@@ -81,6 +81,15 @@ class LoRAMixin(nn.Module):
         dropout: probability of dropping an element of x on the adapter's branch; it acts in
             training mode only, and [0, 1) is its range.
         adapter_enabled: False computes the base layer alone.
+
+    Examples:
+        >>> layer = lk.LoRALinear(64, 32, r=8, alpha=16)
+        >>> isinstance(layer, lk.nn.LoRAMixin), layer.scale
+        (True, 2.0)
+        >>> layer.merge()
+        >>> layer.merged
+        True
+        >>> layer.unmerge()
     """
 
     in_features: int

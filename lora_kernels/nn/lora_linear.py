@@ -33,6 +33,13 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or out of its range.
+
+    Examples:
+        >>> layer = lk.LoRALinear.from_linear(torch.nn.Linear(64, 32), r=8, alpha=16)
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['lora_A', 'lora_B']
+        >>> layer(torch.randn(3, 64)).shape
+        torch.Size([3, 32])
     """
 
     def __init__(

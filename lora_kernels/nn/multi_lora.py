@@ -45,6 +45,13 @@ class MultiLoRALinear(nn.Module):
         base: the layer, which stays as it is.
         router: gives the slots and the pages.
         name: the module's name at the router.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool(model, slots=4, pages=4, target_modules=["q_proj"])
+        >>> names = lk.serving.attach_pool(model, pool)
+        >>> layer = model.model.layers[0].self_attn.q_proj
+        >>> type(layer).__name__, type(layer.base).__name__
+        ('MultiLoRALinear', 'Linear')
     """
 
     def __init__(self, base: nn.Module, router: Router, name: str) -> None:

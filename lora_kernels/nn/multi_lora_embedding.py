@@ -18,6 +18,12 @@ class MultiLoRAEmbedding(nn.Module):
         base: a plain nn.Embedding, which stays as it is.
         router: gives the slots and the pages (a [P, V, 16]).
         name: the module's name at the router.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool(model, slots=4, pages=4, target_modules=["embed_tokens"])
+        >>> names = lk.serving.attach_pool(model, pool)
+        >>> type(model.model.embed_tokens).__name__
+        'MultiLoRAEmbedding'
     """
 
     def __init__(self, base: nn.Embedding, router: Router, name: str) -> None:

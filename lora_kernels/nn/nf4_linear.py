@@ -49,6 +49,13 @@ class NF4Linear(nn.Module):
         double_quant: store the scales in 8 bits.
         quant_type: "nf4" or "fp4".
         device, dtype: of the bias, and of the weight before it was quantised.
+
+    Examples:
+        >>> layer = lk.NF4Linear.from_linear(torch.nn.Linear(64, 32), block_size=64)
+        >>> layer(torch.randn(3, 64)).shape
+        torch.Size([3, 32])
+        >>> layer.to_linear()  # decoded again
+        Linear(in_features=64, out_features=32, bias=True)
     """
 
     in_features: int

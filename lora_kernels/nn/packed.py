@@ -123,6 +123,12 @@ class LoRAQKV(PackedLayers):
     """The projections q, k and v of an attention layer.
 
     forward: x [..., K] to (q [..., N_q], k [..., N_k], v [..., N_v]), as a tuple.
+
+    Examples:
+        >>> q, k, v = (lk.LoRALinear(64, n, r=4) for n in (64, 16, 16))
+        >>> qkv = lk.LoRAQKV.from_layers(q, k, v)
+        >>> [y.shape[-1] for y in qkv(torch.randn(2, 64))]
+        [64, 16, 16]
     """
 
     layer_names = ("q_proj", "k_proj", "v_proj")
@@ -145,6 +151,11 @@ class LoRAGateUp(PackedLayers):
     """The projections gate and up of a gated MLP.
 
     forward: x [..., K] to (gate [..., I], up [..., I]), as a tuple.
+
+    Examples:
+        >>> gate, up = lk.LoRALinear(64, 96, r=4), lk.LoRALinear(64, 96, r=4)
+        >>> [y.shape[-1] for y in lk.LoRAGateUp.from_layers(gate, up)(torch.randn(2, 64))]
+        [96, 96]
     """
 
     layer_names = ("gate_proj", "up_proj")
@@ -176,6 +187,12 @@ class LoRAMLP(PackedLayers):
 
     Attributes:
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU).
+
+    Examples:
+        >>> gate, up = lk.LoRALinear(64, 96, r=4), lk.LoRALinear(64, 96, r=4)
+        >>> down = lk.LoRALinear(96, 64, r=4)
+        >>> lk.LoRAMLP.from_layers(gate, up, down)(torch.randn(2, 64)).shape
+        torch.Size([2, 64])
     """
 
     layer_names = ("gate_proj", "up_proj", "down_proj")

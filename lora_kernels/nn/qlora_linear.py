@@ -26,6 +26,13 @@ class QLoRALinear(LoRAMixin, NF4Linear):
     `lora_A` [r, K], `lora_B` [N, r] and with `use_dora` `lora_magnitude_vector` [N] are the only
     trainable parameters. State dict: NF4Linear's keys (bitsandbytes' own) and theirs; a checkpoint
     of the base alone loads as in LoRALinear. Arguments as in NF4Linear and LoRALinear.
+
+    Examples:
+        >>> layer = lk.QLoRALinear.from_linear(torch.nn.Linear(64, 32), r=8, alpha=16)
+        >>> [name for name, p in layer.named_parameters() if p.requires_grad]
+        ['lora_A', 'lora_B']
+        >>> layer(torch.randn(3, 64)).shape
+        torch.Size([3, 32])
     """
 
     def __init__(

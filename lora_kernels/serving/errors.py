@@ -11,6 +11,21 @@ class AdapterPoolFull(RuntimeError):
     Attributes:
         pinned: names of the adapters that are pinned.
         in_use: names of those that a route holds.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool({"q_proj": (64, 32)}, slots=1, pages=1)
+        >>> state = {
+        ...     "base_model.model.q_proj.lora_A.weight": torch.randn(8, 64),
+        ...     "base_model.model.q_proj.lora_B.weight": torch.randn(32, 8),
+        ... }
+        >>> config = lk.LoRAConfig(r=8, target_modules=["q_proj"])
+        >>> pool.load("french", state, config, pin=True)
+        0
+        >>> try:
+        ...     pool.load("german", state, config)
+        ... except lk.serving.AdapterPoolFull as error:
+        ...     error.pinned
+        ('french',)
     """
 
     def __init__(self, message: str, pinned: Sequence[str] = (), in_use: Sequence[str] = ()):
@@ -19,4 +34,19 @@ class AdapterPoolFull(RuntimeError):
 
 
 class AdapterInUse(RuntimeError):
-    """The adapter is pinned or held by a route, so it stays as it is."""
+    """The adapter is pinned or held by a route, so it stays as it is.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool({"q_proj": (64, 32)}, slots=2, pages=2)
+        >>> state = {
+        ...     "base_model.model.q_proj.lora_A.weight": torch.randn(8, 64),
+        ...     "base_model.model.q_proj.lora_B.weight": torch.randn(32, 8),
+        ... }
+        >>> config = lk.LoRAConfig(r=8, target_modules=["q_proj"])
+        >>> pool.load("french", state, config, pin=True)
+        0
+        >>> try:
+        ...     pool.evict("french")
+        ... except lk.serving.AdapterInUse:
+        ...     pool.unpin("french")
+    """

@@ -18,6 +18,13 @@ class Generated(NamedTuple):
     Attributes:
         texts: of each prompt, without the prompt and without special tokens.
         tokens: int64, the new ones of each, up to the first end of sequence (which is kept).
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool(model.eval(), slots=4, pages=4)
+        >>> names = lk.serving.attach_pool(model, pool)
+        >>> made = lk.serving.generate_batch(model, tokenizer, ["Hello"], [None], max_new_tokens=1)
+        >>> len(made.texts), made.tokens[0].shape
+        (1, torch.Size([1]))
     """
 
     texts: list[str]
@@ -47,6 +54,14 @@ def generate_batch(
     Raises:
         ValueError: other than one adapter for each prompt, an empty prompt, a model in training
             mode or without a pool, no token to pad with, or several sequences asked for.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool(model.eval(), slots=4, pages=4)
+        >>> names = lk.serving.attach_pool(model, pool)
+        >>> prompts, names = ["Hello", "Bonjour"], [None, None]  # or names that the pool knows
+        >>> made = lk.serving.generate_batch(model, tokenizer, prompts, names, max_new_tokens=2)
+        >>> len(made.texts)
+        2
     """
     if not isinstance(prompts, str):
         check_kinds(generate_batch, locals())

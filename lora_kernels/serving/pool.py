@@ -28,14 +28,14 @@ HOST_BYTES = 1 << 30
 
 
 class AdapterPool:
-    """Adapters in rank pages of a fixed number, loaded by name and put out when room is needed.
+    """Adapters in a fixed number of rank pages, loaded by name and evicted when room is needed.
 
     An adapter of rank r takes a slot and ceil(r / 16) pages at each of its modules, of all of them
     or of none. The least recently used leaves first; one that a route holds or that is pinned
-    stays, and `AdapterPoolFull` says so. What left comes back by its name, from the host's cache
-    or from its directory. All methods may be called from any thread; files are read and checked
-    without keeping others waiting. On CUDA weights travel on a stream of their own, which routes
-    wait for on the device.
+    stays, and `AdapterPoolFull` says so. One that left is loaded again when it is asked for, from
+    the host's cache or from its directory. All methods may be called from any thread; files are
+    read and checked without keeping others waiting. On CUDA weights travel on a stream of their
+    own, which routes wait for on the device.
 
     Args:
         model: its target layers give the modules and their sizes (it is only looked at); or
@@ -51,6 +51,19 @@ class AdapterPool:
     Raises:
         TypeError, ValueError: an argument is of the wrong type or out of its range, the model has
             no such layer, or adapters already.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool({"q_proj": (64, 32)}, slots=2, pages=2)
+        >>> state = {
+        ...     "base_model.model.q_proj.lora_A.weight": torch.randn(8, 64),
+        ...     "base_model.model.q_proj.lora_B.weight": torch.randn(32, 8),
+        ... }
+        >>> config = lk.LoRAConfig(r=8, target_modules=["q_proj"])
+        >>> pool.load("french", state, config)
+        0
+        >>> pool.acquire(["french", None])  # the slot of each row
+        tensor([ 0, -1], dtype=torch.int32)
+        >>> pool.release(["french", None])
     """
 
     def __init__(

@@ -98,6 +98,13 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
     Raises:
         ValueError: a layer is not there, cannot be adapted, has another shape or is on another
             device than the pool, or the model has adapters or a pool already.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool(model, slots=4, pages=4, target_modules=["q_proj"])
+        >>> lk.serving.attach_pool(model, pool)
+        ('model.layers.0.self_attn.q_proj',)
+        >>> with pool.route([None, None]):  # an adapter's name, or None, for each row
+        ...     logits = model(torch.tensor([[1, 2], [3, 4]])).logits
     """
     model = unwrap(model)
     if not hasattr(pool, "form"):
@@ -139,7 +146,14 @@ def attach_pool(model: nn.Module, pool: AdapterPool) -> tuple[str, ...]:
 
 
 def detach_pool(model: nn.Module) -> tuple[str, ...]:
-    """Put the layers back that `attach_pool` wrapped; their names. Without a pool, nothing."""
+    """Put the layers back that `attach_pool` wrapped; their names. Without a pool, nothing.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool(model, slots=4, pages=4, target_modules=["q_proj"])
+        >>> names = lk.serving.attach_pool(model, pool)
+        >>> lk.serving.detach_pool(model) == names
+        True
+    """
     model = unwrap(model)
     wrapped = [(n, m) for n, m in named_modules(model) if isinstance(m, POOLED)]
     for _, layer in wrapped:
@@ -152,7 +166,14 @@ def detach_pool(model: nn.Module) -> tuple[str, ...]:
 
 
 def attached_pool(model: nn.Module) -> AdapterPool:
-    """The pool of a model; ValueError where there is none."""
+    """The pool of a model; ValueError where there is none.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool(model, slots=4, pages=4)
+        >>> names = lk.serving.attach_pool(model, pool)
+        >>> lk.serving.attached_pool(model) is pool
+        True
+    """
     for _, module in named_modules(model):
         if isinstance(module, POOLED):
             return module.router  # type: ignore[return-value]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Counts of one moment.
+    """What a pool holds at one moment, and counts since it was made.
 
     Attributes:
         known: adapters that the pool has a name for.
@@ -20,6 +20,12 @@ class PoolStats:
         device_bytes: of all pages and tables; fixed when the pool is made.
         used_bytes: of the pages in use and of all tables.
         host_bytes: of the host's cache.
+
+    Examples:
+        >>> pool = lk.serving.AdapterPool({"q_proj": (64, 32)}, slots=2, pages=2)
+        >>> stats = pool.stats()
+        >>> stats.loaded, stats.slots, stats.pages_free
+        (0, 2, 2)
     """
 
     known: int

@@ -122,7 +122,16 @@ def _drawn(
 
 def detach_adapters(model: nn.Module) -> tuple[str, ...]:
     """Put the layers back that a `MultiLoRATrainer` adapted, in 4 bits where it quantised them;
-    their names."""
+    their names.
+
+    Examples:
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> batches = [{"input_ids": ids, "labels": ids}] * 2
+        >>> job = lk.training.AdapterJob(lk.LoRAConfig(target_modules=["q_proj"]), batches)
+        >>> trainer = lk.training.MultiLoRATrainer(model, {"french": job})
+        >>> lk.training.detach_adapters(model)
+        ('model.layers.0.self_attn.q_proj',)
+    """
     found = [(n, m) for n, m in named_modules(model) if isinstance(m, TrainableMultiLoRALinear)]
     for _, layer in found:
         replace_module(model, layer, layer.base)

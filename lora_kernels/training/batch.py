@@ -18,7 +18,7 @@ KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids
 class Batch(NamedTuple):
     """Micro-batches of several adapters, one below the other.
 
-    A micro-batch [B, L] keeps the padding of its own, on whichever side; shorter ones are filled
+    A micro-batch [B, L] keeps its own padding, on whichever side; shorter ones are filled
     up on the right, behind their last column, so that positions are what they were. What fills up
     is masked, has no label and no adapter: it changes nothing for anyone.
 
@@ -32,6 +32,15 @@ class Batch(NamedTuple):
         labels: int64 [ΣB, max L], −100 for none; not shifted.
         slots: int32 [ΣB, max L], −1 where a micro-batch was filled up.
         rows: (first, behind the last) row, and columns, of each slot.
+
+    Examples:
+        >>> def micro_batch(*ids):
+        ...     return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}
+        >>> parts = {0: ("french", micro_batch(1, 2, 3)), 1: ("german", micro_batch(4, 5))}
+        >>> batch = lk.training.Batch.join(parts, torch.device("cpu"))
+        >>> batch.slots
+        tensor([[ 0,  0,  0],
+                [ 1,  1, -1]], dtype=torch.int32)
     """
 
     inputs: dict[str, Tensor]

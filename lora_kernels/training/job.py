@@ -36,6 +36,13 @@ class AdapterJob:
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or out of its range.
+
+    Examples:
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> batches = [{"input_ids": ids, "labels": ids}] * 2
+        >>> job = lk.training.AdapterJob(lk.LoRAConfig(r=8), batches, lr=5e-4, schedule="cosine")
+        >>> job.total
+        2
     """
 
     config: LoRAConfig

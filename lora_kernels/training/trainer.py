@@ -42,7 +42,20 @@ class MultiLoRATrainer:
         loss: of logits [B, L, V] and labels [B, L] of one adapter.
 
     Raises:
-        As `apply_lora`; TypeError or ValueError for a job or a name that makes no sense.
+        TypeError, ValueError: as `apply_lora`, and for a job or a name that makes no sense.
+
+    Examples:
+        >>> ids = torch.tensor([[1, 2, 3, 4]])
+        >>> batches = [{"input_ids": ids, "labels": ids}] * 2
+        >>> jobs = {
+        ...     "french": lk.training.AdapterJob(lk.LoRAConfig(r=4), batches),
+        ...     "german": lk.training.AdapterJob(lk.LoRAConfig(r=8), batches, lr=5e-4),
+        ... }
+        >>> trainer = lk.training.MultiLoRATrainer(model, jobs)
+        >>> losses = trainer.train()
+        >>> {name: len(each) for name, each in losses.items()}
+        {'french': 2, 'german': 2}
+        >>> folders = trainer.save("adapters")  # adapters/french, adapters/german
     """
 
     def __init__(

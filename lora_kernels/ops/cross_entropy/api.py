@@ -77,6 +77,14 @@ def linear_cross_entropy(
         ValueError, TypeError: an argument that does not fit, by name.
 
     Source: Hsu et al., 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training".
+
+    Examples:
+        >>> hidden, head = torch.randn(5, 64), torch.randn(100, 64, requires_grad=True)
+        >>> labels = torch.tensor([3, 99, -100, 0, 7])  # -100: not counted
+        >>> loss = lk.functional.linear_cross_entropy(hidden, head, labels)
+        >>> loss.backward()
+        >>> loss.shape, head.grad.shape
+        (torch.Size([]), torch.Size([100, 64]))
     """
     try:
         x, weight = autocast(x, weight)

@@ -132,6 +132,14 @@ def dora_linear(
     Raises:
         ValueError: a shape, a device or dropout_p does not fit.
         TypeError: a dtype does not fit.
+
+    Examples:
+        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        >>> a, b = torch.randn(8, 64), torch.zeros(32, 8)
+        >>> magnitude = weight.norm(dim=1)  # with B = 0: what the base computes
+        >>> y = lk.functional.dora_linear(x, weight, a, b, magnitude, scale=2.0)
+        >>> y.shape
+        torch.Size([3, 32])
     """
     try:
         stored, meta = base_of(weight)

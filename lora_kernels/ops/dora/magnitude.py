@@ -65,6 +65,10 @@ def weight_norm_squared(weight: Tensor | NF4Weight) -> Tensor:
     Raises:
         ValueError: the weight is not 2-D.
         TypeError: its dtype is not a floating one.
+
+    Examples:
+        >>> lk.functional.weight_norm_squared(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([25.,  4.])
     """
     try:
         return base_norm_squared(*base_of(weight))

@@ -40,6 +40,18 @@ class Mixture(NamedTuple):
         tokens: int32 [E], rows of x (of its leading dimensions flattened), in any order.
         slots: int32 [E], −1 for none.
         weights: fp32 [E].
+
+    Examples:
+        >>> half = lk.functional.Mixture(
+        ...     tokens=torch.tensor([0, 0], dtype=torch.int32),
+        ...     slots=torch.tensor([0, 1], dtype=torch.int32),
+        ...     weights=torch.tensor([0.5, 0.5]),
+        ... )
+        >>> a, b = [torch.randn(4, 64)] * 2, [torch.randn(32, 4)] * 2
+        >>> pages = lk.functional.page_adapters(a, b, [1.0, 1.0])
+        >>> y = lk.functional.gather_lora(torch.randn(3, 64), pages, half)
+        >>> y.any(dim=1)  # only token 0 is named
+        tensor([ True, False, False])
     """
 
     tokens: Tensor
@@ -53,8 +65,19 @@ class SlotDropout(NamedTuple):
     Attributes:
         seeds: int64 [S].
         thresholds: int32 [S], round(65536 p).
-        rows: int32 [E], the row of its slot's mask that an entry takes; None: the how-manieth of
-            its slot it is, so that an adapter drops as it would in a batch of its own.
+        rows: int32 [E], the row of its slot's mask that an entry takes; None: entries are
+            counted slot by slot, so that an adapter drops as it would in a batch of its own.
+
+    Examples:
+        >>> dropout = lk.functional.SlotDropout(
+        ...     seeds=torch.tensor([1, 2]),
+        ...     thresholds=torch.tensor([0, 6554], dtype=torch.int32),  # p = 0 and 0.1
+        ... )
+        >>> a, b = [torch.randn(4, 64)] * 2, [torch.randn(32, 4)] * 2
+        >>> pages = lk.functional.page_adapters(a, b, [1.0, 1.0])
+        >>> slots = torch.tensor([0, 1, 1], dtype=torch.int32)
+        >>> lk.functional.gather_lora(torch.randn(3, 64), pages, slots, dropout=dropout).shape
+        torch.Size([3, 32])
     """
 
     seeds: Tensor
@@ -154,8 +177,18 @@ def gather_lora(
 
     Raises:
         ValueError: a shape, a device, a slot or a token does not fit (the last two on the CPU;
-            on a GPU nobody waits to read them: a slot that is not there is none).
+            on a GPU they are not read, and a slot that does not exist counts as none).
         TypeError: a dtype does not fit.
+
+    Examples:
+        >>> a = [torch.randn(4, 64), torch.randn(16, 64)]  # ranks 4 and 16
+        >>> b = [torch.randn(32, 4), torch.randn(32, 16)]
+        >>> pages = lk.functional.page_adapters(a, b, scales=[2.0, 0.5])
+        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        >>> slots = torch.tensor([1, -1, 0], dtype=torch.int32)  # token 1 has no adapter
+        >>> y = lk.functional.gather_lora(x, pages, slots, base=weight)
+        >>> y.shape
+        torch.Size([3, 32])
     """
     try:
         if isinstance(pages, RankPages):

@@ -84,8 +84,17 @@ def gather_lora_embedding(
 
     Raises:
         ValueError: a shape, a device, a slot or an id does not fit (the last two on the CPU; on a
-            GPU nobody waits to read them: what is not there is no adapter, and a row of zeros).
+            GPU they are not read: such a slot counts as none, and such an id gives zeros).
         TypeError: a dtype does not fit.
+
+    Examples:
+        >>> embedding = torch.nn.Embedding(100, 32)
+        >>> a, b = torch.randn(4, 100), torch.randn(32, 4)
+        >>> pages = lk.functional.page_embedding_adapters([a], [b], scales=[2.0])
+        >>> ids, slots = torch.tensor([7, 7]), torch.tensor([0, -1], dtype=torch.int32)
+        >>> y = lk.functional.gather_lora_embedding(ids, pages, slots, weight=embedding.weight)
+        >>> torch.equal(y[1], embedding.weight[7])  # no adapter: the row as it is
+        True
     """
     try:
         [own] = _entries(ids.unsqueeze(-1), slots)
@@ -135,7 +144,14 @@ def page_embedding_adapters(
     lora_b: Sequence[Tensor | None],
     scales: Sequence[float] | Tensor,
 ) -> RankPages:
-    """`page_adapters` of an embedding's adapters, A [r_i, V] and B [D, r_i]."""
+    """`page_adapters` of an embedding's adapters, A [r_i, V] and B [D, r_i].
+
+    Examples:
+        >>> a, b = torch.randn(4, 100), torch.randn(32, 4)  # a vocabulary of 100, 32 features
+        >>> pages = lk.functional.page_embedding_adapters([a], [b], scales=[2.0])
+        >>> pages.a.shape, pages.b.shape
+        (torch.Size([1, 100, 16]), torch.Size([1, 16, 32]))
+    """
     try:
         pages = page_adapters(lora_a, lora_b, scales)
         return pages._replace(a=pages.a.transpose(1, 2).contiguous())

@@ -36,6 +36,14 @@ class RankPages(NamedTuple):
         table: int32 [S, C], the pages of each slot; past its own any number.
         ranks: int32 [S], 0 to 16 C; 0: the slot has no adapter here.
         scales: fp32 [S].
+
+    Examples:
+        >>> a, b = zip(*((torch.randn(r, 64), torch.randn(32, r)) for r in (4, 20)))
+        >>> pages = lk.functional.page_adapters(a, b, scales=[2.0, 0.5])
+        >>> pages.a.shape, pages.b.shape  # rank 4 takes one page of 16, rank 20 two
+        (torch.Size([3, 16, 64]), torch.Size([3, 16, 32]))
+        >>> pages.ranks
+        tensor([ 4, 20], dtype=torch.int32)
     """
 
     a: Tensor
@@ -130,6 +138,12 @@ def page_adapters(
 
     Raises:
         ValueError: lists of different lengths, no adapter at all, or a shape that does not fit.
+
+    Examples:
+        >>> a, b = torch.randn(8, 64), torch.randn(32, 8)
+        >>> pages = lk.functional.page_adapters([a, None], [b, None], scales=[2.0, 1.0])
+        >>> pages.ranks  # slot 1 leaves this projection alone
+        tensor([8, 0], dtype=torch.int32)
     """
     try:
         if not len(lora_a) == len(lora_b) == len(scales):

@@ -61,6 +61,11 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
         TypeError: a dtype does not fit.
 
     Source: Shazeer, 2020, "GLU Variants Improve Transformer".
+
+    Examples:
+        >>> gate, up = torch.randn(3, 96), torch.randn(3, 96)
+        >>> lk.functional.gated_activation(gate, up, "silu").shape
+        torch.Size([3, 96])
     """
     try:
         index = activation_index(activation)

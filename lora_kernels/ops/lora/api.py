@@ -100,6 +100,15 @@ def lora_linear(
     Raises:
         ValueError: a shape, a device or dropout_p does not fit.
         TypeError: a dtype does not fit.
+
+    Examples:
+        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
+        >>> a = torch.randn(8, 64, requires_grad=True)
+        >>> b = torch.zeros(32, 8, requires_grad=True)
+        >>> y = lk.functional.lora_linear(x, weight, a, b, scale=2.0, dropout_p=0.05)
+        >>> y.sum().backward()
+        >>> y.shape, b.grad.shape
+        (torch.Size([3, 32]), torch.Size([32, 8]))
     """
     try:
         if weight.dim() != 2:
@@ -136,6 +145,12 @@ def nf4_lora_linear(
         qweight: W [N, K] as an `NF4Weight`.
 
     The other arguments, the result and the errors are those of `lora_linear`.
+
+    Examples:
+        >>> weight = lk.NF4Weight.quantize(torch.randn(32, 64))
+        >>> x, a, b = torch.randn(3, 64), torch.randn(8, 64), torch.randn(32, 8)
+        >>> lk.functional.nf4_lora_linear(x, weight, a, b, scale=2.0).shape
+        torch.Size([3, 32])
     """
     try:
         x, bias = autocast(x, bias)
@@ -189,6 +204,13 @@ def dropout_mask(shape: Sequence[int], p: float, seed: Tensor | int, stream: int
 
     Raises:
         ValueError: p is outside [0, 1), shape is empty or stream is negative.
+
+    Examples:
+        >>> mask = lk.functional.dropout_mask([2, 64], p=0.5, seed=7)
+        >>> mask.shape, mask.dtype
+        (torch.Size([2, 64]), torch.bool)
+        >>> torch.equal(mask, lk.functional.dropout_mask([2, 64], p=0.5, seed=7))
+        True
     """
     try:
         check_dropout(p)

@@ -55,6 +55,11 @@ def nf4_linear(x: Tensor, qweight: NF4Weight, *, bias: Tensor | None = None) -> 
     Raises:
         ValueError: a shape or a device does not fit.
         TypeError: a dtype does not fit.
+
+    Examples:
+        >>> weight = lk.NF4Weight.quantize(torch.randn(32, 64))
+        >>> lk.functional.nf4_linear(torch.randn(3, 64), weight).shape
+        torch.Size([3, 32])
     """
     try:
         x, bias = autocast(x, bias)

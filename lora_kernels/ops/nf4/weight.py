@@ -45,6 +45,15 @@ class NF4Weight:
             own scales (fp32), code map (fp32 [256]), offset (fp32 [1]) and block size; None and 0
             when the scales are plain.
         base, meta: the component tensors, and the sizes and format, as the ops take them.
+
+    Examples:
+        >>> weight = lk.NF4Weight.quantize(torch.randn(32, 64), block_size=64)
+        >>> weight.packed.shape  # two codes a byte
+        torch.Size([1024])
+        >>> weight.dequantize().shape
+        torch.Size([32, 64])
+        >>> sorted(weight.state_dict_entries("q_proj."))[:2]  # bitsandbytes' keys
+        ['q_proj.weight', 'q_proj.weight.absmax']
     """
 
     packed: Tensor

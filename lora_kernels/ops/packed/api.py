@@ -193,6 +193,15 @@ def lora_packed_linear(
         TypeError: a dtype or the kind of an entry does not fit.
 
     Source: Hu et al., 2021, "LoRA"; Dettmers et al., 2023, "QLoRA".
+
+    Examples:
+        >>> x, r = torch.randn(3, 64), 8
+        >>> weights = [torch.randn(64, 64), torch.randn(16, 64), torch.randn(16, 64)]
+        >>> a = [torch.randn(r, 64) for _ in weights]
+        >>> b = [torch.randn(w.shape[0], r) for w in weights]
+        >>> q, k, v = lk.functional.lora_packed_linear(x, weights, a, b, scales=[2.0] * 3)
+        >>> q.shape, k.shape
+        (torch.Size([3, 64]), torch.Size([3, 16]))
     """
     try:
         c = gather(x, weights, lora_a, lora_b, scales, biases, dropout_p, seed)

@@ -165,6 +165,14 @@ def lora_mlp(
         TypeError: a dtype or the kind of an entry does not fit.
 
     Source: Shazeer, 2020, "GLU Variants Improve Transformer"; Hu et al., 2021, "LoRA".
+
+    Examples:
+        >>> x, r = torch.randn(3, 64), 8
+        >>> weights = [torch.randn(96, 64), torch.randn(96, 64), torch.randn(64, 96)]
+        >>> a = [torch.randn(r, w.shape[1]) for w in weights]
+        >>> b = [torch.randn(w.shape[0], r) for w in weights]
+        >>> lk.functional.lora_mlp(x, weights, a, b, scales=[2.0] * 3).shape
+        torch.Size([3, 64])
     """
     try:
         index = activation_index(activation)
