@@ -172,9 +172,16 @@ def register(name: str, implementation: Implementation) -> None:
     """Add a backend's implementation to an op that is already defined.
 
     Examples:
-        >>> impl = lk.dispatch.Implementation("triton", lambda call: call.x * 3)
-        >>> lk.dispatch.register("linear_cross_entropy", impl)  # which has none yet
-        >>> del lk.dispatch.registry._ops["linear_cross_entropy"].implementations["triton"]
+        >>> from typing import NamedTuple
+        >>> @lk.dispatch.define("thrice_for_docs", "Tensor")
+        ... class Thrice(NamedTuple):
+        ...     x: torch.Tensor
+        ...     def fake(self):
+        ...         return torch.empty_like(self.x)
+        >>> impl = lk.dispatch.Implementation("reference", lambda call: 3 * call.x)
+        >>> lk.dispatch.register("thrice_for_docs", impl)
+        >>> lk.dispatch.chosen("thrice_for_docs", torch.ones(2))
+        'reference'
     """
     op = _get(name)
     if implementation.backend in op.implementations:
