@@ -147,7 +147,7 @@ def _dora(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
     made = _made("dora_linear_fwd", forward, fill)
     needs = [True, True, True, True, False, False]
     back = [layer.dy, x, made["s"], base, meta, a, b, scale, magnitude, norm, p, seed]
-    back += [made["z"], needs]
+    back += [made["u"], needs]
     rows = nbytes(magnitude, norm)
     small = nbytes(layer.w, a, b) + norm.nbytes
     return [
@@ -159,7 +159,7 @@ def _dora(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
             "dora forward", "dora_linear_fwd", forward, z, dropout,
             z.floor["forward"] + rows + layer.dy.nbytes, z.flops["forward"], m * n,
         ),
-        Subject(  # one more product for the magnitude's gradient: z is read
+        Subject(  # one more product for the magnitude's gradient: u is read
             "dora backward", "dora_linear_bwd", back, z, dropout,
             z.floor["backward"] + rows + magnitude.nbytes + layer.dy.nbytes,
             z.flops["backward"], m * k,

@@ -52,6 +52,10 @@ void check_cpu(const char* name, const Tensor& t, ScalarType dtype,
 
 // Float, Half or BFloat16, or an error that names the argument.
 Dtype kernel_dtype(const char* name, ScalarType dtype);
+// rank_dtype of the kernels.
+inline ScalarType rank_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Half ? ScalarType::Float : dtype;
+}
 inline Dtype kernel_dtype(const char* name, const Tensor& t) {
   return kernel_dtype(name, t.scalar_type());
 }

@@ -44,7 +44,7 @@ struct Call : GatherCall {
     gather_kernels().add(data<float>(sums), touched.data(), overwrite, out, parallel);
   }
 
-  // The adapters' part of y into `out`; s [E, Σ width] of x's type where not null.
+  // The adapters' part of y into `out`; s [E, Σ width] of x's rank_dtype where not null.
   void branch(bool overwrite, const MatrixView& out, Tensor* s) const {
     for (size_t i = 0; i < projections.size(); ++i) {
       const Projection& p = projections[i];
@@ -52,7 +52,7 @@ struct Call : GatherCall {
       const Tensor sums = new_sums(p);
       char* rounded = s == nullptr ? nullptr
                                    : static_cast<char*>(s->mutable_data_ptr()) +
-                                         p.rank_column * element_size(activations);
+                                         p.rank_column * element_size(rank_dtype(activations));
       shrink(p, *p.a, drops.of(i), view, sums, rounded, ranks());
       add_once(columns_of(out, p.column, p.n), i, 1, overwrite,
                [&](size_t, const MatrixView& to, bool over) {
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> gather_lora_fwd(
     const std::vector<Tensor>& entry_tensors, const std::vector<Tensor>& dropout) {
   LK_CHECK(meta.size() >= 2, "meta: got ", meta.size(), " numbers, expected 2 or more");
   const Call call(any_x, meta[0], meta[1], pages, entry_tensors, dropout);
-  Tensor s = zeros(call.x, {call.entries.count, call.ranks()}, call.x.scalar_type());
+  Tensor s = zeros(call.x, {call.entries.count, call.ranks()}, rank_dtype(call.x.scalar_type()));
   Tensor y = base_tensors.empty()
                  ? bias_rows(call.x, bias, meta[0])
                  : base_forward(call.x, Base(base_tensors, meta), base_tensors[0], bias);
@@ -131,7 +131,7 @@ void gather_lora_add(const Tensor& out, const Tensor& x, const std::vector<Tenso
 Tensor scaled_sums(const Tensor& s, const Call& call, const Projection& p) {
   const Tensor out = call.new_sums(p);
   float* to = mutable_data<float>(out);
-  with_type(call.activations, [&](auto of) {
+  with_type(rank_dtype(call.activations), [&](auto of) {
     const auto* from = data<decltype(of)>(s) + p.rank_column;
     for (const SlotGroup& g : p.groups)
       for (int64_t i = 0; i < g.count; ++i)
@@ -160,7 +160,7 @@ Grads gather_lora_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
   check_dtype("dy", dy, x.scalar_type());
   const Tensor s = rows_of("s", any_s, call.ranks());
   check_shape("s", s, {call.entries.count, -1});
-  check_dtype("s", s, x.scalar_type());
+  check_dtype("s", s, rank_dtype(x.scalar_type()));
   const bool want_x = needs[0], want_bias = needs[1], want_weights = needs[2];
   const MatrixView dy_view = matrix_view("dy", dy, -1, meta[0]);
 

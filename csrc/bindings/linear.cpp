@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const std::vector<Te
                                            const std::optional<Tensor>& out_diag, int64_t stream) {
   const Base base(base_tensors, meta);
   const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, out_diag, stream);
-  Tensor s = new_tensor(x, {x.size(0), lora.r()}, x.scalar_type());
+  Tensor s = new_tensor(x, {x.size(0), lora.r()}, rank_dtype(x.scalar_type()));
   Tensor y = forward(x, base, bias, lora, &s);
   return {y, s};
 }
@@ -165,9 +165,9 @@ Grads lora_linear_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
   const MatrixView dy_view = matrix_view("dy", dy, -1, base.meta.n);
   const MatrixView x_view = matrix_view("x", x, -1, base.meta.k);
   const MatrixView s_view = matrix_view("s", s, -1, lora.r());
-  LK_CHECK(x_view.dtype == dy_view.dtype && s_view.dtype == dy_view.dtype, "dy: got ",
-           dtype_name(dy.scalar_type()), ", x ", dtype_name(x.scalar_type()), ", s ",
-           dtype_name(s.scalar_type()), "; expected one type");
+  LK_CHECK(x_view.dtype == dy_view.dtype, "dy: got ", dtype_name(dy.scalar_type()), ", x ",
+           dtype_name(x.scalar_type()), "; expected one type");
+  check_dtype("s", s, rank_dtype(dy.scalar_type()));
   const int64_t m = dy_view.rows;
   LK_CHECK(x_view.rows == m && s_view.rows == m, "dy: got ", m, " rows, x ", x_view.rows, ", s ",
            s_view.rows, "; expected as many");
@@ -181,7 +181,7 @@ Grads lora_linear_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
   Tensor drank = none(dtype_of(rank_diag)), dout = none(dtype_of(out_diag));
   if (needs[kX] || needs[kA]) {
     if (needs[kX]) dx = new_tensor(dy, {m, base.meta.k}, dy.scalar_type());
-    Tensor ds = new_tensor(dy, {m, lora.r()}, dy.scalar_type());
+    Tensor ds = new_tensor(dy, {m, lora.r()}, rank_dtype(dy.scalar_type()));
     const LinearBackward call{dy_view, base.view, lora, needs[kX] ? dx.mutable_data_ptr() : nullptr,
                               ds.mutable_data_ptr()};
     if (m > 0) check_memory(kernels().backward(call, torch_parallel()));

@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& any_x, const std::vecto
   const DeviceGuard guard(device);
   const Tensor x = rows_of(any_x);
   Tensor y = new_tensor(x, {x.size(0), meta.n}, x.scalar_type());
-  Tensor s = new_tensor(x, {x.size(0), rank}, x.scalar_type());
+  Tensor s = new_tensor(x, {x.size(0), rank}, rank_dtype(x.scalar_type()));
   Nf4Linear call = linear_call(x, base, meta, bias, y);
   call.a = a.const_data_ptr();
   call.lda = leading("lora_a", a);

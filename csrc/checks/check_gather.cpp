@@ -152,7 +152,8 @@ struct Check {
 
   void shrink() {
     const double one = roundoff(type_of(X{}));
-    std::vector<X> s = nans<X>(kTokens * (pool.width + 1));
+    using Kept = std::conditional_t<std::is_same_v<X, Half>, float, X>;  // rank_dtype
+    std::vector<Kept> s = nans<Kept>(kTokens * (pool.width + 1));
     CHECK(gather_kernels().shrink(pass(pool.pages.data()), x.view(), s.data(), pool.width + 1,
                                   pieces(3)),
           "out of memory");

@@ -209,7 +209,7 @@ struct Layer {
 // y and s; the sums of y take s as the kernel rounded it.
 std::vector<Array> check_forward(Layer& f, const Parallel& parallel) {
   const auto& [m, n, k, r, block, nested, p, diagonals] = f.shape;
-  Array y = Array::result(f.dtype, m, n), s = Array::result(f.dtype, m, r);
+  Array y = Array::result(f.dtype, m, n), s = Array::result(rank_dtype(f.dtype), m, r);
   const LinearForward call{f.x.view(), f.base,   f.bias.view(),
                            f.lora,     y.data(), r > 0 ? s.data() : nullptr};
   CHECK(linear_kernels().forward(call, parallel), "out of memory");
@@ -233,7 +233,7 @@ std::vector<Array> check_forward(Layer& f, const Parallel& parallel) {
 
 std::vector<Array> check_backward(Layer& f, const Parallel& parallel, bool wants_dx) {
   const auto& [m, n, k, r, block, nested, p, diagonals] = f.shape;
-  Array dx = Array::result(f.dtype, m, k), ds = Array::result(f.dtype, m, r);
+  Array dx = Array::result(f.dtype, m, k), ds = Array::result(rank_dtype(f.dtype), m, r);
   const LinearBackward call{f.dy.view(), f.base, f.lora, wants_dx ? dx.data() : nullptr,
                             r > 0 ? ds.data() : nullptr};
   CHECK(linear_kernels().backward(call, parallel), "out of memory");
@@ -258,7 +258,7 @@ std::vector<Array> check_backward(Layer& f, const Parallel& parallel, bool wants
 // The sums over M of both adapters' gradients, and what is made of one of them.
 std::vector<Array> check_gradients(Layer& f, const Parallel& parallel, Random random) {
   const auto& [m, n, k, r, block, nested, p, diagonals] = f.shape;
-  Array left = Array::random(f.dtype, m, r, kPad, random);
+  Array left = Array::random(rank_dtype(f.dtype), m, r, kPad, random);
   std::vector<Array> outs;
   for (const bool of_a : {true, false}) {
     Array& right = of_a ? f.x : f.dy;

@@ -318,8 +318,9 @@ void with_pages(Dtype dtype, const Fn& fn) {
 
 inline bool shrink(const GatherPass& f, const MatrixView& m, void* s, int64_t stride,
                    const Parallel& parallel) {
-  with_pages(f.dtype,
-             [&](auto p) { shrink_as<decltype(p)>(f, m, {s, m.dtype, stride}, parallel); });
+  with_pages(f.dtype, [&](auto p) {
+    shrink_as<decltype(p)>(f, m, {s, rank_dtype(m.dtype), stride}, parallel);
+  });
   return true;
 }
 

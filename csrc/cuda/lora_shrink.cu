@@ -51,7 +51,8 @@ __device__ void add_across(float (&sum)[32], int lane) {
   if constexpr (kHalf > 1) add_across<kHalf / 2>(sum, lane);
 }
 
-// s[M, R] = x[M, K] A[R, K]ᵀ, A rounded to x's type first, summed in fp32, rounded once.
+// s[M, R] = x[M, K] A[R, K]ᵀ, A rounded to x's type first, summed in fp32, rounded once to as many
+// bits as x has.
 //
 // Grid: 4 ranks x 8 tokens. Threads take 16 bytes of x each, every 512th one; then the 32 sums of a
 // warp are added across its lanes so that lane l ends with sum l, and the warps' in order.
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(kThreads)
   float total = of_warp[0][lane];
 #pragma unroll
   for (int i = 1; i < kThreads / 32; ++i) total = __fadd_rn(total, of_warp[i][lane]);
-  static_cast<T*>(c.s)[(token + m) * c.lds + rank + r] = Math<T>::round(total);
+  using Rank = typename Math<T>::Rank;
+  static_cast<Rank*>(c.s)[(token + m) * c.lds + rank + r] = Math<T>::round_rank(total);
 }
 
 template <class T, class Adapter>

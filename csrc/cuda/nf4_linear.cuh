@@ -98,12 +98,15 @@ __device__ uint32_t bits(const Pair& pair) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// The types of x: rounding to them, and their tensor-core instruction D += A B.
+// The types of x: rounding to them, and their tensor-core instruction D += A B; Rank is the type of
+// s, and round_rank rounds to it.
 template <class T>
 struct Math;
 
 template <>
 struct Math<__nv_bfloat16> {
+  using Rank = __nv_bfloat16;
+  __device__ static Rank round_rank(float v) { return round(v); }
   __device__ static uint32_t pack(float2 v) { return bits(__floats2bfloat162_rn(v.x, v.y)); }
   __device__ static __nv_bfloat16 round(float v) { return __float2bfloat16_rn(v); }
   __device__ static float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -117,6 +120,20 @@ struct Math<__nv_bfloat16> {
 
 template <>
 struct Math<__half> {
+  // As many bits as fp16 has are what a tf32 product takes.
+  using Rank = float;
+  __device__ static float round_rank(float v) {
+    const uint32_t bits = __float_as_uint(v);
+    const uint32_t rounded = (bits + 0xfffu + (bits >> 13 & 1u)) & ~0x1fffu;
+    return isfinite(v) ? __uint_as_float(rounded) : v;
+  }
+  __device__ static void mma_tf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+          "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+  }
   __device__ static uint32_t pack(float2 v) { return bits(__floats2half2_rn(v.x, v.y)); }
   __device__ static __half round(float v) { return __float2half_rn(v); }
   __device__ static float widen(__half v) { return __half2float(v); }
@@ -130,6 +147,8 @@ struct Math<__half> {
 
 template <>
 struct Math<float> {
+  using Rank = float;
+  __device__ static float round_rank(float v) { return v; }
   __device__ static float round(float v) { return v; }
   __device__ static float widen(float v) { return v; }
 };
@@ -239,17 +258,38 @@ __device__ Quad<T> load_b(const Nf4Linear& c, int64_t at, int64_t left, bool vec
   return quad;
 }
 
+// d += B sᵀ of four ranks a lane: rows g and g + 8 of B, and s of token g.
+template <class T, class Rank>
+__device__ void mma_ranks(float (&d)[4], const Quad<T>& low, const Quad<T>& high,
+                          const Quad<Rank>& s) {
+  if constexpr (sizeof(Rank) == sizeof(T)) {
+    const uint2 l = *reinterpret_cast<const uint2*>(&low);
+    const uint2 h = *reinterpret_cast<const uint2*>(&high);
+    const uint2 b = *reinterpret_cast<const uint2*>(&s);
+    const uint32_t a[4] = {l.x, h.x, l.y, h.y};
+    Math<T>::mma(d, a, b.x, b.y);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const float a[4] = {Math<T>::widen(low.v[i]), Math<T>::widen(high.v[i]),
+                          Math<T>::widen(low.v[i + 1]), Math<T>::widen(high.v[i + 1])};
+      Math<T>::mma_tf32(d, a, s.v[i], s.v[i + 1]);
+    }
+  }
+}
+
 // sums = scale s Bᵀ over every `step`-th 16 ranks from r0 on; the part of lane (g, t): rank
 // r0 + 4 t .. + 3.
 template <class S>
 __device__ void lora_sums(Sums<S>& sums, const Nf4Linear& c, int64_t row, int64_t token, int tokens,
                           int64_t r0, int step) {
   using T = typename S::T;
+  using Rank = typename Math<T>::Rank;
   const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
-  const T* s = static_cast<const T*>(c.s) + token * c.lds;
+  const Rank* s = static_cast<const Rank*>(c.s) + token * c.lds;
   const bool vector_b =
       c.adapters == Dtype::f32 ? quads_aligned<float>(c.b, c.ldb) : quads_aligned<T>(c.b, c.ldb);
-  const bool vector_s = quads_aligned<T>(c.s, c.lds);
+  const bool vector_s = quads_aligned<Rank>(c.s, c.lds);
   for (; r0 < c.rank; r0 += step) {
     const int64_t at = r0 + 4 * t, left = c.rank - at;
     Quad<T> w[kRunRows];
@@ -260,15 +300,10 @@ __device__ void lora_sums(Sums<S>& sums, const Nf4Linear& c, int64_t row, int64_
 #pragma unroll
       for (int tile = 0; tile < S::kTiles; ++tile) {
         const int m = 8 * tile + g;
-        const Quad<T> v = load_quad(s + m * c.lds + at, m < tokens ? left : 0, vector_s);
-        const uint2 b2 = *reinterpret_cast<const uint2*>(&v);
+        const Quad<Rank> v = load_quad(s + m * c.lds + at, m < tokens ? left : 0, vector_s);
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          const uint2 low = *reinterpret_cast<const uint2*>(&w[2 * r]);
-          const uint2 high = *reinterpret_cast<const uint2*>(&w[2 * r + 1]);
-          const uint32_t a[4] = {low.x, high.x, low.y, high.y};
-          Math<T>::mma(sums.d[r][tile], a, b2.x, b2.y);
-        }
+        for (int r = 0; r < kRowTiles; ++r)
+          mma_ranks<T>(sums.d[r][tile], w[2 * r], w[2 * r + 1], v);
       }
     } else {
 #pragma unroll

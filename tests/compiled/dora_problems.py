@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.lora.reference import drop
 from lora_kernels.ops.nf4.reference import dense_weight
 from tests.compiled.problems import FP16, FP32, Problem, both
@@ -115,14 +116,14 @@ def _backward(p: Problem, r: Source) -> tuple[Any, ...]:
     bias, dropout, seed = (t.pop(name) for name in ("bias", "dropout_p", "seed"))
     dy = r.normal(x.shape[0], n, dtype=p.dtype)
     dy = strided(dy, p.strides) if p.strides else dy
-    s = (drop(x.float(), dropout, seed) @ t["a"].float().T).to(p.dtype)
-    z = r.normal(x.shape[0], n, dtype=p.dtype) if _learns(p) else None
+    s = rank_value(drop(x.float(), dropout, seed) @ t["a"].float().T, p.dtype)
+    u = r.normal(x.shape[0], n, dtype=p.dtype) if _learns(p) else None
     needs = list(p.needs or (True, True, True, _learns(p), bias is not None, False))[:6]
-    return dy, t.pop("x"), s, *t.values(), dropout, seed, z, needs
+    return dy, t.pop("x"), s, *t.values(), dropout, seed, u, needs
 
 
 def _learns(p: Problem) -> bool:
-    """Whether the magnitude does, so that the forward keeps z."""
+    """Whether the magnitude does, so that the forward keeps u."""
     return not p.rank_diag or p.out_diag
 
 

@@ -11,6 +11,7 @@ import torch
 
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.common.configs import GemmConfig
+from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.common.strategies import STRATEGIES
 from tests.compiled.problems import BF16, FP16, FP32, both
 from tests.ops.case import Source
@@ -135,7 +136,7 @@ def _lora_forward(p: Quantised, r: Source) -> tuple[Any, ...]:
 def _lora_backward(p: Quantised, r: Source) -> tuple[Any, ...]:
     x, base, meta, a, b, scale, _, dropout, seed, *_ = _lora_forward(p, r)
     dy = r.normal(p.shape[0], p.shape[1], dtype=p.dtype)
-    s = r.normal(p.shape[0], p.shape[3], dtype=p.dtype)
+    s = rank_value(r.normal(p.shape[0], p.shape[3]), p.dtype)
     needs = [True, True, True, False, False, False, False]
     return dy, x, s, base, meta, a, b, scale, dropout, seed, None, None, needs
 

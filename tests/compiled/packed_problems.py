@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import GemmConfig
+from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.packed.schema import META
 from tests.compiled.problems import BF16, FP16, FP32, SMALL, both
@@ -211,7 +212,7 @@ def _backward(p: Packed, r: Source) -> tuple[Any, ...]:
     dy: list[Tensor] = [r.normal(p.m, n, dtype=p.dtype) for n in p.n]
     if p.strides:
         dy = [strided(t, p.strides) for t in dy]
-    s = r.normal(p.m, sum(p.r), dtype=p.dtype)
+    s = rank_value(r.normal(p.m, sum(p.r)), p.dtype)
     count = len(p.n)
     needs = [True] * (1 + 2 * count) + [t is not None for t in bias] + [False] * count
     if p.needs is not None:

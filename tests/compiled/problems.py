@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lora_kernels.ops.common.configs import GemmConfig
+from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.common.strategies import STRATEGIES
 from tests.ops.case import Source, strided
 
@@ -223,7 +224,7 @@ def _backward(p: Problem, r: Source) -> tuple[Any, ...]:
     x, base, meta, a, b, scale, bias, dropout, seed, rank_diag, out_diag = _forward(p, r)
     dy = r.normal(x.shape[0], meta[0], dtype=p.dtype)
     dy = strided(dy, p.strides) if p.strides else dy
-    s = r.normal(x.shape[0], a.shape[0], dtype=p.dtype)
+    s = rank_value(r.normal(x.shape[0], a.shape[0]), p.dtype)
     given = (bias is not None, rank_diag is not None, out_diag is not None, False)
     needs = list(p.needs or (True, True, True, *given))
     return dy, x, s, base, meta, a, b, scale, dropout, seed, rank_diag, out_diag, needs

@@ -39,6 +39,30 @@ class Case:
         return move(self.make(Source(seed)), device)
 
 
+@dataclass(frozen=True)
+class Range:
+    """Factors on a call's random tensors that take a rank-wide sum out of fp16's range, or DoRA's
+    output before its magnitude; what comes of it is within."""
+
+    x: float = 1.0
+    w: float = 1.0
+    a: float = 1.0
+    b: float = 1.0
+    dy: float = 1.0
+    s: float = 1.0
+    magnitude: float = 1.0
+
+
+RANGES = {
+    "wide-s": Range(x=2.0**5, a=2.0**13, b=2.0**-8, dy=2.0**-10, s=2.0**18),
+    "wide-ds": Range(x=2.0**-9, a=2.0**-9, b=2.0**6, dy=2.0**11),
+    "tiny-ds": Range(x=2.0**5, a=2.0**9, b=2.0**-8, dy=2.0**-16),
+}
+ANY = Range()
+WIDE_SHAPES = ((5, 12, 20, 3), (33, 129, 257, 17))  # M, N, K, R
+WIDE_BASES = ("dense", "nf4-nested")
+
+
 class Source:
     """Random tensors from a case's own generator."""
 
@@ -48,9 +72,11 @@ class Source:
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, std: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=self.generator) * std).to(dtype)
 
-    def base(self, name: str, n: int, k: int, dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
+    def base(
+        self, name: str, n: int, k: int, dtype: torch.dtype, factor: float = 1.0
+    ) -> tuple[list[Tensor], list[int]]:
         """W [N, K] of a kind in `BASES`, as the ops take it."""
-        w = self.normal(n, k, dtype=dtype, std=max(k, 1) ** -0.5)
+        w = self.normal(n, k, dtype=dtype, std=factor * max(k, 1) ** -0.5)
         if BASES[name] is None:
             return [w], [n, k]
         with use_backend("reference"):

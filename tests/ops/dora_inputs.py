@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.lora.reference import drop
 from lora_kernels.ops.nf4.reference import dense_weight
-from tests.ops.case import BASES, DTYPES, Case, Source, dtype_name, size_name, strided
+from tests.ops.case import (
+    ANY,
+    BASES,
+    DTYPES,
+    RANGES,
+    WIDE_BASES,
+    WIDE_SHAPES,
+    Case,
+    Range,
+    Source,
+    dtype_name,
+    size_name,
+    strided,
+)
 
 # M, N, K, R: single rows and columns, no rows, outputs or inputs, K that is no multiple of 8.
 SHAPES = (
@@ -33,7 +47,7 @@ SCALE = 0.75
 class Options:
     """What a DoRA call may have besides x, W, A, B and the magnitude.
 
-    `keep_z` is whether the magnitude learns. `rows` makes some rows special: "zero" have norm 0,
+    `keep_u` is whether the magnitude learns. `rows` makes some rows special: "zero" have norm 0,
     "flat" have magnitude 0 or a tiny m̂.
     """
 
@@ -41,9 +55,10 @@ class Options:
     dropout_p: float = 0.0
     adapter_dtype: torch.dtype | None = None
     strides: str = ""
-    keep_z: bool = True
+    keep_u: bool = True
     rows: str = ""
     needs: tuple[bool, ...] | None = None
+    range: Range = ANY
 
 
 FP32 = torch.float32
@@ -59,10 +74,17 @@ SPECIAL = {
     "zero-rows-all": Options(True, 0.5, FP32, rows="zero"),
     "flat-rows": Options(rows="flat"),
     "flat-rows-all": Options(True, 0.5, FP32, rows="flat"),
-    "kept-nothing": Options(keep_z=False),
-    "kept-nothing-all": Options(True, 0.5, FP32, keep_z=False),
+    "kept-nothing": Options(keep_u=False),
+    "kept-nothing-all": Options(True, 0.5, FP32, keep_u=False),
     "transposed": Options(True, 0.25, strides="transposed"),
     "padded-rows": Options(strides="padded-rows"),
+}
+
+WIDE = {
+    f"{name}-{kind}": replace(o, range=of)
+    for name, of in (RANGES | {"wide-z": Range(x=2.0**5, w=2.0**12, magnitude=2.0**-7)}).items()
+    for kind, o in OPTIONS.items()
+    if name != "wide-z" or not o.dropout_p  # x − drop(x) meets no magnitude
 }
 
 Call = tuple[tuple[int, int, int, int], torch.dtype, str, Options]
@@ -71,9 +93,9 @@ Call = tuple[tuple[int, int, int, int], torch.dtype, str, Options]
 def _base(r: Source, call: Call, adapters: torch.dtype) -> tuple[Any, ...]:
     """base, meta, a, b"""
     (_, n, k, rank), dtype, name, o = call
-    base, meta = r.base(name, n, k, dtype)
-    a = r.normal(rank, k, dtype=adapters, std=max(k, 1) ** -0.5)
-    b = r.normal(n, rank, dtype=adapters, std=rank**-0.5)
+    base, meta = r.base(name, n, k, dtype, o.range.w)
+    a = r.normal(rank, k, dtype=adapters, std=o.range.a * max(k, 1) ** -0.5)
+    b = r.normal(n, rank, dtype=adapters, std=o.range.b * rank**-0.5)
     if o.rows == "zero":  # of W and B; and W = −cBA exactly, in whole numbers
         b[::3] = 0
         if len(base) == 1:
@@ -95,7 +117,7 @@ def _norm(base: list[Tensor], meta: list[int], a: Tensor, b: Tensor) -> tuple[Te
 def dora_norm() -> Iterator[Case]:
     def make(r: Source, call: Call) -> tuple[Any, ...]:
         base, meta, a, b = _base(r, call, call[3].adapter_dtype or call[1])
-        own = None if not call[3].keep_z else _norm(base, meta, a, b)[0]
+        own = None if not call[3].keep_u else _norm(base, meta, a, b)[0]
         return own, base, meta, a, b, SCALE
 
     plain, mixed = OPTIONS["plain"], OPTIONS["fp32-adapters"]
@@ -124,6 +146,9 @@ def _calls() -> Iterator[tuple[str, Call, bool]]:
         core = dtype is FP32 and base in ("dense", "nf4-nested") and name in ("plain", "all")
         label = f"{dtype_name(dtype)}-{size_name(*SMALL)}-{base}-{name}"
         yield label, (SMALL, dtype, base, o), core
+    for shape, base, (name, o) in itertools.product(WIDE_SHAPES, WIDE_BASES, WIDE.items()):
+        label = f"float16-{size_name(*shape)}-{base}-{name}"
+        yield label, (shape, torch.float16, base, o), False
     for shape in SHAPES:
         label = f"bfloat16-{size_name(*shape)}-nf4-nested-all"
         yield label, (shape, torch.bfloat16, "nf4-nested", OPTIONS["all"]), False
@@ -132,10 +157,10 @@ def _calls() -> Iterator[tuple[str, Call, bool]]:
 def _arguments(r: Source, call: Call) -> dict[str, Any]:
     (m, n, k, _), dtype, _, o = call
     adapters = o.adapter_dtype or dtype
-    x = r.normal(m, k, dtype=dtype)
+    x = r.normal(m, k, dtype=dtype, std=o.range.x)
     base, meta, a, b = _base(r, call, adapters)
     norm = _norm(base, meta, a, b)[1]
-    magnitude = norm * (1 + r.normal(n, std=0.25))
+    magnitude = norm * (1 + r.normal(n, std=0.25)) * o.range.magnitude
     if o.rows == "flat":
         magnitude[::3], magnitude[1] = 0, magnitude[1] * 1e-5
     return {
@@ -155,11 +180,11 @@ def _arguments(r: Source, call: Call) -> dict[str, Any]:
 
 def dora_linear_fwd() -> Iterator[Case]:
     for label, call, core in _calls():
-        keep_z = call[3].keep_z
+        keep_u = call[3].keep_u
         yield Case(
             "dora_linear_fwd",
             label,
-            lambda r, c=call, z=keep_z: (*_arguments(r, c).values(), z),
+            lambda r, c=call, u=keep_u: (*_arguments(r, c).values(), u),
             core=core,
         )
 
@@ -169,14 +194,14 @@ def dora_linear_bwd() -> Iterator[Case]:
         o = call[3]
         t = _arguments(r, call)
         x, base, meta, a = (t[k] for k in ("x", "base", "meta", "a"))
-        dy = r.normal(x.shape[0], meta[0], dtype=x.dtype)
+        dy = r.normal(x.shape[0], meta[0], dtype=x.dtype, std=o.range.dy)
         dy = strided(dy, o.strides) if o.strides and dy.numel() else dy
-        s = (drop(x.float(), o.dropout_p, t["seed"]) @ a.float().T).to(x.dtype)
-        z = r.normal(x.shape[0], meta[0], dtype=x.dtype) if o.keep_z else None
-        needs = o.needs or (True, True, True, o.keep_z, o.bias, len(base) == 1)
+        s = rank_value(drop(x.float(), o.dropout_p, t["seed"]) @ a.float().T, x.dtype)
+        u = r.normal(x.shape[0], meta[0], dtype=x.dtype) if o.keep_u else None
+        needs = o.needs or (True, True, True, o.keep_u, o.bias, len(base) == 1)
         bias, p, seed = (t.pop(k) for k in ("bias", "dropout_p", "seed"))
         assert (bias is not None) == o.bias
-        return dy, t.pop("x"), s, *t.values(), p, seed, z, list(needs)
+        return dy, t.pop("x"), s, *t.values(), p, seed, u, list(needs)
 
     for label, call, core in _calls():
         yield Case("dora_linear_bwd", label, lambda r, c=call: make(r, c), core=core)

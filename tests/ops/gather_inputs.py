@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.gather.pages import PAGE, pages_of
 from lora_kernels.ops.gather.schema import Needs, sums_width
-from tests.ops.case import DTYPES, Case, Source, dtype_name, strided
+from tests.ops.case import ANY, DTYPES, RANGES, Case, Range, Source, dtype_name, strided
 
 SEEDS = (7, -1234567890123456789, 3)
 
@@ -40,6 +41,7 @@ class Gather:
     strides: str = ""
     spare: int = 3  # pages that nobody uses
     needs: tuple[int, ...] | None = None  # positions in `needs`
+    range: Range = ANY
 
 
 QKV = Gather(n=(64, 24, 9), missing=((1, 0), (2, 3), (2, 1)), ranks=(8, 17, 3, 33))
@@ -77,6 +79,11 @@ CALLS = {
     "transposed": Gather(strides="transposed", dropout=(0.2,)),
     "padded-rows": Gather(strides="padded-rows", base="dense"),
 }
+WIDE = {
+    f"{name}-{kind}": replace(CALLS[kind], range=of, bias=False)
+    for name, of in RANGES.items()
+    for kind in ("base", "dropout", "mixture", "fp32-pages", "few-slots", "one-slot", "qkv")
+}
 CORE = ("base", "qkv", "mixture", "no-token")
 
 
@@ -94,8 +101,9 @@ def _pages(c: Gather, projection: int, dtype: torch.dtype, r: Source) -> list[Te
         for column in range(pages_of(rank)):
             page, rows = order.pop(), min(PAGE, rank - column * PAGE)
             table[slot, column] = page
-            a[page, :rows] = r.normal(rows, c.k, dtype=dtype, std=max(c.k, 1) ** -0.5)
-            b[page, :rows] = r.normal(rows, c.n[projection], dtype=dtype, std=rank**-0.5)
+            std = (c.range.a * max(c.k, 1) ** -0.5, c.range.b * rank**-0.5)
+            a[page, :rows] = r.normal(rows, c.k, dtype=dtype, std=std[0])
+            b[page, :rows] = r.normal(rows, c.n[projection], dtype=dtype, std=std[1])
     scales = r.normal(len(ranks)).abs() + 0.25
     return [a, b, table, torch.tensor(ranks, dtype=torch.int32), scales]
 
@@ -133,7 +141,7 @@ def _dropout(c: Gather, entries: int, r: Source) -> list[Tensor]:
 def _forward(c: Gather, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
     """x, base, meta, bias, pages, entries, dropout"""
     total = sum(c.n)
-    x = r.normal(c.t, c.k, dtype=dtype)
+    x = r.normal(c.t, c.k, dtype=dtype, std=c.range.x)
     base, meta = r.base(c.base, total, c.k, dtype) if c.base else ([], [total, c.k])
     pages = [t for i in range(len(c.n)) for t in _pages(c, i, c.page_dtype or dtype, r)]
     entries = _entries(c, r)
@@ -152,7 +160,7 @@ def _add(c: Gather, dtype: torch.dtype, r: Source, overwrite: bool) -> tuple[Any
 def _backward(c: Gather, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
     """dy, x, s, base, meta, pages, entries, dropout, needs"""
     x, base, meta, bias, pages, entries, dropout = _forward(c, dtype, r)
-    dy = r.normal(c.t, meta[0], dtype=dtype)
+    dy = r.normal(c.t, meta[0], dtype=dtype, std=c.range.dy)
     dy = strided(dy, c.strides) if c.strides else dy
     (_, s), p = (
         torch.ops.lora_kernels.gather_lora_fwd(x, base, meta, bias, pages, entries, dropout),
@@ -163,6 +171,7 @@ def _backward(c: Gather, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
     needs = Needs(True, bias is not None, len(entries) > 1, every, every, every).pack()
     if c.needs is not None:
         needs = [i in c.needs for i in range(len(needs))]
+    s = rank_value(s, x.dtype)
     return dy, x, s, base, meta, pages, entries, dropout, needs
 
 
@@ -174,6 +183,9 @@ def _cases(op: str, make: Any, **more: Any) -> Iterator[Case]:
             lambda r, c=c, d=dtype: make(c, d, r, **more),
             core=name in CORE and dtype is torch.bfloat16,
         )
+    for name, c in WIDE.items():
+        label = "-".join((f"float16-{name}", *(k for k, v in more.items() if v)))
+        yield Case(op, label, lambda r, c=c: make(c, torch.float16, r, **more))
 
 
 def gather_lora_fwd() -> Iterator[Case]:

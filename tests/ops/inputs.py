@@ -8,15 +8,29 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels import NF4Weight, use_backend
+from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.nf4.double_quant import dynamic_map
-from tests.ops.case import BASES, DTYPES, Case, Source, dtype_name, size_name, strided
+from tests.ops.case import (
+    ANY,
+    BASES,
+    DTYPES,
+    RANGES,
+    WIDE_BASES,
+    WIDE_SHAPES,
+    Case,
+    Range,
+    Source,
+    dtype_name,
+    size_name,
+    strided,
+)
 from tests.ops.cross_entropy_inputs import cross_entropy, linear_cross_entropy
 from tests.ops.dora_inputs import dora_linear_bwd, dora_linear_fwd, dora_norm
 from tests.ops.gather_embedding_inputs import (
@@ -200,6 +214,7 @@ class Options:
     strides: str = ""
     needs: tuple[bool, ...] | None = None
     stream: int = 0
+    range: Range = ANY
 
 
 OPTIONS = {
@@ -212,20 +227,26 @@ OPTIONS = {
     "all": Options(True, 0.5, True, True, torch.float32),
 }
 STRIDED = {s: Options(True, 0.25, strides=s) for s in ("transposed", "padded-rows")}
+WIDE = {
+    f"{name}-{kind}": replace(o, range=of)
+    for name, of in RANGES.items()
+    for kind, o in OPTIONS.items()
+    if kind in ("plain", "dropout", "fp32-adapters", "all")
+}
 STREAMS = {f"stream{s}": Options(dropout_p=0.5, stream=s) for s in (3, 2**32 - 1)}
 
 
 def _lora(case: tuple[int, int, int, int], dtype: torch.dtype, base: str, o: Options, r: Source):
     """x, base, meta, a, b, scale, bias, dropout_p, seed, rank_diag, out_diag, stream"""
     m, n, k, rank = case
-    x = r.normal(m, k, dtype=dtype)
+    x = r.normal(m, k, dtype=dtype, std=o.range.x)
     x = strided(x, o.strides) if o.strides and o.strides != "expanded" else x
     adapters = o.adapter_dtype or dtype
     return (
         x,
         *r.base(base, n, k, dtype),
-        r.normal(rank, k, dtype=adapters, std=max(k, 1) ** -0.5),
-        r.normal(n, rank, dtype=adapters, std=rank**-0.5),
+        r.normal(rank, k, dtype=adapters, std=o.range.a * max(k, 1) ** -0.5),
+        r.normal(n, rank, dtype=adapters, std=o.range.b * rank**-0.5),
         0.75,
         r.normal(n, dtype=dtype) if o.bias else None,
         o.dropout_p,
@@ -246,6 +267,9 @@ def _lora_calls() -> Iterator[tuple[str, tuple, bool, Options]]:
         core = dtype == torch.float32 or name == "all"
         label = f"{dtype_name(dtype)}-{size_name(*SMALL)}-{base}-{name}"
         yield label, (SMALL, dtype, base, o), core and base in ("dense", "nf4-nested"), o
+    for shape, base, (name, o) in itertools.product(WIDE_SHAPES, WIDE_BASES, WIDE.items()):
+        label = f"float16-{size_name(*shape)}-{base}-{name}"
+        yield label, (shape, torch.float16, base, o), False, o
     for shape in SHAPES:
         o = OPTIONS["all"]
         yield (
@@ -264,9 +288,9 @@ def _lora_linear_fwd() -> Iterator[Case]:
 def _lora_linear_bwd() -> Iterator[Case]:
     def make(call: tuple, o: Options, r: Source) -> tuple[Any, ...]:
         x, base, meta, a, b, scale, bias, *rest, stream = _lora(*call, r)
-        dy = r.normal(x.shape[0], meta[0], dtype=x.dtype)
+        dy = r.normal(x.shape[0], meta[0], dtype=x.dtype, std=o.range.dy)
         dy = strided(dy, o.strides) if o.strides and dy.numel() else dy
-        s = r.normal(x.shape[0], a.shape[0], dtype=x.dtype)
+        s = rank_value(r.normal(x.shape[0], a.shape[0], std=o.range.s), x.dtype)
         diagonals = [t is not None for t in rest[2:]]
         needs = o.needs or (True, True, True, bias is not None, *diagonals, len(base) == 1)
         return dy, x, s, base, meta, a, b, scale, *rest, list(needs), stream

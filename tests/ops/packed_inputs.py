@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.packed.schema import META
-from tests.ops.case import DTYPES, Case, Source, dtype_name, strided
+from tests.ops.case import ANY, DTYPES, RANGES, Case, Range, Source, dtype_name, strided
 
 SEED = -1234567890123456789
 SCALES = (0.75, 2.0, -0.5)
@@ -31,6 +32,7 @@ class Packed:
     adapter_dtype: torch.dtype | None = None
     strides: str = ""
     needs: tuple[int, ...] | None = None  # positions in `needs`
+    range: Range = ANY
 
 
 NF4 = ("nf4",) * 3
@@ -61,12 +63,21 @@ _pair: dict[str, Any] = {"r": (8, 5), "bases": ("dense", "nf4"), "bias": (True, 
 CALLS["no-input"] = Packed(k=0, n=(9, 16), dropout_p=0.1, **_pair)
 CALLS["no-output"] = Packed(n=(0, 16), dropout_p=0.1, **_pair)
 CALLS["no-nf4-output"] = Packed(n=(16, 0), **_pair)
+WIDE = {
+    f"{name}-{kind}": Packed(m=33, k=97, bias=(False,) * 3, range=of, **options)
+    for name, of in RANGES.items()
+    for kind, options in {
+        "plain": {},
+        "dropout": {"dropout_p": 0.3},
+        "mixed": {"bases": MIXED, "dropout_p": 0.3, "adapter_dtype": FP32},
+    }.items()
+}
 CORE = ("bias", "mixed", "one", "transposed", "mixed-0x31")
 
 
 def _arguments(c: Packed, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
     """x, base, meta, a, b, scales, bias, dropout_p, seed"""
-    x = r.normal(c.m, c.k, dtype=dtype)
+    x = r.normal(c.m, c.k, dtype=dtype, std=c.range.x)
     adapters = c.adapter_dtype or dtype
     base: list[Tensor] = []
     meta: list[int] = []
@@ -78,9 +89,9 @@ def _arguments(c: Packed, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
         strided(x, c.strides) if c.strides else x,
         base,
         meta,
-        [r.normal(rank, c.k, dtype=adapters, std=max(c.k, 1) ** -0.5) for rank in c.r],
+        [r.normal(rank, c.k, dtype=adapters, std=c.range.a * max(c.k, 1) ** -0.5) for rank in c.r],
         [
-            r.normal(n, rank, dtype=adapters, std=rank**-0.5)
+            r.normal(n, rank, dtype=adapters, std=c.range.b * rank**-0.5)
             for n, rank in zip(c.n, c.r, strict=True)
         ],
         list(SCALES[: len(c.n)]),
@@ -93,10 +104,10 @@ def _arguments(c: Packed, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
 def _backward(c: Packed, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
     """dy, x, s, base, meta, a, b, scales, dropout_p, seed, needs"""
     x, base, meta, a, b, scales, bias, *dropout = _arguments(c, dtype, r)
-    dy = [r.normal(c.m, n, dtype=dtype) for n in c.n]
+    dy = [r.normal(c.m, n, dtype=dtype, std=c.range.dy) for n in c.n]
     if c.strides:
         dy = [strided(t, c.strides) for t in dy]
-    s = r.normal(c.m, sum(c.r), dtype=dtype)
+    s = rank_value(r.normal(c.m, sum(c.r), std=c.range.s), dtype)
     weights = [kind == "dense" for kind in c.bases]
     p = len(c.n)
     needs = [True] * (1 + 2 * p) + [t is not None for t in bias] + weights
@@ -113,6 +124,8 @@ def _cases(op: str, make: Any) -> Iterator[Case]:
             lambda r, c=call, d=dtype: make(c, d, r),
             core=name in CORE and dtype is not torch.float16,
         )
+    for name, call in WIDE.items():
+        yield Case(op, f"float16-{name}", lambda r, c=call: make(c, torch.float16, r))
 
 
 def lora_packed_fwd() -> Iterator[Case]:

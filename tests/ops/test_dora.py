@@ -194,7 +194,7 @@ def _extra(t, base, p, bias):
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("p", "bias"), [(0.0, False), (0.0, True), (0.2, False)])
-def test_saved_are_s_and_z(base, dtype, p, bias):
+def test_saved_are_s_and_u(base, dtype, p, bias):
     y, extra = _extra(tensors(dtype=dtype, adapters=torch.float32), base, p, bias)
     assert sorted(tuple(v.shape) for v in extra) == [(M, R), (M, N)]
     assert all(v.data_ptr() != y.data_ptr() for v in extra)

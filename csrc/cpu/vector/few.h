@@ -217,8 +217,9 @@ inline bool forward_few(LinearForward f, const Parallel& parallel) {
   }
   const Lora lora(f.lora);
   if (r > 0) {
-    few_inner(lora.a, natural, m, k, r, f.x.dtype, f.s, parallel);
-    widen(f.s, f.x.dtype, 0, m * r, inner);
+    const Dtype dtype = rank_dtype(f.x.dtype);
+    few_inner(lora.a, natural, m, k, r, dtype, f.s, parallel);
+    widen(f.s, dtype, 0, m * r, inner);
   }
   const FewOperands operands{x, inner};
   bool ok = true;

@@ -44,7 +44,7 @@ inline bool forward(const LinearForward& f, const Parallel& parallel) {
   p.expand = {lora.b, true};
   p.left_dropout = f.lora.dropout;
   p.inner = f.s;
-  p.inner_dtype = f.x.dtype;
+  p.inner_dtype = rank_dtype(f.x.dtype);
   p.bias = f.bias;
   p.out = f.y;
   p.out_dtype = f.x.dtype;
@@ -67,7 +67,7 @@ inline bool backward(const LinearBackward& f, const Parallel& parallel) {
   p.expand = {lora.a, false};
   p.out_dropout = f.lora.dropout;
   p.inner = f.ds;
-  p.inner_dtype = f.dy.dtype;
+  p.inner_dtype = rank_dtype(f.dy.dtype);
   p.out_dtype = f.dy.dtype;
   return run(p, parallel);
 }

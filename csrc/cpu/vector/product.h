@@ -1,7 +1,7 @@
 // One blocked fp32 product serves the linear layers forward and backward, and their adapters'
 // gradients:
 //
-//   inner[M, R] = (keep ∘ left) · shrink                       rounded to the type of left
+//   inner[M, R] = (keep ∘ left) · shrink                       rounded to inner_dtype
 //   out[M, C]   = left · base + keep ∘ (inner · expand) + bias   rounded once
 //
 // left[M, D], base[D, C], shrink[D, R], expand[R, C]. An element is always summed in the same

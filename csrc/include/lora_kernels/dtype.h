@@ -11,6 +11,10 @@ namespace lora_kernels {
 enum class Dtype : int { f32 = 0, f16, bf16 };
 constexpr int kDtypes = 3;
 
+// Of s = x · Aᵀ and ds = dy · B for activations of a type: a sum may leave fp16's range where the
+// output that it becomes does not.
+constexpr Dtype rank_dtype(Dtype dtype) { return dtype == Dtype::f16 ? Dtype::f32 : dtype; }
+
 // Storage only; arithmetic is in fp32.
 struct Half {
   uint16_t bits;

@@ -49,8 +49,8 @@ struct GatherPass {
 };
 
 struct GatherKernels {
-  // sums[e, j] = Σ_c drop(m[token, c]) · page row j [c]; also to s [entries, ..] of m's type, rows
-  // `stride` apart, where not null. False: out of memory.
+  // sums[e, j] = Σ_c drop(m[token, c]) · page row j [c]; also to s [entries, ..] of rank_dtype,
+  // rows `stride` apart, where not null. False: out of memory.
   bool (*shrink)(const GatherPass&, const MatrixView& m, void* s, int64_t stride, const Parallel&);
   // out[token, c] (+)= factor[e] · drop'(Σ_j sums[e, j] · page row j [c]); drop' scales and masks.
   // No token twice in a group. False: out of memory.

@@ -7,7 +7,7 @@
 //   dx = dy · W + keep ∘ (ds · A) / (1 - p)               [M, K]
 //
 // One rounding rule for every M: a 4-bit weight is round(code · absmax) to the type of x, products
-// accumulate in fp32, every result is rounded once.
+// accumulate in fp32, every result is rounded once; s and ds are of rank_dtype(type of x).
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ struct LinearForward {
   MatrixView bias;  // [N] or absent
   LoraView lora;
   void* y;  // [M, N] contiguous, type of x
-  void* s;  // [M, R] contiguous, type of x
+  void* s;  // [M, R] contiguous, rank_dtype
 };
 
 struct LinearBackward {
@@ -55,7 +55,7 @@ struct LinearBackward {
   BaseView base;
   LoraView lora;
   void* dx;  // [M, K] contiguous, type of dy, or null
-  void* ds;  // [M, R] contiguous, type of dy
+  void* ds;  // [M, R] contiguous, rank_dtype
 };
 
 // out[R, C] fp32 = leftᵀ · (keep ∘ right): the gradients of both adapters.
@@ -76,7 +76,7 @@ struct AdapterGrads {
   float *drank_diag, *dout_diag;
 };
 
-// x, dy and s are of one type, any of the three, as are the adapters; a dense weight of any.
+// x and dy are of one type, any of the three, as are the adapters; a dense weight of any.
 struct LinearKernels {
   bool (*forward)(const LinearForward&, const Parallel&);  // false: out of memory
   bool (*backward)(const LinearBackward&, const Parallel&);

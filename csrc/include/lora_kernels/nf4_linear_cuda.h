@@ -7,10 +7,11 @@ namespace lora_kernels {
 
 constexpr int64_t kNf4LinearMaxTokens = 64;
 
-// y[M, N] = x[M, K] Wᵀ + bias[N] + scale s[M, R] B[N, R]ᵀ, s = x A[R, K]ᵀ rounded to x's type
+// y[M, N] = x[M, K] Wᵀ + bias[N] + scale s[M, R] B[N, R]ᵀ, s = x A[R, K]ᵀ rounded to x's type;
+// of fp16 x the 11 bits of that type in fp32, which has the range.
 //
-// q holds W [N, K]. x, bias, s and y are of one type, A and B of the same or fp32; rows have unit
-// column stride and `ld*` elements from one to the next.
+// q holds W [N, K]. x, bias and y are of one type, s of its rank_dtype, A and B of the same as x or
+// fp32; rows have unit column stride and `ld*` elements from one to the next.
 struct Nf4Linear {
   DeviceQuantView q;
   const void* x;

@@ -11,11 +11,12 @@ from lora_kernels.ops.common.nf4_tiles import right_tile
 from lora_kernels.ops.common.tiles import (
     cast,
     dot,
+    dot_rank,
     fence_copies,
     in_registers,
     keep_operand,
     keep_tile,
-    rest_of,
+    rank_value,
     waited,
 )
 
@@ -45,12 +46,13 @@ def branch_tile(
     p_col=None,
     stride_col=1,
     p_rest=None,
+    REST: tl.constexpr = False,
 ):
     """b_sum + (factor · rank ∘ t)·(u ∘ col) [BM, BN] of t[M, R] u[R, N] rank[R] col[N]; factors
     that are None are 1.
 
     Operands are rounded to DTYPE. The left side's rest is added where factor is given, for t was
-    rounded before; without factor and rank that of t itself may be given in p_rest.
+    rounded before, and where REST; without factor and rank that of t itself may be given in p_rest.
     """
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -74,13 +76,12 @@ def branch_tile(
             b_t = b_t.to(tl.float32) * b_rank[None, :].to(tl.float32)
         if factor is not None:
             b_t = b_t.to(tl.float32) * factor
-            if tl.float32 != DTYPE:
-                b_sum = dot(rest_of(b_t, DTYPE), cast(b_u, DTYPE), b_sum, PRECISION)
         if p_rest is not None:
             p_rest_tile = p_rest + m0.to(tl.int64) * stride_tm
             b_rest = tl.load(p_rest_tile + o_t, mask=m_m[:, None] & m_r[None, :], other=0.0)
             b_sum = dot(b_rest, cast(b_u, DTYPE), b_sum, PRECISION)
-        b_sum = dot(cast(b_t, DTYPE), cast(b_u, DTYPE), b_sum, PRECISION)
+        AGAIN: tl.constexpr = tl.float32 != DTYPE and (REST or factor is not None)
+        b_sum = dot_rank(b_t, cast(b_u, DTYPE), b_sum, DTYPE, PRECISION, AGAIN)
     return b_sum
 
 
@@ -264,7 +265,7 @@ def own_branch_tile(
     if n0 == 0:
         p_t += m0.to(tl.int64) * stride_tm
         o_t = o_m[:, None] * stride_tm + o_r[None, :] * stride_tr
-        tl.store(p_t + o_t, cast(b_s, DTYPE), mask=m_m[:, None] & m_r[None, :])
+        tl.store(p_t + o_t, rank_value(b_s, DTYPE), mask=m_m[:, None] & m_r[None, :])
     if not BACKWARD:
         b_s *= b_f[None, :]
     p_u += n0.to(tl.int64) * stride_un
@@ -275,11 +276,11 @@ def own_branch_tile(
         b_u = b_u.to(tl.float32) * b_col[None, :].to(tl.float32)
     if BACKWARD and DROPOUT:
         b_z = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
-        b_z = dot(cast(b_s, DTYPE), cast(b_u, DTYPE), b_z, PRECISION)
+        b_z = dot_rank(b_s, cast(b_u, DTYPE), b_z, DTYPE, PRECISION)
         m_keep = keep_tile(p_seed, m0 + o_m, n0, stream, threshold, BM, BN)
         b_y += tl.where(m_keep, b_z * keep_scale, 0.0)
     else:
-        b_y = dot(cast(b_s, DTYPE), cast(b_u, DTYPE), b_y, PRECISION)
+        b_y = dot_rank(b_s, cast(b_u, DTYPE), b_y, DTYPE, PRECISION)
     return b_y
 
 

@@ -49,6 +49,74 @@ def cast(b_value, dtype: tl.constexpr):
 
 
 @triton.jit
+def rank_value(b_value, dtype: tl.constexpr):
+    """fp32 values of s or ds as they are kept for activations of dtype: see `rank.py`."""
+    if dtype == tl.float16:
+        bits = b_value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000
+        return tl.where(tl.abs(b_value) < float("inf"), bits.to(tl.float32, bitcast=True), b_value)
+    return cast(b_value, dtype)
+
+
+@triton.jit
+def _powers(b_rank, AXIS: tl.constexpr):
+    """Powers of two that take the largest magnitude along AXIS to 2^14 and above, the top of fp16,
+    and their inverses; from 2^-40 to 2^64, so that what is divided by one stays a number."""
+    bits = tl.max(tl.abs(b_rank), axis=AXIS).to(tl.float32).to(tl.uint32, bitcast=True)
+    bits = tl.minimum(tl.maximum(bits & 0x7F800000, 0x32800000), 0x66800000) - 0x07000000
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot_rank(
+    b_rank,
+    b_right,
+    b_sum,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REST: tl.constexpr = False,
+):
+    """b_sum + b_rank·b_right for a left side that is rank-wide and rounded to DTYPE; with REST once
+    more for what rounding takes from it.
+
+    fp16 lacks its range: there each row, and the sums of the row meanwhile, are divided by a power
+    of two. The right side stays fp16 in shared memory; tf32 products would need twice of that.
+    """
+    if tl.float16 == DTYPE:
+        b_power, b_inverse = _powers(b_rank, 1)
+        b_rank = b_rank.to(tl.float32) * b_inverse[:, None]
+        b_sum *= b_inverse[:, None]
+    if REST:
+        b_sum = dot(rest_of(b_rank, DTYPE), b_right, b_sum, PRECISION)
+    b_sum = dot(cast(b_rank, DTYPE), b_right, b_sum, PRECISION)
+    if tl.float16 == DTYPE:
+        b_sum *= b_power[:, None]
+    return b_sum
+
+
+@triton.jit
+def dot_by_rank(
+    b_left,
+    b_rank,
+    b_sum,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    REST: tl.constexpr = False,
+):
+    """b_sum + b_left·b_rank, as `dot_rank` does it with the columns of the right side."""
+    if tl.float16 == DTYPE:
+        b_power, b_inverse = _powers(b_rank, 0)
+        b_rank = b_rank.to(tl.float32) * b_inverse[None, :]
+        b_sum *= b_inverse[None, :]
+    if REST:
+        b_sum = dot(b_left, rest_of(b_rank, DTYPE), b_sum, PRECISION)
+    b_sum = dot(b_left, cast(b_rank, DTYPE), b_sum, PRECISION)
+    if tl.float16 == DTYPE:
+        b_sum *= b_power[None, :]
+    return b_sum
+
+
+@triton.jit
 def rest_of(b_value, dtype: tl.constexpr):
     """What rounding to dtype takes from fp32 values, itself rounded; 0 where a value overflows."""
     b_rounded = cast(b_value, dtype).to(tl.float32)

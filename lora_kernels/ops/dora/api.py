@@ -6,6 +6,7 @@ Source: Liu et al., 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation"; the nor
 With c = scale, xd = drop(x) and norm[n] = ‖W[n] + c·B[n]·A‖, a constant to autograd:
     s = xd·Aᵀ                            [M, R]
     z = xd·Wᵀ + c·s·Bᵀ                   [M, N]
+    u = z / norm                         [M, N]
     y = m̂ ∘ z + (x − xd)·Wᵀ + bias       the same as PEFT's
         x·Wᵀ + bias + (m̂ − 1) ∘ (xd·Wᵀ) + m̂ ∘ (c·s·Bᵀ); without dropout x − xd = 0
 
@@ -21,21 +22,22 @@ Backward, with dy = ∂L/∂y and dz = m̂ ∘ dy:
                                                    without dropout dz·W + ds·A
     dA         = dsᵀ·xd
     dB         = c · dzᵀ·s
-    dmagnitude = (Σ_m dy ∘ z) / norm
+    dmagnitude = Σ_m dy ∘ u
     dbias      = Σ_m dy
     dW         = dzᵀ·xd + dyᵀ·(x − xd)   (dense base, only if it requires grad; norm a constant)
 
-A row with norm 0 has no direction. There m̂ = 1 and dmagnitude = 0: all is finite, and the row
+A row with norm 0 has no direction. There m̂ = 1 and u = dmagnitude = 0: all is finite, and the row
 learns as in plain LoRA until it has a norm. (m̂ = 0 would leave a layer of zeros dead for ever.)
 
-Saved: x, s, the norm [N], the parameters themselves, and if the magnitude requires a gradient z,
-M·N elements of x's dtype. The mask is made again from its seed. Why z, and nothing cheaper:
+Saved: x, s, the norm [N], the parameters themselves, and if the magnitude requires a gradient u,
+M·N elements of x's dtype. The mask is made again from its seed. Why u, and nothing cheaper:
+    z          may be beyond fp16's largest number where y is not; |u| is at most the length of xd.
     y          is the caller's, who may write over it (`relu_`, `+=`). It would cost no memory where
                the next operation keeps it (v, gate and up of a transformer, not q, k, o and down),
-               but it lacks what a small m̂ or a large bias takes from z.
-    nothing    Σ_m dy ∘ z = ⟨W[n], (dyᵀ·xd)[n]⟩ + c·⟨B[n], (dyᵀ·s)[n]⟩, or z made again: 2·M·N·K
-               FLOPs, a third more than forward and backward have, against one M·N store and one
-               read. Who lacks the memory has checkpointing.
+               but it lacks what a small m̂ or a large bias takes from u.
+    nothing    norm ∘ dmagnitude = ⟨W[n], (dyᵀ·xd)[n]⟩ + c·⟨B[n], (dyᵀ·s)[n]⟩, or z made again:
+               2·M·N·K FLOPs, as many as the forward's, against one M·N store and one read. Who
+               lacks the memory has checkpointing.
 """
 
 from __future__ import annotations
@@ -71,19 +73,19 @@ class DoRALinearFunction(KeepsSettings):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
         c = _FIELDS.gathered(counts, values)
-        c = c._replace(keep_z=c.magnitude.requires_grad)
-        y, s, z = run("dora_linear_fwd", c)
-        _FIELDS.keep(ctx, counts, values, s, *([z] if c.keep_z else []), without=c.bias)
+        c = c._replace(keep_u=c.magnitude.requires_grad)
+        y, s, u = run("dora_linear_fwd", c)
+        _FIELDS.keep(ctx, counts, values, s, *([u] if c.keep_u else []), without=c.bias)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        c, (s, *z) = _FIELDS.kept(ctx)
+        c, (s, *u) = _FIELDS.kept(ctx)
         asked = _FIELDS.asked(ctx)
         needs = [asked.x, asked.a, asked.b, asked.magnitude, asked.bias]
         needs.append(len(c.base) == 1 and asked.base[0])
-        call = c.backward(to_rows(dy), s, z[0] if z else None, needs)
+        call = c.backward(to_rows(dy), s, u[0] if u else None, needs)
         grads = run("dora_linear_bwd", call)
         made = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         dx, da, db, dmagnitude, dbias, dw = made
@@ -163,7 +165,7 @@ def dora_linear(
         c = DoRALinearForward(
             *(to_rows(x), base, meta, lora_a, lora_b, scale, magnitude, norm, bias, dropout_p),
             seed,
-            keep_z=False,
+            keep_u=False,
         )
         if needs_grad(x, lora_a, lora_b, magnitude, bias, base[0] if len(base) == 1 else None):
             y = DoRALinearFunction.apply(_FIELDS.counts(c), *_FIELDS.spread(c))

@@ -27,6 +27,9 @@ from lora_kernels.ops.dora.magnitude import (
 from lora_kernels.ops.dora.schema import DoRALinearBackward, DoRALinearForward, DoRANorm
 from lora_kernels.ops.nf4.base import Meta
 
+# Half of fp16's largest number.
+_MOST_Z = 32752.0
+
 
 def _native(op: str, *args: Any) -> Any:
     return getattr(getattr(torch.ops, NATIVE_NAMESPACE), op).default(*args)
@@ -74,23 +77,42 @@ def _base_rows(rows: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Ten
 
 @without_autocast
 def dora_linear_fwd(c: DoRALinearForward) -> tuple[Tensor, Tensor, Tensor]:
-    """z = xd·Wᵀ + scale·s·Bᵀ in one kernel;  y = m̂ ∘ z + (x − xd)·Wᵀ + bias,  xd = drop(x)."""
+    """z = xd·Wᵀ + scale·s·Bᵀ in one kernel;  y = m̂ ∘ z + (x − xd)·Wᵀ + bias,  xd = drop(x);
+    u = z / norm."""
     x = c.x
     mask = _mask(x, c.dropout_p, c.seed)
     xd = _drop(x, mask, c.dropout_p)
-    branch = c.lora._replace(x=xd, bias=None, dropout_p=0.0, seed=None)
+    rows = _row_scale(xd, c.norm)
+    held = xd if rows is None else (xd / rows).to(x.dtype)
+    branch = c.lora._replace(x=held, bias=None, dropout_p=0.0, seed=None)
     z, s = _native("lora_linear_fwd", *branch)
+    if rows is not None:
+        s *= rows
     rest = None if mask is None else _base_linear(x - xd, c.base, c.meta)
-    y = torch.empty_like(z) if c.keep_z else z
-    m = output_scale(c.magnitude, c.norm)
-    for out, part, beside in _row_blocks(c.meta[0], y, z, rest):
-        block = part * m  # fp32
+    y = torch.empty_like(z) if c.keep_u else z
+    m, inverse = output_scale(c.magnitude, c.norm), inverse_norm(c.norm)
+    for out, part, beside, by in _row_blocks(c.meta[0], y, z, rest, rows):
+        whole = part.float() if by is None else part * by
+        block = whole * m
         if beside is not None:
             block += beside
         if c.bias is not None:
             block += c.bias
         out.copy_(block)
-    return y, s, z if c.keep_z else x.new_empty(0)
+        if c.keep_u:
+            part.copy_(whole.mul_(inverse))
+    return y, s, z if c.keep_u else x.new_empty(0)
+
+
+def _row_scale(x: Tensor, norm: Tensor) -> Tensor | None:
+    """Powers of two [M, 1] in fp32 for rows of fp16 x whose |z| <= ‖x[m]‖·norm[n] fp16 may not
+    hold; None where it holds all."""
+    if x.dtype != torch.float16 or norm.numel() == 0:
+        return None
+    most = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32, keepdim=True) * norm.max()
+    if not bool((most > _MOST_Z).any()):  # on a CPU this waits for nothing
+        return None
+    return torch.exp2(torch.log2(most / _MOST_Z).ceil().clamp(min=0))
 
 
 @without_autocast
@@ -120,8 +142,8 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
         if mask is not None and needs[5]:
             dw += dy.T @ (x - xd)
     if needs[3]:
-        assert c.z is not None
-        dmagnitude = (_column_dot(dy, c.z) * inverse_norm(norm)).to(c.magnitude.dtype)
+        assert c.u is not None
+        dmagnitude = _column_dot(dy, c.u).to(c.magnitude.dtype)
     if needs[4]:
         dbias = dy.sum(0)
     return dx, da, db, dmagnitude, dbias, dw

@@ -1,4 +1,4 @@
-"""Schemas, checks and fakes of the DoRA ops. x, dy, s, y and z are 2-D here; `api.py` flattens."""
+"""Schemas, checks and fakes of the DoRA ops. x, dy, s, y and u are 2-D here; `api.py` flattens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.dora.magnitude import norm_dtype
 from lora_kernels.ops.lora.schema import LoRALinearForward
 
@@ -46,9 +47,9 @@ class DoRANorm(NamedTuple):
         return self.a.new_empty((self.meta[0],), dtype=norm_dtype(self.base))
 
 
-@define("dora_linear_fwd", "(Tensor y, Tensor s, Tensor z)")
+@define("dora_linear_fwd", "(Tensor y, Tensor s, Tensor u)")
 class DoRALinearForward(NamedTuple):
-    """y, s and, if `keep_z`, z = drop(x)·Wᵀ + scale·s·Bᵀ, else [0]."""
+    """y, s and, if `keep_u`, u = (drop(x)·Wᵀ + scale·s·Bᵀ) / norm, else [0]."""
 
     x: Tensor
     base: Sequence[Tensor]
@@ -61,7 +62,7 @@ class DoRALinearForward(NamedTuple):
     bias: Tensor | None
     dropout_p: float
     seed: Tensor | None
-    keep_z: bool
+    keep_u: bool
 
     @property
     def lora(self) -> LoRALinearForward:
@@ -71,11 +72,11 @@ class DoRALinearForward(NamedTuple):
 
     def fake(self) -> tuple[Tensor, Tensor, Tensor]:
         x, size = self.x, (self.x.shape[0], self.meta[0])
-        s = x.new_empty((x.shape[0], self.a.shape[0]))
-        return x.new_empty(size), s, x.new_empty(size if self.keep_z else (0,))
+        s = x.new_empty((x.shape[0], self.a.shape[0]), dtype=rank_dtype(x.dtype))
+        return x.new_empty(size), s, x.new_empty(size if self.keep_u else (0,))
 
     def backward(
-        self, dy: Tensor, s: Tensor, z: Tensor | None, needs: Sequence[bool]
+        self, dy: Tensor, s: Tensor, u: Tensor | None, needs: Sequence[bool]
     ) -> DoRALinearBackward:
         """The call of its backward."""
         return DoRALinearBackward(
@@ -91,7 +92,7 @@ class DoRALinearForward(NamedTuple):
             self.norm,
             self.dropout_p,
             self.seed,
-            z,
+            u,
             needs,
         )
 
@@ -101,7 +102,7 @@ class DoRALinearForward(NamedTuple):
     "(Tensor dx, Tensor da, Tensor db, Tensor dmagnitude, Tensor dbias, Tensor dw)",
 )
 class DoRALinearBackward(NamedTuple):
-    """The gradients that `needs` asks for, in the order of `GRADS`; the others are empty. z is for
+    """The gradients that `needs` asks for, in the order of `GRADS`; the others are empty. u is for
     dmagnitude, and may be absent where that is not asked."""
 
     dy: Tensor
@@ -116,7 +117,7 @@ class DoRALinearBackward(NamedTuple):
     norm: Tensor
     dropout_p: float
     seed: Tensor | None
-    z: Tensor | None
+    u: Tensor | None
     needs: Sequence[bool]
 
     @property

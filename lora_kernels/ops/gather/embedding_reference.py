@@ -1,6 +1,7 @@
 """Many adapters on an embedding in plain PyTorch: the oracle, and what runs on every device.
 
-Everything is computed in y's dtype, but for the sums of the gradients.
+Everything is computed in y's dtype, but for what is rank-wide (`ops/common/rank.py`) and the sums
+of the gradients.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.dispatch.registry import register_reference
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.gather.embedding_schema import (
     GatherEmbedAdd,
     GatherEmbedBackward,
@@ -50,7 +52,9 @@ def _groups(
         # A copy: matrix products of the CPU read past a row's end, where NaN may stand.
         s = p.a[own, found[:, None]].flatten(1)[:, :rank].contiguous()  # [G, C, 16] to [G, r]
         b = p.b[own].flatten(0, 1)[:rank]
-        yield _Group(slot, tokens, found, s.to(dtype), own, b.to(dtype), p.scales[slot].to(dtype))
+        rank_wide = rank_dtype(dtype)
+        s, b = (t.to(dtype).to(rank_wide) for t in (s, b))
+        yield _Group(slot, tokens, found, s, own, b, p.scales[slot].to(rank_wide))
 
 
 @register_reference
@@ -64,7 +68,7 @@ def gather_lora_embed_fwd(c: GatherEmbedForward) -> Tensor:
     else:
         y = F.embedding(ids, weight)
     for tokens, z in parts:
-        y[tokens] = y[tokens] + z
+        y[tokens] = (y[tokens] + z).to(dtype)
     return y
 
 
@@ -74,7 +78,7 @@ def gather_lora_embed_add(c: GatherEmbedAdd) -> None:
     out, groups = c.out, _groups(c.ids, c.pages, c.slots, c.out.dtype)
     parts = [(g.tokens, g.scale * (g.s @ g.b)) for g in groups]
     for tokens, z in parts:
-        out[tokens] = out[tokens] + z
+        out[tokens] = (out[tokens] + z).to(out.dtype)
 
 
 @register_reference
@@ -85,7 +89,7 @@ def gather_lora_embed_bwd(c: GatherEmbedBackward) -> tuple[Tensor, Tensor, Tenso
     da, db, dscales = (torch.zeros_like(t, dtype=wide) for t in (p.a, p.b, p.scales))
     for g in _groups(c.ids, c.pages, c.slots, dy.dtype):
         dz, rank = dy[g.tokens], g.b.shape[0]
-        u = dz @ g.b.T  # [G, r]
+        u = dz.to(g.b.dtype) @ g.b.T  # [G, r]
         pad = len(g.pages) * PAGE - rank
         if needs[0]:
             ds = F.pad((g.scale * u).to(wide), (0, pad))

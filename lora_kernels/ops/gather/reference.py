@@ -1,6 +1,7 @@
 """Many adapters in one batch in plain PyTorch: the oracle of every other backend.
 
-Everything is computed in x's dtype, but for the sums of the adapters' gradients.
+Everything is computed in x's dtype, but for what is rank-wide (`ops/common/rank.py`) and the sums
+of the adapters' gradients.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.registry import register_reference
 from lora_kernels.ops.common.philox import keep_bits
+from lora_kernels.ops.common.rank import rank_dtype, rank_value
 from lora_kernels.ops.gather.pages import PAGE, RankPages, pages_of, split_pages
 from lora_kernels.ops.gather.schema import (
     GatherLoRAAdd,
@@ -19,6 +21,7 @@ from lora_kernels.ops.gather.schema import (
     GatherLoRAForward,
     sums_width,
 )
+from lora_kernels.ops.lora.reference import shrink
 from lora_kernels.ops.nf4.reference import nf4_linear_bwd, nf4_linear_fwd
 from lora_kernels.ops.nf4.schema import NF4LinearBackward, NF4LinearForward
 
@@ -30,7 +33,7 @@ class Group:
         slot, stream: which slot, which projection.
         entries, tokens: int64 [G], which entries and the rows of x that they take.
         pages: int64, the slot's own; a [r, K] and b [r, N] what they hold, in x's dtype.
-        scale, weights: of the slot, of each entry [G, 1].
+        scale, weights: of the slot, of each entry [G, 1], in what is rank-wide.
     """
 
     def __init__(self, p: RankPages, stream: int, slot: int, entries: Sequence[Tensor], x: Tensor):
@@ -40,9 +43,10 @@ class Group:
         self.tokens = entries[1].long()[self.entries] if len(entries) > 1 else self.entries
         self.pages = p.table[slot, : pages_of(self.rank)].long()
         self.a, self.b = (t[self.pages].flatten(0, 1)[: self.rank].to(x.dtype) for t in (p.a, p.b))
-        self.scale = p.scales[slot].to(x.dtype)
-        one = x.new_ones(len(self.entries), 1)
-        self.weights = entries[2][self.entries, None].to(x.dtype) if len(entries) > 1 else one
+        rank = rank_dtype(x.dtype)
+        self.scale = p.scales[slot].to(rank)
+        one = x.new_ones(len(self.entries), 1, dtype=rank)
+        self.weights = entries[2][self.entries, None].to(rank) if len(entries) > 1 else one
 
     def drop(self, x: Tensor, dropout: Sequence[Tensor]) -> Tensor:
         """x where the slot's mask keeps it, scaled by 1 / (1 - p); 0 elsewhere."""
@@ -94,11 +98,12 @@ def gather_lora_fwd(c: GatherLoRAForward) -> tuple[Tensor, Tensor]:
         y = nf4_linear_fwd(NF4LinearForward(x, c.base, c.meta, c.bias))
     elif c.bias is not None:
         y = y + c.bias
-    s = x.new_zeros(c.entries[0].shape[0], sums_width(c.pages))
+    rank = rank_dtype(x.dtype)
+    s = x.new_zeros(c.entries[0].shape[0], sums_width(c.pages), dtype=rank)
     for g, columns, ranks in _groups(c.pages, c.entries, x):
-        s[g.entries, ranks] = g.drop(x[g.tokens], c.dropout) @ g.a.T
-        z = g.weights * (g.scale * (s[g.entries, ranks] @ g.b))
-        y[:, columns] = y[:, columns].index_add(0, g.tokens, z)
+        s[g.entries, ranks] = shrink(g.drop(x[g.tokens], c.dropout), g.a.T)
+        z = g.weights * (g.scale * (s[g.entries, ranks] @ g.b.to(rank)))
+        y[:, columns] = y[:, columns].to(rank).index_add(0, g.tokens, z).to(x.dtype)
     return y, s
 
 
@@ -118,7 +123,8 @@ def gather_lora_bwd(
     dy, x, entries, dropout = c.dy, c.x, c.entries, c.dropout
     _check_values(c.pages, entries, x)
     projections, want = split_pages(c.pages), c.want
-    wide = torch.promote_types(x.dtype, projections[0].a.dtype)
+    rank = rank_dtype(x.dtype)
+    wide = torch.promote_types(rank, projections[0].a.dtype)
     dx = torch.zeros_like(x)
     if c.base:
         dx = nf4_linear_bwd(NF4LinearBackward(dy, c.base, c.meta))
@@ -131,9 +137,9 @@ def gather_lora_bwd(
     for g, columns, ranks in _groups(c.pages, entries, x):
         dz, i = dy[g.tokens, columns], g.stream
         own = c.s[g.entries, ranks]
-        u = dz @ g.b.T  # [G, r], gradient of scale · weight · s
-        ds = g.weights * (g.scale * u)
-        dx = dx.index_add(0, g.tokens, g.drop(ds @ g.a, dropout))
+        u = dz.to(rank) @ g.b.to(rank).T  # [G, r], gradient of scale · weight · s
+        ds = rank_value(g.weights * (g.scale * u), x.dtype)
+        dx = dx.to(rank).index_add(0, g.tokens, g.drop(ds @ g.a.to(rank), dropout)).to(x.dtype)
         kept = g.drop(x[g.tokens].to(wide), dropout)
         _put(da[i], g, ds.to(wide).T @ kept)
         _put(db[i], g, (g.weights * (g.scale * own)).to(wide).T @ dz.to(wide))

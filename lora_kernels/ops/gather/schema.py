@@ -25,6 +25,7 @@ from lora_kernels.ops.common.checks import (
     check_optional_vector,
     check_shape,
 )
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.gather.pages import (
     FACTORS,
     FIELDS,
@@ -127,7 +128,8 @@ class GatherLoRAForward(NamedTuple):
 
     def fake(self) -> tuple[Tensor, Tensor]:
         x = self.x
-        s = x.new_empty((self.entries[0].shape[0], sums_width(self.pages)))
+        size = (self.entries[0].shape[0], sums_width(self.pages))
+        s = x.new_empty(size, dtype=rank_dtype(x.dtype))
         return x.new_empty((x.shape[0], self.meta[0])), s
 
 

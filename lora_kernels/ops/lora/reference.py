@@ -1,6 +1,7 @@
 """LoRA over a dense or 4-bit base in plain PyTorch: the oracle of every other backend.
 
-Everything is computed in x's dtype, but for the sums of the adapters' gradients.
+Everything is computed in x's dtype, but for what is rank-wide (`ops/common/rank.py`) and the sums
+of the adapters' gradients.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.registry import register_reference
 from lora_kernels.ops.common.philox import keep_mask, keep_scale, threshold
+from lora_kernels.ops.common.rank import rank_dtype, rank_value
 from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearBackward, LoRALinearForward
 from lora_kernels.ops.nf4.reference import dense_weight
 
@@ -22,35 +24,41 @@ def drop(x: Tensor, p: float, seed: Tensor | None, stream: int = 0) -> Tensor:
     return (x * keep_scale(p)).masked_fill(~kept, 0)
 
 
+def shrink(left: Tensor, right: Tensor) -> Tensor:
+    """left·right [M, R], as s and ds are kept."""
+    rank = rank_dtype(left.dtype)
+    return rank_value(left.to(rank) @ right.to(rank), left.dtype)
+
+
 @register_reference
 def lora_linear_fwd(c: LoRALinearForward) -> tuple[Tensor, Tensor]:
     """s = drop(x)·Aᵀ;  y = x·Wᵀ + g ∘ (scale·(d ∘ s)·Bᵀ) + bias."""
-    x, dtype = c.x, c.x.dtype
-    s = drop(x, c.dropout_p, c.seed, c.stream) @ c.a.to(dtype).T  # [M, R]
-    t = s if c.rank_diag is None else s * c.rank_diag.to(dtype)
-    z = c.scale * (t @ c.b.to(dtype).T)  # [M, N]
+    x, dtype, rank = c.x, c.x.dtype, rank_dtype(c.x.dtype)
+    s = shrink(drop(x, c.dropout_p, c.seed, c.stream), c.a.to(dtype).T)  # [M, R]
+    t = s if c.rank_diag is None else s * c.rank_diag.to(rank)
+    z = c.scale * (t @ c.b.to(dtype).to(rank).T)  # [M, N]
     if c.out_diag is not None:
-        z = z * c.out_diag.to(dtype)
+        z = z * c.out_diag.to(rank)
     y = torch.nn.functional.linear(x, dense_weight(c.base, c.meta, dtype), c.bias)
-    return y + z, s
+    return (y + z).to(dtype), s
 
 
 @register_reference
 def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
     """The derivation stands in `api.py`."""
     x, dy, a, scale, needs, dtype = c.x, c.dy, c.a, c.scale, c.needs, c.x.dtype
-    grads = [x.new_empty(0) for _ in needs]
-    d = x.new_ones(a.shape[0]) if c.rank_diag is None else c.rank_diag.to(dtype)
-    g = x.new_ones(c.meta[0]) if c.out_diag is None else c.out_diag.to(dtype)
-    b_cast = c.b.to(dtype)
-    ds = scale * d * ((g * dy) @ b_cast)  # [M, R]
+    rank, grads = rank_dtype(dtype), [x.new_empty(0) for _ in needs]
+    d = x.new_ones(a.shape[0], dtype=rank) if c.rank_diag is None else c.rank_diag.to(rank)
+    g = x.new_ones(c.meta[0], dtype=rank) if c.out_diag is None else c.out_diag.to(rank)
+    b_cast = c.b.to(dtype).to(rank)
+    ds = rank_value(scale * d * ((g * dy) @ b_cast), dtype)  # [M, R]
     # The adapters' gradients are summed in the adapters' dtype: fp32 under 16-bit activations.
-    wide = torch.promote_types(dtype, a.dtype)
+    wide = torch.promote_types(rank, a.dtype)
     dys = dy.to(wide).T @ c.s.to(wide)  # [N, R]
     mask = (c.dropout_p, c.seed, c.stream)
     if needs[0]:
         w = dense_weight(c.base, c.meta, dtype)
-        grads[0] = dy @ w + drop(ds @ a.to(dtype), *mask)
+        grads[0] = dy @ w + drop(ds @ a.to(dtype).to(rank), *mask)
     if needs[1]:
         grads[1] = ds.to(wide).T @ drop(x.to(wide), *mask)
     if needs[2]:

@@ -17,6 +17,7 @@ from lora_kernels.ops.common.checks import (
     check_shape,
 )
 from lora_kernels.ops.common.philox import check_dropout
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.nf4.base import check_base, check_input
 
 GRADS = ("x", "lora_a", "lora_b", "bias", "rank_diag", "out_diag", "weight")
@@ -66,7 +67,8 @@ class LoRALinearForward(NamedTuple):
 
     def fake(self) -> tuple[Tensor, Tensor]:
         x = self.x
-        return x.new_empty((x.shape[0], self.meta[0])), x.new_empty((x.shape[0], self.a.shape[0]))
+        s = x.new_empty((x.shape[0], self.a.shape[0]), dtype=rank_dtype(x.dtype))
+        return x.new_empty((x.shape[0], self.meta[0])), s
 
     def backward(self, dy: Tensor, s: Tensor, needs: Sequence[bool]) -> LoRALinearBackward:
         """The call of its backward."""

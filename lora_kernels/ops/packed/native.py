@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
 from lora_kernels.ops.common.native import refuse_linear
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.packed.schema import (
     LoRAPackedBackward,
     LoRAPackedForward,
@@ -42,7 +43,7 @@ def _refuse_bwd(c: LoRAPackedBackward) -> str | None:
 def lora_packed_fwd(c: LoRAPackedForward) -> tuple[list[Tensor], Tensor]:
     forward = getattr(torch.ops, NATIVE_NAMESPACE).lora_linear_fwd.default
     columns = list(rank_slices(c.a))
-    y, s = [], c.x.new_empty((c.x.shape[0], columns[-1].stop))
+    y, s = [], c.x.new_empty((c.x.shape[0], columns[-1].stop), dtype=rank_dtype(c.x.dtype))
     for i, (w, m, _) in enumerate(split_base(c.base, c.meta)):
         y_i, s[:, columns[i]] = forward(*c.one(i, w, m))
         y.append(y_i)

@@ -23,6 +23,7 @@ from lora_kernels.ops.common.checks import (
     check_shape,
 )
 from lora_kernels.ops.common.philox import check_dropout
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.lora.schema import LoRALinearBackward, LoRALinearForward
 from lora_kernels.ops.nf4.base import Meta
 
@@ -183,8 +184,8 @@ class LoRAPackedForward(NamedTuple):
 
     def fake(self) -> tuple[list[Tensor], Tensor]:
         x, m = self.x, self.x.shape[0]
-        ranks = sum(t.shape[0] for t in self.a)
-        return [x.new_empty((m, n)) for n in self.meta[::META]], x.new_empty((m, ranks))
+        s = x.new_empty((m, sum(t.shape[0] for t in self.a)), dtype=rank_dtype(x.dtype))
+        return [x.new_empty((m, n)) for n in self.meta[::META]], s
 
 
 @define("lora_packed_bwd", "(Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dw)")

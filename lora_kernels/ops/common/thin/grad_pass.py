@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import Device, span_of
 from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, block_rank, one_read_parts
 from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import add_sums, cast, dot, fence_copies, first_of
+from lora_kernels.ops.common.tiles import add_sums, cast, dot, dot_rank, fence_copies, first_of
 from lora_kernels.ops.common.triton_host import precision, run, stride
 
 
@@ -80,7 +80,7 @@ def _grad_pass_kernel(
         b_ds = dot(b_dy, b_b, tl.full([BM, BR], 0.0, tl.float32), PRECISION)  # [BM, BR]
         o_ds = (pid_n.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
         tl.store(p_ds + o_ds, b_ds, mask=m_m[:, None] & m_r[None, :])
-        b_db = dot(cast(b_s, dtype), b_dy, b_db, PRECISION)
+        b_db = dot_rank(b_s, b_dy, b_db, dtype, PRECISION)
         if p_dbias is not None:
             b_dbias = add_sums(b_dbias, b_dy, True, PRECISION)
     o_db = (pid_m.to(tl.int64) * N + o_n[None, :]) * R + o_r[:, None]

@@ -16,6 +16,7 @@ from lora_kernels.ops.common.tiles import (
     add_sums,
     cast,
     dot,
+    dot_by_rank,
     fence_copies,
     first_of,
     keep_operand,
@@ -54,10 +55,12 @@ def _outer(
     BM: tl.constexpr,
     BR: tl.constexpr,
     p_rest=None,
+    REST: tl.constexpr = False,
 ):
     """out[c, r] = factor · Σ_m keep(x)[m, c] · t[m, r] and bias[c] = Σ_m x[m, c], over a span of m.
 
-    One block of C and R; x[M, C] t[M, R], and in p_rest what rounding took from t; sums in fp32.
+    One block of C and R; x[M, C] t[M, R], and in p_rest what rounding took from t, or REST where it
+    is in t; sums in fp32.
     """
     dtype = p_x.dtype.element_ty
     o_c = pid_c * BC + tl.arange(0, BC)
@@ -96,7 +99,7 @@ def _outer(
             p_rest_tile += BM * stride_tm
             fence_copies()
             b_out = dot(b_x, b_rest, b_out, PRECISION)
-        b_out = dot(b_x, cast(b_t, dtype), b_out, PRECISION)
+        b_out = dot_by_rank(b_x, b_t, b_out, dtype, PRECISION, REST)
         if DROPOUT:
             b_out = waited(b_out)
     o_out = o_c[:, None].to(tl.int64) * stride_oc + o_r[None, :].to(tl.int64) * stride_or
@@ -142,6 +145,7 @@ def _outer_kernel(
     blocks_a,
     WANT_A: tl.constexpr,
     WANT_B: tl.constexpr,
+    REST: tl.constexpr,
     DROPOUT: tl.constexpr,
     EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -191,6 +195,7 @@ def _outer_kernel(
                 BM,
                 BR,
                 p_rest,
+                REST,
             )
     if WANT_B:
         if pid >= blocks_a:
@@ -241,9 +246,10 @@ def outer(
     factor_b: float,
     dropout: Dropout,
     rest: Tensor | None = None,
+    whole: bool = False,
 ) -> None:
     """da = dsᵀ·keep(x) (scaled), db = factor_b · dyᵀ·s and dbias = Σ_m dy, each where given; rest,
-    of ds's strides, is what rounding took from ds."""
+    of ds's strides, is what rounding took from ds, where ds is not whole."""
     some = da if da is not None else db
     assert some is not None
     like = x if x is not None else dy
@@ -301,6 +307,7 @@ def outer(
         blocks_a=blocks_a,
         WANT_A=da is not None,
         WANT_B=db is not None,
+        REST=whole,
         DROPOUT=dropout.on,
         EVEN_M=m % config.step == 0,
         PRECISION=precision(dtype),

@@ -17,6 +17,7 @@ from lora_kernels.ops.common.tiles import (
     dot,
     fence_copies,
     keep_operand,
+    rank_value,
     rest_of,
     waited,
 )
@@ -49,6 +50,7 @@ def _shrink_kernel(
     stride_row,
     DROPOUT: tl.constexpr,
     FINAL: tl.constexpr,
+    WHOLE: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -60,8 +62,9 @@ def _shrink_kernel(
     Forward: s, with q = Aᵀ and factor = the kept elements' scale. Backward: ds, with x = dy, q = B,
     row = out_diag, factor = scale.
 
-    Shapes: x[M, K] q[K, R] rank[R] row[K]; out[M, R] in x's type where FINAL, and rest[M, R]
-        what rounding took from it; else fp32 partial sums [spans, M, R] before the factors.
+    Shapes: x[M, K] q[K, R] rank[R] row[K]; out[M, R] where FINAL, rounded to what x's type keeps of
+        s but if WHOLE, and rest[M, R] what rounding took from it; else fp32 partial sums
+        [spans, M, R] before the factors.
     Grid: [cdiv(M, BM), cdiv(R, BR), spans]. Sums in fp32.
     """
     dtype = p_x.dtype.element_ty
@@ -102,7 +105,10 @@ def _shrink_kernel(
             b_rank = tl.load(p_rank + o_r * stride_rank, mask=m_r, other=0.0)  # [BR]
             b_s *= b_rank[None, :].to(tl.float32)
     o_out = tl.program_id(2).to(tl.int64) * stride_os + o_m[:, None] * stride_om + o_r[None, :]
-    tl.store(p_out + o_out, cast(b_s, p_out.dtype.element_ty), mask=m_m[:, None] & m_r[None, :])
+    b_kept = b_s
+    if FINAL and not WHOLE:
+        b_kept = rank_value(b_s, dtype)
+    tl.store(p_out + o_out, b_kept, mask=m_m[:, None] & m_r[None, :])
     if p_rest is not None:
         tl.store(p_rest + o_out, rest_of(b_s, dtype), mask=m_m[:, None] & m_r[None, :])
 
@@ -118,9 +124,10 @@ def shrink(
     rank: Tensor | None = None,
     row: Tensor | None = None,
     rest: Tensor | None = None,
+    whole: bool = False,
 ) -> None:
-    """out [M, R] = factor · rank ∘ keep(x)·(row ∘ q); with several spans two launches. rest, of
-    out's strides, takes what rounding takes from it."""
+    """out [M, R] = factor · rank ∘ keep(x)·(row ∘ q), as x's type keeps s or `whole` in fp32; with
+    several spans two launches. rest, of out's strides, takes what rounding takes from it."""
     m, k = x.shape
     r = q.shape[1]
     br = block_rank(r)
@@ -157,6 +164,7 @@ def shrink(
         stride_row=stride(row),
         DROPOUT=dropout.on,
         FINAL=final,
+        WHOLE=whole,
         EVEN_K=k % config.step == 0,
         PRECISION=precision(x.dtype),
         BM=config.block,
@@ -164,7 +172,7 @@ def shrink(
         BR=br,
     )
     if not final:
-        whole = out if out.is_contiguous() else torch.empty_like(out)
-        sums([(target, whole, factor, rank)], rest)
-        if whole is not out:
-            out.copy_(whole)
+        plain = out if out.is_contiguous() else torch.empty_like(out)
+        sums([(target, plain, factor, rank)], rest, half=x.dtype == torch.float16 and not whole)
+        if plain is not out:
+            out.copy_(plain)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.tiles import cast, rest_of
+from lora_kernels.ops.common.tiles import cast, rank_value, rest_of
 from lora_kernels.ops.common.triton_host import run, stride
 
 # Four elements a thread: each fp32 load is 16 bytes beside its neighbour's.
@@ -28,8 +28,10 @@ def _sum(
     pid,
     BLOCK: tl.constexpr,
     p_rest=None,
+    HALF: tl.constexpr = False,
 ):
-    """One block of out = factor · rank ∘ Σ parts, and what rounding took from it in p_rest."""
+    """One block of out = factor · rank ∘ Σ parts, and what rounding took from it in p_rest; with
+    HALF it is an s or ds of fp16 activations."""
     o_i = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_i = o_i < size
     b_sum = tl.full([BLOCK], 0.0, tl.float32)
@@ -39,7 +41,10 @@ def _sum(
     b_sum *= factor
     if p_rank is not None:
         b_sum *= tl.load(p_rank + (o_i % R) * stride_rank, mask=m_i, other=0.0).to(tl.float32)
-    tl.store(p_out + o_i, cast(b_sum, p_out.dtype.element_ty), mask=m_i)
+    if HALF:
+        tl.store(p_out + o_i, rank_value(b_sum, tl.float16), mask=m_i)
+    else:
+        tl.store(p_out + o_i, cast(b_sum, p_out.dtype.element_ty), mask=m_i)
     if p_rest is not None:
         tl.store(p_rest + o_i, rest_of(b_sum, p_out.dtype.element_ty), mask=m_i)
 
@@ -61,17 +66,18 @@ def _sum_kernel(
     R,
     stride_rank,
     blocks,
+    HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out[i] = factor · rank[i mod R] · Σ_p parts[p, i], and a second sum in the same launch.
 
     Shapes: parts[parts, size] fp32, out[size] of any type, rest[size] of the same for what rounding
-        takes; the second without rank and rest.
+        takes; the second without rank and rest. HALF is of the first.
     Grid: [blocks of the first, then of the second]. Parts are added in their order, in fp32.
     """
     pid = tl.program_id(0)
     if pid < blocks:
-        _sum(p_parts, p_out, p_rank, size, parts, R, factor, stride_rank, pid, BLOCK, p_rest)
+        _sum(p_parts, p_out, p_rank, size, parts, R, factor, stride_rank, pid, BLOCK, p_rest, HALF)
     else:
         if p_parts_2 is not None:
             _sum(p_parts_2, p_out_2, None, size_2, parts_2, R, factor_2, 1, pid - blocks, BLOCK)
@@ -80,9 +86,10 @@ def _sum_kernel(
 Job = tuple[Tensor, Tensor, float, Tensor | None]
 
 
-def sums(jobs: list[Job], rest: Tensor | None = None) -> None:
+def sums(jobs: list[Job], rest: Tensor | None = None, half: bool = False) -> None:
     """out = factor · rank ∘ Σ parts for one or two (parts, out, factor, rank) in one launch; only
-    the first may have a rank, and a rest, which takes what rounding takes from out."""
+    the first may have a rank, and a rest, which takes what rounding takes from out, or be an s or
+    ds of fp16 activations (`half`)."""
     if len(jobs) == 2 and jobs[0][1].numel() == 0:
         jobs = jobs[1:]
     parts, out, factor, rank = jobs[0]
@@ -110,5 +117,6 @@ def sums(jobs: list[Job], rest: Tensor | None = None) -> None:
         R=out.shape[-1],
         stride_rank=stride(rank),
         blocks=blocks,
+        HALF=half,
         BLOCK=_SUM_BLOCK,
     )

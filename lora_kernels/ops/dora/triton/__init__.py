@@ -15,7 +15,7 @@ def _fwd(c: DoRALinearForward) -> str | None:
 
 
 def _bwd(c: DoRALinearBackward) -> str | None:
-    return refuse_triton([c.x, c.dy, c.s, c.a, c.b, c.magnitude, c.norm, c.z])
+    return refuse_triton([c.x, c.dy, c.s, c.a, c.b, c.magnitude, c.norm, c.u])
 
 
 register_triton("dora_norm", "lora_kernels.ops.dora.triton.norm", _norm)

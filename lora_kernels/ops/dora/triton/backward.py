@@ -43,12 +43,16 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
     columns = want_b or want_magnitude or want_bias
     want_ds = want_x or want_a
     ds_in_pass = want_ds and columns and r <= MAX_ONE_READ_RANK and n > 0
-    # For ds m̂ ∘ b is rounded already: what rounding ds itself takes is kept beside it.
-    ds, rest = dy.new_empty((2, m, r)) if size == 2 else (dy.new_empty((m, r)), None)
+    # For ds m̂ ∘ b is rounded already: what rounding ds itself takes is kept, beside it or in it.
+    half = dy.dtype == torch.float16
+    if dy.dtype == torch.bfloat16:
+        ds, rest = dy.new_empty((2, m, r))
+    else:
+        ds, rest = dy.new_empty((m, r), dtype=torch.float32), None
     scales = dy.new_empty(n, dtype=torch.float32)  # m̂
     if columns:
         _columns(
-            dy, s, b, magnitude, norm, c.z if want_magnitude else None, scales,
+            dy, s, b, magnitude, norm, c.u if want_magnitude else None, scales,
             (ds, rest) if ds_in_pass else None,
             db if want_b else None, dmagnitude if want_magnitude else None,
             dbias if want_bias else None, scale, device,
@@ -57,7 +61,7 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
         _scales(magnitude, norm, scales)
     if want_ds and not ds_in_pass:
         config = thin_rows(m, n, device, br, size)
-        shrink(config, dy, b, ds, factor=scale, dropout=_OFF, row=scales, rest=rest)
+        shrink(config, dy, b, ds, factor=scale, dropout=_OFF, row=scales, rest=rest, whole=half)
     if want_x:
         gemm(
             plan_config(dy, w, k, r, device, dropout=dropout.on, backward=True),
@@ -69,6 +73,7 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
             ds,
             a,
             rest=rest,
+            whole=half,
             magnitude=None,
             norm=None,
             row=scales,
@@ -80,7 +85,10 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
         )
     if want_a:
         config = thin_columns(m, k, device, br, size)
-        outer(config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout, rest=rest)
+        outer(
+            config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout, rest=rest,
+            whole=half,
+        )  # fmt: skip
     if want_w:
         dw = _weight_grad(dy, x, scales, c.dropout_p, dropout)
     return dx, da, db, dmagnitude, dbias, dw
@@ -109,7 +117,7 @@ def _columns(
     b: Tensor,
     magnitude: Tensor,
     norm: Tensor,
-    z: Tensor | None,
+    kept: Tensor | None,
     scales: Tensor,
     sums: tuple[Tensor, Tensor | None] | None,
     db: Tensor | None,
@@ -118,8 +126,8 @@ def _columns(
     scale: float,
     device: Device,
 ) -> None:
-    """One read of dy, and of z where given, for m̂, db, dmagnitude, dbias and the sums ds, with what
-    rounding takes from them, where given."""
+    """One read of dy, and of kept where given, for m̂, db, dmagnitude, dbias and the sums ds, with
+    what rounding takes from them, where given."""
     ds, rest = sums or (None, None)
     m, n = dy.shape
     r = b.shape[1]
@@ -135,14 +143,14 @@ def _columns(
         return None if wanted is None else dy.new_empty(shape, dtype=torch.float32)
 
     parts_ds, parts_g = parts(ds, parts_n, m, r), parts(db, parts_m, n, r)
-    parts_bias, parts_dots = parts(dbias, parts_m, n), parts(z, parts_m, n)
+    parts_bias, parts_dots = parts(dbias, parts_m, n), parts(kept, parts_m, n)
     run(
         _dora_pass_kernel,
         (ceil(n / bn), parts_m, 1 if db is None else ceil(r / br)),
         8 if bn == 256 else 4,
         1,  # products and lanes read the same tile: see `tiles.in_registers`
         p_dy=dy,
-        p_z=z,
+        p_kept=kept,
         p_s=s,
         p_b=b,
         p_magnitude=magnitude,
@@ -158,8 +166,8 @@ def _columns(
         span=span,
         stride_dym=dy.stride(0),
         stride_dyn=dy.stride(1),
-        stride_zm=stride(z, 0),
-        stride_zn=stride(z, 1),
+        stride_km=stride(kept, 0),
+        stride_kn=stride(kept, 1),
         stride_sm=s.stride(0),
         stride_sr=s.stride(1),
         stride_bn=b.stride(0),

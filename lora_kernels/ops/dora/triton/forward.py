@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import GEMM_CONFIGS, Device, GemmConfig, best_gemm, thin_rows
 from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.thin.shrink import shrink
 from lora_kernels.ops.common.triton_host import Dropout
@@ -65,13 +66,13 @@ def _holds(config: GemmConfig, size: int, dropout: bool, backward: bool, quantis
 
 
 def dora_linear_fwd(c: DoRALinearForward) -> tuple[Tensor, Tensor, Tensor]:
-    """s = drop(x)·Aᵀ in one pass over x, then y [M, N], and z where kept, in one product."""
+    """s = drop(x)·Aᵀ in one pass over x, then y [M, N], and u where kept, in one product."""
     x, a, w = c.x, c.a, Weight(c.base, c.meta)
     m, k, n, r = x.shape[0], x.shape[1], c.meta[0], a.shape[0]
     dropout = Dropout(c.dropout_p, c.seed, 0)
     device = planned_device(x.device)
-    s, y = x.new_empty((m, r)), x.new_empty((m, n))
-    z = x.new_empty((m, n) if c.keep_z else 0)
+    s, y = x.new_empty((m, r), dtype=rank_dtype(x.dtype)), x.new_empty((m, n))
+    u = x.new_empty((m, n) if c.keep_u else 0)
     shrink(
         thin_rows(m, k, device, block_rank(r), x.element_size()),
         x,
@@ -86,7 +87,7 @@ def dora_linear_fwd(c: DoRALinearForward) -> tuple[Tensor, Tensor, Tensor]:
         x,
         w,
         y,
-        z if c.keep_z else None,
+        u if c.keep_u else None,
         s,
         c.b.T,
         magnitude=c.magnitude,
@@ -98,4 +99,4 @@ def dora_linear_fwd(c: DoRALinearForward) -> tuple[Tensor, Tensor, Tensor]:
         dropout=dropout,
         backward=False,
     )
-    return y, s, z
+    return y, s, u

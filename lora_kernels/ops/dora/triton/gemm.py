@@ -20,7 +20,7 @@ from lora_kernels.ops.common.tiles import (
 )
 from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run, stride
 from lora_kernels.ops.dora.triton.dropout import unpack_mask, words_tile
-from lora_kernels.ops.dora.triton.kernels import scale_tile
+from lora_kernels.ops.dora.triton.kernels import inverse_tile, scale_tile
 from lora_kernels.ops.nf4.triton.base import Weight
 
 
@@ -144,7 +144,7 @@ def _dora_gemm_kernel(
     p_offset,
     p_table,
     p_y,
-    p_z,
+    p_kept,
     p_t,
     p_rest,
     p_u,
@@ -172,6 +172,7 @@ def _dora_gemm_kernel(
     stride_magnitude,
     stride_norm,
     stride_mask,
+    REST: tl.constexpr,
     BACKWARD: tl.constexpr,
     DROPOUT: tl.constexpr,
     HOLD_X: tl.constexpr,
@@ -188,20 +189,20 @@ def _dora_gemm_kernel(
     BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
 ):
-    """Forward: z = drop(x)·w + scale · t·u and y = m̂ ∘ z + (x − drop(x))·w + bias, z where p_z.
+    """Forward: z = drop(x)·w + scale · t·u and y = m̂ ∘ z + (x − drop(x))·w + bias; kept = z / norm.
     Backward, of dy in x's place: y = drop'(((m̂ − 1) ∘ x)·w + t·u) + x·w; without dropout
     (m̂ ∘ x)·w + t·u.
 
     2·M·N·(K + R) FLOPs, with dropout 2·M·N·(2·K + R); bytes: x, w, t, u and the vectors once, y
-    (and z) written.
+    (and kept) written.
     Forward: w = Wᵀ, t = s, u = Bᵀ, m̂ over N from magnitude and norm. With dropout, f = keep_scale,
         Q = kept(x)·w + scale/f · t·u and P = dropped(x)·w + (f − 1)·scale/f · t·u: z = f·Q and
         y = P + (1 + f·(m̂ − 1)) ∘ Q + bias, where no large terms cancel.
     Backward: w = W, t = ds, u = A, row = m̂ over K; drop' is the forward's.
 
-    Shapes: x[M, K] w[K, N] t[M, R] u[R, N] y[M, N] z[M, N], magnitude, norm and bias[N], row[K];
+    Shapes: x[M, K] w[K, N] t[M, R] u[R, N] y[M, N] kept[M, N], magnitude, norm and bias[N], row[K];
         mask: words of x's in the forward, of y's in the backward; rest[M, R] what rounding took
-        from t.
+        from t, or REST where that is in t.
         With TMA x and w are descriptors; w's box is [BN, BK] where W_ROWS, else [BK, BN].
         CHUNK > 0: w is 4-bit and decoded in the main loop.
     Grid: [tiles of y], neighbours in time near each other. Walking several tiles, a program would
@@ -217,7 +218,7 @@ def _dora_gemm_kernel(
     b_p = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
     b_q = branch_tile(
         b_p, p_t, p_u, None, m0, n0, M, N, R, stride_tm, stride_tr, stride_ur, stride_un, 1,
-        DTYPE, PRECISION, BM, BN, BR, p_rest=p_rest,
+        DTYPE, PRECISION, BM, BN, BR, p_rest=p_rest, REST=REST,
     )  # fmt: skip
     if not BACKWARD:
         b_q *= scale
@@ -247,8 +248,9 @@ def _dora_gemm_kernel(
     else:
         o_n = n0 + tl.arange(0, BN)
         b_m = scale_tile(p_magnitude, p_norm, o_n, o_n < N, stride_magnitude, stride_norm)
-        if p_z is not None:
-            store_tile(b_q * keep_scale, p_z, None, m0, n0, M, N, stride_ym, 1, BM, BN)
+        if p_kept is not None:
+            b_kept = b_q * (inverse_tile(p_norm, o_n, o_n < N, stride_norm) * keep_scale)[None, :]
+            store_tile(b_kept, p_kept, None, m0, n0, M, N, stride_ym, 1, BM, BN)
         if DROPOUT:
             b_q = b_p + b_q * (1.0 + keep_scale * (b_m - 1.0))[None, :]
         else:
@@ -262,11 +264,12 @@ def gemm(
     x: Tensor,
     w: Weight,
     y: Tensor,
-    z: Tensor | None,
+    kept: Tensor | None,
     t: Tensor,
     u: Tensor,
     *,
     rest: Tensor | None = None,
+    whole: bool = False,
     magnitude: Tensor | None,
     norm: Tensor | None,
     row: Tensor | None,
@@ -276,8 +279,8 @@ def gemm(
     dropout: Dropout,
     backward: bool,
 ) -> None:
-    """y and z of x [M, K] and t = s, or dx of dy, ds and row = m̂ (then y is dx); u is [R, N].
-    rest, of t's strides, is what rounding took from t."""
+    """y and kept of x [M, K] and t = s, or dx of dy, ds and row = m̂ (then y is dx); u is [R, N].
+    rest, of t's strides, is what rounding took from t, where t is not whole."""
     m, k = x.shape
     n = y.shape[1]
     tma = config.tma
@@ -288,7 +291,7 @@ def gemm(
         config.stages,
         x=descriptor(x, [config.block_m, config.block_k]) if tma else x,
         p_y=y,
-        p_z=z,
+        p_kept=kept,
         p_t=t,
         p_rest=rest,
         p_u=u,
@@ -314,6 +317,7 @@ def gemm(
         stride_magnitude=stride(magnitude),
         stride_norm=stride(norm),
         stride_mask=stride(mask),
+        REST=whole,
         BACKWARD=backward,
         DROPOUT=dropout.on,
         HOLD_X=device.tma,

@@ -18,6 +18,14 @@ def scale_tile(p_magnitude, p_norm, o_n, m_n, stride_magnitude, stride_norm):
 
 
 @triton.jit
+def inverse_tile(p_norm, o_n, m_n, stride_norm):
+    """1 / norm in fp32, and 0 where the norm is 0 or masked."""
+    b_norm = tl.load(p_norm + o_n * stride_norm, mask=m_n, other=0.0).to(tl.float32)
+    m_norm = b_norm > 0
+    return tl.where(m_norm, tl.math.div_rn(1.0, tl.where(m_norm, b_norm, 1.0)), 0.0)
+
+
+@triton.jit
 def _scale_kernel(p_magnitude, p_norm, p_out, N, stride_magnitude, stride_norm, BN: tl.constexpr):
     """out = m̂, as `scale_tile` makes it. N divisions; 12·N bytes.
 

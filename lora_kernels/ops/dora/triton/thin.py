@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.common.thin.sums import _sum
-from lora_kernels.ops.common.tiles import cast, dot
+from lora_kernels.ops.common.tiles import cast, dot, dot_rank
 from lora_kernels.ops.dora.triton.kernels import scale_tile
 
 
@@ -18,7 +18,7 @@ def _column_sums(b_t, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def _dora_pass_kernel(
     p_dy,
-    p_z,
+    p_kept,
     p_s,
     p_b,
     p_magnitude,
@@ -34,8 +34,8 @@ def _dora_pass_kernel(
     span,
     stride_dym,
     stride_dyn,
-    stride_zm,
-    stride_zn,
+    stride_km,
+    stride_kn,
     stride_sm,
     stride_sr,
     stride_bn,
@@ -48,11 +48,11 @@ def _dora_pass_kernel(
     BN: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Partial sums of ds = dy·(m̂ ∘ b), g = dyᵀ·s, dbias = Σ_m dy and dots = Σ_m dy ∘ z, each
+    """Partial sums of ds = dy·(m̂ ∘ b), g = dyᵀ·s, dbias = Σ_m dy and dots = Σ_m dy ∘ kept, each
     where it is wanted; and m̂ itself.
 
-    4·M·N·R FLOPs; bytes: dy and z once, s and b, and the parts.
-    Shapes: dy[M, N] z[M, N] s[M, R] b[N, R], magnitude and norm[N]; m[N], ds[N / BN, M, R],
+    4·M·N·R FLOPs; bytes: dy and kept once, s and b, and the parts.
+    Shapes: dy[M, N] kept[M, N] s[M, R] b[N, R], magnitude and norm[N]; m[N], ds[N / BN, M, R],
         g[spans, N, R], dbias and dots[spans, N] in fp32.
     Grid: [cdiv(N, BN), spans of rows, cdiv(R, BR)]; ds only where R <= BR. Sums in fp32.
     """
@@ -93,13 +93,13 @@ def _dora_pass_kernel(
         if p_g is not None:
             o_s = o_m[None, :] * stride_sm + o_r[:, None] * stride_sr
             b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
-            b_g = dot(cast(b_s, dtype), b_dy, b_g, PRECISION)
+            b_g = dot_rank(b_s, b_dy, b_g, dtype, PRECISION)
         if p_dbias is not None:
             b_dbias += _column_sums(b_dy, BM, BN)
         if p_dots is not None:
-            o_z = o_m[:, None] * stride_zm + o_n[None, :] * stride_zn
-            b_z = tl.load(p_z + o_z, mask=m_dy, other=0.0)  # [BM, BN]
-            b_dots += _column_sums(b_dy.to(tl.float32) * b_z.to(tl.float32), BM, BN)
+            o_kept = o_m[:, None] * stride_km + o_n[None, :] * stride_kn
+            b_kept = tl.load(p_kept + o_kept, mask=m_dy, other=0.0)  # [BM, BN]
+            b_dots += _column_sums(b_dy.to(tl.float32) * b_kept.to(tl.float32), BM, BN)
     if p_g is not None:
         o_g = (pid_m.to(tl.int64) * N + o_n[None, :]) * R + o_r[:, None]
         tl.store(p_g + o_g, b_g, mask=m_n[None, :] & m_r[:, None])
@@ -139,7 +139,7 @@ def _dora_finish_kernel(
 ):
     """The pass's parts added in their order: db = scale · m̂ ∘ g, dbias, dmagnitude and
     ds = scale · Σ parts (rest: what rounding takes from it), each where it is wanted. dmagnitude is
-    Σ_m dy ∘ z / norm, and 0 where the norm is 0.
+    the sum of the dots.
 
     (R + 2)·N·parts additions; bytes: the parts once, the results.
     Shapes: as in `_dora_pass_kernel`; db[N, R], dmagnitude and dbias[N].
@@ -170,17 +170,12 @@ def _dora_finish_kernel(
                 p_part += N
             tl.store(p_dbias + o_n, cast(b_sum, p_dbias.dtype.element_ty), mask=m_n)
         if p_dmagnitude is not None:
-            b_norm = tl.load(p_norm + o_n * stride_norm, mask=m_n, other=0.0).to(tl.float32)
-            m_norm = b_norm > 0
-            b_by = tl.where(m_norm, b_norm, 1.0)
             b_total = tl.full([BN], 0.0, tl.float32)  # [BN]
             p_part = p_dots
             for _ in range(parts):
                 b_total += tl.load(p_part + o_n, mask=m_n, other=0.0)
                 p_part += N
-            b_total = tl.where(m_norm, tl.math.div_rn(b_total, b_by), 0.0)
-            dtype = p_dmagnitude.dtype.element_ty
-            tl.store(p_dmagnitude + o_n, cast(b_total, dtype), mask=m_n)
+            tl.store(p_dmagnitude + o_n, cast(b_total, p_dmagnitude.dtype.element_ty), mask=m_n)
     else:
         if p_ds is not None:
             _sum(

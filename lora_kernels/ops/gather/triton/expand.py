@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast, dot, fence_copies, first_of, keep_tile, waited
+from lora_kernels.ops.common.tiles import (
+    cast,
+    dot_rank,
+    fence_copies,
+    first_of,
+    keep_tile,
+    rank_value,
+    waited,
+)
 from lora_kernels.ops.gather.triton.tiles import (
     PAGE,
     kept_scale,
@@ -86,14 +94,14 @@ def _gather_expand_kernel(
                 )  # [16, 16]
                 if MASK_S:
                     b_s *= kept_scale(p_thresholds, slot)
-                b_s = cast(b_s, DTYPE)
+                b_s = rank_value(b_s, DTYPE)
                 if p_keep is not None:
                     if n0 == 0:
                         o_j = tl.arange(0, PAGE) + c * PAGE
                         o_keep = (o_row + e).to(tl.int64)[:, None] * stride_keep + o_j[None, :]
                         m_keep = (o_row == 0)[:, None] & (o_j < rank)[None, :]
                         tl.store(p_keep + o_keep, b_s, mask=m_keep)
-                b_z = dot(b_s, b_b, b_z, PRECISION)
+                b_z = dot_rank(b_s, b_b, b_z, DTYPE, PRECISION)
             b_row = first_of(b_z, 0)  # [BN]
             if MASK_OUT:
                 threshold = tl.load(p_thresholds + slot)
@@ -165,7 +173,7 @@ def _gather_expand_chunk_kernel(
                 if rank > 0:
                     page = tl.load(p_table + slot)
                 m_one = m_m & (o_m * 0 + rank > 0)
-                b_one = cast(sums_tile(p_s, o_e, m_one, 0, 0, stride_s, 1, BM), DTYPE)
+                b_one = rank_value(sums_tile(p_s, o_e, m_one, 0, 0, stride_s, 1, BM), DTYPE)
             if MASK_OUT:
                 o_rows = tl.load(p_rows + o_e, mask=m_m, other=0)
             first = tl.program_id(1) * BLOCKS * BN
@@ -175,7 +183,7 @@ def _gather_expand_chunk_kernel(
                 if ONE_PAGE:
                     b_b = page_tile(p_b, page, rank, o_n, N, DTYPE)  # [16, BN]
                     fence_copies()
-                    b_z = dot(b_one, b_b, b_z, PRECISION)
+                    b_z = dot_rank(b_one, b_b, b_z, DTYPE, PRECISION)
                 else:
                     for c in range(0, pages):
                         column = c * PAGE
@@ -183,7 +191,8 @@ def _gather_expand_chunk_kernel(
                         b_b = page_tile(p_b, own, rank - column, o_n, N, DTYPE)  # [16, BN]
                         b_s = sums_tile(p_s, o_e, m_m, column, 0, stride_s, 1, BM)  # [BM, 16]
                         fence_copies()
-                        b_z = waited(dot(cast(b_s, DTYPE), b_b, b_z, PRECISION))
+                        b_s = rank_value(b_s, DTYPE)
+                        b_z = waited(dot_rank(b_s, b_b, b_z, DTYPE, PRECISION))
                 if MASK_OUT:
                     if rank > 0:
                         threshold = tl.load(p_thresholds + slot)

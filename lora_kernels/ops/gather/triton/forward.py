@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.gather.pages import RankPages, split_pages
 from lora_kernels.ops.gather.schema import GatherLoRAAdd, GatherLoRAForward, sums_width
 from lora_kernels.ops.gather.triton.base_plan import fused_config
@@ -23,7 +24,7 @@ from lora_kernels.ops.nf4.triton.linear import base_problem, nf4_linear_fwd
 def gather_lora_fwd(c: GatherLoRAForward) -> tuple[Tensor, Tensor]:
     """y [T, N] and s [E, columns of every projection]; zeros where an entry has no rank."""
     x, bias = c.x, c.bias
-    s = x.new_zeros((c.entries[0].shape[0], sums_width(c.pages)))
+    s = x.new_zeros((c.entries[0].shape[0], sums_width(c.pages)), dtype=rank_dtype(x.dtype))
     if c.base:
         made = _with_base(c, s)
         if made is not None:
@@ -115,10 +116,10 @@ def _sums(
     spans = chosen.spans if chosen.split else 1
     parts = s
     if s is None or spans > 1:
-        shape, dtype = (spans, entries.count, p.width), torch.float32 if spans > 1 else x.dtype
-        parts = x.new_empty(shape, dtype=dtype)
+        dtype = torch.float32 if spans > 1 else rank_dtype(x.dtype)
+        parts = x.new_empty((spans, entries.count, p.width), dtype=dtype)
     assert parts is not None
-    shrink(x, p.a, parts, p, entries, mask, chosen)
+    shrink(x, p.a, parts, p, entries, mask, chosen, half=spans == 1 and x.dtype == torch.float16)
     return (parts, s, mask) if spans > 1 else (parts, None, None)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device, GemmConfig, gemm_tiles
 from lora_kernels.ops.common.lora_tiles import product_tile, store_tile
-from lora_kernels.ops.common.tiles import cast, grouped_tile
+from lora_kernels.ops.common.tiles import cast, grouped_tile, rank_value
 from lora_kernels.ops.common.triton_host import descriptor, precision, run, stride
 from lora_kernels.ops.gather.pages import RankPages
 from lora_kernels.ops.gather.triton.passes import Mask, layout
@@ -81,7 +81,7 @@ def _own_rows_tile(
                     b_s += tl.load(p_part, mask=m_j, other=0.0).to(tl.float32)
                 if MASK_S:
                     b_s *= b_kept
-                b_s = cast(b_s, DTYPE)
+                b_s = rank_value(b_s, DTYPE)
                 if p_keep is not None:
                     if n0 == 0:
                         o_keep = o_m.to(tl.int64) * stride_keep + c * PAGE + j

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast, dot, keep_operand
+from lora_kernels.ops.common.tiles import cast, dot_rank, keep_operand
 from lora_kernels.ops.gather.triton.tiles import PAGE, kept_scale, rank_of
 
 
@@ -71,7 +71,7 @@ def _gather_grad_kernel(
                 threshold = tl.load(p_thresholds + slot)
                 m_keep = keep_operand(p_seeds + slot, o_rows, k0, stream, threshold, BM, BK)
                 b_x = tl.where(m_keep, b_x, 0.0)
-            b_sum = dot(cast(b_t, DTYPE), b_x, b_sum, PRECISION)
+            b_sum = dot_rank(b_t, b_x, b_sum, DTYPE, PRECISION)
         factor = tl.load(p_scales + slot)
         if p_seeds is not None:
             factor *= kept_scale(p_thresholds, slot)

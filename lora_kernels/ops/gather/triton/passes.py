@@ -52,8 +52,10 @@ def shrink(
     entries: Entries,
     mask: Mask | None,
     plan: Plan,
+    half: bool = False,
 ) -> None:
-    """s [E, ..] in its type, or fp32 parts [spans, E, ..] where the plan splits K."""
+    """s [E, ..] in its type, or fp32 parts [spans, E, ..] where the plan splits K; with `half` s
+    keeps what fp16 activations do."""
     k = x.shape[1]
     chunks = entries.chunks(plan.block_m) if plan.chunked else None
     shares = min(plan.page_programs, p.table.shape[1])
@@ -82,6 +84,7 @@ def shrink(
         stride_xm=x.stride(0),
         stride_xk=x.stride(1),
         SPLIT=plan.split,
+        HALF=half,
         PRECISION=precision(x.dtype),
         BM=16 if chunks is None else plan.block_m,
         BK=plan.block_k,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast, dot, keep_operand
+from lora_kernels.ops.common.tiles import cast, dot, keep_operand, rank_value
 from lora_kernels.ops.gather.triton.tiles import PAGE, kept_scale, page_tile, rank_of, slot_of
 
 
@@ -33,6 +33,7 @@ def _gather_shrink_kernel(
     stride_xk,
     stride_s,
     SPLIT: tl.constexpr,
+    HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -41,7 +42,8 @@ def _gather_shrink_kernel(
     """s[e, j] = Σ_k drop(x)[t, k] · a[page, j, k] over the pages of e's slot.
 
     Shapes: x[T, K] a[P, 16, K] table[S, C]; s[E, ..] in its own type, or where SPLIT fp32 parts
-        [spans, E, ..] of `size` elements, one for each span of K, without the mask's factor.
+        [spans, E, ..] of `size` elements, one for each span of K, without the mask's factor. HALF:
+        s is rounded as `rank.py` says.
     count_all: entries, or chunks of BM entries of one slot where `work` holds (slot, first, count).
     Grid: [programs that walk these, spans where SPLIT, programs that share the pages]. Sums in
         fp32, span by span.
@@ -110,6 +112,8 @@ def _gather_shrink_kernel(
                 if not SPLIT:
                     if p_seeds is not None:
                         b_s *= kept_scale(p_thresholds, slot)
+                if HALF:
+                    b_s = rank_value(b_s, DTYPE)
                 o_j = tl.arange(0, PAGE) + c * PAGE
                 o_s = o_e.to(tl.int64)[None, :] * stride_s + o_j[:, None]
                 tl.store(p_sums + o_s, cast(b_s, p_s.dtype.element_ty), mask=m_m[None, :])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import thin_columns, thin_rows
 from lora_kernels.ops.common.launch import executor, planned_device
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.common.strategies import (
     MAX_ONE_READ_RANK,
     Problem,
@@ -50,7 +51,7 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
     factor_b = 1.0 if diagonals else scale
     dbias = grads[3] if want_bias else None
 
-    ds = dy.new_empty((m, r))
+    ds = dy.new_empty((m, r), dtype=rank_dtype(dy.dtype))
     made_ds, made_b = not (want_x or want_a), False
     if not made_ds and not (want_x and plan.strategy == "single_pass" and k > 0):
         made_ds = True

@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import GemmConfig, thin_rows
 from lora_kernels.ops.common.launch import Launch, executor, planned_device
 from lora_kernels.ops.common.philox import threshold
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.common.strategies import Problem, choose
 from lora_kernels.ops.common.thin.shrink import shrink
 from lora_kernels.ops.common.triton_host import Dropout
@@ -29,7 +30,7 @@ def lora_linear_fwd(c: LoRALinearForward) -> tuple[Tensor, Tensor]:
     m, k, n, r = x.shape[0], x.shape[1], c.meta[0], a.shape[0]
     dropout = Dropout(c.dropout_p, c.seed, c.stream)
     device = planned_device(x.device)
-    s = x.new_empty((m, r))
+    s = x.new_empty((m, r), dtype=rank_dtype(x.dtype))
     problem = Problem(m, n, k, r, x.dtype, dropout.on, w.takes_tma(x), w.quantised)
     plan = choose("lora_linear_fwd", problem, device)
     if plan.strategy != "single_pass" or n == 0:

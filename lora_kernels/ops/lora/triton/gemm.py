@@ -95,7 +95,7 @@ def _lora_gemm_kernel(
         main loop (R <= BR) and stores it to t; "addmm" adds the branch to a y that holds x·w.
     CHUNK > 0: w is 4-bit and decoded in the main loop, once for each row of tiles.
     Grid: [programs], each walking tiles of y in steps of `programs`.
-    Sums in fp32; t is rounded to y's type before the product with u.
+    Sums in fp32; t is rounded to y's type before the product with u, and stored as `rank.py` says.
     """
     DTYPE: tl.constexpr = p_y.dtype.element_ty
     tiles_m = tl.cdiv(M, BM)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import GemmConfig, gemm_tiles, thin_columns
 from lora_kernels.ops.common.launch import executor, planned_device
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run
 from lora_kernels.ops.lora.triton.backward import lora_linear_bwd
@@ -52,7 +53,7 @@ def lora_packed_bwd(
         single_pass = want_x and strategy == "single_pass" and k > 0
         want_a = any(want[0] for want in wants[part])
         # One after the other, the rows of each whole.
-        flat = x.new_empty(m * sum(t.shape[0] for t in a[part]))
+        flat = x.new_empty(m * sum(t.shape[0] for t in a[part]), dtype=rank_dtype(x.dtype))
         ds = list(flat.split([m * t.shape[0] for t in a[part]]))
         made = single_pass or not (want_x or want_a)
         for asked_b in (True, False):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import GemmConfig, thin_rows
 from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.common.strategies import block_rank
 from lora_kernels.ops.common.triton_host import (
     Dropout,
@@ -37,7 +38,7 @@ def lora_packed_fwd(c: LoRAPackedForward) -> tuple[list[Tensor], Tensor]:
     x, a, m = c.x, c.a, c.x.shape[0]
     weights = split_weights(c.base, c.meta)
     columns = list(rank_slices(a))
-    s = x.new_empty((m, columns[-1].stop))
+    s = x.new_empty((m, columns[-1].stop), dtype=rank_dtype(x.dtype))
     y = [x.new_empty(0)] * len(weights)
     for group in groups(weights):
         first = group.start

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.common.thin.sums import _sum
-from lora_kernels.ops.common.tiles import add_sums, cast, dot, fence_copies, first_of
+from lora_kernels.ops.common.tiles import add_sums, cast, dot, dot_rank, fence_copies, first_of
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def _packed_grad_pass_kernel(
                 o_s = o_m[None, :] * stride_sm + o_r[:, None]
                 b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
                 fence_copies()
-                b_db = dot(b_s, b_dy, b_db, PRECISION)
+                b_db = dot_rank(b_s, b_dy, b_db, dtype, PRECISION)
             if p_dbias_0 is not None:
                 b_dbias = add_sums(b_dbias, b_dy, True, PRECISION)
         if p_db_0 is not None:

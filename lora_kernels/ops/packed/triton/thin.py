@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast, dot, fence_copies, keep_operand, waited
+from lora_kernels.ops.common.tiles import (
+    cast,
+    dot,
+    dot_by_rank,
+    fence_copies,
+    keep_operand,
+    rank_value,
+    waited,
+)
 
 
 @triton.jit
@@ -44,11 +52,13 @@ def _shrink_step(
 
 
 @triton.jit
-def _store_part(b_s, p_s, o_m, M, R, r0, keep_scale, stride_sm, BR: tl.constexpr):
+def _store_part(
+    b_s, p_s, o_m, M, R, r0, keep_scale, stride_sm, DTYPE: tl.constexpr, BR: tl.constexpr
+):
     o_r = r0 + tl.arange(0, BR)
     m_s = (o_m < M)[:, None] & (o_r < R)[None, :]
     o_s = o_m[:, None].to(tl.int64) * stride_sm + o_r[None, :]
-    tl.store(p_s + o_s, cast(b_s * keep_scale, p_s.dtype.element_ty), mask=m_s)
+    tl.store(p_s + o_s, rank_value(b_s * keep_scale, DTYPE), mask=m_s)
 
 
 @triton.jit
@@ -112,11 +122,11 @@ def _packed_shrink_kernel(
                 b_2, b_x, p_q_2, p_seed, o_m, o_k, k0, K, R_2, r0, threshold, first_stream + 2,
                 stride_qk_2, stride_qr_2, DROPOUT, PRECISION, DTYPE, BM, BK, BR,
             )  # fmt: skip
-    _store_part(b_0, p_s, o_m, M, R_0, r0, keep_scale, stride_sm, BR)
+    _store_part(b_0, p_s, o_m, M, R_0, r0, keep_scale, stride_sm, DTYPE, BR)
     if p_q_1 is not None:
-        _store_part(b_1, p_s + R_0, o_m, M, R_1, r0, keep_scale, stride_sm, BR)
+        _store_part(b_1, p_s + R_0, o_m, M, R_1, r0, keep_scale, stride_sm, DTYPE, BR)
     if p_q_2 is not None:
-        _store_part(b_2, p_s + R_0 + R_1, o_m, M, R_2, r0, keep_scale, stride_sm, BR)
+        _store_part(b_2, p_s + R_0 + R_1, o_m, M, R_2, r0, keep_scale, stride_sm, DTYPE, BR)
 
 
 @triton.jit
@@ -147,7 +157,7 @@ def _grad_a_step(
     if DROPOUT:
         b_x = tl.where(keep_operand(p_seed, o_m, c0, stream, threshold, BM, BC).T, b_x, 0.0)
     fence_copies()
-    b_da = dot(b_x, cast(b_ds, DTYPE), b_da, PRECISION)
+    b_da = dot_by_rank(b_x, b_ds, b_da, DTYPE, PRECISION)
     if DROPOUT:
         b_da = waited(b_da)
     return b_da
