@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels import functional as F
 from lora_kernels.dispatch import Implementation, ops
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.dora import dora_norm
 from lora_kernels.testing import assert_within_budget
 from tests.ops.case import DTYPES
@@ -198,7 +199,9 @@ def test_saved_are_s_and_u(base, dtype, p, bias):
     y, extra = _extra(tensors(dtype=dtype, adapters=torch.float32), base, p, bias)
     assert sorted(tuple(v.shape) for v in extra) == [(M, R), (M, N)]
     assert all(v.data_ptr() != y.data_ptr() for v in extra)
-    assert sum(v.nbytes for v in extra) == (M * R + M * N) * dtype.itemsize
+    assert (
+        sum(v.nbytes for v in extra) == M * R * rank_dtype(dtype).itemsize + M * N * dtype.itemsize
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2])
