@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.cases import DTYPES, EMBED, Case
+from lora_kernels.ops.common.rank import rank_dtype
 
 NESTED_BLOCK = 256
 SEED_BYTES = ID_BYTES = 8
@@ -74,8 +75,8 @@ def weight_bytes(case: Case) -> int:
 
 def saved_bytes(case: Case) -> int:
     """What a backward cannot do without, weights and adapters left out: x and the s of each layer
-    in x's type, and with dropout the seed (int64) that makes the mask again. An MLP keeps gate's
-    and up's outputs too; DoRA the norms (fp32), and for its magnitude what y was made of; a
+    (fp32 under fp16), and with dropout the seed (int64) that makes the mask again. An MLP keeps
+    gate's and up's outputs too; DoRA the norms (fp32), and for its magnitude what y was made of; a
     gated activation keeps its two inputs; an embedding ids (int64) and slots (int32), as s is read
     from its adapters.
     """
@@ -90,7 +91,7 @@ def saved_bytes(case: Case) -> int:
 
 def _made_for_backward(case: Case, size: int) -> int:
     """Bytes of what the forward makes beside its outputs for the backward of an adapter."""
-    made = case.m * case.r * len(case.layers) * size
+    made = case.m * case.r * len(case.layers) * rank_dtype(DTYPES[case.dtype]).itemsize
     if case.op == "lora_mlp":
         made += 2 * case.m * case.layers[0].n * size
     if case.op == "dora_linear":

@@ -72,10 +72,10 @@ QUANTISED = (
 def _arguments(p: Problem, r: Source) -> dict[str, Any]:
     """What the three ops take, by name; the norm is the right one, rounded to fp32."""
     m, n, k, rank = p.shape
-    x = r.normal(m, k, dtype=p.dtype)
+    x = r.normal(m, k, dtype=p.dtype, std=p.range.x)
     base, meta = r.base(p.base if isinstance(p, Quantised) else "dense", n, k, p.dtype)
-    a = r.normal(rank, k, dtype=p.adapter, std=k**-0.5)
-    b = r.normal(n, rank, dtype=p.adapter, std=rank**-0.5)
+    a = r.normal(rank, k, dtype=p.adapter, std=p.range.a * k**-0.5)
+    b = r.normal(n, rank, dtype=p.adapter, std=p.range.b * rank**-0.5)
     if p.rank_diag:  # rows without a norm
         b[::5] = 0
         if len(base) == 1:
@@ -114,7 +114,7 @@ def _backward(p: Problem, r: Source) -> tuple[Any, ...]:
     t = _arguments(p, r)
     x, n = t["x"], t["meta"][0]
     bias, dropout, seed = (t.pop(name) for name in ("bias", "dropout_p", "seed"))
-    dy = r.normal(x.shape[0], n, dtype=p.dtype)
+    dy = r.normal(x.shape[0], n, dtype=p.dtype, std=p.range.dy)
     dy = strided(dy, p.strides) if p.strides else dy
     s = rank_value(drop(x.float(), dropout, seed) @ t["a"].float().T, p.dtype)
     u = r.normal(x.shape[0], n, dtype=p.dtype) if _learns(p) else None

@@ -15,7 +15,7 @@ from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.gather.triton.plan import WAYS
 from tests.compiled.problems import BF16, FP16, FP32
 from tests.ops import gather_embedding_inputs as embedding
-from tests.ops.case import Source
+from tests.ops.case import RANGES, Source
 from tests.ops.gather_inputs import QKV, Gather, _add, _backward, _forward
 
 OVER_BASE = (*WAYS, "fused")
@@ -38,6 +38,8 @@ PROBLEMS = (
     Many("whole", Gather(t=70, k=256, n=(256,), ranks=(16, 32, 16))),
     Many("long", Gather(t=150, k=600, n=(328,), ranks=(16, 5), dropout=(0.2, 0.0))),
     Many("ragged-fp16", Gather(t=13, k=41, n=(67,), ranks=(3, 16, 1, 40)), FP16),
+    Many("wide-s-fp16", Gather(t=20, k=72, n=(67,), ranks=(3, 40), range=RANGES["wide-s"]), FP16),
+    Many("wide-ds-fp16", Gather(t=20, k=72, n=(67,), ranks=(3, 40), range=RANGES["wide-ds"]), FP16),
     Many("qkv", Gather(t=20, k=72, **_QKV, dropout=(0.5,))),
     Many("mixture", Gather(t=9, k=70, n=(67,), ranks=(1, 24, 8), mixture=25, dropout=(0.1,))),
     Many("fp32", Gather(t=11, k=40, n=(48,), ranks=(7, 20)), FP32),

@@ -15,7 +15,7 @@ from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.packed.schema import META
 from tests.compiled.problems import BF16, FP16, FP32, SMALL, both
-from tests.ops.case import Source, strided
+from tests.ops.case import ANY, RANGES, Range, Source, strided
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Packed:
     slow: bool = False
     strategies: tuple[str | None, ...] = STRATEGIES[:2]  # no vendor product to add to
     multiprocessors: int | None = None  # fewer make longer loops
+    range: Range = ANY
 
 
 # TMA needs rows of whole 16 bytes: there K and each N are multiples of 8, and still of no tile.
@@ -56,6 +57,23 @@ PROBLEMS = (
         dtype=FP16,
         adapter=FP16,
         dropout=0.3,
+    ),
+    Packed(
+        "wide-s-fp16",
+        *(70, 136, (72, 40), (16, 3)),
+        both("64x64x32 w4 s4", "64x64x64 w4 s4", tma=True),
+        dtype=FP16,
+        adapter=FP16,
+        dropout=0.1,
+        range=RANGES["wide-s"],
+    ),
+    Packed(
+        "wide-ds-fp16",
+        *(66, 104, (72, 40), (64, 5)),
+        both("64x64x64 w4 s3", "64x64x64 w4 s4", tma=True),
+        dtype=FP16,
+        adapter=FP32,
+        range=RANGES["wide-ds"],
     ),
     Packed(
         "two",
@@ -186,7 +204,7 @@ NEEDS = tuple(
 
 
 def _forward(p: Packed, r: Source) -> tuple[Any, ...]:
-    x = r.normal(p.m, p.k, dtype=p.dtype)
+    x = r.normal(p.m, p.k, dtype=p.dtype, std=p.range.x)
     count = len(p.n)
     bias = p.bias or (False,) * count
     kinds = p.bases or ("dense",) * count
@@ -195,9 +213,9 @@ def _forward(p: Packed, r: Source) -> tuple[Any, ...]:
         strided(x, p.strides) if p.strides else x,
         [t for base, _ in parts for t in base],
         [size for _, meta in parts for size in (*meta, *[0] * (META - len(meta)))],
-        [r.normal(rank, p.k, dtype=p.adapter, std=p.k**-0.5) for rank in p.r],
+        [r.normal(rank, p.k, dtype=p.adapter, std=p.range.a * p.k**-0.5) for rank in p.r],
         [
-            r.normal(n, rank, dtype=p.adapter, std=rank**-0.5)
+            r.normal(n, rank, dtype=p.adapter, std=p.range.b * rank**-0.5)
             for n, rank in zip(p.n, p.r, strict=True)
         ],
         [0.75, 2.0, -0.5, 1.25][:count],
@@ -209,10 +227,10 @@ def _forward(p: Packed, r: Source) -> tuple[Any, ...]:
 
 def _backward(p: Packed, r: Source) -> tuple[Any, ...]:
     x, base, meta, a, b, scales, bias, *dropout = _forward(p, r)
-    dy: list[Tensor] = [r.normal(p.m, n, dtype=p.dtype) for n in p.n]
+    dy: list[Tensor] = [r.normal(p.m, n, dtype=p.dtype, std=p.range.dy) for n in p.n]
     if p.strides:
         dy = [strided(t, p.strides) for t in dy]
-    s = rank_value(r.normal(p.m, sum(p.r)), p.dtype)
+    s = rank_value(r.normal(p.m, sum(p.r), std=p.range.s), p.dtype)
     count = len(p.n)
     needs = [True] * (1 + 2 * count) + [t is not None for t in bias] + [False] * count
     if p.needs is not None:

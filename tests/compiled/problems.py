@@ -14,7 +14,7 @@ import torch
 from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.common.strategies import STRATEGIES
-from tests.ops.case import Source, strided
+from tests.ops.case import ANY, RANGES, Range, Source, strided
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -37,6 +37,7 @@ class Problem:
     slow: bool = False
     strategies: tuple[str | None, ...] = STRATEGIES
     multiprocessors: int | None = None  # fewer make longer loops
+    range: Range = ANY
 
 
 def tile(text: str, *, tma: bool = False) -> GemmConfig:
@@ -164,6 +165,23 @@ PROBLEMS = (
         multiprocessors=2,
     ),
     Problem(
+        "wide-s-fp16",
+        (70, 136, 200, 16),
+        both("64x64x64 w4 s3", "64x64x64 w4 s4", tma=True),
+        FP16,
+        FP16,
+        dropout=0.1,
+        range=RANGES["wide-s"],
+    ),
+    Problem(
+        "wide-ds-fp16",
+        (130, 72, 104, 64),
+        both("128x64x32 w4 s4", "128x64x32 w4 s4"),
+        FP16,
+        FP32,
+        range=RANGES["wide-ds"],
+    ),
+    Problem(
         "widest",
         (130, 264, 392, 16),
         both("128x256x32 w8 s3", "128x256x64 w8 s3", tma=True),
@@ -204,13 +222,13 @@ ONE_GRADIENT = tuple(
 
 def _forward(p: Problem, r: Source) -> tuple[Any, ...]:
     m, n, k, rank = p.shape
-    x = r.normal(m, k, dtype=p.dtype)
+    x = r.normal(m, k, dtype=p.dtype, std=p.range.x)
     return (
         strided(x, p.strides) if p.strides else x,
         [r.normal(n, k, dtype=p.dtype, std=k**-0.5)],
         [n, k],
-        r.normal(rank, k, dtype=p.adapter, std=k**-0.5),
-        r.normal(n, rank, dtype=p.adapter, std=rank**-0.5),
+        r.normal(rank, k, dtype=p.adapter, std=p.range.a * k**-0.5),
+        r.normal(n, rank, dtype=p.adapter, std=p.range.b * rank**-0.5),
         0.75,
         r.normal(n, dtype=p.dtype) if p.bias else None,
         p.dropout,
@@ -222,9 +240,9 @@ def _forward(p: Problem, r: Source) -> tuple[Any, ...]:
 
 def _backward(p: Problem, r: Source) -> tuple[Any, ...]:
     x, base, meta, a, b, scale, bias, dropout, seed, rank_diag, out_diag = _forward(p, r)
-    dy = r.normal(x.shape[0], meta[0], dtype=p.dtype)
+    dy = r.normal(x.shape[0], meta[0], dtype=p.dtype, std=p.range.dy)
     dy = strided(dy, p.strides) if p.strides else dy
-    s = rank_value(r.normal(x.shape[0], a.shape[0]), p.dtype)
+    s = rank_value(r.normal(x.shape[0], a.shape[0], std=p.range.s), p.dtype)
     given = (bias is not None, rank_diag is not None, out_diag is not None, False)
     needs = list(p.needs or (True, True, True, *given))
     return dy, x, s, base, meta, a, b, scale, dropout, seed, rank_diag, out_diag, needs

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.rank import rank_dtype, rank_value
+from lora_kernels.ops.lora.reference import shrink
 from lora_kernels.ops.nf4 import reference
 from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.tables import code_values
@@ -77,8 +79,9 @@ def ptx(compute: int) -> list[str]:
 @dataclass
 class Problem:
     """One call, of rank `rank` where that is not 0, with `lora` s computed too, of adapters in fp32
-    with `wide`; `pad` is what rows of x, s, B and y have beside their elements, `shift` how many
-    elements the first one of each is off alignment; K is split to keep all of `cores` at work."""
+    with `wide`; with `wide_s` s is beyond fp16; `pad` is what rows of x, s, B and y have beside
+    their elements, `shift` how many elements the first one of each is off alignment; K is split to
+    keep all of `cores` at work."""
 
     m: int
     n: int
@@ -92,6 +95,7 @@ class Problem:
     scale: float = 0.75
     lora: bool = False
     wide: bool = False
+    wide_s: bool = False
     pad: int = 0
     shift: int = 0
     cores: int = 108
@@ -112,10 +116,13 @@ class Problem:
         if self.rank:
             adapters = torch.float32 if self.wide else self.dtype
             if self.lora:
-                t["a"] = normal(self.rank, self.k, std=max(self.k, 1) ** -0.5, dtype=adapters)
+                std = (2.0**17 if self.wide_s else 1.0) * max(self.k, 1) ** -0.5
+                t["a"] = normal(self.rank, self.k, std=std, dtype=adapters)
             else:
-                t["s"] = normal(self.m, self.rank)
-            t["b"] = normal(self.n, self.rank, std=0.3, dtype=adapters)
+                s = rank_value(normal(self.m, self.rank, dtype=torch.float32), self.dtype)
+                t["s"] = self.laid_out(s)
+            std = 2.0**-8 if self.wide_s else 0.3
+            t["b"] = normal(self.n, self.rank, std=std, dtype=adapters)
 
     def of(self, dtype: torch.dtype) -> Problem:
         return replace(self, dtype=dtype, tensors={})
@@ -167,11 +174,11 @@ def weight(p: Problem, dtype: torch.dtype) -> Tensor:
 
 def _linear(p: Problem, w: Tensor, cast: Any) -> Tensor:
     # Adapters are rounded to x's type first, by the oracle too.
-    t = {name: cast(tensor.to(p.dtype)) for name, tensor in p.tensors.items()}
+    t = {n: cast(v if n == "s" else v.to(p.dtype)) for n, v in p.tensors.items()}
     y = t["x"] @ cast(w).T
     if p.rank:
-        s = t["s"] if "s" in t else t["x"] @ t["a"].T
-        y = y + p.scale * (s @ t["b"].T)
+        s = t["s"] if "s" in t else shrink(t["x"], t["a"].T)
+        y = (y + p.scale * (s @ t["b"].to(s.dtype).T)).to(y.dtype)
     return y + t["bias"] if p.bias else y
 
 
@@ -195,7 +202,7 @@ def run(
             setattr(call, f"ld{name}", tensor.stride(0))
     s = None
     if p.rank and p.lora:
-        s = ptxemu.poison_(torch.empty(p.m, p.rank, dtype=p.dtype))
+        s = ptxemu.poison_(torch.empty(p.m, p.rank, dtype=rank_dtype(p.dtype)))
         call.s, call.lds = memory.ptr(s, name="s"), p.rank
     call.adapters = DTYPES[adapters or (torch.float32 if p.wide else p.dtype)]
     call.y, call.ldy = memory.ptr(y, name="y"), y.stride(0)

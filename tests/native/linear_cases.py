@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.lora import reference as lora
 from lora_kernels.ops.nf4 import reference as nf4
 from lora_kernels.testing import assert_within_budget
@@ -99,7 +100,8 @@ class Case:
         g = normal(n, dtype=adapters) if out_diag else None
         if self.op == "lora_linear_fwd":
             return [x, base, meta, a, b, scale, b_, p, seed, d, g]
-        s = rows(rank)
+        s = rank_value(normal(self.m, rank, dtype=torch.float32), self.dtype)
+        s = laid_out(s, self.activations)
         return [dy, x, s, base, meta, a, b, scale, p, seed, d, g, list(self.wanted())]
 
     def wanted(self) -> tuple[bool, ...]:

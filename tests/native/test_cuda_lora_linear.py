@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from lora_kernels.ops.lora.reference import shrink
 from lora_kernels.testing import assert_within_budget
 from tests.native import cuda_linear as cuda
 from tests.native.cuda_linear import DTYPES
@@ -35,8 +36,18 @@ def of(shape: str, dtype: torch.dtype) -> P:
 
 def check(p: P, r: cuda.Run) -> None:
     x, a = p.tensors["x"], p.tensors["a"].to(p.dtype)
-    assert_within_budget(r.s, x.double() @ a.double().T, x @ a.T)
+    assert_within_budget(r.s, x.double() @ a.double().T, shrink(x, a.T))
     assert_within_budget(r.y, cuda.oracle(p), cuda.plain(p))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+@pytest.mark.parametrize("compute", cuda.COMPUTE)
+def test_s_beyond_fp16(compute: int, tokens: int, wide: bool) -> None:
+    p = P(tokens, 70, 320, bias=True, rank=20, wide=wide, wide_s=True, lora=True)
+    r = cuda.run(p.of(torch.float16), compute)
+    assert r.s is not None and r.s.abs().max() > torch.finfo(torch.float16).max
+    check(p.of(torch.float16), r)
 
 
 @pytest.mark.grid

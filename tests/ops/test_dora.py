@@ -199,8 +199,8 @@ def test_saved_are_s_and_u(base, dtype, p, bias):
     y, extra = _extra(tensors(dtype=dtype, adapters=torch.float32), base, p, bias)
     assert sorted(tuple(v.shape) for v in extra) == [(M, R), (M, N)]
     assert all(v.data_ptr() != y.data_ptr() for v in extra)
-    assert (
-        sum(v.nbytes for v in extra) == M * R * rank_dtype(dtype).itemsize + M * N * dtype.itemsize
+    assert sum(v.nbytes for v in extra) == (
+        M * R * rank_dtype(dtype).itemsize + M * N * dtype.itemsize
     )
 
 

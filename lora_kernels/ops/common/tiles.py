@@ -54,8 +54,11 @@ def rank_value(b_value, dtype: tl.constexpr):
     if dtype == tl.float16:
         bits = b_value.to(tl.uint32, bitcast=True)
         bits = (bits + 0xFFF + ((bits >> 13) & 1)) & 0xFFFFE000
-        return tl.where(tl.abs(b_value) < float("inf"), bits.to(tl.float32, bitcast=True), b_value)
-    return cast(b_value, dtype)
+        b_rounded = bits.to(tl.float32, bitcast=True)
+        b_kept = tl.where(tl.abs(b_value) < float("inf"), b_rounded, b_value)
+    else:
+        b_kept = cast(b_value, dtype)
+    return b_kept
 
 
 @triton.jit

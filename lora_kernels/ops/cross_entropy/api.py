@@ -33,6 +33,7 @@ class LinearCrossEntropyFunction(KeepsSettings):
             x, weight, labels, ignore_index, needs
         )
         ctx.save_for_backward(dx, dw, divisor)
+        ctx.dtype = weight.dtype
         # In fp32 the sum of many losses alone would take the result's last bits.
         return (losses.sum(dtype=torch.float64) / divisor).to(losses.dtype)
 
@@ -43,7 +44,7 @@ class LinearCrossEntropyFunction(KeepsSettings):
         # Without a label the loss is 0 / 0, and the gradient nothing, as torch has it.
         factor = torch.where(divisor == 0, 0.0, dloss / divisor)
         dx = (dx * factor).to(dx.dtype) if ctx.needs_input_grad[0] else None
-        dw = (dw * factor).to(dw.dtype) if ctx.needs_input_grad[1] else None
+        dw = (dw * factor).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None
 
 
@@ -59,7 +60,8 @@ def linear_cross_entropy(
 
     Equal to `torch.nn.functional.cross_entropy((x @ weight.T).float(), labels)`: logits are rounded
     to x's dtype, losses computed in fp32. Differentiable in x and weight; between forward and
-    backward their gradients are kept, nothing else. Under autocast x and weight are cast.
+    backward their gradients are kept, nothing else; of an fp16 weight in fp32, as its sum over the
+    rows may be beyond fp16. Under autocast x and weight are cast.
 
     Args:
         x: [..., K]; fp32, fp16, bf16 (fp64 on the reference).

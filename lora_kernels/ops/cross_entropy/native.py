@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
 from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, register_native
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.cross_entropy.schema import CrossEntropy, LinearCrossEntropy, loss_dtype
 
 # Rows of logits in existence at a time: as many as these bytes hold, which malloc still recycles
@@ -38,6 +39,7 @@ def linear_cross_entropy(c: LinearCrossEntropy) -> tuple[Tensor, Tensor, Tensor]
     losses = x.new_empty(x.shape[0], dtype=loss_dtype(x.dtype))
     dx = x.new_empty(x.shape if needs[0] else 0)
     dw = weight.new_zeros(weight.shape if needs[1] else 0, dtype=torch.float32)
+    wide = rank_dtype(weight.dtype)
     loss = getattr(torch.ops, NATIVE_NAMESPACE).cross_entropy.default
     for begin in range(0, x.shape[0], rows):
         part = slice(begin, begin + rows)
@@ -54,8 +56,8 @@ def linear_cross_entropy(c: LinearCrossEntropy) -> tuple[Tensor, Tensor, Tensor]
         elif needs[0]:
             torch.mm(dlogits, weight, out=dx[part])
         if needs[1]:
-            dw += dlogits.T @ x_part
-    return losses, dx, dw.to(weight.dtype)
+            dw += dlogits.T.to(wide) @ x_part.to(wide)
+    return losses, dx, dw.to(wide)
 
 
 register_native("cross_entropy", _refuse)

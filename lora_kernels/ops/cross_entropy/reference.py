@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import register_reference
+from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.cross_entropy.schema import CrossEntropy, LinearCrossEntropy, loss_dtype
 
 
@@ -35,7 +36,8 @@ def linear_cross_entropy(c: LinearCrossEntropy) -> tuple[Tensor, Tensor, Tensor]
     alone = CrossEntropy(x @ weight.T, c.labels, c.ignore_index, any(needs))
     losses, dlogits = cross_entropy(alone)
     dx = dlogits @ weight if needs[0] else x.new_empty(0)
-    dw = dlogits.T @ x if needs[1] else weight.new_empty(0)
+    wide = rank_dtype(weight.dtype)
+    dw = dlogits.T.to(wide) @ x.to(wide) if needs[1] else weight.new_empty(0, dtype=wide)
     return losses, dx, dw
 
 

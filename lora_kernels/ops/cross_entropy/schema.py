@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.common.rank import rank_dtype
 
 
 def check_linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -49,7 +50,8 @@ class CrossEntropy(NamedTuple):
 
 @define("linear_cross_entropy", "(Tensor losses, Tensor dx, Tensor dw)")
 class LinearCrossEntropy(NamedTuple):
-    """The same of logits = x·Wᵀ; `needs` says which of dx and dW."""
+    """The same of logits = x·Wᵀ; `needs` says which of dx and dW. dw is a sum over rows, to be
+    divided by their number: of an fp16 weight it is fp32."""
 
     x: Tensor
     weight: Tensor
@@ -62,5 +64,7 @@ class LinearCrossEntropy(NamedTuple):
         return (
             x.new_empty(x.shape[0], dtype=loss_dtype(x.dtype)),
             x.new_empty(tuple(x.shape) if needs[0] else (0,)),
-            weight.new_empty(tuple(weight.shape) if needs[1] else (0,)),
+            weight.new_empty(
+                tuple(weight.shape) if needs[1] else (0,), dtype=rank_dtype(weight.dtype)
+            ),
         )

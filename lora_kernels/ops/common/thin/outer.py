@@ -273,6 +273,8 @@ def outer(
         (blocks_a + blocks_b, ceil(r / br), spans),
         config.warps,
         config.stages,
+        # Powers of two take a few registers beside the mask's.
+        whole_registers=dtype == torch.float16,
         p_x=x,
         p_ds=ds,
         p_rest=rest,
