@@ -18,6 +18,7 @@ import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from lora_kernels.dispatch.flops import Formula, register_flops
 from lora_kernels.dispatch.settings import Setting
 
 NAMESPACE = "lora_kernels"
@@ -91,13 +92,15 @@ def _check_backend(name: str) -> None:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
 
 
-def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
+def define(name: str, schema: str, fake: Callable[..., Any], *, flops: Formula | None) -> None:
     """Define the op `lora_kernels::<name>` and its native twin from one schema string.
 
     Args:
         name: the op's name.
         schema: arguments and returns, as `torch.library.define` takes them.
         fake: returns empty outputs of the right shape, dtype and device.
+        flops: those of the matrix products that it stands for (`dispatch/flops.py`), from shapes;
+            None for an op without any.
     """
     if name in _ops:
         raise ValueError(f"name: op {name!r} is already defined")
@@ -106,6 +109,7 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> None:
     _library.impl(name, functools.partial(run, name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _native_library.define(name + schema)
+    register_flops(NAMESPACE, name, schema, flops)
 
 
 def register(name: str, implementation: Implementation) -> None:

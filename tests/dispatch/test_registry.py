@@ -44,7 +44,7 @@ def _automatic():
 def op():
     """An op with three backends: native refuses 2-D x, each adds its own number."""
     name = "registry_test"
-    define(name, "(Tensor x) -> Tensor", lambda x: torch.empty_like(x))
+    define(name, "(Tensor x) -> Tensor", lambda x: torch.empty_like(x), flops=None)
     supports = {"native": _refuses_2d, "triton": _accepts, "reference": _accepts}
     for number, backend in enumerate(reversed(BACKENDS)):
         fn = lambda x, number=number: x + number  # noqa: E731
@@ -137,7 +137,7 @@ def test_unknown_op():
 
 def test_duplicates_are_refused(op):
     with pytest.raises(ValueError, match="op 'registry_test' is already defined"):
-        define(op, "(Tensor x) -> Tensor", lambda x: x)
+        define(op, "(Tensor x) -> Tensor", lambda x: x, flops=None)
     with pytest.raises(ValueError, match="backend 'reference' is already registered"):
         register(op, Implementation("reference", _accepts, _accepts))
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.dispatch.flops import Call
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.common.flops import product
 
 
 def check_linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -48,15 +50,21 @@ def _linear_cross_entropy_fake(
     )
 
 
+def _linear_cross_entropy_flops(call: Call) -> int:
+    return (1 + sum(call.needs)) * product(call.x[0], *call.weight)
+
+
 define(
     "cross_entropy",
     "(Tensor logits, Tensor labels, int ignore_index, bool need_grad)"
     " -> (Tensor losses, Tensor dlogits)",
     _cross_entropy_fake,
+    flops=None,
 )
 define(
     "linear_cross_entropy",
     "(Tensor x, Tensor weight, Tensor labels, int ignore_index, bool[] needs)"
     " -> (Tensor losses, Tensor dx, Tensor dw)",
     _linear_cross_entropy_fake,
+    flops=_linear_cross_entropy_flops,
 )

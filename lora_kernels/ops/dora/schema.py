@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.dispatch.flops import Call
 from lora_kernels.dispatch.registry import define
+from lora_kernels.ops.common import flops
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.dora.magnitude import norm_dtype
 from lora_kernels.ops.lora.schema import check_lora_linear
 
@@ -104,12 +107,37 @@ def _bwd_fake(
     )
 
 
+def _norm_flops(call: Call) -> int:
+    return flops.product(*call.meta[:2], call.a[0])  # B·A
+
+
+def _drops(call: Call) -> bool:
+    """Whether x and drop(x) differ, so that W meets both."""
+    return call.seed is not None and threshold(call.dropout_p) > 0
+
+
+def _fwd_flops(call: Call) -> int:
+    m, (n, k) = call.x[0], call.meta[:2]
+    return flops.lora_fwd(m, n, k, call.a[0]) + _drops(call) * flops.product(m, n, k)
+
+
+def _bwd_flops(call: Call) -> int:
+    m, (n, k) = call.x[0], call.meta[:2]
+    wanted = dict(zip(GRADS, call.needs, strict=True))
+    x, weight = wanted["x"], wanted["weight"]
+    total = flops.lora_bwd(
+        m, n, k, call.a[0], x=x, a=wanted["lora_a"], b=wanted["lora_b"], weight=weight
+    )
+    return total + _drops(call) * (x + weight) * flops.product(m, n, k)
+
+
 # The norms of W + scale·B·A; without ‖W‖² of every row that is computed as well.
 define(
     "dora_norm",
     "(Tensor? weight_norm_sq, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale) -> "
     "Tensor",
     _norm_fake,
+    flops=_norm_flops,
 )
 # z = drop(x)·Wᵀ + scale·s·Bᵀ is returned if `keep_z`, else [0].
 define(
@@ -118,6 +146,7 @@ define(
     "Tensor norm, Tensor? bias, float dropout_p, Tensor? seed, bool keep_z) -> "
     "(Tensor y, Tensor s, Tensor z)",
     _fwd_fake,
+    flops=_fwd_flops,
 )
 # For dmagnitude: z, or the y of a forward without dropout and bias; neither, and z is made again.
 define(
@@ -127,4 +156,5 @@ define(
     "bool[] needs) -> (Tensor dx, Tensor da, Tensor db, Tensor dmagnitude, Tensor dbias, "
     "Tensor dw)",
     _bwd_fake,
+    flops=_bwd_flops,
 )

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.dispatch.flops import Call
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.common.flops import product
 from lora_kernels.ops.gather.pages import INTEGERS, PAGE, RankPages, check_pages
 
 IDS = (torch.int64, torch.int32)
@@ -63,19 +65,33 @@ def _bwd_fake(
     return da, db, dscales
 
 
+def _expand_flops(call: Call) -> int:
+    """s·Bᵀ of every token with all ranks that a slot has room for; A's part is looked up."""
+    _, b, table, *_ = call.pages
+    return product(call.ids[0], b[2], table[1] * PAGE)
+
+
+def _bwd_flops(call: Call) -> int:
+    a, b, scales = call.needs
+    return _expand_flops(call) * ((a or scales) + b)  # u = dy·B, dyᵀ·s
+
+
 define(
     "gather_lora_embed_fwd",
     "(Tensor ids, Tensor? weight, Tensor[] pages, Tensor slots) -> Tensor y",
     _fwd_fake,
+    flops=_expand_flops,
 )
 define(
     "gather_lora_embed_add",
     "(Tensor(a!) out, Tensor ids, Tensor[] pages, Tensor slots) -> ()",
     _add_fake,
+    flops=_expand_flops,
 )
 define(
     "gather_lora_embed_bwd",
     "(Tensor dy, Tensor ids, Tensor[] pages, Tensor slots, bool[] needs) -> "
     "(Tensor da, Tensor db, Tensor dscales)",
     _bwd_fake,
+    flops=_bwd_flops,
 )

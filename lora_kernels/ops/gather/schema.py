@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.dispatch.flops import Call
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import (
     FLOATS,
@@ -24,10 +25,12 @@ from lora_kernels.ops.common.checks import (
     check_optional_vector,
     check_shape,
 )
+from lora_kernels.ops.common.flops import product
 from lora_kernels.ops.gather.pages import (
     FACTORS,
     FIELDS,
     INTEGERS,
+    PAGE,
     RankPages,
     check_pages,
     split_pages,
@@ -162,16 +165,51 @@ def _bwd_fake(
     )
 
 
+def rank_products(pages: Sequence[Sequence[int]], entries: int) -> list[tuple[int, int]]:
+    """FLOPs of x·Aᵀ and of s·Bᵀ for each projection, every entry with all ranks that a slot has
+    room for, as in a batched product of gathered weights: which are used, shapes do not tell."""
+    found = []
+    for at in range(0, len(pages), FIELDS):
+        a, b, table, *_ = pages[at : at + FIELDS]
+        width = table[1] * PAGE
+        found.append((product(entries, width, a[2]), product(entries, width, b[2])))
+    return found
+
+
+def _base_flops(call: Call) -> int:
+    return product(call.x[0], *call.meta[:2]) if call.base else 0
+
+
+def _fwd_flops(call: Call) -> int:
+    return _base_flops(call) + sum(map(sum, rank_products(call.pages, call.entries[0][0])))
+
+
+def _add_flops(call: Call) -> int:
+    return sum(map(sum, rank_products(call.pages, call.entries[0][0])))
+
+
+def _bwd_flops(call: Call) -> int:
+    products = rank_products(call.pages, call.entries[0][0])
+    want = unpack_needs(call.needs, len(products))
+    total = _base_flops(call) if want.x else 0
+    for (by_a, by_b), a, b, scales in zip(products, want.a, want.b, want.scales, strict=True):
+        total += by_b * (want.x or a or scales or want.weights)  # u = dy·B
+        total += by_a * (want.x + a) + by_b * b
+    return total
+
+
 define(
     "gather_lora_fwd",
     "(Tensor x, Tensor[] base, int[] meta, Tensor? bias, Tensor[] pages, Tensor[] entries, "
     "Tensor[] dropout) -> (Tensor y, Tensor s)",
     _fwd_fake,
+    flops=_fwd_flops,
 )
 define(
     "gather_lora_add",
     "(Tensor(a!) out, Tensor x, Tensor[] pages, Tensor[] entries, bool overwrite) -> ()",
     _add_fake,
+    flops=_add_flops,
 )
 define(
     "gather_lora_bwd",
@@ -179,4 +217,5 @@ define(
     "Tensor[] entries, Tensor[] dropout, bool[] needs) -> (Tensor dx, Tensor dbias, "
     "Tensor dweights, Tensor[] da, Tensor[] db, Tensor[] dscales)",
     _bwd_fake,
+    flops=_bwd_flops,
 )

@@ -41,10 +41,11 @@ def _bwd_fake(
     return g.new_empty(shape), g.new_empty(shape), g.new_empty(shape if need_h else (0,))
 
 
-define("glu_fwd", "(Tensor g, Tensor u, int activation) -> Tensor", _fwd_fake)
+define("glu_fwd", "(Tensor g, Tensor u, int activation) -> Tensor", _fwd_fake, flops=None)
 define(
     "glu_bwd",
     "(Tensor dh, Tensor g, Tensor u, int activation, bool need_h) -> "
     "(Tensor dg, Tensor du, Tensor h)",
     _bwd_fake,
+    flops=None,
 )

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.dispatch.flops import Call
 from lora_kernels.dispatch.registry import define
+from lora_kernels.ops.common import flops
 from lora_kernels.ops.common.checks import (
     FLOATS,
     check_device,
@@ -110,12 +112,31 @@ def _mask_fake(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> Ten
     return seed.new_empty((rows, cols), dtype=torch.bool)
 
 
+def _fwd_flops(call: Call) -> int:
+    return flops.lora_fwd(call.x[0], *call.meta[:2], call.a[0])
+
+
+def _bwd_flops(call: Call) -> int:
+    wanted = dict(zip(GRADS, call.needs, strict=True))
+    return flops.lora_bwd(
+        call.x[0],
+        *call.meta[:2],
+        call.a[0],
+        x=wanted["x"],
+        a=wanted["lora_a"],
+        b=wanted["lora_b"],
+        weight=wanted["weight"],
+        ds=wanted["rank_diag"],
+    )
+
+
 define(
     "lora_linear_fwd",
     "(Tensor x, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale, Tensor? bias, "
     "float dropout_p, Tensor? seed, Tensor? rank_diag, Tensor? out_diag, int stream=0) -> "
     "(Tensor y, Tensor s)",
     _fwd_fake,
+    flops=_fwd_flops,
 )
 define(
     "lora_linear_bwd",
@@ -124,9 +145,11 @@ define(
     "int stream=0) -> (Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor drank_diag, "
     "Tensor dout_diag, Tensor dw)",
     _bwd_fake,
+    flops=_bwd_flops,
 )
 define(
     "dropout_mask",
     "(Tensor seed, int rows, int cols, float p, int stream) -> Tensor",
     _mask_fake,
+    flops=None,
 )

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.dispatch.flops import Call
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import check_dtype, check_optional_vector
+from lora_kernels.ops.common.flops import product
 from lora_kernels.ops.nf4.base import Meta, check_base, check_input
 
 
@@ -61,29 +63,42 @@ def _linear_bwd_fake(dy: Tensor, base: Sequence[Tensor], meta: Sequence[int]) ->
     return dy.new_empty((dy.shape[0], meta[1]))
 
 
+def _linear_fwd_flops(call: Call) -> int:
+    return product(call.x[0], *call.meta[:2])
+
+
+def _linear_bwd_flops(call: Call) -> int:
+    return product(call.dy[0], *call.meta[:2])
+
+
 define(
     "nf4_quantize",
     "(Tensor w, int block_size, int quant_type) -> (Tensor packed, Tensor absmax)",
     _quantize_fake,
+    flops=None,
 )
 define(
     "nf4_quantize_scales",
     "(Tensor absmax, Tensor nested_map, Tensor nested_offset, int nested_block_size)"
     " -> (Tensor codes, Tensor nested_absmax)",
     _quantize_scales_fake,
+    flops=None,
 )
 define(
     "nf4_dequantize",
     "(Tensor[] base, int[] meta, ScalarType dtype) -> Tensor",
     _dequantize_fake,
+    flops=None,
 )
 define(
     "nf4_linear_fwd",
     "(Tensor x, Tensor[] base, int[] meta, Tensor? bias) -> Tensor",
     _linear_fwd_fake,
+    flops=_linear_fwd_flops,
 )
 define(
     "nf4_linear_bwd",
     "(Tensor dy, Tensor[] base, int[] meta) -> Tensor",
     _linear_bwd_fake,
+    flops=_linear_bwd_flops,
 )

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lora_kernels.dispatch.flops import Call
 from lora_kernels.dispatch.registry import define
+from lora_kernels.ops.common import flops
 from lora_kernels.ops.common.checks import (
     FLOATS,
     check_device,
@@ -151,11 +153,26 @@ def _bwd_fake(
     return x.new_empty(tuple(x.shape) if want_x else (0,)), *grads
 
 
+def _fwd_flops(call: Call) -> int:
+    sizes = zip(call.meta[::META], call.meta[1::META], call.a, strict=True)
+    return sum(flops.lora_fwd(call.x[0], n, k, a[0]) for n, k, a in sizes)
+
+
+def _bwd_flops(call: Call) -> int:
+    want_x, wants = unpack_needs(call.needs, len(call.a))
+    sizes = zip(call.meta[::META], call.meta[1::META], call.a, wants, strict=True)
+    return sum(
+        flops.lora_bwd(call.x[0], n, k, a[0], x=want_x, a=want[0], b=want[1], weight=want[3])
+        for n, k, a, want in sizes
+    )
+
+
 define(
     "lora_packed_fwd",
     "(Tensor x, Tensor[] base, int[] meta, Tensor[] a, Tensor[] b, float[] scales, "
     "Tensor?[] bias, float dropout_p, Tensor? seed) -> (Tensor[] y, Tensor s)",
     _fwd_fake,
+    flops=_fwd_flops,
 )
 define(
     "lora_packed_bwd",
@@ -163,4 +180,5 @@ define(
     "float[] scales, float dropout_p, Tensor? seed, bool[] needs) -> "
     "(Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dw)",
     _bwd_fake,
+    flops=_bwd_flops,
 )
