@@ -108,7 +108,8 @@ def _bwd_fake(
 
 
 def _norm_flops(call: Call) -> int:
-    return flops.product(*call.meta[:2], call.a[0])  # B·A
+    n, k = call.meta[:2]
+    return flops.product(n, k, call.a[0])  # B·A
 
 
 def _drops(call: Call) -> bool:

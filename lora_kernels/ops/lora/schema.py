@@ -113,14 +113,17 @@ def _mask_fake(seed: Tensor, rows: int, cols: int, p: float, stream: int) -> Ten
 
 
 def _fwd_flops(call: Call) -> int:
-    return flops.lora_fwd(call.x[0], *call.meta[:2], call.a[0])
+    n, k = call.meta[:2]
+    return flops.lora_fwd(call.x[0], n, k, call.a[0])
 
 
 def _bwd_flops(call: Call) -> int:
     wanted = dict(zip(GRADS, call.needs, strict=True))
+    n, k = call.meta[:2]
     return flops.lora_bwd(
         call.x[0],
-        *call.meta[:2],
+        n,
+        k,
         call.a[0],
         x=wanted["x"],
         a=wanted["lora_a"],

@@ -39,6 +39,33 @@ from lora_kernels.ops.packed.schema import (
 T = TypeVar("T")
 
 
+def packed_fwd(
+    x: Tensor,
+    base: Sequence[Tensor],
+    meta: Sequence[int],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    bias: Sequence[Tensor | None],
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Sequence[Tensor], Tensor]:
+    """The op; for `torch.jit.trace`, which takes no list of optional tensors, that of one
+    projection for each of them, with the same result."""
+    if not torch.jit.is_tracing():
+        return torch.ops.lora_kernels.lora_packed_fwd(
+            x, base, meta, a, b, scales, bias, dropout_p, seed
+        )
+    parts = [
+        torch.ops.lora_kernels.lora_linear_fwd(
+            *(x, w, m, a[i], b[i], scales[i], bias[i], dropout_p, seed, None, None, i)
+        )
+        for i, (w, m, _) in enumerate(split_base(base, meta))
+    ]
+    y, s = zip(*parts, strict=True)
+    return y, torch.cat(s, dim=1)
+
+
 class LoRAPackedFunction(KeepsSettings):
     @staticmethod
     def forward(
@@ -51,9 +78,7 @@ class LoRAPackedFunction(KeepsSettings):
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         a, b, bias, base = by_kind(tensors, len(scales))
-        y, s = torch.ops.lora_kernels.lora_packed_fwd(
-            x, base, meta, a, b, scales, bias, dropout_p, seed
-        )
+        y, s = packed_fwd(x, base, meta, a, b, scales, bias, dropout_p, seed)
         ctx.save_for_backward(x, s, seed, *a, *b, *base)
         ctx.dropout_p, ctx.scales, ctx.meta = dropout_p, scales, meta
         return tuple(y)
@@ -251,9 +276,7 @@ def lora_packed_linear(
         if p.need_grad(x):
             y = LoRAPackedFunction.apply(rows, seed, dropout_p, p.scales, p.meta, *p.tensors)
         else:
-            y, _ = torch.ops.lora_kernels.lora_packed_fwd(
-                rows, p.base, p.meta, p.a, p.b, p.scales, p.bias, dropout_p, seed
-            )
+            y, _ = packed_fwd(rows, p.base, p.meta, p.a, p.b, p.scales, p.bias, dropout_p, seed)
         return tuple(from_rows(t, x) for t in y)
     except Exception:
         check_kinds(lora_packed_linear, locals())

@@ -28,7 +28,7 @@ from lora_kernels.ops.common.flatten import from_rows, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.glu.schema import activation_index
 from lora_kernels.ops.nf4.weight import NF4Weight
-from lora_kernels.ops.packed.api import by_kind, gather, kept, of_weights, seed_for
+from lora_kernels.ops.packed.api import by_kind, gather, kept, of_weights, packed_fwd, seed_for
 from lora_kernels.ops.packed.schema import META, check_inputs, pack_needs, split_base
 
 # Gate and up are packed, streams 0 and 1; down follows.
@@ -47,7 +47,7 @@ def _forward(
     """y, and what the backward reads: s, g, u, s of down."""
     a, b, bias, base = by_kind(tensors, len(scales))
     down, down_meta, where = split_base(base, meta)[DOWN]
-    (g, u), s = torch.ops.lora_kernels.lora_packed_fwd(
+    (g, u), s = packed_fwd(
         x,
         base[: where.start],
         meta[: DOWN * META],
