@@ -25,6 +25,7 @@ NAMESPACE = "lora_kernels"
 NATIVE_NAMESPACE = "lora_kernels_native"
 BACKENDS = ("native", "triton", "reference")
 BACKEND_VARIABLE = "LORA_KERNELS_BACKEND"
+BY_TENSOR = "_by_tensor"  # the name's end of an op's twin whose scale is a tensor
 
 
 class BackendError(RuntimeError):
@@ -110,6 +111,32 @@ def define(name: str, schema: str, fake: Callable[..., Any], *, flops: Formula |
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     _native_library.define(name + schema)
     register_flops(NAMESPACE, name, schema, flops)
+    _define_by_tensor(name, schema, fake, flops)
+
+
+def _define_by_tensor(
+    name: str, schema: str, fake: Callable[..., Any], flops: Formula | None
+) -> None:
+    """The twin of an op with a scale that takes it as a tensor on the CPU (`common/scale.py`)."""
+    twin = schema.replace(" float scale,", " Tensor scale,").replace(
+        " float scale)", " Tensor scale)"
+    )
+    twin = twin.replace(" float[] scales,", " Tensor[] scales,")
+    if twin == schema:
+        return
+    names = [a.name for a in torch._C.parse_schema(name + twin).arguments]
+    at = next(i for i, n in enumerate(names) if n in ("scale", "scales"))
+
+    def call(*args: Any) -> Any:
+        given = args[at]
+        value = [float(s) for s in given] if isinstance(given, (list, tuple)) else float(given)
+        return run(name, *args[:at], value, *args[at + 1 :])
+
+    name_of_twin = name + BY_TENSOR
+    _library.define(name_of_twin + twin)
+    _library.impl(name_of_twin, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name_of_twin}", fake, lib=_library)
+    register_flops(NAMESPACE, name_of_twin, twin, flops)
 
 
 def register(name: str, implementation: Implementation) -> None:

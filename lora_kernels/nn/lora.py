@@ -22,6 +22,7 @@ from lora_kernels.ops.dora import dora_norm, output_scale
 
 INITS = ("kaiming", "gaussian")
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
+_SCALE = {"r", "alpha", "use_rslora"}  # what the scale follows from
 
 
 def check_adapter_options(r: int, alpha: float, dropout: float, init: str) -> None:
@@ -53,7 +54,7 @@ def default_adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
 
 def scale_of(alpha: float, r: int, use_rslora: bool) -> float:
     """What the branch is multiplied by: alpha/r, or alpha/√r with `use_rslora`."""
-    return alpha / (math.sqrt(r) if use_rslora else r)
+    return float(alpha) / (math.sqrt(r) if use_rslora else r)
 
 
 @torch.no_grad()
@@ -98,6 +99,7 @@ class LoRAMixin(nn.Module):
     adapter_enabled: bool
     use_dora: bool = False
     _merged_weight: Tensor | None
+    _scale: float
 
     def _base_dtype(self) -> torch.dtype:
         """The dtype of the dense weight, and of the merged one."""
@@ -162,7 +164,13 @@ class LoRAMixin(nn.Module):
     @property
     def scale(self) -> float:
         """What the branch is multiplied by: alpha/r, or alpha/√r with `use_rslora`."""
-        return scale_of(self.alpha, self.r, self.use_rslora)
+        return self._scale
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _SCALE and self.__dict__.keys() >= _SCALE:
+            # Kept, as compiled layers then share a graph: it depends on nothing but this float.
+            self.__dict__["_scale"] = scale_of(self.alpha, self.r, self.use_rslora)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to y [..., N]."""

@@ -53,6 +53,7 @@ from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
+from lora_kernels.ops.common.scale import Scale, as_scale, scaled_op
 from lora_kernels.ops.dora.magnitude import base_of, norm_dtype
 from lora_kernels.ops.dora.schema import check_dora_linear, check_norm_sq
 from lora_kernels.ops.lora.api import draw_seed
@@ -70,14 +71,14 @@ class DoRALinearFunction(KeepsSettings):
         bias: Tensor | None,
         norm: Tensor,
         seed: Tensor | None,
-        scale: float,
+        scale: Scale,
         dropout_p: float,
         meta: list[int],
         *base: Tensor,
     ) -> Tensor:
         from_output = bias is None and seed is None
         learns = magnitude.requires_grad
-        y, s, z = torch.ops.lora_kernels.dora_linear_fwd(
+        y, s, z = scaled_op("dora_linear_fwd", scale)(
             *(x, list(base), meta, a, b, scale, magnitude, norm, bias, dropout_p, seed),
             learns and not from_output,
         )
@@ -93,7 +94,7 @@ class DoRALinearFunction(KeepsSettings):
         y, z = (kept, None) if ctx.from_output else (None, kept)
         asked = ctx.needs_input_grad
         needs = [*asked[:5], len(base) == 1 and asked[10]]
-        grads = torch.ops.lora_kernels.dora_linear_bwd(
+        grads = scaled_op("dora_linear_bwd", ctx.scale)(
             *(to_rows(dy), x, s, base, ctx.meta, a, b, ctx.scale, magnitude, norm),
             *(ctx.dropout_p, seed, y, z, needs),
         )
@@ -153,19 +154,20 @@ def dora_linear(
             x, dense, bias = autocast(x, weight, bias)
             base = [dense]
         check_dora_linear(x, base, meta, lora_a, lora_b, magnitude, bias, dropout_p, seed)
-        norm = _norm(stored, meta, lora_a, lora_b, scale, weight_norm_sq)
+        factor = as_scale(scale)
+        norm = _norm(stored, meta, lora_a, lora_b, factor, weight_norm_sq)
         if threshold(dropout_p) == 0:
             seed = None
         elif seed is None:
             seed = draw_seed(x.device)
-        rows, scale = to_rows(x), float(scale * 1.0)  # text is no number
+        rows = to_rows(x)
         if needs_grad(x, lora_a, lora_b, magnitude, bias, base[0] if len(base) == 1 else None):
             y = DoRALinearFunction.apply(
-                rows, lora_a, lora_b, magnitude, bias, norm, seed, scale, dropout_p, meta, *base
+                rows, lora_a, lora_b, magnitude, bias, norm, seed, factor, dropout_p, meta, *base
             )
         else:
-            y, _, _ = torch.ops.lora_kernels.dora_linear_fwd(
-                *(rows, base, meta, lora_a, lora_b, scale, magnitude, norm, bias, dropout_p, seed),
+            y, _, _ = scaled_op("dora_linear_fwd", factor)(
+                *(rows, base, meta, lora_a, lora_b, factor, magnitude, norm, bias, dropout_p, seed),
                 False,
             )
         return from_rows(y, x)
@@ -191,7 +193,7 @@ def dora_norm(
         [N] in fp32; fp64 for an fp64 weight. Never differentiable.
     """
     try:
-        return _norm(*base_of(weight), lora_a, lora_b, scale, weight_norm_sq)
+        return _norm(*base_of(weight), lora_a, lora_b, as_scale(scale), weight_norm_sq)
     except Exception:
         check_kinds(dora_norm, locals())
         raise
@@ -202,11 +204,9 @@ def _norm(
     meta: list[int],
     a: Tensor,
     b: Tensor,
-    scale: float,
+    scale: Scale,
     weight_norm_sq: Tensor | None,
 ) -> Tensor:
     check_norm_sq(weight_norm_sq, meta, norm_dtype(base), a.device)
     with torch.no_grad():
-        return torch.ops.lora_kernels.dora_norm(
-            weight_norm_sq, base, meta, a, b, float(scale * 1.0)
-        )
+        return scaled_op("dora_norm", scale)(weight_norm_sq, base, meta, a, b, scale)

@@ -29,6 +29,7 @@ from lora_kernels.ops.common.checks import check_dtype, check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import check_dropout, threshold
+from lora_kernels.ops.common.scale import Scale, as_scale, scaled_op
 from lora_kernels.ops.lora.schema import check_lora_linear
 from lora_kernels.ops.nf4.weight import NF4Weight
 
@@ -44,12 +45,12 @@ class LoRALinearFunction(KeepsSettings):
         rank_diag: Tensor | None,
         out_diag: Tensor | None,
         seed: Tensor | None,
-        scale: float,
+        scale: Scale,
         dropout_p: float,
         meta: list[int],
         *base: Tensor,
     ) -> Tensor:
-        y, s = torch.ops.lora_kernels.lora_linear_fwd(
+        y, s = scaled_op("lora_linear_fwd", scale)(
             x, list(base), meta, a, b, scale, bias, dropout_p, seed, rank_diag, out_diag
         )
         ctx.save_for_backward(x, s, a, b, seed, rank_diag, out_diag, *base)
@@ -62,7 +63,7 @@ class LoRALinearFunction(KeepsSettings):
         x, s, a, b, seed, rank_diag, out_diag, *base = ctx.saved_tensors
         asked = ctx.needs_input_grad
         needs = [*asked[:6], len(base) == 1 and asked[10]]
-        grads = torch.ops.lora_kernels.lora_linear_bwd(
+        grads = scaled_op("lora_linear_bwd", ctx.scale)(
             to_rows(dy),
             x,
             s,
@@ -192,14 +193,14 @@ def _apply(
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    rows, scale = to_rows(x), float(scale * 1.0)  # text is no number
+    rows, factor = to_rows(x), as_scale(scale)
     if needs_grad(x, a, b, bias, rank_diag, out_diag, base[0] if len(base) == 1 else None):
         y = LoRALinearFunction.apply(
-            rows, a, b, bias, rank_diag, out_diag, seed, scale, dropout_p, meta, *base
+            rows, a, b, bias, rank_diag, out_diag, seed, factor, dropout_p, meta, *base
         )
     else:
-        y, _ = torch.ops.lora_kernels.lora_linear_fwd(
-            rows, base, meta, a, b, scale, bias, dropout_p, seed, rank_diag, out_diag
+        y, _ = scaled_op("lora_linear_fwd", factor)(
+            rows, base, meta, a, b, factor, bias, dropout_p, seed, rank_diag, out_diag
         )
     return from_rows(y, x)
 

@@ -26,6 +26,7 @@ from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
+from lora_kernels.ops.common.scale import Scale, as_scales, scaled_op
 from lora_kernels.ops.lora.api import draw_seed
 from lora_kernels.ops.nf4.weight import NF4Weight
 from lora_kernels.ops.packed.schema import (
@@ -45,7 +46,7 @@ def packed_fwd(
     meta: Sequence[int],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
-    scales: Sequence[float],
+    scales: Sequence[Scale],
     bias: Sequence[Tensor | None],
     dropout_p: float,
     seed: Tensor | None,
@@ -53,7 +54,7 @@ def packed_fwd(
     """The op; for `torch.jit.trace`, which takes no list of optional tensors, that of one
     projection for each of them, with the same result."""
     if not torch.jit.is_tracing():
-        return torch.ops.lora_kernels.lora_packed_fwd(
+        return scaled_op("lora_packed_fwd", scales)(
             x, base, meta, a, b, scales, bias, dropout_p, seed
         )
     parts = [
@@ -73,7 +74,7 @@ class LoRAPackedFunction(KeepsSettings):
         x: Tensor,
         seed: Tensor | None,
         dropout_p: float,
-        scales: list[float],
+        scales: list[Scale],
         meta: list[int],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -91,7 +92,7 @@ class LoRAPackedFunction(KeepsSettings):
         a, b, base = parameters[:p], parameters[p : 2 * p], parameters[2 * p :]
         asked = ctx.needs_input_grad
         want = by_kind(asked[5:], p)
-        grads = torch.ops.lora_kernels.lora_packed_bwd(
+        grads = scaled_op("lora_packed_bwd", ctx.scales)(
             [to_rows(t) for t in dy],
             x,
             s,
@@ -146,7 +147,7 @@ class Projections(NamedTuple):
     bias: list[Tensor | None]
     base: list[Tensor]
     meta: list[int]
-    scales: list[float]
+    scales: list[Scale]
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -208,9 +209,7 @@ def gather(
             raise TypeError(
                 f"weights[{i}]: got {type(w).__name__}, expected a Tensor or an NF4Weight"
             )
-    return x, Projections(
-        list(lora_a), list(lora_b), bias, base, meta, [float(s * 1.0) for s in scales]
-    )
+    return x, Projections(list(lora_a), list(lora_b), bias, base, meta, as_scales(scales))
 
 
 def _checked(i: int, weight: NF4Weight) -> NF4Weight:

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.flatten import from_rows, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
+from lora_kernels.ops.common.scale import Scale, scaled_op
 from lora_kernels.ops.glu.schema import activation_index
 from lora_kernels.ops.nf4.weight import NF4Weight
 from lora_kernels.ops.packed.api import by_kind, gather, kept, of_weights, packed_fwd, seed_for
@@ -39,7 +40,7 @@ def _forward(
     x: Tensor,
     seed: Tensor | None,
     dropout_p: float,
-    scales: list[float],
+    scales: list[Scale],
     meta: list[int],
     activation: int,
     *tensors: Tensor,
@@ -59,7 +60,7 @@ def _forward(
         seed,
     )
     h = torch.ops.lora_kernels.glu_fwd(g, u, activation)
-    y, s_down = torch.ops.lora_kernels.lora_linear_fwd(
+    y, s_down = scaled_op("lora_linear_fwd", scales)(
         h,
         down,
         down_meta,
@@ -83,7 +84,7 @@ class LoRAMLPFunction(KeepsSettings):
         x: Tensor,
         seed: Tensor | None,
         dropout_p: float,
-        scales: list[float],
+        scales: list[Scale],
         meta: list[int],
         activation: int,
         *tensors: Tensor,
@@ -112,7 +113,7 @@ class LoRAMLPFunction(KeepsSettings):
         def down_grads(h: Tensor, dx: bool, da: bool, rest: bool, dw: bool) -> tuple[Tensor, ...]:
             """(dh, da, db, dbias, ..., dw); only da and dw read h."""
             needs = [dx, da, rest and want_b[DOWN], rest and want_bias[DOWN], False, False, dw]
-            return torch.ops.lora_kernels.lora_linear_bwd(
+            return scaled_op("lora_linear_bwd", ctx.scales)(
                 dy,
                 h,
                 s_down,
@@ -140,7 +141,7 @@ class LoRAMLPFunction(KeepsSettings):
         if need_h:
             _, da, _, _, _, _, dw = down_grads(h, False, want_a[DOWN], False, want_w[DOWN])
         del h
-        dx, *grads = torch.ops.lora_kernels.lora_packed_bwd(
+        dx, *grads = scaled_op("lora_packed_bwd", ctx.scales)(
             [dg, du],
             x,
             s,
