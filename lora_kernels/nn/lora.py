@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from lora_kernels import functional
 from lora_kernels.nn.common import draw_kaiming, fill, make_linear, whole
-from lora_kernels.ops.common.checks import FLOATS, names
+from lora_kernels.ops.common.checks import FLOATS, has_values, names
 from lora_kernels.ops.dora import dora_norm, output_scale
 
 INITS = ("kaiming", "gaussian")
@@ -211,8 +211,10 @@ class LoRAMixin(nn.Module):
     def delta_weight(self) -> Tensor:
         """scale·B·A [N, K] in fp32 (fp64 for fp64 adapters), not scaled by DoRA's magnitude."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
-            a, b = whole(self.lora_A), whole(self.lora_B)
+        a, b = whole(self.lora_A), whole(self.lora_B)
+        # torch knows no autocast for meta, and turns none on there.
+        kind = "cpu" if a.is_meta else a.device.type
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
             return (b.to(dtype) @ a.to(dtype)).mul_(self.scale)
 
     @torch.no_grad()
@@ -235,7 +237,7 @@ class LoRAMixin(nn.Module):
         if self.lora_magnitude_vector is not None:
             total.mul_(output_scale(whole(self.lora_magnitude_vector), self._norm())[:, None])
         merged = total.to(dtype or base_dtype)
-        if safe and not bool(torch.isfinite(merged).all()):
+        if safe and has_values(merged) and not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 f"merge: the merged weight {list(merged.shape)} holds non-finite values in "
                 f"{names([merged.dtype])}; nothing was changed"
