@@ -167,6 +167,7 @@ def unwatched() -> bool:
         and _log.get() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
     )
 
 

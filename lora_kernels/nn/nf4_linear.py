@@ -92,7 +92,7 @@ class NF4Linear(nn.Module):
         tensors = weight.tensors()
         for name in COMPONENTS:
             self.register_buffer(slot + name, tensors.get(name), persistent=False)
-        self._weights[slot] = weight
+        self._weights[slot] = weight.check()
 
     def _stored(self, slot: str) -> NF4Weight:
         weight, buffers = self._weights[slot], self._buffers
@@ -102,7 +102,8 @@ class NF4Linear(nn.Module):
             return weight
         tensors = {name: buffers[slot + name] for name in COMPONENTS}
         weight = weight.with_tensors({k: t for k, t in tensors.items() if t is not None})
-        self._weights[slot] = weight
+        # Checked now, not in the next forward: every trace of that is to be the same.
+        self._weights[slot] = weight.check()
         return weight
 
     def _forget(self, slot: str) -> None:

@@ -43,10 +43,12 @@ def _step(run: Callable[[Tensor], object], layer: nn.Module, x: Tensor) -> list[
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # which pytest makes errors of
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", LAYERS)
 def test_jit_trace(name: str) -> None:
-    """For running alone the module can be saved; in training its gradients are there."""
+    """For running alone the module can be saved; in training its gradients are there.
+
+    torch's own check of a trace takes no autograd function: no two of them are equal to it.
+    """
     layer = LAYERS[name]("cpu").eval()
     x, other = input_for(layer), input_for(layer, seed=1)
     inputs = [other] if name.endswith(ROUTED) else [other, other[:2, :, :].repeat(4, 2, 1)]
@@ -57,8 +59,8 @@ def test_jit_trace(name: str) -> None:
         file.seek(0)
         for run in (traced, torch.jit.load(file)):
             assert all(_equal(run(given), layer(given)) for given in inputs)
-    if name == "pooled-embedding":
-        return  # of numbers nothing has a gradient
+    if "pooled" in name:
+        return  # a pool is for serving: nothing in it learns
     traced = torch.jit.trace(layer, x, check_trace=False)
     for given in inputs:
         assert _equal(_step(traced, layer, given), _step(layer, layer, given))
@@ -68,7 +70,7 @@ def test_jit_trace_says_nothing_of_our_checks() -> None:
     script = [
         "import warnings, torch, lora_kernels",
         "layer = lora_kernels.QLoRALinear(16, 8, r=2)",
-        "with warnings.catch_warnings(record=True) as caught:",
+        "with warnings.catch_warnings(record=True) as caught, torch.no_grad():",
         "    torch.jit.trace(layer, torch.zeros(3, 16))",
         "print([str(w.message) for w in caught if w.category is torch.jit.TracerWarning])",
     ]

@@ -21,8 +21,13 @@ def from_rows(y: Tensor, x: Tensor) -> Tensor:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see the call; it costs more than a small layer's kernels do."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd has to see the call; it costs more than a small layer's kernels do. What
+    `torch.jit.trace` makes may be called with tensors that require a gradient where these do not.
+    """
+    return torch.is_grad_enabled() and (
+        any(t is not None and t.requires_grad for t in tensors)
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

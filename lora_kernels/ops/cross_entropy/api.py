@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.settings import KeepsSettings
-from lora_kernels.ops.common.flatten import autocast, to_rows
+from lora_kernels.ops.common.flatten import autocast, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.cross_entropy.schema import check_linear_cross_entropy
 
@@ -28,13 +28,12 @@ class LinearCrossEntropyFunction(KeepsSettings):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, divisor: Tensor
     ) -> Tensor:
-        needs = list(ctx.needs_input_grad[:2])
+        needs = [int(need) for need in ctx.needs_input_grad[:2]]
         losses, dx, dw = torch.ops.lora_kernels.linear_cross_entropy(
             x, weight, labels, ignore_index, needs
         )
         ctx.save_for_backward(dx, dw, divisor)
-        # In fp32 the sum of many losses alone would take the result's last bits.
-        return (losses.sum(dtype=torch.float64) / divisor).to(losses.dtype)
+        return _mean(losses, divisor)
 
     @staticmethod
     @once_differentiable
@@ -45,6 +44,11 @@ class LinearCrossEntropyFunction(KeepsSettings):
         dx = (dx * factor).to(dx.dtype) if ctx.needs_input_grad[0] else None
         dw = (dw * factor).to(dw.dtype) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None
+
+
+def _mean(losses: Tensor, divisor: Tensor) -> Tensor:
+    # In fp32 the sum of many losses alone would take the result's last bits.
+    return (losses.sum(dtype=torch.float64) / divisor).to(losses.dtype)
 
 
 def linear_cross_entropy(
@@ -91,9 +95,13 @@ def linear_cross_entropy(
         divisor = torch.as_tensor(num_items, device=x.device)
         if divisor.numel() != 1:
             raise ValueError(f"num_items: got shape {list(divisor.shape)}, expected one element")
-        return LinearCrossEntropyFunction.apply(
-            to_rows(x), weight, labels, ignore_index, divisor.reshape(())
+        rows, divisor = to_rows(x), divisor.reshape(())
+        if needs_grad(x, weight):
+            return LinearCrossEntropyFunction.apply(rows, weight, labels, ignore_index, divisor)
+        losses, _, _ = torch.ops.lora_kernels.linear_cross_entropy(
+            rows, weight, labels, ignore_index, [0, 0]
         )
+        return _mean(losses, divisor)
     except Exception:
         check_kinds(linear_cross_entropy, locals())
         raise

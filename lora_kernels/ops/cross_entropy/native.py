@@ -29,13 +29,13 @@ def _refuse(logits: Tensor, labels: Tensor, ignore_index: int, need_grad: bool) 
 
 
 def _refuse_linear(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[bool]
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[int]
 ) -> str | None:
     return refuse_device("cross_entropy", x.device) or refuse_dtypes(x, weight)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[bool]
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some rows at a time: the logits never exist as a whole."""
     most = max(LOGITS_BYTES // (weight.shape[0] * x.element_size()), LEAST_ROWS)

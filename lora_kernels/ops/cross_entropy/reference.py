@@ -31,7 +31,7 @@ def cross_entropy(
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[bool]
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same of logits = x·Wᵀ, with dx = dlogits·W and dW = dlogitsᵀ·x."""
     losses, dlogits = cross_entropy(x @ weight.T, labels, ignore_index, any(needs))

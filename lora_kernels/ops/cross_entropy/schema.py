@@ -41,7 +41,7 @@ def _cross_entropy_fake(
 
 
 def _linear_cross_entropy_fake(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[bool]
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, needs: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape[0], dtype=loss_dtype(x.dtype)),
@@ -61,9 +61,10 @@ define(
     _cross_entropy_fake,
     flops=None,
 )
+# `needs` of numbers, 0 or 1: torch.jit.trace takes no list of flags.
 define(
     "linear_cross_entropy",
-    "(Tensor x, Tensor weight, Tensor labels, int ignore_index, bool[] needs)"
+    "(Tensor x, Tensor weight, Tensor labels, int ignore_index, int[] needs)"
     " -> (Tensor losses, Tensor dx, Tensor dw)",
     _linear_cross_entropy_fake,
     flops=_linear_cross_entropy_flops,
