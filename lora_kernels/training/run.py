@@ -13,6 +13,25 @@ from torch.nn import Parameter
 from lora_kernels.nn.multi_lora_training import SlotAdapter
 from lora_kernels.training.job import AdapterJob
 
+
+class NonFinite(RuntimeError):
+    """Adapters whose loss or gradient became infinite or not a number, and which were stopped.
+
+    Attributes:
+        adapters: what happened, by name.
+        losses: of the adapters that took the step, by name.
+    """
+
+    def __init__(self, adapters: Mapping[str, str], losses: Mapping[str, float]) -> None:
+        self.adapters, self.losses = dict(adapters), dict(losses)
+        what = "; ".join(f"{name!r}: {why}" for name, why in adapters.items())
+        super().__init__(
+            f"training stopped for {what}. The step was not taken, no other adapter was touched, "
+            "and `save` leaves what was saved of it before; start it again with a lower lr, a "
+            "lower max_grad_norm or more warmup"
+        )
+
+
 Layers = list[tuple[str, SlotAdapter]]
 
 
@@ -75,7 +94,7 @@ class AdapterRun:
         self.failed = self._why_not_finite(loss)
         if self.failed is not None:
             self.optimizer.zero_grad(set_to_none=True)
-            self.finished = True
+            self.finished, self._next = True, None
             return
         if self.job.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.job.max_grad_norm)
@@ -114,6 +133,7 @@ class AdapterRun:
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
         self.step, self.finished, self._batches, self._next = 0, False, None, None
+        self.failed = None
         while self.step < state["step"] and self.next_batch() is not None:
             self._pass()
         if self.step < state["step"]:

@@ -193,7 +193,8 @@ def gather(
                 raise TypeError(f"{name}[{i}]: got {type(t).__name__}, expected a Tensor")
     dense = [w for w in weights if isinstance(w, Tensor)]
     x, *cast = autocast(x, *dense, *biases)
-    dense, bias = cast[: len(dense)], cast[len(dense) :]
+    # Lists also under the torch.compile of 2.10, which unpacks into a tuple.
+    dense, bias = list(cast[: len(dense)]), list(cast[len(dense) :])
     base: list[Tensor] = []
     meta: list[int] = []
     for i, w in enumerate(weights):
