@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_kernels import functional
-from lora_kernels.nn.common import draw_kaiming, fill, make_linear, whole
+from lora_kernels.nn.common import draw_kaiming, fill, make_linear, set_buffer, whole
 from lora_kernels.ops.common.checks import FLOATS, has_values, names
 from lora_kernels.ops.dora import dora_norm, output_scale
 
@@ -139,7 +139,7 @@ class LoRAMixin(nn.Module):
         self.lora_B = Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
         magnitude = torch.empty(self.out_features, device=device, dtype=dtype)
         self.register_parameter("lora_magnitude_vector", Parameter(magnitude) if use_dora else None)
-        self.register_buffer("_merged_weight", None, persistent=False)
+        self._keep_merged(None)
         self.reset_adapter()
 
     @torch.no_grad()
@@ -265,7 +265,7 @@ class LoRAMixin(nn.Module):
         """
         if self._warn_if(self.merged, "already merged"):
             return
-        self._merged_weight = self.merged_weight(safe=safe)
+        self._keep_merged(self.merged_weight(safe=safe))
 
     def unmerge(self) -> None:
         """Forget the merged weight; the base weight was never changed. Warns if not merged."""
@@ -278,13 +278,16 @@ class LoRAMixin(nn.Module):
             warnings.warn(f"the adapter is {state}: nothing to do", stacklevel=3)
         return condition
 
+    def _keep_merged(self, weight: Tensor | None) -> None:
+        set_buffer(self, "_merged_weight", weight)
+
     def _drop_merged(self) -> None:
-        self._merged_weight = None
+        self._keep_merged(None)
 
     def refresh_merged(self) -> None:
         """Merge anew, if merged, after A, B, alpha or the base weight has changed."""
         if self._merged_weight is not None and not self.lora_A.is_meta:
-            self._merged_weight = self.merged_weight()
+            self._keep_merged(self.merged_weight())
 
     def to_linear(self, *, safe: bool = False, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain, frozen nn.Linear with the merged weight; the bias is shared, not copied.

@@ -19,6 +19,7 @@ from lora_kernels.nn.common import (
     draw_linear_weight,
     frozen,
     make_linear,
+    set_buffer,
 )
 from lora_kernels.nn.linear4bit import weight_from_linear4bit
 from lora_kernels.ops.common.kinds import check_kinds
@@ -91,7 +92,7 @@ class NF4Linear(nn.Module):
         """Keep a weight's tensors as buffers whose names start with `slot`."""
         tensors = weight.tensors()
         for name in COMPONENTS:
-            self.register_buffer(slot + name, tensors.get(name), persistent=False)
+            set_buffer(self, slot + name, tensors.get(name))
         self._weights[slot] = weight.check()
 
     def _stored(self, slot: str) -> NF4Weight:
