@@ -19,6 +19,7 @@ import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from lora_kernels.dispatch.flops import Formula, register_flops
 from lora_kernels.dispatch.schema import schema_of
 from lora_kernels.dispatch.settings import Setting
 
@@ -26,6 +27,7 @@ NAMESPACE = "lora_kernels"
 NATIVE_NAMESPACE = "lora_kernels_native"
 BACKENDS = ("native", "triton", "reference")
 BACKEND_VARIABLE = "LORA_KERNELS_BACKEND"
+BY_TENSOR = "_by_tensor"  # the name's end of an op's twin whose scale is a tensor
 
 
 Call = TypeVar("Call")
@@ -130,20 +132,22 @@ def _check_backend(name: str) -> None:
         raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
 
 
-def define(name: str, returns: str) -> Callable[[type[Call]], type[Call]]:
+def define(name: str, returns: str, *, flops: Formula | None) -> Callable[[type[Call]], type[Call]]:
     """Decorates the class of an op's calls: defines the op `lora_kernels::<name>` and its native
     twin from the one schema that the class gives.
 
     Args:
         name: the op's name.
         returns: "Tensor y", or several in parentheses, as `torch.library.define` takes them.
+        flops: of a call with shapes in place of tensors, the FLOPs of the matrix products that it
+            stands for (`dispatch/flops.py`); None for an op without any.
 
     The class is a NamedTuple whose fields are the op's arguments, and has a method `fake` that
     returns empty outputs of the right shape, dtype and device.
 
     Examples:
         >>> from typing import NamedTuple
-        >>> @lk.dispatch.define("twice_for_docs", "Tensor")
+        >>> @lk.dispatch.define("twice_for_docs", "Tensor", flops=None)
         ... class Twice(NamedTuple):
         ...     x: torch.Tensor
         ...     def fake(self):
@@ -163,9 +167,31 @@ def define(name: str, returns: str) -> Callable[[type[Call]], type[Call]]:
         fake: Any = lambda *args, **kwargs: op.call(*args, **kwargs).fake()  # noqa: E731
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
         _native_library.define(name + op.schema)
+        register_flops(NAMESPACE, name, op.call, flops)
+        _define_by_tensor(op, fake, flops)
         return call
 
     return decorate
+
+
+def _define_by_tensor(op: Op, fake: Callable[..., Any], flops: Formula | None) -> None:
+    """The twin of an op with a scale that takes it as a tensor on the CPU (`common/scale.py`)."""
+    schema = op.schema.replace("float scale", "Tensor scale")
+    schema = schema.replace("float[] scales", "Tensor[] scales")
+    if schema == op.schema:
+        return
+    name = op.name + BY_TENSOR
+
+    def by_value(*args: Any, **kwargs: Any) -> Any:
+        call = op.call(*args, **kwargs)
+        if hasattr(call, "scales"):
+            return _run(op, *call._replace(scales=[float(s) for s in call.scales]))
+        return _run(op, *call._replace(scale=float(call.scale)))
+
+    _library.define(name + schema)
+    _library.impl(name, by_value, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    register_flops(NAMESPACE, name, op.call, flops)
 
 
 def register(name: str, implementation: Implementation) -> None:
@@ -173,7 +199,7 @@ def register(name: str, implementation: Implementation) -> None:
 
     Examples:
         >>> from typing import NamedTuple
-        >>> @lk.dispatch.define("thrice_for_docs", "Tensor")
+        >>> @lk.dispatch.define("thrice_for_docs", "Tensor", flops=None)
         ... class Thrice(NamedTuple):
         ...     x: torch.Tensor
         ...     def fake(self):
@@ -233,6 +259,7 @@ def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
         or _forced.get() is not None
         or _log.get() is not None
         or torch._C._len_torch_dispatch_stack() != 0
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or native.supports(call) is not None
     ):

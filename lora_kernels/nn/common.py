@@ -132,6 +132,16 @@ def cast_like(t: Tensor | None, x: Tensor) -> Tensor | None:
     return t if t is None or t.dtype == x.dtype else t.to(x.dtype)
 
 
+def set_buffer(module: nn.Module, name: str, t: Tensor | None) -> None:
+    """Keep a tensor as a buffer that no state dict has, or None in its place.
+
+    accelerate's hooks take every name in the set for a tensor, so None is not in it.
+    """
+    module.register_buffer(name, t, persistent=False)
+    if t is None:
+        module._non_persistent_buffers_set.discard(name)
+
+
 def draw_kaiming(t: Tensor, generator: torch.Generator | None = None) -> None:
     """Fill in place with nn.Linear's and LoRA's choice: Kaiming-uniform, a=√5."""
     if t.numel() > 0:  # torch warns about anything smaller

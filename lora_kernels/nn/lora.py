@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_kernels import functional
-from lora_kernels.nn.common import draw_kaiming, fill, make_linear, whole
-from lora_kernels.ops.common.checks import FLOATS, names
+from lora_kernels.nn.common import draw_kaiming, fill, make_linear, set_buffer, whole
+from lora_kernels.ops.common.checks import FLOATS, has_values, names
 from lora_kernels.ops.dora import dora_norm, output_scale
 
 INITS = ("kaiming", "gaussian")
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
+_SCALE = {"r", "alpha", "use_rslora"}  # what the scale follows from
 
 
 def check_adapter_options(r: int, alpha: float, dropout: float, init: str) -> None:
@@ -53,7 +54,7 @@ def default_adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
 
 def scale_of(alpha: float, r: int, use_rslora: bool) -> float:
     """What the branch is multiplied by: alpha/r, or alpha/√r with `use_rslora`."""
-    return alpha / (math.sqrt(r) if use_rslora else r)
+    return float(alpha) / (math.sqrt(r) if use_rslora else r)
 
 
 @torch.no_grad()
@@ -107,6 +108,7 @@ class LoRAMixin(nn.Module):
     adapter_enabled: bool
     use_dora: bool = False
     _merged_weight: Tensor | None
+    _scale: float
 
     def _base_dtype(self) -> torch.dtype:
         """The dtype of the dense weight, and of the merged one."""
@@ -146,7 +148,7 @@ class LoRAMixin(nn.Module):
         self.lora_B = Parameter(torch.empty(self.out_features, r, device=device, dtype=dtype))
         magnitude = torch.empty(self.out_features, device=device, dtype=dtype)
         self.register_parameter("lora_magnitude_vector", Parameter(magnitude) if use_dora else None)
-        self.register_buffer("_merged_weight", None, persistent=False)
+        self._keep_merged(None)
         self.reset_adapter()
 
     @torch.no_grad()
@@ -171,7 +173,13 @@ class LoRAMixin(nn.Module):
     @property
     def scale(self) -> float:
         """What the branch is multiplied by: alpha/r, or alpha/√r with `use_rslora`."""
-        return scale_of(self.alpha, self.r, self.use_rslora)
+        return self._scale
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _SCALE and self.__dict__.keys() >= _SCALE:
+            # Kept, as compiled layers then share a graph: it depends on nothing but this float.
+            self.__dict__["_scale"] = scale_of(self.alpha, self.r, self.use_rslora)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to y [..., N]."""
@@ -212,8 +220,10 @@ class LoRAMixin(nn.Module):
     def delta_weight(self) -> Tensor:
         """scale·B·A [N, K] in fp32 (fp64 for fp64 adapters), not scaled by DoRA's magnitude."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
-            a, b = whole(self.lora_A), whole(self.lora_B)
+        a, b = whole(self.lora_A), whole(self.lora_B)
+        # torch knows no autocast for meta, and turns none on there.
+        kind = "cpu" if a.is_meta else a.device.type
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
             return (b.to(dtype) @ a.to(dtype)).mul_(self.scale)
 
     @torch.no_grad()
@@ -236,7 +246,7 @@ class LoRAMixin(nn.Module):
         if self.lora_magnitude_vector is not None:
             total.mul_(output_scale(whole(self.lora_magnitude_vector), self._norm())[:, None])
         merged = total.to(dtype or base_dtype)
-        if safe and not bool(torch.isfinite(merged).all()):
+        if safe and has_values(merged) and not bool(torch.isfinite(merged).all()):
             raise ValueError(
                 f"merge: the merged weight {list(merged.shape)} holds non-finite values in "
                 f"{names([merged.dtype])}; nothing was changed"
@@ -264,7 +274,7 @@ class LoRAMixin(nn.Module):
         """
         if self._warn_if(self.merged, "already merged"):
             return
-        self._merged_weight = self.merged_weight(safe=safe)
+        self._keep_merged(self.merged_weight(safe=safe))
 
     def unmerge(self) -> None:
         """Forget the merged weight; the base weight was never changed. Warns if not merged."""
@@ -277,13 +287,16 @@ class LoRAMixin(nn.Module):
             warnings.warn(f"the adapter is {state}: nothing to do", stacklevel=3)
         return condition
 
+    def _keep_merged(self, weight: Tensor | None) -> None:
+        set_buffer(self, "_merged_weight", weight)
+
     def _drop_merged(self) -> None:
-        self._merged_weight = None
+        self._keep_merged(None)
 
     def refresh_merged(self) -> None:
         """Merge anew, if merged, after A, B, alpha or the base weight has changed."""
         if self._merged_weight is not None and not self.lora_A.is_meta:
-            self._merged_weight = self.merged_weight()
+            self._keep_merged(self.merged_weight())
 
     def to_linear(self, *, safe: bool = False, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain, frozen nn.Linear with the merged weight; the bias is shared, not copied.

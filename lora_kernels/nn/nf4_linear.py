@@ -19,6 +19,7 @@ from lora_kernels.nn.common import (
     draw_linear_weight,
     frozen,
     make_linear,
+    set_buffer,
 )
 from lora_kernels.nn.linear4bit import weight_from_linear4bit
 from lora_kernels.ops.common.kinds import check_kinds
@@ -98,8 +99,8 @@ class NF4Linear(nn.Module):
         """Keep a weight's tensors as buffers whose names start with `slot`."""
         tensors = weight.tensors()
         for name in COMPONENTS:
-            self.register_buffer(slot + name, tensors.get(name), persistent=False)
-        self._weights[slot] = weight
+            set_buffer(self, slot + name, tensors.get(name))
+        self._weights[slot] = weight.check()
 
     def _stored(self, slot: str) -> NF4Weight:
         weight, buffers = self._weights[slot], self._buffers
@@ -109,7 +110,8 @@ class NF4Linear(nn.Module):
             return weight
         tensors = {name: buffers[slot + name] for name in COMPONENTS}
         weight = weight.with_tensors({k: t for k, t in tensors.items() if t is not None})
-        self._weights[slot] = weight
+        # Checked now, not in the next forward: every trace of that is to be the same.
+        self._weights[slot] = weight.check()
         return weight
 
     def _forget(self, slot: str) -> None:

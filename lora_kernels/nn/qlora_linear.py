@@ -189,7 +189,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         if requantize:
             self._store(_MERGED, self.requantized_weight())
         else:
-            self._merged_weight = self.merged_weight(safe=safe)
+            self._keep_merged(self.merged_weight(safe=safe))
 
     def requantized_weight(self) -> NF4Weight:
         """W + scale·B·A, summed in fp32, in the base's 4-bit format; ValueError if not finite."""

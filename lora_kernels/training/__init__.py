@@ -3,6 +3,7 @@
 from lora_kernels.training.attach import detach_adapters
 from lora_kernels.training.batch import Batch
 from lora_kernels.training.job import AdapterJob
+from lora_kernels.training.run import NonFinite
 from lora_kernels.training.trainer import MultiLoRATrainer
 
-__all__ = ["AdapterJob", "Batch", "MultiLoRATrainer", "detach_adapters"]
+__all__ = ["AdapterJob", "Batch", "MultiLoRATrainer", "NonFinite", "detach_adapters"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,25 @@ from torch.nn import Parameter
 
 from lora_kernels.nn.multi_lora_training import SlotAdapter
 from lora_kernels.training.job import AdapterJob
+
+
+class NonFinite(RuntimeError):
+    """Adapters whose loss or gradient became infinite or not a number, and which were stopped.
+
+    Attributes:
+        adapters: what happened, by name.
+        losses: of the adapters that took the step, by name.
+    """
+
+    def __init__(self, adapters: Mapping[str, str], losses: Mapping[str, float]) -> None:
+        self.adapters, self.losses = dict(adapters), dict(losses)
+        what = "; ".join(f"{name!r}: {why}" for name, why in adapters.items())
+        super().__init__(
+            f"training stopped for {what}. The step was not taken, no other adapter was touched, "
+            "and `save` leaves what was saved of it before; start it again with a lower lr, a "
+            "lower max_grad_norm or more warmup"
+        )
+
 
 Layers = list[tuple[str, SlotAdapter]]
 
@@ -23,7 +43,9 @@ class AdapterRun:
         parameters: of all layers, A before B.
         step: how many are done.
         losses: of each step done.
-        finished: no step is left, or no batch.
+        finished: no step is left, or no batch, or it has failed.
+        failed: what became infinite or not a number, at which step; None. A and B are those of
+            the step before.
     """
 
     def __init__(
@@ -38,6 +60,7 @@ class AdapterRun:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, job.factor)
         self.step, self.finished = 0, False
         self.losses: list[float] = []
+        self.failed: str | None = None
         self._batches: Iterator[Mapping[str, Tensor]] | None = None
         self._next: Mapping[str, Tensor] | None = None  # taken, and not trained on yet
 
@@ -64,7 +87,15 @@ class AdapterRun:
         return found
 
     def update(self, loss: float) -> None:
-        """Clip the gradients that the backward left, step and forget them."""
+        """Clip the gradients that the backward left, step and forget them.
+
+        Where the loss or a gradient is not finite the adapter stays as it is, and has failed.
+        """
+        self.failed = self._why_not_finite(loss)
+        if self.failed is not None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.finished, self._next = True, None
+            return
         if self.job.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.job.max_grad_norm)
         self.optimizer.step()
@@ -72,6 +103,14 @@ class AdapterRun:
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(loss)
         self._pass()
+
+    def _why_not_finite(self, loss: float) -> str | None:
+        step = self.step + 1
+        if not math.isfinite(loss):
+            return f"the loss of step {step} is {loss}"
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        return None if math.isfinite(norm) else f"the gradient norm of step {step} is {norm}"
 
     def _pass(self) -> None:
         self._next = None
@@ -94,6 +133,7 @@ class AdapterRun:
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
         self.step, self.finished, self._batches, self._next = 0, False, None, None
+        self.failed = None
         while self.step < state["step"] and self.next_batch() is not None:
             self._pass()
         if self.step < state["step"]:

@@ -19,7 +19,7 @@ from lora_kernels.training.batch import Batch, check_micro_batch, is_packed
 from lora_kernels.training.checkpoint import check_name, load_run, save_run
 from lora_kernels.training.job import AdapterJob
 from lora_kernels.training.loss import Loss, causal_loss, losses_of
-from lora_kernels.training.run import AdapterRun
+from lora_kernels.training.run import AdapterRun, NonFinite
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 
@@ -110,6 +110,8 @@ class MultiLoRATrainer:
 
         Raises:
             ValueError, TypeError: a micro-batch is not what `Batch` takes; nobody has stepped.
+            NonFinite: an adapter's loss or gradient is not finite. That adapter has not stepped
+                and is finished; all others have, and the next step goes on with them.
         """
         found = [(run, run.next_batch()) for run in self.runs.values()]
         parts = {run.slot: (run.name, part) for run, part in found if part is not None}
@@ -129,7 +131,11 @@ class MultiLoRATrainer:
         values = torch.stack([losses[run.slot] for run in taken]).tolist()
         for run, value in zip(taken, values, strict=True):
             run.update(value)
-        return {run.name: value for run, value in zip(taken, values, strict=True)}
+        failed = {run.name: run.failed for run in taken if run.failed is not None}
+        stepped = {r.name: v for r, v in zip(taken, values, strict=True) if r.failed is None}
+        if failed:
+            raise NonFinite(failed, stepped)
+        return stepped
 
     def _join(self, parts: Mapping[int, tuple[str, Mapping[str, torch.Tensor]]]) -> list[Batch]:
         """One batch, or two where some adapters bring packed documents."""
@@ -176,11 +182,23 @@ class MultiLoRATrainer:
 
         Returns:
             `losses`.
+
+        Raises:
+            NonFinite: at the end, where adapters were stopped on the way; the others are trained.
         """
         bar = _bar(self._left(steps), progress)
+        failed: dict[str, str] = {}
+        losses: Mapping[str, float] = {}
         try:
             done = 0
-            while (steps is None or done < steps) and (losses := self.step()):
+            while steps is None or done < steps:
+                try:
+                    losses = self.step()
+                except NonFinite as error:
+                    failed |= error.adapters
+                    losses = error.losses
+                if not losses:
+                    break
                 done += 1
                 if bar is not None:
                     mean = sum(losses.values()) / len(losses)
@@ -191,6 +209,8 @@ class MultiLoRATrainer:
         finally:
             if bar is not None:
                 bar.close()
+        if failed:
+            raise NonFinite(failed, losses)
         return self.losses
 
     def _left(self, steps: int | None) -> int | None:
@@ -206,12 +226,14 @@ class MultiLoRATrainer:
     def save(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
         """Write each adapter as PEFT does into a directory of its name, with what `resume` needs.
 
-        Each directory is written under another name and put in its place when it is whole.
+        Each directory is written under another name and put in its place when it is whole. That of
+        an adapter that has failed (`NonFinite`) stays as it is, if it is there.
 
         Returns:
-            The directories by name.
+            The directories that were written, by name.
         """
-        return {name: save_run(self.model, run, Path(folder)) for name, run in self.runs.items()}
+        good = {name: run for name, run in self.runs.items() if run.failed is None}
+        return {name: save_run(self.model, run, Path(folder)) for name, run in good.items()}
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote, with the same jobs: the losses are those of a run that was

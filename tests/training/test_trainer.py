@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_kernels import LoRAConfig
 from lora_kernels.testing import assert_within_budget
-from lora_kernels.training import AdapterJob, MultiLoRATrainer
+from lora_kernels.training import AdapterJob, MultiLoRATrainer, NonFinite
 from lora_kernels.training.loss import causal_loss
 from tests.adapters.models import llama
 from tests.training.jobs import alone, batches, jobs, weights
@@ -125,14 +125,49 @@ def test_an_absent_adapter_stays_as_it_is():
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
-def test_gradients_of_one_have_nothing_of_another():
-    """An adapter whose values are no numbers any more leaves the others theirs, to the bit."""
+@pytest.mark.parametrize("sign", ["loss", "gradient"])
+def test_an_adapter_that_is_not_finite_stops_alone(tmp_path, sign):
+    """The others have what they would without it, to the bit, and what it had saved stays."""
+
+    def spoiled(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = causal_loss(logits, labels)
+        if logits.shape[1] == 7 and bool(armed):  # that of "a"
+            # In the second case of the gradient alone: the root has none at 0.
+            loss = loss * float("nan") if sign == "loss" else loss + (loss - loss.detach()).sqrt()
+        return loss
+
+    armed: list[bool] = []
+    given = {name: replace(job, steps=4) for name, job in two(lr=1e-2).items()}
+    sane = MultiLoRATrainer(llama(), given)
+    trainer = MultiLoRATrainer(llama(), given, loss=spoiled)
+    trainer.train(2)
+    before, files = weights(trainer.runs["a"].layers), trainer.save(tmp_path)
+    kept = {path.name: path.read_bytes() for path in files["a"].iterdir()}
+    armed.append(True)
+    with pytest.raises(NonFinite, match=rf"'a': the {sign}.* of step 3 is nan") as caught:
+        trainer.train()
+    assert list(caught.value.adapters) == ["a"]
+    expected = sane.train()
+    assert trainer.losses == {"a": expected["a"][:2], "b": expected["b"]}
+    got, alone = (weights(t.runs["b"].layers) for t in (trainer, sane))
+    assert all(torch.equal(t, alone[key]) for key, t in got.items())
+    assert all(torch.equal(t, before[k]) for k, t in weights(trainer.runs["a"].layers).items())
+    assert trainer.finished and trainer.step() == {}
+    assert list(trainer.save(tmp_path)) == ["b"]
+    assert {path.name: path.read_bytes() for path in files["a"].iterdir()} == kept
+    armed.clear()
+    trainer.resume(tmp_path)
+    assert trainer.train() == expected
+
+
+def test_a_step_says_which_adapter_failed_and_goes_on_without_it():
     given = two(lr=1e-2)
-    wild = replace(given["a"], lr=1e30)
-    sane = MultiLoRATrainer(llama(), given).train()
-    beside = MultiLoRATrainer(llama(), {"a": wild, "b": given["b"]}).train()
-    assert beside["a"][1] != beside["a"][1]
-    assert beside["b"] == sane["b"]
+    trainer = MultiLoRATrainer(llama(), {**given, "a": replace(given["a"], lr=1e30)})
+    trainer.step()
+    with pytest.raises(NonFinite, match="'a': the loss of step 2 is nan") as caught:
+        trainer.step()
+    assert list(caught.value.losses) == ["b"]
+    assert list(trainer.step()) == ["b"]
 
 
 def test_checkpointed_layers_drop_the_same_again():

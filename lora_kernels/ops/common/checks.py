@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# torch.jit.trace warns wherever Python looks at a shape, as it does of torch's own code by default.
+# What a trace keeps of ours does not depend on it: only an error would.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"lora_kernels\.")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -36,6 +42,11 @@ def check_shape(name: str, t: Tensor, expected: Sequence[int | str]) -> None:
 def check_device(name: str, t: Tensor, device: torch.device) -> None:
     if t.device != device:
         raise ValueError(f"{name}: is on {t.device}, expected {device} as the input")
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether a tensor's values can be read: not on the meta device, nor in a FakeTensorMode."""
+    return not (t.is_meta or isinstance(t, FakeTensor))
 
 
 def check_finite(name: str, t: Tensor) -> None:

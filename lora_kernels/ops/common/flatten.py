@@ -21,8 +21,12 @@ def from_rows(y: Tensor, x: Tensor) -> Tensor:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see the call; it costs more than a small layer's kernels do."""
+    """Whether autograd has to see the call; it costs more than a small layer's kernels do. What
+    `torch.jit.trace` makes may be called with tensors that require a gradient where these do not.
+    """
     if torch.is_grad_enabled():
+        if torch._C._get_tracing_state() is not None:
+            return True
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels.dispatch.registry import run
 from lora_kernels.dispatch.settings import KeepsSettings
-from lora_kernels.ops.common.flatten import autocast, to_rows
+from lora_kernels.ops.common.flatten import autocast, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
-from lora_kernels.ops.cross_entropy.schema import check_linear_cross_entropy
+from lora_kernels.ops.cross_entropy.schema import LinearCrossEntropy, check_linear_cross_entropy
 
 
 class LinearCrossEntropyFunction(KeepsSettings):
@@ -28,14 +29,13 @@ class LinearCrossEntropyFunction(KeepsSettings):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, divisor: Tensor
     ) -> Tensor:
-        needs = list(ctx.needs_input_grad[:2])
+        needs = [int(need) for need in ctx.needs_input_grad[:2]]
         losses, dx, dw = torch.ops.lora_kernels.linear_cross_entropy(
             x, weight, labels, ignore_index, needs
         )
         ctx.save_for_backward(dx, dw, divisor)
         ctx.dtype = weight.dtype
-        # In fp32 the sum of many losses alone would take the result's last bits.
-        return (losses.sum(dtype=torch.float64) / divisor).to(losses.dtype)
+        return _mean(losses, divisor)
 
     @staticmethod
     @once_differentiable
@@ -46,6 +46,11 @@ class LinearCrossEntropyFunction(KeepsSettings):
         dx = (dx * factor).to(dx.dtype) if ctx.needs_input_grad[0] else None
         dw = (dw * factor).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None
+
+
+def _mean(losses: Tensor, divisor: Tensor) -> Tensor:
+    # In fp32 the sum of many losses alone would take the result's last bits.
+    return (losses.sum(dtype=torch.float64) / divisor).to(losses.dtype)
 
 
 def linear_cross_entropy(
@@ -101,9 +106,11 @@ def linear_cross_entropy(
         divisor = torch.as_tensor(num_items, device=x.device)
         if divisor.numel() != 1:
             raise ValueError(f"num_items: got shape {list(divisor.shape)}, expected one element")
-        return LinearCrossEntropyFunction.apply(
-            to_rows(x), weight, labels, ignore_index, divisor.reshape(())
-        )
+        rows, divisor = to_rows(x), divisor.reshape(())
+        if needs_grad(x, weight):
+            return LinearCrossEntropyFunction.apply(rows, weight, labels, ignore_index, divisor)
+        call = LinearCrossEntropy(rows, weight, labels, ignore_index, [0, 0])
+        return _mean(run("linear_cross_entropy", call)[0], divisor)
     except Exception:
         check_kinds(linear_cross_entropy, locals())
         raise

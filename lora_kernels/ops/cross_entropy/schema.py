@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.common.flops import product
 from lora_kernels.ops.common.rank import rank_dtype
 
 
@@ -33,7 +34,7 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@define("cross_entropy", "(Tensor losses, Tensor dlogits)")
+@define("cross_entropy", "(Tensor losses, Tensor dlogits)", flops=None)
 class CrossEntropy(NamedTuple):
     """losses = log Σ exp(logits) - logits[label], and their gradient where asked."""
 
@@ -48,16 +49,21 @@ class CrossEntropy(NamedTuple):
         return losses, z.new_empty(z.shape if self.need_grad else (0,))
 
 
-@define("linear_cross_entropy", "(Tensor losses, Tensor dx, Tensor dw)")
+def _linear_flops(call: Any) -> int:
+    return (1 + sum(call.needs)) * product(call.x[0], *call.weight)
+
+
+@define("linear_cross_entropy", "(Tensor losses, Tensor dx, Tensor dw)", flops=_linear_flops)
 class LinearCrossEntropy(NamedTuple):
-    """The same of logits = x·Wᵀ; `needs` says which of dx and dW. dw is a sum over rows, to be
+    """The same of logits = x·Wᵀ; `needs` says which of dx and dW, by 0 or 1 (torch.jit.trace
+    takes no list of flags). dw is a sum over rows, to be
     divided by their number: of an fp16 weight it is fp32."""
 
     x: Tensor
     weight: Tensor
     labels: Tensor
     ignore_index: int
-    needs: Sequence[bool]
+    needs: Sequence[int]
 
     def fake(self) -> tuple[Tensor, Tensor, Tensor]:
         x, weight, needs = self.x, self.weight, self.needs

@@ -49,12 +49,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.dispatch.registry import run
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.fields import Fields
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
+from lora_kernels.ops.common.scale import Scale, as_scale, run_scaled
 from lora_kernels.ops.dora.magnitude import base_of, norm_dtype
 from lora_kernels.ops.dora.schema import (
     DoRALinearForward,
@@ -74,7 +74,7 @@ class DoRALinearFunction(KeepsSettings):
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
         c = _FIELDS.gathered(counts, values)
         c = c._replace(keep_u=c.magnitude.requires_grad)
-        y, s, u = run("dora_linear_fwd", c)
+        y, s, u = run_scaled("dora_linear_fwd", c)
         _FIELDS.keep(ctx, counts, values, s, *([u] if c.keep_u else []), without=c.bias)
         return y
 
@@ -86,7 +86,7 @@ class DoRALinearFunction(KeepsSettings):
         needs = [asked.x, asked.a, asked.b, asked.magnitude, asked.bias]
         needs.append(len(c.base) == 1 and asked.base[0])
         call = c.backward(to_rows(dy), s, u[0] if u else None, needs)
-        grads = run("dora_linear_bwd", call)
+        grads = run_scaled("dora_linear_bwd", call)
         made = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         dx, da, db, dmagnitude, dbias, dw = made
         base = [dw, *[None] * (len(c.base) - 1)]
@@ -151,26 +151,26 @@ def dora_linear(
         else:
             x, dense, bias = autocast(x, weight, bias)
             base = [dense]
-        scale = float(scale * 1.0)  # text is no number
+        factor = as_scale(scale)
         of_lora = LoRALinearForward(
-            x, base, meta, lora_a, lora_b, scale, bias, dropout_p, seed, None, None
+            x, base, meta, lora_a, lora_b, factor, bias, dropout_p, seed, None, None
         )
         of_lora.check()
         check_magnitude(magnitude, meta, x.device)
-        norm = _norm(stored, meta, lora_a, lora_b, scale, weight_norm_sq)
+        norm = _norm(stored, meta, lora_a, lora_b, factor, weight_norm_sq)
         if threshold(dropout_p) == 0:
             seed = None
         elif seed is None:
             seed = draw_seed(x.device)
         c = DoRALinearForward(
-            *(to_rows(x), base, meta, lora_a, lora_b, scale, magnitude, norm, bias, dropout_p),
+            *(to_rows(x), base, meta, lora_a, lora_b, factor, magnitude, norm, bias, dropout_p),
             seed,
             keep_u=False,
         )
         if needs_grad(x, lora_a, lora_b, magnitude, bias, base[0] if len(base) == 1 else None):
             y = DoRALinearFunction.apply(_FIELDS.counts(c), *_FIELDS.spread(c))
         else:
-            y, _, _ = run("dora_linear_fwd", c)
+            y, _, _ = run_scaled("dora_linear_fwd", c)
         return from_rows(y, x)
     except Exception:
         check_kinds(dora_linear, locals())
@@ -194,7 +194,7 @@ def dora_norm(
         [N] in fp32; fp64 for an fp64 weight. Never differentiable.
     """
     try:
-        return _norm(*base_of(weight), lora_a, lora_b, scale, weight_norm_sq)
+        return _norm(*base_of(weight), lora_a, lora_b, as_scale(scale), weight_norm_sq)
     except Exception:
         check_kinds(dora_norm, locals())
         raise
@@ -205,9 +205,9 @@ def _norm(
     meta: list[int],
     a: Tensor,
     b: Tensor,
-    scale: float,
+    scale: Scale,
     weight_norm_sq: Tensor | None,
 ) -> Tensor:
     check_norm_sq(weight_norm_sq, meta, norm_dtype(base), a.device)
     with torch.no_grad():
-        return run("dora_norm", DoRANorm(weight_norm_sq, base, meta, a, b, float(scale * 1.0)))
+        return run_scaled("dora_norm", DoRANorm(weight_norm_sq, base, meta, a, b, scale))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
+from lora_kernels.ops.common import flops
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.common.philox import threshold
 from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.dora.magnitude import norm_dtype
 from lora_kernels.ops.lora.schema import LoRALinearForward
@@ -32,7 +34,32 @@ def check_norm_sq(
         check_device("weight_norm_sq", weight_norm_sq, device)
 
 
-@define("dora_norm", "Tensor")
+def _norm_flops(call: Any) -> int:
+    n, k = call.meta[:2]
+    return flops.product(n, k, call.a[0])  # B·A
+
+
+def _drops(call: Any) -> bool:
+    """Whether x and drop(x) differ, so that W meets both."""
+    return call.seed is not None and threshold(call.dropout_p) > 0
+
+
+def _fwd_flops(call: Any) -> int:
+    m, (n, k) = call.x[0], call.meta[:2]
+    return flops.lora_fwd(m, n, k, call.a[0]) + _drops(call) * flops.product(m, n, k)
+
+
+def _bwd_flops(call: Any) -> int:
+    m, (n, k) = call.x[0], call.meta[:2]
+    wanted = dict(zip(GRADS, call.needs, strict=True))
+    x, weight = wanted["x"], wanted["weight"]
+    total = flops.lora_bwd(
+        m, n, k, call.a[0], x=x, a=wanted["lora_a"], b=wanted["lora_b"], weight=weight
+    )
+    return total + _drops(call) * (x + weight) * flops.product(m, n, k)
+
+
+@define("dora_norm", "Tensor", flops=_norm_flops)
 class DoRANorm(NamedTuple):
     """The norms [N] of W + scale·B·A; without ‖W‖² of every row that is computed as well."""
 
@@ -47,7 +74,7 @@ class DoRANorm(NamedTuple):
         return self.a.new_empty((self.meta[0],), dtype=norm_dtype(self.base))
 
 
-@define("dora_linear_fwd", "(Tensor y, Tensor s, Tensor u)")
+@define("dora_linear_fwd", "(Tensor y, Tensor s, Tensor u)", flops=_fwd_flops)
 class DoRALinearForward(NamedTuple):
     """y, s and, if `keep_u`, u = (drop(x)·Wᵀ + scale·s·Bᵀ) / norm, else [0]."""
 
@@ -100,6 +127,7 @@ class DoRALinearForward(NamedTuple):
 @define(
     "dora_linear_bwd",
     "(Tensor dx, Tensor da, Tensor db, Tensor dmagnitude, Tensor dbias, Tensor dw)",
+    flops=_bwd_flops,
 )
 class DoRALinearBackward(NamedTuple):
     """The gradients that `needs` asks for, in the order of `GRADS`; the others are empty. u is for

@@ -7,7 +7,7 @@ lie side by side; b [P, 16, D] and the rest as ever. ids int32 or int64 [T], slo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_kernels.dispatch.registry import define
 from lora_kernels.dispatch.schema import Mutated
 from lora_kernels.ops.common.checks import FLOATS, check_device, check_dtype, check_shape
+from lora_kernels.ops.common.flops import product
 from lora_kernels.ops.gather.pages import INTEGERS, PAGE, RankPages, check_pages
 
 IDS = (torch.int64, torch.int32)
@@ -29,7 +30,18 @@ def check_embedding_pages(name: str, pages: RankPages) -> None:
     check_pages(name, pages._replace(a=pages.a.new_empty(pages.a.shape[0], PAGE, 0)))
 
 
-@define("gather_lora_embed_fwd", "Tensor y")
+def _expand_flops(call: Any) -> int:
+    """s·Bᵀ of every token with all ranks that a slot has room for; A's part is looked up."""
+    _, b, table, *_ = call.pages
+    return product(call.ids[0], b[2], table[1] * PAGE)
+
+
+def _bwd_flops(call: Any) -> int:
+    a, b, scales = call.needs
+    return _expand_flops(call) * ((a or scales) + b)  # u = dy·B, dyᵀ·s
+
+
+@define("gather_lora_embed_fwd", "Tensor y", flops=_expand_flops)
 class GatherEmbedForward(NamedTuple):
     """y[t] = W[id_t] + the adapter's part of token t."""
 
@@ -59,7 +71,7 @@ class GatherEmbedForward(NamedTuple):
         return like.new_empty((self.ids.shape[0], self.pages[1].shape[2]))
 
 
-@define("gather_lora_embed_add", "()")
+@define("gather_lora_embed_add", "()", flops=_expand_flops)
 class GatherEmbedAdd(NamedTuple):
     """out += the adapters' part of y."""
 
@@ -72,7 +84,7 @@ class GatherEmbedAdd(NamedTuple):
         return None
 
 
-@define("gather_lora_embed_bwd", "(Tensor da, Tensor db, Tensor dscales)")
+@define("gather_lora_embed_bwd", "(Tensor da, Tensor db, Tensor dscales)", flops=_bwd_flops)
 class GatherEmbedBackward(NamedTuple):
     """da, db and dscales, in the order of `needs`; those not needed are empty."""
 

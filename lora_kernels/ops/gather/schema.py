@@ -11,7 +11,7 @@ are those of `nf4.base`, or [] and [N, K] for no base.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ from lora_kernels.ops.common.checks import (
     check_optional_vector,
     check_shape,
 )
+from lora_kernels.ops.common.flops import product
 from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.gather.pages import (
     FACTORS,
     FIELDS,
     INTEGERS,
+    PAGE,
     RankPages,
     check_pages,
     split_pages,
@@ -98,7 +100,40 @@ def sums_width(pages: Sequence[Tensor]) -> int:
     return sum(p.width for p in split_pages(pages))
 
 
-@define("gather_lora_fwd", "(Tensor y, Tensor s)")
+def rank_products(pages: Sequence[Sequence[int]], entries: int) -> list[tuple[int, int]]:
+    """FLOPs of x·Aᵀ and of s·Bᵀ for each projection, every entry with all ranks that a slot has
+    room for, as in a batched product of gathered weights: which are used, shapes do not tell."""
+    found = []
+    for at in range(0, len(pages), FIELDS):
+        a, b, table, *_ = pages[at : at + FIELDS]
+        width = table[1] * PAGE
+        found.append((product(entries, width, a[2]), product(entries, width, b[2])))
+    return found
+
+
+def _base_flops(call: Any) -> int:
+    return product(call.x[0], *call.meta[:2]) if call.base else 0
+
+
+def _add_flops(call: Any) -> int:
+    return sum(map(sum, rank_products(call.pages, call.entries[0][0])))
+
+
+def _fwd_flops(call: Any) -> int:
+    return _base_flops(call) + _add_flops(call)
+
+
+def _bwd_flops(call: Any) -> int:
+    products = rank_products(call.pages, call.entries[0][0])
+    want = unpack_needs(call.needs, len(products))
+    total = _base_flops(call) if want.x else 0
+    for (by_a, by_b), a, b, scales in zip(products, want.a, want.b, want.scales, strict=True):
+        total += by_b * (want.x or a or scales or want.weights)  # u = dy·B
+        total += by_a * (want.x + a) + by_b * b
+    return total
+
+
+@define("gather_lora_fwd", "(Tensor y, Tensor s)", flops=_fwd_flops)
 class GatherLoRAForward(NamedTuple):
     """y = x·Wᵀ + bias + the adapters' part; s [E, ranks] = drop(x[t])·A[slot]ᵀ."""
 
@@ -133,7 +168,7 @@ class GatherLoRAForward(NamedTuple):
         return x.new_empty((x.shape[0], self.meta[0])), s
 
 
-@define("gather_lora_add", "()")
+@define("gather_lora_add", "()", flops=_add_flops)
 class GatherLoRAAdd(NamedTuple):
     """out += the adapters' part of y, or out = it."""
 
@@ -150,6 +185,7 @@ class GatherLoRAAdd(NamedTuple):
 @define(
     "gather_lora_bwd",
     "(Tensor dx, Tensor dbias, Tensor dweights, Tensor[] da, Tensor[] db, Tensor[] dscales)",
+    flops=_bwd_flops,
 )
 class GatherLoRABackward(NamedTuple):
     """The gradients that `needs` (packed, see `Needs`) asks for; the others are empty."""

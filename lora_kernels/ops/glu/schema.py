@@ -32,7 +32,7 @@ def check_glu(gate: Tensor, up: Tensor) -> None:
     check_device("up", up, gate.device)
 
 
-@define("glu_fwd", "Tensor h")
+@define("glu_fwd", "Tensor h", flops=None)
 class GLUForward(NamedTuple):
     """h = act(g) * u."""
 
@@ -44,7 +44,7 @@ class GLUForward(NamedTuple):
         return self.g.new_empty(tuple(self.g.shape))
 
 
-@define("glu_bwd", "(Tensor dg, Tensor du, Tensor h)")
+@define("glu_bwd", "(Tensor dg, Tensor du, Tensor h)", flops=None)
 class GLUBackward(NamedTuple):
     """dg = dh * u * act'(g), du = dh * act(g) and, where asked, h again."""
 

@@ -31,6 +31,7 @@ from lora_kernels.ops.common.fields import Fields
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import check_dropout, threshold
+from lora_kernels.ops.common.scale import as_scale, run_scaled
 from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearForward
 from lora_kernels.ops.nf4.weight import NF4Weight
 
@@ -41,7 +42,7 @@ class LoRALinearFunction(KeepsSettings):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
         c = _FIELDS.gathered(counts, values)
-        y, s = run("lora_linear_fwd", c)
+        y, s = run_scaled("lora_linear_fwd", c)
         _FIELDS.keep(ctx, counts, values, s, without=c.bias)
         return y
 
@@ -52,7 +53,7 @@ class LoRALinearFunction(KeepsSettings):
         asked = _FIELDS.asked(ctx)
         needs = [asked.x, asked.a, asked.b, asked.bias, asked.rank_diag, asked.out_diag]
         needs.append(len(c.base) == 1 and asked.base[0])
-        grads = run("lora_linear_bwd", c.backward(to_rows(dy), s, needs))
+        grads = run_scaled("lora_linear_bwd", c.backward(to_rows(dy), s, needs))
         made = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         dx, da, db, dbias, drank, dout, dw = made
         base = [dw, *[None] * (len(c.base) - 1)]
@@ -115,10 +116,19 @@ def lora_linear(
             raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K]")
         x, weight, bias = autocast(x, weight, bias)
         meta = [weight.shape[0], weight.shape[-1]]
-        scale = float(scale * 1.0)  # text is no number
         return _run(
             LoRALinearForward(
-                x, [weight], meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag, out_diag
+                x,
+                [weight],
+                meta,
+                lora_a,
+                lora_b,
+                as_scale(scale),
+                bias,
+                dropout_p,
+                seed,
+                rank_diag,
+                out_diag,
             ),
         )
     except Exception:
@@ -155,10 +165,19 @@ def nf4_lora_linear(
     try:
         x, bias = autocast(x, bias)
         base, meta = qweight.check().base, qweight.meta
-        scale = float(scale * 1.0)
         return _run(
             LoRALinearForward(
-                x, base, meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag, out_diag
+                x,
+                base,
+                meta,
+                lora_a,
+                lora_b,
+                as_scale(scale),
+                bias,
+                dropout_p,
+                seed,
+                rank_diag,
+                out_diag,
             ),
         )
     except Exception:
@@ -179,7 +198,7 @@ def _run(c: LoRALinearForward) -> Tensor:
     if needs_grad(x, c.a, c.b, c.bias, c.rank_diag, c.out_diag, dense):
         y = LoRALinearFunction.apply(_FIELDS.counts(c), *_FIELDS.spread(c))
     else:
-        y, _ = run("lora_linear_fwd", c)
+        y, _ = run_scaled("lora_linear_fwd", c)
     return from_rows(y, x)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
+from lora_kernels.ops.common import flops
 from lora_kernels.ops.common.checks import (
     FLOATS,
     check_device,
@@ -23,7 +24,28 @@ from lora_kernels.ops.nf4.base import check_base, check_input
 GRADS = ("x", "lora_a", "lora_b", "bias", "rank_diag", "out_diag", "weight")
 
 
-@define("lora_linear_fwd", "(Tensor y, Tensor s)")
+def _fwd_flops(call: Any) -> int:
+    n, k = call.meta[:2]
+    return flops.lora_fwd(call.x[0], n, k, call.a[0])
+
+
+def _bwd_flops(call: Any) -> int:
+    wanted = dict(zip(GRADS, call.needs, strict=True))
+    n, k = call.meta[:2]
+    return flops.lora_bwd(
+        call.x[0],
+        n,
+        k,
+        call.a[0],
+        x=wanted["x"],
+        a=wanted["lora_a"],
+        b=wanted["lora_b"],
+        weight=wanted["weight"],
+        ds=wanted["rank_diag"],
+    )
+
+
+@define("lora_linear_fwd", "(Tensor y, Tensor s)", flops=_fwd_flops)
 class LoRALinearForward(NamedTuple):
     """y [M, N] = x·Wᵀ + out_diag ∘ (scale·(rank_diag ∘ s)·Bᵀ) + bias, s [M, R] = drop(x)·Aᵀ."""
 
@@ -94,6 +116,7 @@ class LoRALinearForward(NamedTuple):
     "lora_linear_bwd",
     "(Tensor dx, Tensor da, Tensor db, Tensor dbias, Tensor drank_diag, Tensor dout_diag, "
     "Tensor dw)",
+    flops=_bwd_flops,
 )
 class LoRALinearBackward(NamedTuple):
     """The gradients that `needs` asks for, in the order of `GRADS`; the others are empty."""
@@ -137,7 +160,7 @@ class LoRALinearBackward(NamedTuple):
         )
 
 
-@define("dropout_mask", "Tensor")
+@define("dropout_mask", "Tensor", flops=None)
 class DropoutMask(NamedTuple):
     """The boolean keep mask [rows, cols]."""
 

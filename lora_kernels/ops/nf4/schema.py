@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common.checks import check_dtype, check_optional_vector
+from lora_kernels.ops.common.flops import product
 from lora_kernels.ops.nf4.base import check_base, check_input
 
 
@@ -21,7 +22,7 @@ def check_linear(
     check_optional_vector("bias", bias, meta[0], x, [x.dtype])
 
 
-@define("nf4_quantize", "(Tensor packed, Tensor absmax)")
+@define("nf4_quantize", "(Tensor packed, Tensor absmax)", flops=None)
 class NF4Quantize(NamedTuple):
     """The codes of w, two a byte, and the scale of each block."""
 
@@ -37,7 +38,7 @@ class NF4Quantize(NamedTuple):
         )
 
 
-@define("nf4_quantize_scales", "(Tensor codes, Tensor nested_absmax)")
+@define("nf4_quantize_scales", "(Tensor codes, Tensor nested_absmax)", flops=None)
 class NF4QuantizeScales(NamedTuple):
     """The scales of a weight as codes of one byte, and the scale of each nested block."""
 
@@ -61,7 +62,7 @@ class NF4QuantizeScales(NamedTuple):
         )
 
 
-@define("nf4_dequantize", "Tensor")
+@define("nf4_dequantize", "Tensor", flops=None)
 class NF4Dequantize(NamedTuple):
     """W [N, K] of a 4-bit base."""
 
@@ -73,7 +74,15 @@ class NF4Dequantize(NamedTuple):
         return self.base[0].new_empty(tuple(self.meta[:2]), dtype=self.dtype)
 
 
-@define("nf4_linear_fwd", "Tensor")
+def _fwd_flops(call: Any) -> int:
+    return product(call.x[0], *call.meta[:2])
+
+
+def _bwd_flops(call: Any) -> int:
+    return product(call.dy[0], *call.meta[:2])
+
+
+@define("nf4_linear_fwd", "Tensor", flops=_fwd_flops)
 class NF4LinearForward(NamedTuple):
     """y = x·Wᵀ + bias."""
 
@@ -86,7 +95,7 @@ class NF4LinearForward(NamedTuple):
         return self.x.new_empty((self.x.shape[0], self.meta[0]))
 
 
-@define("nf4_linear_bwd", "Tensor")
+@define("nf4_linear_bwd", "Tensor", flops=_bwd_flops)
 class NF4LinearBackward(NamedTuple):
     """dx = dy·W."""
 

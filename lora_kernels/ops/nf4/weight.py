@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lora_kernels.ops.common.checks import FLOATS, check_dtype, names
+from lora_kernels.ops.common.checks import FLOATS, check_dtype, has_values, names
 from lora_kernels.ops.common.kinds import check_kind, check_kinds
 from lora_kernels.ops.nf4.base import (
     BLOCK_SIZES,
@@ -210,8 +211,9 @@ class NF4Weight:
         if self.nested_offset is not None:
             state["nested_blocksize"] = self.nested_block_size
             state["nested_dtype"] = "float32"
-            meta = self.device.type == "meta"  # which has no number to save
-            state["nested_offset"] = 0.0 if meta else float(self.nested_offset)
+            readable = has_values(self.nested_offset)  # else there is no number to save
+            with unset_fake_temporarily():  # a weight with values, saved in a FakeTensorMode
+                state["nested_offset"] = float(self.nested_offset) if readable else 0.0
         text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
         return SimpleNamespace(**{f"bitsandbytes__{self.quant_type}": text})
 

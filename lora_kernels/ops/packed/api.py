@@ -22,15 +22,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels.dispatch.registry import run
 from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.fields import Fields
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
+from lora_kernels.ops.common.scale import as_scales, run_scaled
 from lora_kernels.ops.lora.api import draw_seed
 from lora_kernels.ops.nf4.weight import NF4Weight
 from lora_kernels.ops.packed.schema import META, LoRAPackedForward, pack_needs, split_base
+
+
+def packed_fwd(c: LoRAPackedForward) -> tuple[Sequence[Tensor], Tensor]:
+    """The op; for `torch.jit.trace`, which takes no list of optional tensors, that of one
+    projection for each of them, with the same result."""
+    if not torch.jit.is_tracing():
+        return run_scaled("lora_packed_fwd", c)
+    parts = [
+        torch.ops.lora_kernels.lora_linear_fwd(*c.one(i, w, m))
+        for i, (w, m, _) in enumerate(split_base(c.base, c.meta))
+    ]
+    y, s = zip(*parts, strict=True)
+    return y, torch.cat(s, dim=1)
+
 
 _FIELDS = Fields(LoRAPackedForward)
 
@@ -39,7 +53,7 @@ class LoRAPackedFunction(KeepsSettings):
     @staticmethod
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> tuple[Tensor, ...]:
         c = _FIELDS.gathered(counts, values)
-        y, s = run("lora_packed_fwd", c)
+        y, s = packed_fwd(c)
         _FIELDS.keep(ctx, counts, values, s)
         return tuple(y)
 
@@ -50,9 +64,7 @@ class LoRAPackedFunction(KeepsSettings):
         asked = _FIELDS.asked(ctx)
         want = (asked.a, asked.b, asked.bias, of_weights(asked.base, c.meta))
         needs = pack_needs(asked.x, *want)
-        grads = torch.ops.lora_kernels.lora_packed_bwd(
-            *c.backward([to_rows(t) for t in dy], s, needs)
-        )
+        grads = run_scaled("lora_packed_bwd", c.backward([to_rows(t) for t in dy], s, needs))
         dx = grads[0] if asked.x else None
         return _FIELDS.grads(x=dx, **by_field(grads[1:], want, c.base, c.meta))
 
@@ -109,7 +121,8 @@ def gather(
                 raise TypeError(f"{name}[{i}]: got {type(t).__name__}, expected a Tensor")
     dense = [w for w in weights if isinstance(w, Tensor)]
     x, *cast = autocast(x, *dense, *biases)
-    dense, bias = cast[: len(dense)], cast[len(dense) :]
+    # Lists also under the torch.compile of 2.10, which unpacks into a tuple.
+    dense, bias = list(cast[: len(dense)]), list(cast[len(dense) :])
     base: list[Tensor] = []
     meta: list[int] = []
     for i, w in enumerate(weights):
@@ -125,7 +138,7 @@ def gather(
             raise TypeError(
                 f"weights[{i}]: got {type(w).__name__}, expected a Tensor or an NF4Weight"
             )
-    factors = [float(s * 1.0) for s in scales]
+    factors = as_scales(scales)
     return LoRAPackedForward(
         x, base, meta, list(lora_a), list(lora_b), factors, bias, dropout_p, seed
     )
@@ -210,7 +223,7 @@ def lora_packed_linear(
         if wants_grad(rows):
             y = LoRAPackedFunction.apply(_FIELDS.counts(rows), *_FIELDS.spread(rows))
         else:
-            y, _ = run("lora_packed_fwd", rows)
+            y, _ = packed_fwd(rows)
         return tuple(from_rows(t, c.x) for t in y)
     except Exception:
         check_kinds(lora_packed_linear, locals())

@@ -27,10 +27,11 @@ from lora_kernels.dispatch.settings import KeepsSettings
 from lora_kernels.ops.common.fields import Fields
 from lora_kernels.ops.common.flatten import from_rows, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
+from lora_kernels.ops.common.scale import run_scaled
 from lora_kernels.ops.glu.schema import activation_index
 from lora_kernels.ops.lora.schema import LoRALinearForward
 from lora_kernels.ops.nf4.weight import NF4Weight
-from lora_kernels.ops.packed.api import by_field, gather, of_weights, ready, wants_grad
+from lora_kernels.ops.packed.api import by_field, gather, of_weights, packed_fwd, ready, wants_grad
 from lora_kernels.ops.packed.schema import META, LoRAPackedForward, pack_needs, split_base
 
 # Gate and up are packed, streams 0 and 1; down follows.
@@ -64,9 +65,9 @@ def _down(p: LoRAPackedForward, h: Tensor) -> LoRALinearForward:
 def _forward(c: LoRAMLP) -> tuple[Tensor, ...]:
     """y, and what the backward reads: s, g, u, s of down."""
     p = c.projections
-    (g, u), s = torch.ops.lora_kernels.lora_packed_fwd(*p.first(DOWN))
+    (g, u), s = packed_fwd(p.first(DOWN))
     h = torch.ops.lora_kernels.glu_fwd(g, u, c.activation)
-    y, s_down = torch.ops.lora_kernels.lora_linear_fwd(*_down(p, h))
+    y, s_down = run_scaled("lora_linear_fwd", _down(p, h))
     return y, s, g, u, s_down
 
 
@@ -96,7 +97,7 @@ class LoRAMLPFunction(KeepsSettings):
             """(dh, da, db, dbias, ..., dw); only da and dw read h."""
             needs = [dx, da, rest and want_b, rest and want_bias, False, False, dw]
             call = _down(p, h).backward(dy, s_down, needs)
-            return torch.ops.lora_kernels.lora_linear_bwd(*call)
+            return run_scaled("lora_linear_bwd", call)
 
         need_h = want_a or want_w[DOWN]
         if not any(into_gate):
@@ -110,7 +111,7 @@ class LoRAMLPFunction(KeepsSettings):
             _, da, _, _, _, _, dw = down_grads(h, False, want_a, False, want_w[DOWN])
         del h
         call = p.first(DOWN).backward([dg, du], s, into_gate)
-        dx, *grads = torch.ops.lora_kernels.lora_packed_bwd(*call)
+        dx, *grads = run_scaled("lora_packed_bwd", call)
         all_grads = [[*of, last] for of, last in zip(grads, (da, db, dbias, dw), strict=True)]
         dx = dx if asked.x else None
         return _FIELDS.grads(x=dx, **by_field(all_grads, want, c.base, c.meta))

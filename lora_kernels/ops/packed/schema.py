@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
+from lora_kernels.ops.common import flops
 from lora_kernels.ops.common.checks import (
     FLOATS,
     check_device,
@@ -102,7 +103,21 @@ def check_projection(
     check_optional_vector(f"biases[{i}]", bias, n, x, [x.dtype])
 
 
-@define("lora_packed_fwd", "(Tensor[] y, Tensor s)")
+def _fwd_flops(call: Any) -> int:
+    sizes = zip(call.meta[::META], call.meta[1::META], call.a, strict=True)
+    return sum(flops.lora_fwd(call.x[0], n, k, a[0]) for n, k, a in sizes)
+
+
+def _bwd_flops(call: Any) -> int:
+    want_x, wants = unpack_needs(call.needs, len(call.a))
+    sizes = zip(call.meta[::META], call.meta[1::META], call.a, wants, strict=True)
+    return sum(
+        flops.lora_bwd(call.x[0], n, k, a[0], x=want_x, a=want[0], b=want[1], weight=want[3])
+        for n, k, a, want in sizes
+    )
+
+
+@define("lora_packed_fwd", "(Tensor[] y, Tensor s)", flops=_fwd_flops)
 class LoRAPackedForward(NamedTuple):
     """y_i [M, N_i] and s [M, Σ r_i]."""
 
@@ -188,7 +203,11 @@ class LoRAPackedForward(NamedTuple):
         return [x.new_empty((m, n)) for n in self.meta[::META]], s
 
 
-@define("lora_packed_bwd", "(Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dw)")
+@define(
+    "lora_packed_bwd",
+    "(Tensor dx, Tensor[] da, Tensor[] db, Tensor[] dbias, Tensor[] dw)",
+    flops=_bwd_flops,
+)
 class LoRAPackedBackward(NamedTuple):
     """The gradients that `needs` (see `pack_needs`) asks for; the others are empty."""
 
