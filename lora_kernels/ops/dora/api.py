@@ -54,7 +54,7 @@ from lora_kernels.ops.common.fields import Fields
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import threshold
-from lora_kernels.ops.common.scale import Scale, as_scale, run_scaled
+from lora_kernels.ops.common.scale import as_scale, run_scaled
 from lora_kernels.ops.dora.magnitude import base_of, norm_dtype
 from lora_kernels.ops.dora.schema import (
     DoRALinearForward,
@@ -205,7 +205,7 @@ def _norm(
     meta: list[int],
     a: Tensor,
     b: Tensor,
-    scale: Scale,
+    scale: Any,
     weight_norm_sq: Tensor | None,
 ) -> Tensor:
     check_norm_sq(weight_norm_sq, meta, norm_dtype(base), a.device)
