@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from bench.cases import DTYPES
-from bench.gpu.recorder import lora_backward, lora_forward
 from bench.runner import FAILED, OK, WRONG, Settings, rotated
 from bench.timing import GRAPH_BELOW_SECONDS, Stopwatch, percentile, quiet_gc
 from lora_kernels import NF4Weight, use_backend
@@ -24,6 +23,7 @@ from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.strategies import choose, use_strategy
 from lora_kernels.ops.common.tuned import Entry, Key, Table, use_table
 from lora_kernels.testing import assert_within_budget
+from tools.gpu_proofs.recorder import lora_backward, lora_forward
 
 OUTPUTS = {"lora_linear_fwd": ("y", "s"), "lora_linear_bwd": ("dx", "da", "db")}
 BLOCK_SIZE = 64  # of a 4-bit weight

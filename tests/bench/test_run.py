@@ -146,7 +146,7 @@ def test_a_file_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        report.write_atomic(path, "after")
+        write_atomic(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 

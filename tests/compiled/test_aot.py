@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench import resources
-from bench.gpu.compile import TARGETS, Compiled, compile_launch
 from tests.compiled.families import on_another_release
 from tests.ops.grid import family
+from tools.gpu_proofs import resources
+from tools.gpu_proofs.compile import TARGETS, Compiled, compile_launch
 
 # By target: for tiles of 64 rows or more, and for smaller ones. Below 64 rows Hopper's and
 # Blackwell's own instructions do not exist, and Triton falls back to Ampere's.

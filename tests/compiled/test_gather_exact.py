@@ -9,11 +9,11 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench.gpu import emulator
 from lora_kernels.ops.gather.triton.plan import WAYS
 from tests.compiled.test_ptx import DEVICES, Way
 from tests.ops.case import Source
 from tests.ops.gather_inputs import Gather, _add, _forward
+from tools.gpu_proofs import emulator
 
 pytestmark = pytest.mark.skipif(
     emulator.missing() is not None, reason=emulator.missing() or "the PTX emulator is there"

@@ -14,9 +14,6 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from bench.gpu import emulator, ways
-from bench.gpu.compile import TARGETS, overwritten_in
-from bench.gpu.emulator import Emulator
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import use_executor
@@ -24,6 +21,9 @@ from tests.compiled.families import Tiled, calls, on_another_release
 from tests.ops.case import Case
 from tests.ops.grid import grid
 from tests.ops.parity import assert_agrees
+from tools.gpu_proofs import emulator, ways
+from tools.gpu_proofs.compile import TARGETS, overwritten_in
+from tools.gpu_proofs.emulator import Emulator
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(

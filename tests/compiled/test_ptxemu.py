@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import emulator
 from tests.compiled.families import on_another_release
+from tools.gpu_proofs import emulator
 
 pytest.importorskip("triton", reason="triton is not installed")
 if emulator.missing() is not None:

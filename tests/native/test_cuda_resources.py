@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, and with it nvdisasm")
 
-from bench.gpu import cuda_resources
-from bench.gpu.compile import TARGETS
 from tests.native import cuda_linear as cuda
+from tools.gpu_proofs import cuda_resources
+from tools.gpu_proofs.compile import TARGETS
 
 
 def test_rows() -> None:

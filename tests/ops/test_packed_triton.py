@@ -8,7 +8,6 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench.gpu.recorder import Recorder, record
 from lora_kernels.ops.common.configs import DEVICES
 from lora_kernels.ops.common.launch import use_executor
 from lora_kernels.ops.common.strategies import use_strategy
@@ -17,6 +16,7 @@ from tests.ops.case import Source
 from tests.ops.packed_calls import SEED, call, quantised, results, tensors, textbook, total
 from tests.ops.packed_inputs import Packed, _arguments, _backward
 from tests.ops.variants import Variant, interpreting
+from tools.gpu_proofs.recorder import Recorder, record
 
 NESTED, PLAIN = "nf4-nested", "nf4"
 

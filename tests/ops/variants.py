@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import ways
 from lora_kernels import use_backend
 from lora_kernels.dispatch import BACKENDS, native, ops
 from lora_kernels.ops.common.configs import GENERIC, GemmConfig
@@ -23,6 +22,7 @@ from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.reference import dense_weight
 from lora_kernels.ops.packed.schema import split_base
 from tests.ops.case import Case
+from tools.gpu_proofs import ways
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Ops whose Triton kernels know several ways (`use_strategy`).

@@ -53,8 +53,6 @@ class State:
 
     def __init__(self, path: Path, of: dict[str, Any]) -> None:
         self.path = path
-        from bench.machine import commit  # not above: it brings torch along
-
         self.doc: dict[str, Any] = {"format": 1, "of": of, "commit": commit(), "steps": {}}
         self.doc["begun"] = _now()
 

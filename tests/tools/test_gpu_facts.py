@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import emulator
-from bench.gpu.compile import TARGETS
-from bench.gpu.rivals import LORAFUSION_SIZES, Sizes, rivals
-from bench.gpu.subjects import FAMILIES, Subject, families_of, subjects
-from bench.gpu.traffic_table import misses, reached, rows
-from bench.resources import calls
-from bench.resources import targets_of as resource_targets
-from bench.traffic import OPS, Counts, Part, Traffic, beyond_product, explain, targets_of
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import GEMM_CONFIGS
+from tools.gpu_proofs import emulator
+from tools.gpu_proofs.baselines import LORAFUSION_SIZES, Sizes, rivals
+from tools.gpu_proofs.compile import TARGETS
+from tools.gpu_proofs.resources import calls
+from tools.gpu_proofs.resources import targets_of as resource_targets
+from tools.gpu_proofs.traffic import OPS, Counts, Part, Traffic, beyond_product, explain, targets_of
+from tools.gpu_proofs.traffic_table import misses, reached, rows
+from tools.gpu_proofs.workloads import FAMILIES, Subject, families_of, subjects
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(

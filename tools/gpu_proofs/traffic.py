@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import ways
-from bench.gpu.compile import TARGETS, Target
-from bench.gpu.emulator import UNCHECKED, Emulated, Emulator
-from bench.gpu.recorder import record
-from bench.gpu.subjects import Subject
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import ConfigExplanation, Device, Estimate, GemmConfig
 from lora_kernels.ops.common.launch import use_executor
 from lora_kernels.ops.common.strategies import Problem, explain_config
+from tools.gpu_proofs import ways
+from tools.gpu_proofs.compile import TARGETS, Target
+from tools.gpu_proofs.emulator import UNCHECKED, Emulated, Emulator
+from tools.gpu_proofs.recorder import record
+from tools.gpu_proofs.workloads import Subject
 
 OPS = {"forward": "lora_linear_fwd", "backward": "lora_linear_bwd"}
 # Where the cost model is asked for the tile: a layer of a 7B model and 8192 tokens.

@@ -13,9 +13,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.hazards import overwritten
 from lora_kernels.ops.common.configs import DEVICES, Device
 from lora_kernels.ops.common.launch import Launch
+from tools.gpu_proofs.hazards import overwritten
 
 
 @dataclass(frozen=True)

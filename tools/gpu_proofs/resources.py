@@ -14,10 +14,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bench.gpu import ways
-from bench.gpu.compile import TARGETS, Facts, Target, compile_launch
-from bench.gpu.recorder import lora_backward, lora_forward, record
-from bench.traffic import tile_of
 from lora_kernels.ops.common.configs import GEMM_CONFIGS, GemmConfig
 from lora_kernels.ops.common.launch import Launch
 from lora_kernels.ops.common.strategies import (
@@ -29,6 +25,10 @@ from lora_kernels.ops.gather.pages import PAGE, pages_of
 from lora_kernels.ops.glu.schema import ACTIVATIONS
 from lora_kernels.ops.packed.schema import META
 from lora_kernels.ops.packed.triton.plan import plan
+from tools.gpu_proofs import ways
+from tools.gpu_proofs.compile import TARGETS, Facts, Target, compile_launch
+from tools.gpu_proofs.recorder import lora_backward, lora_forward, record
+from tools.gpu_proofs.traffic import tile_of
 
 
 @dataclass(frozen=True)

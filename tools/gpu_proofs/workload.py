@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.rivals import Sizes
 from lora_kernels import NF4Weight, use_backend
+from tools.gpu_proofs.baselines import Sizes
 
 Shape = tuple[int, int, int, int]
 Fill = Callable[..., Tensor]  # torch.empty: only what launches depend on is made

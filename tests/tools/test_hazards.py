@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.gpu.hazards import overwritten
+from tools.gpu_proofs.hazards import overwritten
 
 LEFT, SUMS = "R104", "R24"
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from bench.gpu.gather_subjects import gather
-from bench.gpu.recorder import lora_backward, lora_forward, normal
-from bench.gpu.rivals import Sizes
-from bench.gpu.subject import BF16, Fill, Shape, Subject, call, in_fp64, nbytes, quantised
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.glu.schema import ACTIVATIONS
 from lora_kernels.ops.packed.schema import META
+from tools.gpu_proofs.baselines import Sizes
+from tools.gpu_proofs.gather_workloads import gather
+from tools.gpu_proofs.recorder import lora_backward, lora_forward, normal
+from tools.gpu_proofs.workload import BF16, Fill, Shape, Subject, call, in_fp64, nbytes, quantised
 
 SCALE = 1.5
 FAMILIES = ("lora", "packed", "dora", "glu", "nf4", "gather")

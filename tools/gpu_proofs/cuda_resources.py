@@ -1,4 +1,4 @@
-"""What the CUDA C++ kernels take of a multiprocessor, in the columns of `bench.resources.rows`."""
+"""What the CUDA C++ kernels take of a multiprocessor, in the columns of `tools.gpu_proofs.resources.rows`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.compile import (
+from tools.gpu_proofs.compile import (
     _MAX_BLOCKS,
     _REGISTERS,
     _TENSOR_CORES,

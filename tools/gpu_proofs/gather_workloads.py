@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bench.gpu.rivals import Sizes
-from bench.gpu.subject import BF16, Fill, Shape, Subject, nbytes, quantised
 from lora_kernels import use_backend
 from lora_kernels.ops.gather import PAGE, pages_of
 from lora_kernels.ops.gather.triton.base_plan import BASES
+from tools.gpu_proofs.baselines import Sizes
+from tools.gpu_proofs.workload import BF16, Fill, Shape, Subject, nbytes, quantised
 
 # name: tokens, ranks of the slots; slot t·S/T is token t's
 CALLS = {

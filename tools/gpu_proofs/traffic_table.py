@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.gpu.rivals import rivals
-from bench.gpu.subjects import Subject
-from bench.report import write_atomic
-from bench.traffic import Counts, Part, Traffic
 from lora_kernels.ops.common.strategies import STRATEGIES
+from tools.gpu_proofs.baselines import rivals
+from tools.gpu_proofs.traffic import Counts, Part, Traffic
+from tools.gpu_proofs.workloads import Subject
+from tools.records import write_atomic
 
 _HEADINGS = (
     "launches",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import ways
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import Executor, Launch, use_executor
+from tools.gpu_proofs import ways
 
 
 @dataclass

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench.machine import commit
+from tools.records import commit
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -68,10 +68,10 @@ def shape_of(text: str) -> tuple[int, int, int, int]:
 
 def _traffic(args: argparse.Namespace) -> int:
     constant = _constant()
-    from bench.gpu import traffic_table
-    from bench.gpu.subjects import PLANNED as LAYERS
-    from bench.gpu.subjects import families_of, subjects
-    from bench.traffic import PLANNED, beyond_product, explain, measure, targets_of
+    from tools.gpu_proofs import traffic_table
+    from tools.gpu_proofs.traffic import PLANNED, beyond_product, explain, measure, targets_of
+    from tools.gpu_proofs.workloads import PLANNED as LAYERS
+    from tools.gpu_proofs.workloads import families_of, subjects
 
     console = _console()
     shape, found, missed = shape_of(args.shape), [], []
@@ -119,8 +119,7 @@ def _traffic(args: argparse.Namespace) -> int:
 
 def _resources(args: argparse.Namespace) -> int:
     constant = _constant()
-    from bench import resources
-    from bench.gpu import cuda_resources, traffic_table
+    from tools.gpu_proofs import cuda_resources, resources, traffic_table
 
     console = _console()
     lines = []
