@@ -27,6 +27,7 @@ from bench.runner import (
     rotated,
 )
 from bench.timing import Stopwatch, percentile
+from tools.records import write_atomic
 
 ONLY = ["--suite", "smoke", "--rotate-mib", "1", "--providers", "ours:reference|dense|bnb-train"]
 CASES = "nf4_linear/fwd/tiny|dequantize"

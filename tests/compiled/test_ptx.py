@@ -22,7 +22,7 @@ from tests.ops.case import Case
 from tests.ops.grid import grid
 from tests.ops.parity import assert_agrees
 from tools.gpu_proofs import emulator, ways
-from tools.gpu_proofs.compile import TARGETS, overwritten_in
+from tools.gpu_proofs.compile import GPU_TARGETS, overwritten_in
 from tools.gpu_proofs.emulator import Emulator
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
     emulator.missing() is not None, reason=emulator.missing() or "the PTX emulator is there"
 )
 
-DEVICES = {80: TARGETS["sm_80"].device, 90: TARGETS["sm_90"].device}
+DEVICES = {80: GPU_TARGETS["sm_80"].device, 90: GPU_TARGETS["sm_90"].device}
 # Of the kernels that a release of Triton compiled wrongly, or not at all: in every sample.
 KNOWN_FAULTS = (
     "lora_linear_fwd-sm_90-single_pass-whole-tiles",

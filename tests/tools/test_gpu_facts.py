@@ -15,13 +15,13 @@ import torch
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import GEMM_CONFIGS
 from tools.gpu_proofs import emulator
-from tools.gpu_proofs.baselines import LORAFUSION_SIZES, Sizes, rivals
-from tools.gpu_proofs.compile import TARGETS
+from tools.gpu_proofs.baselines import LORAFUSION_SIZES, Sizes, baselines
+from tools.gpu_proofs.compile import GPU_TARGETS
 from tools.gpu_proofs.resources import calls
 from tools.gpu_proofs.resources import targets_of as resource_targets
 from tools.gpu_proofs.traffic import OPS, Counts, Part, Traffic, beyond_product, explain, targets_of
 from tools.gpu_proofs.traffic_table import misses, reached, rows
-from tools.gpu_proofs.workloads import FAMILIES, Subject, families_of, subjects
+from tools.gpu_proofs.workloads import FAMILIES, Workload, families_of, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
@@ -92,7 +92,7 @@ def test_resources_from_end_to_end(tmp_path: Path) -> None:
     assert {line["target"] for line in lines} == {"sm_80", "gfx942"}
     for line in lines:
         assert int(line["registers"]) > 0 and int(line["blocks"]) > 0
-        assert int(line["shared"]) <= TARGETS[line["target"]].device.shared_bytes
+        assert int(line["shared"]) <= GPU_TARGETS[line["target"]].device.shared_bytes
 
 
 def test_what_is_asked_wrongly_is_named() -> None:
@@ -112,7 +112,7 @@ def test_targets_are_found_by_name() -> None:
     assert [t.name for t in resource_targets(["gfx942"])] == ["gfx942"]
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+@pytest.mark.parametrize("target", GPU_TARGETS.values(), ids=lambda t: t.name)
 def test_every_tile_of_a_target_is_compiled(target) -> None:
     """Each tile that the device may take appears in a call, hardware copies where they exist."""
     used = {call.tile for call in calls(target)} - {None}
@@ -130,26 +130,26 @@ def test_floors_are_those_of_the_peers() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_subjects_give_what_fp64_gives(family: str) -> None:
+def test_workloads_give_what_fp64_gives(family: str) -> None:
     """The arguments fit their op, and the 4-bit ones the dense call they are held against."""
-    for subject in subjects(families_of([family]), (5, 64, 96, 4), 0.0):
+    for workload in workloads(families_of([family]), (5, 64, 96, 4), 0.0):
         with use_backend("reference"):
-            got = subject.run()
-        exact = subject.exact()
+            got = workload.run()
+        exact = workload.exact()
         for name, value in got.items():
             want = exact.get(name, next(iter(exact.values())))
             if value.numel():
                 torch.testing.assert_close(value.double(), want.double(), rtol=0.02, atol=0.02)
-        assert subject.floor >= sum(t.nbytes for t in got.values() if t.numel()) / 2
-        assert subject.outputs <= sum(t.numel() for t in got.values())
+        assert workload.floor >= sum(t.nbytes for t in got.values() if t.numel()) / 2
+        assert workload.outputs <= sum(t.numel() for t in got.values())
 
 
-def test_hollow_subjects_have_the_sizes() -> None:
+def test_hollow_workloads_have_the_sizes() -> None:
     """What launches depend on, without the numbers."""
     shape = (24, 32, 64, 4)
     families = ("lora", "packed", "dora")
     for full, hollow in zip(
-        subjects(families, shape, 0.1), subjects(families, shape, 0.1, torch.empty), strict=True
+        workloads(families, shape, 0.1), workloads(families, shape, 0.1, torch.empty), strict=True
     ):
         assert _shapes(full.args) == _shapes(hollow.args)
 
@@ -163,7 +163,7 @@ def _shapes(value: object) -> object:
 def test_models_grow_with_dropout() -> None:
     z = Sizes(512, 256, 1024, 8)
     for op in OPS:
-        plain, dropped = (rivals(z, op, d) for d in (False, True))
+        plain, dropped = (baselines(z, op, d) for d in (False, True))
         for before, after in zip(plain, dropped, strict=True):
             assert before.source.startswith("modelled") and after.unique > before.unique >= 1
 
@@ -172,7 +172,7 @@ def test_addmm_order_forward_by_hand() -> None:
     z = LORAFUSION_SIZES
     mb, thin = 2 << 20, 32 << 10
     expected = (3 * mb) + (mb + 2 * thin) + (2 * mb + 2 * thin)
-    found = next(r for r in rivals(z, "forward", False) if r.name == "addmm_ order")
+    found = next(r for r in baselines(z, "forward", False) if r.name == "addmm_ order")
     assert found.unique == expected / z.floor["forward"] and found.launches == 3
 
 
@@ -182,13 +182,13 @@ def _traffic(**changes: int) -> Traffic:
     figures |= {"sectors": figures["asked"], "flops": z.flops["forward"], "launches": 1}
     part = Part("_lora_gemm_kernel", "BM=64 BN=64", Counts(**(figures | changes)))
     floor, flops = z.floor["forward"], z.flops["forward"]
-    subject = Subject("forward", "lora_linear_fwd", [], z, 0.0, floor, flops, 64 * 64)
-    return Traffic(subject, "sm_80", "single_pass", [part], {"y": 1.1})
+    workload = Workload("forward", "lora_linear_fwd", [], z, 0.0, floor, flops, 64 * 64)
+    return Traffic(workload, "sm_80", "single_pass", [part], {"y": 1.1})
 
 
 def test_targets_kept_and_missed() -> None:
     assert not misses(_traffic())
-    floor = _traffic().subject.floor
+    floor = _traffic().workload.floor
     for name, value, words in (
         ("unique", floor * 2, "unique / floor 2.000"),
         ("asked", floor * 6, "asked / floor 6.000"),

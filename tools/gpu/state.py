@@ -13,6 +13,7 @@ from typing import Any
 
 from tools.gpu import files
 from tools.gpu.context import ROOT
+from tools.records import commit
 
 # A step's status. The first two are its own word, and final; the others are tried again.
 OK, WRONG = "ok", "wrong"

@@ -31,7 +31,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Baseline:
     """Another way, with its bytes over the floor, and where the figures come from."""
 
     name: str
@@ -45,35 +45,38 @@ class Rival:
     source: str
 
 
-_COUNTED = "anchors/gpu-counts.md, sm_80, M=K=N=1024 r=16"
-# The figures of LoRAFusion c48d7fd, counted from its compiled PTX.
+# Counted once from their compiled PTX (`tools/ptxemu`), with their own settings for an A100.
+_COUNTED = "counted by tools/ptxemu: c48d7fd with Triton 3.9.0, sm_80, M=N=K=1024 r=16"
 LORAFUSION = (
-    Rival("LoRAFusion", "forward", False, 2, 1.34, 5.7, 1.3, "none", _COUNTED),
-    Rival("LoRAFusion", "forward", True, 3, 2.16, 6.5, 1.8, "none", _COUNTED),
-    Rival("LoRAFusion", "backward", False, 7, 1.31, 3.7, None, "1 MB", _COUNTED),
-    Rival("LoRAFusion", "backward", True, 7, 1.43, 3.8, None, "1 MB", _COUNTED),
+    Baseline("LoRAFusion", "forward", False, 2, 1.34, 5.7, 1.3, "none", _COUNTED),
+    Baseline("LoRAFusion", "forward", True, 3, 2.16, 6.5, 1.8, "none", _COUNTED),
+    Baseline("LoRAFusion", "backward", False, 7, 1.31, 3.7, None, "1 MB", _COUNTED),
+    Baseline("LoRAFusion", "backward", True, 7, 1.43, 3.8, None, "1 MB", _COUNTED),
 )
 LORAFUSION_SIZES = Sizes(1024, 1024, 1024, 16)
 
-_SERVED = "anchors/gpu-counts.md, sm_80, N=K=1024"
-# Serving engines' kernels, by the call's name (`gather_subjects.py`).
+_SIZES = "sm_80, N=K=1024"
+_VLLM = f"counted by tools/ptxemu: 0.33.0 with Triton 3.9.0, {_SIZES}"
+_SGLANG = f"counted by tools/ptxemu: 0.5.23 with Triton 3.9.0, {_SIZES}"
+_PUNICA = f"counted by tools/ptxemu: 591b598 with nvcc 13.0, {_SIZES}"
+# Serving engines' kernels, by the call's name (`gather_workloads.py`).
 SERVING = (
-    Rival("vLLM", "gather decode", False, 3, 1.00, 10.1, None, "", _SERVED),
-    Rival("SGLang", "gather decode", False, 2, 1.00, 1.7, None, "", _SERVED),
-    Rival("Punica", "gather decode", False, 3, 1.00, 2.3, None, "", _SERVED),
-    Rival("vLLM", "gather decode r=64", False, 3, 1.00, 11.1, None, "", _SERVED),
-    Rival("SGLang", "gather decode r=64", False, 2, 1.00, 1.2, None, "", _SERVED),
-    Rival("Punica", "gather decode r=64", False, 3, 1.00, 2.5, None, "", _SERVED),
-    Rival("vLLM", "gather decode r=8-64", False, 3, 2.09, 21.0, None, "", _SERVED),
-    Rival("SGLang", "gather decode r=8-64", False, 2, 1.03, 1.5, None, "", _SERVED),
-    Rival("Punica", "gather decode r=8-64", False, 3, 2.08, 5.1, None, "", _SERVED),
-    Rival("vLLM", "gather prefill", False, 3, 1.03, 1.8, None, "", _SERVED),
-    Rival("SGLang, chunks of 16", "gather prefill", False, 2, 1.01, 2.7, None, "", _SERVED),
-    Rival("SGLang, chunks of 128", "gather prefill", False, 2, 1.01, 1.1, None, "", _SERVED),
+    Baseline("vLLM", "gather decode", False, 3, 1.00, 10.1, None, "", _VLLM),
+    Baseline("SGLang", "gather decode", False, 2, 1.00, 1.7, None, "", _SGLANG),
+    Baseline("Punica", "gather decode", False, 3, 1.00, 2.3, None, "", _PUNICA),
+    Baseline("vLLM", "gather decode r=64", False, 3, 1.00, 11.1, None, "", _VLLM),
+    Baseline("SGLang", "gather decode r=64", False, 2, 1.00, 1.2, None, "", _SGLANG),
+    Baseline("Punica", "gather decode r=64", False, 3, 1.00, 2.5, None, "", _PUNICA),
+    Baseline("vLLM", "gather decode r=8-64", False, 3, 2.09, 21.0, None, "", _VLLM),
+    Baseline("SGLang", "gather decode r=8-64", False, 2, 1.03, 1.5, None, "", _SGLANG),
+    Baseline("Punica", "gather decode r=8-64", False, 3, 2.08, 5.1, None, "", _PUNICA),
+    Baseline("vLLM", "gather prefill", False, 3, 1.03, 1.8, None, "", _VLLM),
+    Baseline("SGLang, chunks of 16", "gather prefill", False, 2, 1.01, 2.7, None, "", _SGLANG),
+    Baseline("SGLang, chunks of 128", "gather prefill", False, 2, 1.01, 1.1, None, "", _SGLANG),
 )
 
 
-def rivals(sizes: Sizes, op: str, dropout: bool) -> list[Rival]:
+def baselines(sizes: Sizes, op: str, dropout: bool) -> list[Baseline]:
     """What was counted on this shape; for a LoRA layer's "forward" and "backward" also plain
     PyTorch and the order of `addmm_`, modelled."""
     if op not in ("forward", "backward"):
@@ -88,10 +91,10 @@ def rivals(sizes: Sizes, op: str, dropout: bool) -> list[Rival]:
     return found
 
 
-def _modelled(name: str, sizes: Sizes, op: str, dropout: bool, steps: list[int]) -> Rival:
+def _modelled(name: str, sizes: Sizes, op: str, dropout: bool, steps: list[int]) -> Baseline:
     ratio = sum(steps) / sizes.floor[op]
     source = "modelled: each operator reads and writes its operands once"
-    return Rival(name, op, dropout, len(steps), ratio, None, None, "none", source)
+    return Baseline(name, op, dropout, len(steps), ratio, None, None, "none", source)
 
 
 def _parts(z: Sizes) -> dict[str, int]:

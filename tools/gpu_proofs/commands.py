@@ -71,7 +71,7 @@ def _traffic(args: argparse.Namespace) -> int:
     from tools.gpu_proofs import traffic_table
     from tools.gpu_proofs.traffic import PLANNED, beyond_product, explain, measure, targets_of
     from tools.gpu_proofs.workloads import PLANNED as LAYERS
-    from tools.gpu_proofs.workloads import families_of, subjects
+    from tools.gpu_proofs.workloads import families_of, workloads
 
     console = _console()
     shape, found, missed = shape_of(args.shape), [], []
@@ -84,11 +84,11 @@ def _traffic(args: argparse.Namespace) -> int:
             if not args.own_tile:
                 layers = [f for f in families if f in LAYERS]
                 size = (*PLANNED, shape[3])
-                planned = {s.name: s for s in subjects(layers, size, dropout, torch.empty)}
-            for subject in subjects(families, shape, dropout):
-                ways = [s for s in args.strategy or subject.strategies if s in subject.strategies]
-                at = planned.get(subject.name)
-                new = [measure(subject, target, way, at, args.threads) for way in ways]
+                planned = {s.name: s for s in workloads(layers, size, dropout, torch.empty)}
+            for workload in workloads(families, shape, dropout):
+                ways = [s for s in args.strategy or workload.strategies if s in workload.strategies]
+                at = planned.get(workload.name)
+                new = [measure(workload, target, way, at, args.threads) for way in ways]
                 if new:
                     console.print(traffic_table.table(new))
                 found += new

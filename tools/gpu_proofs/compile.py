@@ -19,7 +19,7 @@ from tools.gpu_proofs.hazards import overwritten
 
 
 @dataclass(frozen=True)
-class Target:
+class GpuTarget:
     """An architecture to compile for, with the device the cost model plans for.
 
     Attributes:
@@ -43,13 +43,13 @@ def _device(name: str) -> Device:
 
 
 # Occupancy limits: tables of the CUDA C++ programming guide, AMD's CDNA3 ISA guide.
-TARGETS = {
+GPU_TARGETS = {
     t.name: t
     for t in (
-        Target("sm_80", "cuda", 80, 32, _device("A100"), 167936, 1024, 64),
-        Target("sm_90", "cuda", 90, 32, _device("H100"), 233472, 1024, 64),
-        Target("sm_100", "cuda", 100, 32, _device("B200"), 233472, 1024, 64),
-        Target("gfx942", "hip", "gfx942", 64, _device("MI300"), 65536, 0, 32),
+        GpuTarget("sm_80", "cuda", 80, 32, _device("A100"), 167936, 1024, 64),
+        GpuTarget("sm_90", "cuda", 90, 32, _device("H100"), 233472, 1024, 64),
+        GpuTarget("sm_100", "cuda", 100, 32, _device("B200"), 233472, 1024, 64),
+        GpuTarget("gfx942", "hip", "gfx942", 64, _device("MI300"), 65536, 0, 32),
     )
 }
 _REGISTERS = 65536  # of a multiprocessor, handed out to a warp 256 at a time
@@ -94,14 +94,14 @@ class Compiled:
     """The facts of a compiled launch; its code, which is large, and its tensors are not kept."""
 
     name: str
-    target: Target
+    target: GpuTarget
     facts: Facts
 
 
 _compiled: dict[str, Compiled] = {}
 
 
-def compile_launch(launch: Launch, target: Target) -> Compiled:
+def compile_launch(launch: Launch, target: GpuTarget) -> Compiled:
     """Compile a launch for a target; one that was compiled in this process is not again."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -127,7 +127,7 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     return _compiled[key]
 
 
-def _facts(made: Any, target: Target) -> Facts:
+def _facts(made: Any, target: GpuTarget) -> Facts:
     warps, shared = made.metadata.num_warps, made.metadata.shared
     if target.backend == "cuda":
         sass, registers, stack = _disassemble(made.asm["cubin"])

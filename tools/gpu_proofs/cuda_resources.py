@@ -1,4 +1,4 @@
-"""What the CUDA C++ kernels take of a multiprocessor, in the columns of `tools.gpu_proofs.resources.rows`."""
+"""What the CUDA C++ kernels take of a multiprocessor, in the columns of `resources.rows`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.gpu_proofs.compile import (
     _MAX_BLOCKS,
     _REGISTERS,
     _TENSOR_CORES,
-    Target,
+    GpuTarget,
     _nvidia_loads,
     _tool,
 )
@@ -37,7 +37,7 @@ def dynamic_shared(kernel: str, tile: str) -> int:
     return _LINEAR_TABLE + (0 if plain else _NESTED_MAP)
 
 
-def rows(target: Target, only: str | None = None) -> list[dict[str, Any]]:
+def rows(target: GpuTarget, only: str | None = None) -> list[dict[str, Any]]:
     """A line for each kernel of each source whose label `only` finds; none without nvcc."""
     if target.name not in _ARCHITECTURES or shutil.which("nvcc") is None:
         return []
@@ -49,7 +49,7 @@ def rows(target: Target, only: str | None = None) -> list[dict[str, Any]]:
     return found
 
 
-def _of_source(source: Path, target: Target) -> list[dict[str, Any]]:
+def _of_source(source: Path, target: GpuTarget) -> list[dict[str, Any]]:
     arch = _ARCHITECTURES[target.name]
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernels.ptx"), Path(folder, "kernels.cubin")
@@ -124,7 +124,7 @@ def _names(symbol: str) -> tuple[str, str]:
     return found[1], found[2] or ""
 
 
-def _resident(target: Target, registers: int, shared: int, warps: int) -> int:
+def _resident(target: GpuTarget, registers: int, shared: int, warps: int) -> int:
     """Blocks on a multiprocessor at once."""
     per_warp = -(-registers * 32 // 256) * 256
     return min(

@@ -11,7 +11,7 @@ from lora_kernels import use_backend
 from lora_kernels.ops.gather import PAGE, pages_of
 from lora_kernels.ops.gather.triton.base_plan import BASES
 from tools.gpu_proofs.baselines import Sizes
-from tools.gpu_proofs.workload import BF16, Fill, Shape, Subject, nbytes, quantised
+from tools.gpu_proofs.workload import BF16, Fill, Shape, Workload, nbytes, quantised
 
 # name: tokens, ranks of the slots; slot t·S/T is token t's
 CALLS = {
@@ -22,14 +22,16 @@ CALLS = {
 }
 
 
-def gather(shape: Shape, fill: Fill) -> list[Subject]:
+def gather(shape: Shape, fill: Fill) -> list[Workload]:
     """Every call, N and K being those of the shape."""
     n, k = shape[1:3]
-    found = [_subject(name, *sizes, n, k, fill) for name, sizes in CALLS.items()]
+    found = [_workload(name, *sizes, n, k, fill) for name, sizes in CALLS.items()]
     return [*found, _over_nf4(found[0], n, k, fill)]
 
 
-def _subject(name: str, tokens: int, ranks: tuple[int, ...], n: int, k: int, fill: Fill) -> Subject:
+def _workload(
+    name: str, tokens: int, ranks: tuple[int, ...], n: int, k: int, fill: Fill
+) -> Workload:
     """y += the adapters' part; pages of a slot are scattered over the pool."""
     counts = [pages_of(r) for r in ranks]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).int()
@@ -47,10 +49,10 @@ def _subject(name: str, tokens: int, ranks: tuple[int, ...], n: int, k: int, fil
     flops = 2 * int(each.sum()) * (k + n)
     z = Sizes(tokens, n, k, max(ranks))
     args = [out, x, p, [slots], False]
-    return Subject(name, "gather_lora_add", args, z, 0.0, floor, flops, tokens * n)
+    return Workload(name, "gather_lora_add", args, z, 0.0, floor, flops, tokens * n)
 
 
-def _over_nf4(decode: Subject, n: int, k: int, fill: Fill) -> Subject:
+def _over_nf4(decode: Workload, n: int, k: int, fill: Fill) -> Workload:
     """The whole layer: y = x·Wᵀ + the adapters' part over a 4-bit W."""
     out, x, pages, entries, _ = decode.args
     q = quantised(n, k, True, fill)

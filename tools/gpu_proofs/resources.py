@@ -26,7 +26,7 @@ from lora_kernels.ops.glu.schema import ACTIVATIONS
 from lora_kernels.ops.packed.schema import META
 from lora_kernels.ops.packed.triton.plan import plan
 from tools.gpu_proofs import ways
-from tools.gpu_proofs.compile import TARGETS, Facts, Target, compile_launch
+from tools.gpu_proofs.compile import GPU_TARGETS, Facts, GpuTarget, compile_launch
 from tools.gpu_proofs.recorder import lora_backward, lora_forward, record
 from tools.gpu_proofs.traffic import tile_of
 
@@ -211,7 +211,7 @@ _THIN_SIZES = ((8192, 4096), (1024, 1024), (16, 4096))
 _THIN_RANKS = (16, 64, 256)
 
 
-def calls(target: Target) -> Iterator[Call]:
+def calls(target: GpuTarget) -> Iterator[Call]:
     """Every tile that the device may be given, filled each way; then what the cost model takes
     for real sizes, with the rank-wide kernels beside it."""
     for config in GEMM_CONFIGS:
@@ -249,7 +249,7 @@ def _fits(
     dropout: float,
     r: int,
     config: GemmConfig,
-    target: Target,
+    target: GpuTarget,
     quantised: bool = False,
 ) -> bool:
     """Whether the cost model would ever give this tile to a call."""
@@ -265,7 +265,7 @@ def _fits(
     return fits
 
 
-def launches(call: Call, target: Target) -> list[Launch]:
+def launches(call: Call, target: GpuTarget) -> list[Launch]:
     """The launches that a call makes."""
     device = target.device
     if call.tile is not None:
@@ -278,7 +278,7 @@ def launches(call: Call, target: Target) -> list[Launch]:
     return [x for x in made if call.tile is None or PRODUCTS.search(x.kernel.fn.__name__)]
 
 
-def rows(target: Target, only: str | None = None) -> list[dict[str, Any]]:
+def rows(target: GpuTarget, only: str | None = None) -> list[dict[str, Any]]:
     """A line a launch, each different kernel once."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for call in calls(target):
@@ -315,7 +315,7 @@ def _figures(facts: Facts) -> dict[str, Any]:
     }
 
 
-def table(target: Target, lines: list[dict[str, Any]]) -> Table:
+def table(target: GpuTarget, lines: list[dict[str, Any]]) -> Table:
     """The lines of one target."""
     result = Table(title=f"{target.name} ({target.device.name})", title_justify="left")
     columns = [c for c in (lines[0] if lines else {}) if c not in ("target", "call")]
@@ -328,13 +328,13 @@ def table(target: Target, lines: list[dict[str, Any]]) -> Table:
     return result
 
 
-def targets_of(names: list[str] | None) -> list[Target]:
+def targets_of(names: list[str] | None) -> list[GpuTarget]:
     """The targets of these names, or all.
 
     Raises:
         ValueError: a name is none of them.
     """
     for name in names or []:
-        if name not in TARGETS:
-            raise ValueError(f"target: got {name!r}, expected one of {', '.join(TARGETS)}")
-    return [TARGETS[n] for n in names or TARGETS]
+        if name not in GPU_TARGETS:
+            raise ValueError(f"target: got {name!r}, expected one of {', '.join(GPU_TARGETS)}")
+    return [GPU_TARGETS[n] for n in names or GPU_TARGETS]

@@ -24,10 +24,10 @@ from lora_kernels.ops.common.configs import ConfigExplanation, Device, Estimate,
 from lora_kernels.ops.common.launch import use_executor
 from lora_kernels.ops.common.strategies import Problem, explain_config
 from tools.gpu_proofs import ways
-from tools.gpu_proofs.compile import TARGETS, Target
+from tools.gpu_proofs.compile import GPU_TARGETS, GpuTarget
 from tools.gpu_proofs.emulator import UNCHECKED, Emulated, Emulator
 from tools.gpu_proofs.recorder import record
-from tools.gpu_proofs.workloads import Subject
+from tools.gpu_proofs.workloads import Workload
 
 OPS = {"forward": "lora_linear_fwd", "backward": "lora_linear_bwd"}
 # Where the cost model is asked for the tile: a layer of a 7B model and 8192 tokens.
@@ -100,10 +100,10 @@ class Traffic:
 
     Attributes:
         error: for each output, rms error over that of the correctly rounded result.
-        lines: instructions that keep a launch from its targets.
+        lines: instructions that keep a launch from its bounds.
     """
 
-    subject: Subject
+    workload: Workload
     target: str
     strategy: str
     parts: list[Part]
@@ -115,10 +115,10 @@ class Traffic:
         return sum((p.counts for p in self.parts), Counts())
 
     def over_floor(self, value: int) -> float:
-        return value / self.subject.floor
+        return value / self.workload.floor
 
 
-def explain(op: str, r: int, dropout: bool, target: Target) -> ConfigExplanation:
+def explain(op: str, r: int, dropout: bool, target: GpuTarget) -> ConfigExplanation:
     """The cost model's table at the planned size."""
     problem = Problem(*PLANNED, r, torch.bfloat16, dropout)
     return explain_config(OPS[op], problem, target.device)
@@ -131,16 +131,16 @@ def beyond_product(estimate: Estimate) -> float:
 
 
 def measure(
-    subject: Subject,
-    target: Target,
+    workload: Workload,
+    target: GpuTarget,
     strategy: str | None,
-    planned: Subject | None = None,
+    planned: Workload | None = None,
     threads: int = 2,
 ) -> Traffic:
     """One call by one strategy, counted.
 
     Args:
-        planned: the call of the size whose tile is taken; None: that of `subject` itself.
+        planned: the call of the size whose tile is taken; None: that of `workload` itself.
 
     Raises:
         FileNotFoundError: the emulator is not installed.
@@ -155,8 +155,8 @@ def measure(
         stack.enter_context(use_backend("triton"))
         stack.enter_context(ways.use(strategy))
         stack.enter_context(use_executor(emulator))
-        outputs = subject.run()
-    exact = subject.exact()
+        outputs = workload.run()
+    exact = workload.exact()
     # A product alone is one output of the layer that it is compared with.
     error = {
         name: _error(got, exact.get(name, next(iter(exact.values()))))
@@ -166,12 +166,12 @@ def measure(
     parts = [_part(run) for run in emulator.runs]
     parts += [_product(left, right) for left, right in emulator.products]
     lines = [line for run in emulator.runs for line in causes(run)]
-    return Traffic(subject, target.name, strategy or "", parts, error, lines)
+    return Traffic(workload, target.name, strategy or "", parts, error, lines)
 
 
-def _tile(subject: Subject, device: Device, strategy: str | None) -> GemmConfig | None:
+def _tile(workload: Workload, device: Device, strategy: str | None) -> GemmConfig | None:
     """The tile of the large product among a call's launches, if there is one."""
-    made = record(device, subject.run, strategy)
+    made = record(device, workload.run, strategy)
     for launch in made:
         args = launch.args
         if {"BM", "BN", "BK", "GROUP"} <= args.keys():
@@ -272,13 +272,13 @@ def _places(ptx: str) -> list[str]:
     return places
 
 
-def targets_of(names: list[str] | None) -> list[Target]:
+def targets_of(names: list[str] | None) -> list[GpuTarget]:
     """Targets whose PTX can be executed.
 
     Raises:
         ValueError: a name is none of them.
     """
-    known = [t for t in TARGETS.values() if t.name in ("sm_80", "sm_90")]
+    known = [t for t in GPU_TARGETS.values() if t.name in ("sm_80", "sm_90")]
     for name in names or []:
         if name not in [t.name for t in known]:
             raise ValueError(f"target: got {name!r}, expected one of sm_80, sm_90")

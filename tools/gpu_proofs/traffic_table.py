@@ -1,4 +1,4 @@
-"""What `bench traffic` prints and writes: tables, targets, a CSV file."""
+"""What `bench traffic` prints and writes: tables, bounds, a CSV file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from lora_kernels.ops.common.strategies import STRATEGIES
-from tools.gpu_proofs.baselines import rivals
+from tools.gpu_proofs.baselines import baselines
 from tools.gpu_proofs.traffic import Counts, Part, Traffic
-from tools.gpu_proofs.workloads import Subject
+from tools.gpu_proofs.workloads import Workload
 from tools.records import write_atomic
 
 _HEADINGS = (
@@ -34,7 +34,7 @@ _HEADINGS = (
 
 
 def _cells(counts: Counts, t: Traffic) -> list[str]:
-    floor, flops = t.subject.floor, t.subject.flops
+    floor, flops = t.workload.floor, t.workload.flops
     return [
         str(counts.launches),
         *(f"{v / floor:.3f}" for v in (counts.unique, counts.asked, counts.sectors)),
@@ -43,16 +43,16 @@ def _cells(counts: Counts, t: Traffic) -> list[str]:
         f"{counts.conflicts / counts.accesses:.3f}" if counts.accesses else "",
         f"{counts.flops / flops:.3f}" if flops else "",
         str(counts.atomics),
-        f"{counts.instructions / t.subject.outputs:.1f}" if counts.instructions else "",
+        f"{counts.instructions / t.workload.outputs:.1f}" if counts.instructions else "",
     ]
 
 
 def table(found: list[Traffic]) -> Table:
     """One op on one target by each strategy, a row a kernel, beside what others do."""
-    subject = found[0].subject
-    z = subject.sizes
+    workload = found[0].workload
+    z = workload.sizes
     sizes = " ".join(f"{n}={v}" for n, v in (("M", z.m), ("N", z.n), ("K", z.k), ("r", z.r)) if v)
-    title = f"{subject.name} {sizes} bf16 p={subject.dropout} {found[0].target}"
+    title = f"{workload.name} {sizes} bf16 p={workload.dropout} {found[0].target}"
     result = Table(title=title, title_justify="left", title_style="bold")
     result.add_column("strategy / kernel", no_wrap=True)
     result.add_column("tile", no_wrap=True)
@@ -65,27 +65,34 @@ def table(found: list[Traffic]) -> Table:
         for part in t.parts:
             name = f"  {part.name}{' (modelled)' if part.modelled else ''}"
             result.add_row(name, part.tile, *_cells(part.counts, t), "")
-    for rival in rivals(z, subject.name, subject.dropout > 0):
-        asked = "" if rival.requested is None else f"{rival.requested:.1f}"
-        error = "" if rival.error is None else f"{rival.error:.1f}"
-        cells = [str(rival.launches), f"{rival.unique:.2f}", asked, *[""] * 6, rival.atomics, ""]
-        result.add_row(rival.name, rival.source.split(":")[0], *cells, error, style="dim")
+    for baseline in baselines(z, workload.name, workload.dropout > 0):
+        asked = "" if baseline.requested is None else f"{baseline.requested:.1f}"
+        error = "" if baseline.error is None else f"{baseline.error:.1f}"
+        cells = [
+            str(baseline.launches),
+            f"{baseline.unique:.2f}",
+            asked,
+            *[""] * 6,
+            baseline.atomics,
+            "",
+        ]
+        result.add_row(baseline.name, baseline.source.split(":")[0], *cells, error, style="dim")
     return result
 
 
 @dataclass(frozen=True)
-class Target:
-    """A promise: a figure of a whole op or of each of its kernels, and its bound."""
+class Bound:
+    """A promise about a figure of a whole op or of each of its kernels."""
 
     name: str
-    bound: float
+    limit: float
     at_least: bool = False
 
     def holds(self, value: float) -> bool:
-        return value >= self.bound if self.at_least else value <= self.bound
+        return value >= self.limit if self.at_least else value <= self.limit
 
 
-# By the subject's name and the strategy.
+# By the workload's name and the strategy.
 _UNIQUE = {
     ("forward", "single_pass"): 1.02,
     ("forward", "epilogue"): 1.36,
@@ -121,36 +128,36 @@ _PADDING = {name: 16.0 for name in ("gather decode", "gather decode r=64", "gath
 _INSTRUCTIONS = {("nf4 dequantise plain", ""): 8.0, ("nf4 dequantise nested", ""): 8.0}
 
 
-def reached(t: Traffic) -> Iterator[tuple[str, float, Target]]:
-    """Each promise about a traffic: whom it is about, the figure and the target."""
-    whole, subject = t.whole, t.subject
-    who, key = t.strategy or subject.name, (subject.name, t.strategy)
-    for bounds, name, value in (
+def reached(t: Traffic) -> Iterator[tuple[str, float, Bound]]:
+    """Each promise about a traffic: whom it is about, the figure and its bound."""
+    whole, workload = t.whole, t.workload
+    who, key = t.strategy or workload.name, (workload.name, t.strategy)
+    for limits, name, value in (
         (_UNIQUE, "unique / floor", t.over_floor(whole.unique)),
         (_LAUNCHES, "launches", whole.launches),
         (_ASKED, "asked / floor", t.over_floor(whole.asked)),
         (_SECTORS, "sectors / floor", t.over_floor(whole.sectors)),
-        (_INSTRUCTIONS, "instructions / output", whole.instructions / subject.outputs),
+        (_INSTRUCTIONS, "instructions / output", whole.instructions / workload.outputs),
     ):
-        if key in bounds:
-            yield who, value, Target(name, bounds[key])
-    yield who, whole.atomics, Target("atomics", 0)
-    if subject.flops:
-        branch = 1.15 if t.strategy != "single_pass" else 1.15 + subject.sizes.r / _block_n(t)
-        branch = _PADDING.get(subject.name, branch)
-        yield who, whole.flops / subject.flops, Target("MMA / needed", branch)
+        if key in limits:
+            yield who, value, Bound(name, limits[key])
+    yield who, whole.atomics, Bound("atomics", 0)
+    if workload.flops:
+        branch = 1.15 if t.strategy != "single_pass" else 1.15 + workload.sizes.r / _block_n(t)
+        branch = _PADDING.get(workload.name, branch)
+        yield who, whole.flops / workload.flops, Bound("MMA / needed", branch)
     for name, value in t.error.items():
-        yield name, value, Target("error / rounding", 1.5)
+        yield name, value, Bound("error / rounding", 1.5)
     for part in t.parts:
         if part.modelled:
             continue
         c = part.counts
         if c.accesses:
-            yield part.name, c.conflicts / c.accesses, Target("conflicts / access", 0.05)
-        yield part.name, c.efficiency, Target("sector efficiency", 0.95, at_least=True)
+            yield part.name, c.conflicts / c.accesses, Bound("conflicts / access", 0.05)
+        yield part.name, c.efficiency, Bound("sector efficiency", 0.95, at_least=True)
         for what, (moved, lanes) in (("loads", c.loads), ("stores", c.stores)):
             if lanes and moved >= 0.1 * c.asked:
-                yield part.name, moved / lanes, Target(f"B/lane of {what}", 15.5, at_least=True)
+                yield part.name, moved / lanes, Bound(f"B/lane of {what}", 15.5, at_least=True)
 
 
 def _block_n(t: Traffic) -> int:
@@ -160,12 +167,12 @@ def _block_n(t: Traffic) -> int:
 
 def misses(t: Traffic) -> list[str]:
     """Promises not kept, in words, with the instructions to look at."""
-    head = f"{t.subject.name} p={t.subject.dropout} {t.target} {t.strategy}".rstrip()
+    head = f"{t.workload.name} p={t.workload.dropout} {t.target} {t.strategy}".rstrip()
     found = [
-        f"{head}: {who}: {target.name} {value:.3f}, "
-        f"target {'>=' if target.at_least else '<='} {target.bound:.3g}"
-        for who, value, target in reached(t)
-        if not target.holds(value)
+        f"{head}: {who}: {bound.name} {value:.3f}, "
+        f"target {'>=' if bound.at_least else '<='} {bound.limit:.3g}"
+        for who, value, bound in reached(t)
+        if not bound.holds(value)
     ]
     return found + [f"    {line}" for line in dict.fromkeys(map(str, t.lines))] if found else []
 
@@ -178,7 +185,7 @@ def rows(found: list[Traffic]) -> Iterator[dict[str, Any]]:
             values = dict(zip(_HEADINGS, _cells(part.counts, t), strict=False))
             errors = " ".join(f"{n}={v:.3f}" for n, v in t.error.items())
             yield {
-                **_key(t.subject),
+                **_key(t.workload),
                 "target": t.target,
                 "way": t.strategy,
                 "kernel": part.name,
@@ -187,22 +194,22 @@ def rows(found: list[Traffic]) -> Iterator[dict[str, Any]]:
                 **values,
                 "error": errors if part is whole else "",
             }
-    for subject in {tuple(_key(t.subject).values()): t.subject for t in found}.values():
-        for rival in rivals(subject.sizes, subject.name, subject.dropout > 0):
+    for workload in {tuple(_key(t.workload).values()): t.workload for t in found}.values():
+        for baseline in baselines(workload.sizes, workload.name, workload.dropout > 0):
             yield {
-                **_key(subject),
-                "way": rival.name,
+                **_key(workload),
+                "way": baseline.name,
                 "kernel": "whole",
-                "source": rival.source,
-                "launches": rival.launches,
-                "unique": f"{rival.unique:.3f}",
-                "asked": rival.requested,
-                "atomics": rival.atomics,
-                "error": rival.error,
+                "source": baseline.source,
+                "launches": baseline.launches,
+                "unique": f"{baseline.unique:.3f}",
+                "asked": baseline.requested,
+                "atomics": baseline.atomics,
+                "error": baseline.error,
             }
 
 
-def _key(s: Subject) -> dict[str, Any]:
+def _key(s: Workload) -> dict[str, Any]:
     z = s.sizes
     return {"op": s.name, "M": z.m, "N": z.n, "K": z.k, "r": z.r, "dropout": s.dropout}
 

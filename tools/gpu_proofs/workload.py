@@ -19,7 +19,7 @@ BF16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Subject:
+class Workload:
     """A call to count.
 
     Attributes:

@@ -18,17 +18,17 @@ from lora_kernels.ops.packed.schema import META
 from tools.gpu_proofs.baselines import Sizes
 from tools.gpu_proofs.gather_workloads import gather
 from tools.gpu_proofs.recorder import lora_backward, lora_forward, normal
-from tools.gpu_proofs.workload import BF16, Fill, Shape, Subject, call, in_fp64, nbytes, quantised
+from tools.gpu_proofs.workload import BF16, Fill, Shape, Workload, call, in_fp64, nbytes, quantised
 
 SCALE = 1.5
 FAMILIES = ("lora", "packed", "dora", "glu", "nf4", "gather")
 PLANNED = ("lora", "packed", "dora")  # whose tiles are those of a larger layer
 
 
-def subjects(
+def workloads(
     families: Sequence[str], shape: Shape, dropout: float, fill: Fill = normal
-) -> list[Subject]:
-    """Every subject of the families; only the LoRA layers' have a dropout other than 0."""
+) -> list[Workload]:
+    """Every workload of the families; only the LoRA layers' have a dropout other than 0."""
     makers = {"lora": _lora, "packed": _packed, "dora": _dora}
     plain = {"glu": _glu, "nf4": _nf4, "gather": gather}
     found = []
@@ -87,15 +87,15 @@ def _layer(shape: Shape, dropout: float, fill: Fill) -> _Layer:
     return _Layer(args, s, fill(*shape[:2], dtype=BF16))
 
 
-def _lora(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
+def _lora(shape: Shape, dropout: float, fill: Fill) -> list[Workload]:
     layer, z = _layer(shape, dropout, fill), Sizes(*shape)
     m, n, k, _ = shape
     return [
-        Subject(
+        Workload(
             "forward", "lora_linear_fwd", layer.forward, z, dropout,
             z.floor["forward"], z.flops["forward"], m * n, STRATEGIES,
         ),
-        Subject(
+        Workload(
             "backward", "lora_linear_bwd", lora_backward(layer.forward, layer.s, layer.dy), z,
             dropout, z.floor["backward"], z.flops["backward"], m * k, STRATEGIES,
         ),
@@ -107,7 +107,7 @@ def packed_widths(n: int) -> tuple[int, ...]:
     return n, n // 4, n // 4
 
 
-def _packed(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
+def _packed(shape: Shape, dropout: float, fill: Fill) -> list[Workload]:
     m, n, k, r = shape
     widths = packed_widths(n)
     parts = [_layer((m, width, k, r), dropout, fill) for width in widths]
@@ -125,18 +125,18 @@ def _packed(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
     product = 2 * m * sum(widths) * k
     both = ("single_pass", "epilogue")
     return [
-        Subject(
+        Workload(
             "packed forward", "lora_packed_fwd", args, z, dropout,
             forward, product + thin, m * sum(widths), both,
         ),
-        Subject(
+        Workload(
             "packed backward", "lora_packed_bwd", back, z, dropout,
             forward + nbytes(x, *a, *b), product + 2 * thin, m * k, both,
         ),
     ]  # fmt: skip
 
 
-def _dora(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
+def _dora(shape: Shape, dropout: float, fill: Fill) -> list[Workload]:
     layer, z = _layer(shape, dropout, fill), Sizes(*shape)
     m, n, k, r = shape
     x, base, meta, a, b, scale, bias, p, seed, *_ = layer.forward
@@ -153,15 +153,15 @@ def _dora(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
     rows = nbytes(magnitude, norm)
     small = nbytes(layer.w, a, b) + norm.nbytes
     return [
-        Subject(
+        Workload(
             "dora norm", "dora_norm", [None, base, meta, a, b, scale], z, dropout,
             small, 2 * n * k * (r + 1) + 2 * r * r * (n + k), n,
         ),
-        Subject(
+        Workload(
             "dora forward", "dora_linear_fwd", forward, z, dropout,
             z.floor["forward"] + rows + keep * layer.dy.nbytes, z.flops["forward"], m * n,
         ),
-        Subject(  # one more product for the magnitude's gradient: y or z is read
+        Workload(  # one more product for the magnitude's gradient: y or z is read
             "dora backward", "dora_linear_bwd", back, z, dropout,
             z.floor["backward"] + rows + magnitude.nbytes + layer.dy.nbytes,
             z.flops["backward"], m * k,
@@ -169,18 +169,20 @@ def _dora(shape: Shape, dropout: float, fill: Fill) -> list[Subject]:
     ]  # fmt: skip
 
 
-def _glu(shape: Shape, fill: Fill) -> list[Subject]:
+def _glu(shape: Shape, fill: Fill) -> list[Workload]:
     m, n = shape[:2]
     dh, g, u = (fill(m, n, dtype=BF16) for _ in range(3))
     z, silu = Sizes(m, n, 0, 0), ACTIVATIONS.index("silu")
     floor = nbytes(g, u, dh)
     return [
-        Subject("glu forward", "glu_fwd", [g, u, silu], z, 0.0, floor, 0, m * n),
-        Subject("glu backward", "glu_bwd", [dh, g, u, silu, True], z, 0.0, 2 * floor, 0, 3 * m * n),
+        Workload("glu forward", "glu_fwd", [g, u, silu], z, 0.0, floor, 0, m * n),
+        Workload(
+            "glu backward", "glu_bwd", [dh, g, u, silu, True], z, 0.0, 2 * floor, 0, 3 * m * n
+        ),
     ]
 
 
-def _nf4(shape: Shape, fill: Fill) -> list[Subject]:
+def _nf4(shape: Shape, fill: Fill) -> list[Workload]:
     """The codec four times as wide, the layer for 64 tokens and for M, a LoRA layer over it."""
     m, n, k, _ = shape
     found = []
@@ -189,7 +191,7 @@ def _nf4(shape: Shape, fill: Fill) -> list[Subject]:
         floor = nbytes(*q.base) + 2 * n * 4 * k
         args = [q.base, q.meta, BF16]
         name, z = f"nf4 dequantise {kind}", Sizes(0, n, 4 * k, 0)
-        found.append(Subject(name, "nf4_dequantize", args, z, 0.0, floor, 0, 4 * n * k))
+        found.append(Workload(name, "nf4_dequantize", args, z, 0.0, floor, 0, 4 * n * k))
     q = quantised(n, k, True, fill)
     with use_backend("reference"):
         w = q.dequantize(BF16)  # one rounding rule: what it is in bf16, whoever decodes it
@@ -202,11 +204,11 @@ def _nf4(shape: Shape, fill: Fill) -> list[Subject]:
             ("nf4 forward", "nf4_linear_fwd", forward, tokens * n, _dense_forward(x, w)),
             ("nf4 grad x", "nf4_linear_bwd", back, tokens * k, _dense_backward(x, dy, w)),
         ):
-            found.append(Subject(name, op, args, z, 0.0, floor, flops, size, ways, dense))
+            found.append(Workload(name, op, args, z, 0.0, floor, flops, size, ways, dense))
     return found + [_over(q, w, layer) for layer in _lora(shape, 0.0, fill)]
 
 
-def _over(q: NF4Weight, w: Tensor, layer: Subject) -> Subject:
+def _over(q: NF4Weight, w: Tensor, layer: Workload) -> Workload:
     """A LoRA layer's call with the 4-bit q, which is w decoded, for a base."""
     at = 1 if layer.name == "forward" else 3
     args, dense = list(layer.args), list(layer.args)
