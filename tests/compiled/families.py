@@ -20,7 +20,8 @@ from tests.compiled import (
     packed_problems,
     problems,
 )
-from tests.ops.case import Case, Source
+from tests.ops.case import Case
+from tools.op_inputs.source import Source
 
 # The release that every commit is tested on. A sample on another one is drawn by target alone.
 DEVELOPED_ON = "3.9."

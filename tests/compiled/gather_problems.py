@@ -15,8 +15,8 @@ from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.gather.triton.plan import WAYS
 from tests.compiled.problems import BF16, FP16, FP32
 from tests.ops import gather_embedding_inputs as embedding
-from tests.ops.case import Source
 from tests.ops.gather_inputs import QKV, Gather, _add, _backward, _forward
+from tools.op_inputs.source import Source
 
 OVER_BASE = (*WAYS, "fused")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.glu.schema import ACTIVATIONS
 from tests.compiled.problems import BF16, FP16, FP32
-from tests.ops.case import Source, strided
+from tools.op_inputs.source import Source, strided
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lora_kernels import NF4Weight, use_backend
 from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.common.strategies import STRATEGIES
 from tests.compiled.problems import BF16, FP16, FP32, both
-from tests.ops.case import Source
+from tools.op_inputs.source import Source
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.packed.schema import META
 from tests.compiled.problems import BF16, FP16, FP32, SMALL, both
-from tests.ops.case import Source, strided
+from tools.op_inputs.source import Source, strided
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.common.strategies import STRATEGIES
-from tests.ops.case import Source, strided
+from tools.op_inputs.source import Source, strided
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

@@ -11,9 +11,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from lora_kernels.ops.gather.triton.plan import WAYS
 from tests.compiled.test_ptx import DEVICES, Way
-from tests.ops.case import Source
 from tests.ops.gather_inputs import Gather, _add, _forward
 from tools.gpu_proofs import emulator
+from tools.op_inputs.source import Source
 
 pytestmark = pytest.mark.skipif(
     emulator.missing() is not None, reason=emulator.missing() or "the PTX emulator is there"

@@ -18,7 +18,6 @@ from lora_kernels import functional as F
 from lora_kernels.dispatch import Implementation, ops
 from lora_kernels.ops.dora import dora_norm
 from lora_kernels.testing import assert_within_budget
-from tests.ops.case import DTYPES
 from tests.ops.dora_calls import (
     NAMES,
     SCALE,
@@ -33,6 +32,7 @@ from tests.ops.dora_calls import (
     require,
     tensors,
 )
+from tools.op_inputs.source import DTYPES
 
 # --- derivatives ----------------------------------------------------------------------------------
 

@@ -12,11 +12,11 @@ from lora_kernels.ops.common.configs import DEVICES
 from lora_kernels.ops.common.launch import use_executor
 from lora_kernels.ops.common.strategies import use_strategy
 from lora_kernels.testing import assert_within_budget
-from tests.ops.case import Source
 from tests.ops.packed_calls import SEED, call, quantised, results, tensors, textbook, total
 from tests.ops.packed_inputs import Packed, _arguments, _backward
 from tests.ops.variants import Variant, interpreting
 from tools.gpu_proofs.recorder import Recorder, record
+from tools.op_inputs.source import Source
 
 NESTED, PLAIN = "nf4-nested", "nf4"
 
