@@ -17,7 +17,8 @@ import torch
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import use_executor
-from tests.compiled.families import Tiled, calls, on_another_release
+from tests.compiled.families import calls, on_another_release
+from tests.compiled.problems import Problem
 from tests.ops.case import Case
 from tests.ops.grid import grid
 from tests.ops.parity import assert_agrees
@@ -95,11 +96,11 @@ def _parameters():
 
 @pytest.mark.parametrize(("cc", "strategy", "problem", "case"), list(_parameters()))
 def test_ptx_agrees_and_is_free_of_faults(
-    cc: int, strategy: str | None, problem: Tiled, case: Case
+    cc: int, strategy: str | None, problem: Problem, case: Case
 ):
     tiles = (problem.tiles[cc],) if problem.tiles else None
     device = replace(DEVICES[cc], tiles=tiles)
-    few = getattr(problem, "multiprocessors", None)
+    few = problem.multiprocessors
     way = Way(cc, replace(device, multiprocessors=few) if few else device, strategy)
     error = None
     try:
