@@ -12,7 +12,8 @@ from torch import Tensor
 from lora_kernels import use_backend
 from lora_kernels.testing import assert_within_budget
 from tests.ops.case import Case
-from tests.ops.variants import bits, call, oracle_args
+from tests.ops.variants import bits
+from tools.op_inputs.calls import call, oracle_args
 
 # Elements of an output, and draws at most. The budget compares two errors that are both random:
 # over few elements the plain one is small by luck now and then (when, differs between CPUs), and

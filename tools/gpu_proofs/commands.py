@@ -8,7 +8,6 @@ import os
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from tools.records import commit
@@ -72,11 +71,11 @@ def _traffic(args: argparse.Namespace) -> int:
     from tools.gpu_proofs.traffic import PLANNED, beyond_product, explain, measure, targets_of
     from tools.gpu_proofs.workloads import PLANNED as LAYERS
     from tools.gpu_proofs.workloads import families_of, workloads
+    from tools.op_inputs.source import Hollow, Source
 
-    console = _console()
+    console, source = _console(), Source()
     shape, found, missed = shape_of(args.shape), [], []
     families, targets = families_of(args.family), targets_of(args.target)
-    torch.manual_seed(0)
     for target in targets:
         for dropout in args.dropout or [0.0, 0.1]:
             start = time.perf_counter()
@@ -84,8 +83,8 @@ def _traffic(args: argparse.Namespace) -> int:
             if not args.own_tile:
                 layers = [f for f in families if f in LAYERS]
                 size = (*PLANNED, shape[3])
-                planned = {s.name: s for s in workloads(layers, size, dropout, torch.empty)}
-            for workload in workloads(families, shape, dropout):
+                planned = {w.name: w for w in workloads(layers, size, dropout, Hollow())}
+            for workload in workloads(families, shape, dropout, source):
                 ways = [s for s in args.strategy or workload.strategies if s in workload.strategies]
                 at = planned.get(workload.name)
                 new = [measure(workload, target, way, at, args.threads) for way in ways]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
-from torch import Tensor
-
-from lora_kernels import use_backend
-from lora_kernels.ops.gather import PAGE, pages_of
 from lora_kernels.ops.gather.triton.base_plan import BASES
 from tools.gpu_proofs.baselines import Sizes
-from tools.gpu_proofs.workload import BF16, Fill, Shape, Workload, nbytes, quantised
+from tools.gpu_proofs.workload import Workload, nbytes
+from tools.op_inputs import gather
+from tools.op_inputs.gather import Gather
+from tools.op_inputs.source import BF16, Shape, Source
 
 # name: tokens, ranks of the slots; slot t·S/T is token t's
 CALLS = {
@@ -22,52 +18,27 @@ CALLS = {
 }
 
 
-def gather(shape: Shape, fill: Fill) -> list[Workload]:
-    """Every call, N and K being those of the shape."""
-    n, k = shape[1:3]
-    found = [_workload(name, *sizes, n, k, fill) for name, sizes in CALLS.items()]
-    return [*found, _over_nf4(found[0], n, k, fill)]
+def gather_workloads(shape: Shape, source: Source) -> list[Workload]:
+    """Every call, N and K being those of the shape; the first also over a 4-bit W, as a layer."""
+    _, n, k, _ = shape
+    calls = {
+        name: Gather(tokens, k, (n,), ranks, slots="in-order", spare=0)
+        for name, (tokens, ranks) in CALLS.items()
+    }
+    found = [_adapters(name, c, source) for name, c in calls.items()]
+    first, c = found[0], calls["gather decode"]
+    x, base, *rest = gather.forward(Gather(**{**vars(c), "base": "nf4-nested"}), source)
+    floor = first.floor - c.t * n * BF16.itemsize + nbytes(*base)
+    flops = first.flops + 2 * c.t * n * k
+    over = ("gather_lora_fwd", [x, base, *rest], first.sizes, 0.0, floor, flops, c.t * n, BASES)
+    return [*found, Workload("gather decode over nf4", *over)]
 
 
-def _workload(
-    name: str, tokens: int, ranks: tuple[int, ...], n: int, k: int, fill: Fill
-) -> Workload:
-    """y += the adapters' part; pages of a slot are scattered over the pool."""
-    counts = [pages_of(r) for r in ranks]
-    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).int()
-    table = torch.full((len(ranks), max(counts)), -1, dtype=torch.int32)
-    for row, pages in zip(table, order.split(counts), strict=True):
-        row[: len(pages)] = pages
-    a, b = (fill(sum(counts), PAGE, c, dtype=BF16) for c in (k, n))
-    p = [a, b, table, torch.tensor(ranks, dtype=torch.int32), torch.ones(len(ranks))]
-    slots = torch.arange(tokens, dtype=torch.int32) * len(ranks) // tokens
-    slots = slots.int()
-    out, x = fill(tokens, n, dtype=BF16), fill(tokens, k, dtype=BF16)
-    used = sum(ranks) * (k + n) * BF16.itemsize
-    floor = used + nbytes(x, out, out)
-    each: Tensor = p[3][slots.long()]
-    flops = 2 * int(each.sum()) * (k + n)
-    z = Sizes(tokens, n, k, max(ranks))
-    args = [out, x, p, [slots], False]
-    return Workload(name, "gather_lora_add", args, z, 0.0, floor, flops, tokens * n)
-
-
-def _over_nf4(decode: Workload, n: int, k: int, fill: Fill) -> Workload:
-    """The whole layer: y = x·Wᵀ + the adapters' part over a 4-bit W."""
-    out, x, pages, entries, _ = decode.args
-    q = quantised(n, k, True, fill)
-    with use_backend("reference"):
-        w = q.dequantize(BF16)
-    args, dense = (
-        [x, *base, None, pages, entries, []] for base in ((q.base, q.meta), ([w], [n, k]))
-    )
-    return replace(
-        decode,
-        name="gather decode over nf4",
-        op="gather_lora_fwd",
-        args=args,
-        floor=decode.floor - nbytes(out) + nbytes(*q.base),
-        flops=decode.flops + 2 * x.shape[0] * n * k,
-        strategies=BASES,
-        dense=("gather_lora_fwd", dense),
-    )
+def _adapters(name: str, c: Gather, source: Source) -> Workload:
+    """y += the adapters' part."""
+    (n,) = c.n
+    out, x, pages, (slots,), _ = args = gather.add(c, source)
+    floor = sum(c.ranks) * (c.k + n) * BF16.itemsize + nbytes(x, out, out)
+    flops = 2 * int(pages[3][slots.long()].sum()) * (c.k + n)
+    z = Sizes(c.t, n, c.k, max(c.ranks))
+    return Workload(name, "gather_lora_add", args, z, 0.0, floor, flops, c.t * n)

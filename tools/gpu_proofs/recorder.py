@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_kernels import use_backend
@@ -44,31 +43,3 @@ def record(device: Device, call: Callable[[], Any], strategy: str | None = None)
         stack.enter_context(use_executor(recorder))
         call()
     return recorder.launches
-
-
-def normal(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Random values whose products over the last dimension are near 1."""
-    return (torch.randn(shape) * shape[-1] ** -0.5).to(dtype)
-
-
-def lora_forward(
-    shape: tuple[int, int, int, int],
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    dropout: float = 0.0,
-    adapter: torch.dtype | None = None,
-    fill: Callable[..., Tensor] = torch.empty,
-) -> list[Any]:
-    """Arguments of `lora_linear_fwd` for M, N, K, r; `fill` makes a tensor of a shape."""
-    m, n, k, r = shape
-    seed = torch.tensor([2024]) if dropout else None
-    x, w = fill(m, k, dtype=dtype), fill(n, k, dtype=dtype)
-    a, b = fill(r, k, dtype=adapter or dtype), fill(n, r, dtype=adapter or dtype)
-    return [x, [w], [n, k], a, b, 1.5, None, dropout, seed, None, None]
-
-
-def lora_backward(forward: list[Any], s: Tensor, dy: Tensor) -> list[Any]:
-    """Arguments of `lora_linear_bwd` for dx, dA and dB after a forward of these."""
-    x, base, meta, a, b, scale, bias, p, seed, rank_diag, out_diag = forward
-    needs = [True, True, True, bias is not None, False, False, False]
-    return [dy, x, s, base, meta, a, b, scale, p, seed, rank_diag, out_diag, needs]

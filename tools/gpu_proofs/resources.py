@@ -5,14 +5,13 @@ that was compiled ahead of time. Nothing runs, nothing is timed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from lora_kernels.ops.common.configs import GEMM_CONFIGS, GemmConfig
 from lora_kernels.ops.common.launch import Launch
@@ -21,14 +20,19 @@ from lora_kernels.ops.common.strategies import (
     explain_config,
     use_strategy,
 )
-from lora_kernels.ops.gather.pages import PAGE, pages_of
 from lora_kernels.ops.glu.schema import ACTIVATIONS
-from lora_kernels.ops.packed.schema import META
 from lora_kernels.ops.packed.triton.plan import plan
 from tools.gpu_proofs import ways
 from tools.gpu_proofs.compile import GPU_TARGETS, Facts, GpuTarget, compile_launch
-from tools.gpu_proofs.recorder import lora_backward, lora_forward, record
+from tools.gpu_proofs.recorder import record
 from tools.gpu_proofs.traffic import tile_of
+from tools.gpu_proofs.workloads import packed_widths
+from tools.op_inputs import arguments as op_arguments
+from tools.op_inputs.gather import Gather
+from tools.op_inputs.glu import Glu
+from tools.op_inputs.layer import Codec, Layer
+from tools.op_inputs.packed import Packed
+from tools.op_inputs.source import Hollow, Source
 
 
 @dataclass(frozen=True)
@@ -53,132 +57,34 @@ class Call:
         return f"{self.op} {self.strategy} {size}{drop}{base}{tile}"
 
 
-def _base(n: int, k: int) -> tuple[list[Tensor], list[int]]:
-    """A nested 4-bit W [N, K] of the usual block sizes, as the ops take it."""
-    blocks = n * k // 64
-    codes, absmax = (torch.empty(size, dtype=torch.uint8) for size in (n * k // 2, blocks))
-    return [codes, absmax, *map(torch.empty, (blocks // 256, 256, 1))], [n, k, 64, 0, 256]
+def arguments(call: Call) -> tuple[Any, ...]:
+    """What the op is called with: q, k and v with grouped heads where it is packed, tokens of 8
+    slots where it has many adapters."""
+    (m, n, k, r), base = call.shape, "nf4-nested" if call.quantised else "dense"
+    p, family = call.dropout, call.op.split("_")[0]
+    made: Any
+    if "packed" in call.op:
+        made = Packed(m, k, packed_widths(n), (r,) * 3, bases=(base,) * 3, dropout=p)
+    elif family == "gather":
+        # A dense base's product would be torch's own.
+        made = Gather(
+            m, k, (n,), (r,) * 8, slots="in-turn", base="", dropout=(p,) if p else (), spare=0
+        )
+        if call.quantised or "embed" in call.op:
+            made = replace(made, base=base)
+    elif family == "glu":
+        made = Glu((m, n), call.strategy, need_h=True)
+    elif call.op.startswith("nf4_") and "linear" not in call.op:
+        made = Codec(n, k)
+    else:
+        made = Layer(call.shape, base=base, dropout=p)
+    if call.op == "nf4_quantize_scales":
+        return torch.zeros(n * k // 64), *map(torch.zeros, (256, 1)), 256
+    # A quantiser takes only finite values.
+    source = Source() if call.op == "nf4_quantize" else Hollow()
+    return op_arguments(call.op, made, source)
 
 
-def _forward(call: Call) -> list[Any]:
-    made = lora_forward(call.shape, dropout=call.dropout)
-    if call.quantised:
-        made[1:3] = _base(*call.shape[1:3])
-    return made
-
-
-def _backward(call: Call) -> list[Any]:
-    forward = _forward(call)
-    x, (m, n, _, r) = forward[0], call.shape
-    s: Tensor = x.new_empty(m, r)
-    return lora_backward(forward, s, x.new_empty(m, n))
-
-
-def _packed_forward(call: Call) -> list[Any]:
-    m, n, k, r = call.shape
-    widths = (n, n // 4, n // 4)  # q, k and v with grouped heads
-    layers = [_forward(replace(call, shape=(m, width, k, r))) for width in widths]
-    x, *_, p, seed, _, _ = layers[0]
-    base = [t for layer in layers for t in layer[1]]
-    meta = [size for layer in layers for size in (*layer[2], *[0] * (META - len(layer[2])))]
-    a, b = [layer[3] for layer in layers], [layer[4] for layer in layers]
-    return [x, base, meta, a, b, [1.5] * 3, [None] * 3, p, seed]
-
-
-def _packed_backward(call: Call) -> list[Any]:
-    x, base, meta, a, b, scales, _, p, seed = _packed_forward(call)
-    s: Tensor = x.new_empty(x.shape[0], sum(t.shape[0] for t in a))
-    dy = [x.new_empty(x.shape[0], t.shape[0]) for t in b]
-    needs = [True] * (1 + 2 * 3) + [False] * (2 * 3)
-    return [dy, x, s, base, meta, a, b, scales, p, seed, needs]
-
-
-def _glu(op: str) -> Callable[[Call], list[Any]]:
-    def arguments(call: Call) -> list[Any]:
-        tensors = [torch.empty(call.shape[:2], dtype=torch.bfloat16) for _ in range(3)]
-        activation = ACTIVATIONS.index(call.strategy)
-        return [*tensors, activation, True] if op == "glu_bwd" else [*tensors[:2], activation]
-
-    return arguments
-
-
-def _linear_forward(call: Call) -> list[Any]:
-    x, base, meta, *_ = _forward(call)
-    return [x, base, meta, None]
-
-
-def _linear_backward(call: Call) -> list[Any]:
-    x, base, meta, *_ = _forward(call)
-    return [x.new_empty(x.shape[0], call.shape[1]), base, meta]
-
-
-def _dequantize(call: Call) -> list[Any]:
-    return [*_base(*call.shape[1:3]), torch.bfloat16]
-
-
-def _quantize(call: Call) -> list[Any]:  # only finite values are taken
-    return [torch.zeros(call.shape[1:3], dtype=torch.bfloat16), 64, 0]
-
-
-def _quantize_scales(call: Call) -> list[Any]:
-    return [torch.zeros(call.shape[1] * call.shape[2] // 64), *map(torch.zeros, (256, 1)), 256]
-
-
-def _gather_forward(call: Call) -> list[Any]:
-    """M tokens of 8 slots; a 4-bit base or none, a dense one's product being torch's own."""
-    m, n, k, r = call.shape
-    slots, columns = 8, pages_of(r)
-    a, b = (torch.empty(slots * columns, PAGE, c, dtype=torch.bfloat16) for c in (k, n))
-    table = torch.arange(slots * columns, dtype=torch.int32).view(slots, columns)
-    ranks = torch.full((slots,), r, dtype=torch.int32)
-    dropout = []
-    if call.dropout:
-        rows = torch.zeros(m, dtype=torch.int32)
-        dropout = [torch.zeros(slots, dtype=torch.int64), torch.full_like(ranks, 6554), rows]
-    entries = [torch.arange(m, dtype=torch.int32) % slots]
-    x = torch.empty(m, k, dtype=torch.bfloat16)
-    base, meta = _base(n, k) if call.quantised else ([], [n, k])
-    return [x, base, meta, None, [a, b, table, ranks, torch.ones(slots)], entries, dropout]
-
-
-def _gather_backward(call: Call) -> list[Any]:
-    x, base, meta, _, pages, entries, dropout = _gather_forward(call)
-    s = x.new_empty(x.shape[0], pages[2].shape[1] * PAGE)
-    needs = [True, False, False, True, True, True]
-    return [x.new_empty(x.shape[0], meta[0]), x, s, base, meta, pages, entries, dropout, needs]
-
-
-def _embed_forward(call: Call) -> list[Any]:
-    """K is the vocabulary."""
-    *_, pages, entries, _ = _gather_forward(replace(call, dropout=0.0))
-    pages[0] = pages[0].transpose(1, 2).contiguous()
-    ids = torch.zeros(call.shape[0], dtype=torch.int64)
-    return [ids, pages[0].new_empty(call.shape[2], call.shape[1]), pages, entries[0]]
-
-
-def _embed_backward(call: Call) -> list[Any]:
-    ids, weight, pages, slots = _embed_forward(call)
-    return [weight.new_empty(ids.shape[0], weight.shape[1]), ids, pages, slots, [True] * 3]
-
-
-# What another op needs to be compiled too: its arguments for a call.
-ARGUMENTS: dict[str, Callable[[Call], list[Any]]] = {
-    "lora_linear_fwd": _forward,
-    "lora_linear_bwd": _backward,
-    "lora_packed_fwd": _packed_forward,
-    "lora_packed_bwd": _packed_backward,
-    "nf4_linear_fwd": _linear_forward,
-    "nf4_linear_bwd": _linear_backward,
-    "nf4_dequantize": _dequantize,
-    "nf4_quantize": _quantize,
-    "nf4_quantize_scales": _quantize_scales,
-    "glu_fwd": _glu("glu_fwd"),
-    "glu_bwd": _glu("glu_bwd"),
-    "gather_lora_fwd": _gather_forward,
-    "gather_lora_bwd": _gather_backward,
-    "gather_lora_embed_fwd": _embed_forward,
-    "gather_lora_embed_bwd": _embed_backward,
-}
 # The kernels with a large product in them.
 PRODUCTS = re.compile("gemm|packed_(forward|grad_x)")
 # Where tiles are forced, sizes decide nothing but which arguments are multiples of 16.
@@ -271,7 +177,7 @@ def launches(call: Call, target: GpuTarget) -> list[Launch]:
     if call.tile is not None:
         device = replace(device, tiles=(call.tile,))
     function = getattr(torch.ops.lora_kernels, call.op).default
-    args = ARGUMENTS[call.op](call)
+    args = arguments(call)
     way = call.strategy if call.strategy in ways.NAMES else None
     made = record(device, lambda: function(*args), way)
     # The other launches do not depend on the tile; the calls of real sizes have them.

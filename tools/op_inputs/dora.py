@@ -74,12 +74,14 @@ def backward(c: Dora, r: Source) -> tuple[Any, ...]:
     """dy, x, s, base, meta, a, b, scale, magnitude, norm, dropout_p, seed, y, z, needs"""
     x, base, meta, a, b, scale, magnitude, norm, bias, p, seed, _ = forward(c, r)
     dy = c.dy(r)
-    s = (drop(x.float(), p, seed) @ a.float().T).to(x.dtype)
     # What a forward would have kept: z here is any, y goes with x, s and m̂.
     z = r.normal(*dy.shape, dtype=x.dtype)
-    w = dense_weight(base, meta, x.dtype).float()
-    exact = x.float() @ w.T + scale * (s.float() @ b.float().T)
-    y = (output_scale(magnitude, norm) * exact).to(x.dtype)
-    y, z = (v if c.kept == name else None for name, v in (("y", y), ("z", z)))
+    s, y = x.new_empty(c.shape[0], c.shape[3]), z
+    if not r.hollow:
+        s = (drop(x.float(), p, seed) @ a.float().T).to(x.dtype)
+        w = dense_weight(base, meta, x.dtype).float()
+        exact = x.float() @ w.T + scale * (s.float() @ b.float().T)
+        y = (output_scale(magnitude, norm) * exact).to(x.dtype)
+    kept = [v if c.kept == name else None for name, v in (("y", y), ("z", z))]
     needs = c.needs or (*[True] * 4, bias is not None, c.grad_base and len(base) == 1)
-    return dy, x, s, base, meta, a, b, scale, magnitude, norm, p, seed, y, z, list(needs)
+    return dy, x, s, base, meta, a, b, scale, magnitude, norm, p, seed, *kept, list(needs)
