@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import Executor, Launch
+from tools.ptxemu import Result, run_triton
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # What only finds faults and changes no count; off, it runs twice as fast.
 UNCHECKED = {"race": False, "uninit": False, "poison_shared": False, "check_global": False}
 
 
 def missing() -> str | None:
     """Why nothing can be emulated here, or None."""
-    folder = TOOLS / "ptxemu"
-    if not (folder / "__init__.py").exists():
-        return f"the PTX emulator is not there: {folder}"
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler.split()[0]) is None:
         return f"no C++ compiler {compiler} (set CXX) to build the PTX emulator"
     return None
-
-
-def load_emulator() -> Any:
-    """The PTX emulator's module.
-
-    Raises:
-        FileNotFoundError: it is not in the checkout, or nothing can build it.
-    """
-    reason = missing()
-    if reason is not None:
-        raise FileNotFoundError(reason)
-    if str(TOOLS) not in sys.path:
-        sys.path.insert(0, str(TOOLS))
-    import ptxemu  # type: ignore[import-not-found,unused-ignore]
-
-    return ptxemu
 
 
 @dataclass
@@ -51,7 +30,7 @@ class Emulated:
     """A launch that was executed, and its profile."""
 
     launch: Launch
-    profile: Any
+    profile: Result
 
     @property
     def name(self) -> str:
@@ -78,7 +57,7 @@ class Emulator(Executor):
 
     def run(self, launch: Launch) -> None:
         constexprs = {p.name for p in launch.kernel.params if p.is_constexpr}
-        profile = load_emulator().run_triton(
+        profile = run_triton(
             launch.kernel,
             None,
             {n: v for n, v in launch.args.items() if n in constexprs},

@@ -25,7 +25,7 @@ from lora_kernels.ops.common.launch import use_executor
 from lora_kernels.ops.common.strategies import Problem, explain_config
 from tools.gpu_proofs import ways
 from tools.gpu_proofs.compile import GPU_TARGETS, GpuTarget
-from tools.gpu_proofs.emulator import UNCHECKED, Emulated, Emulator
+from tools.gpu_proofs.emulator import UNCHECKED, Emulated, Emulator, missing
 from tools.gpu_proofs.recorder import record
 from tools.gpu_proofs.workloads import Workload
 
@@ -143,8 +143,11 @@ def measure(
         planned: the call of the size whose tile is taken; None: that of `workload` itself.
 
     Raises:
-        FileNotFoundError: the emulator is not installed.
+        FileNotFoundError: nothing can build the emulator.
     """
+    reason = missing()
+    if reason is not None:
+        raise FileNotFoundError(reason)
     device = target.device
     if planned is not None:
         config = _tile(planned, device, strategy)
