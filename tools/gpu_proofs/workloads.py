@@ -16,6 +16,7 @@ from tools.op_inputs.packed import Packed
 from tools.op_inputs.source import BF16, Shape, Source
 
 FAMILIES = ("lora", "packed", "dora", "glu", "nf4", "gather")
+SCALE = 1.5  # of every adapter
 PLANNED = ("lora", "packed", "dora")  # whose tiles are those of a larger layer
 
 
@@ -49,7 +50,7 @@ def families_of(names: list[str] | None) -> list[str]:
 def _lora(
     shape: Shape, dropout: float, source: Source, base: str = "dense", prefix: str = ""
 ) -> list[Workload]:
-    c, z, (m, n, k, _) = Layer(shape, base=base, dropout=dropout), Sizes(*shape), shape
+    c, z, (m, n, k, _) = Layer(shape, base=base, dropout=dropout, scale=SCALE), Sizes(*shape), shape
     found = []
     for name, outputs in (("forward", m * n), ("backward", m * k)):
         op = f"lora_linear_{'bwd' if name == 'backward' else 'fwd'}"
@@ -69,7 +70,7 @@ def packed_widths(n: int) -> tuple[int, ...]:
 def _packed(shape: Shape, dropout: float, source: Source) -> list[Workload]:
     m, n, k, r = shape
     widths = packed_widths(n)
-    c = Packed(m, k, widths, (r,) * 3, dropout=dropout)
+    c = Packed(m, k, widths, (r,) * 3, dropout=dropout, scales=(SCALE,) * 3)
     args, back = packed.forward(c, source), packed.backward(c, source)
     dy, (x, w, _, a, b, *_) = back[0], args
     z = Sizes(m, sum(widths), k, r)
@@ -91,7 +92,7 @@ def _packed(shape: Shape, dropout: float, source: Source) -> list[Workload]:
 
 def _dora(shape: Shape, dropout: float, source: Source) -> list[Workload]:
     z, (m, n, k, r), keep = Sizes(*shape), shape, dropout > 0
-    c = Dora(shape, dropout=dropout, kept="z" if keep else "y")
+    c = Dora(shape, dropout=dropout, scale=SCALE, kept="z" if keep else "y")
     args, back = dora.forward(c, source), dora.backward(c, source)
     _, base, meta, a, b, scale, magnitude, norm, *_ = args
     rows, (w,), dy = nbytes(magnitude, norm), base, back[0]

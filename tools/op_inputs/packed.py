@@ -37,6 +37,7 @@ class Packed:
     strides: str = ""
     needs: tuple[int, ...] | None = None
     grad_base: bool = False
+    scales: tuple[float, ...] = SCALES
 
 
 def forward(c: Packed, r: Source) -> tuple[Any, ...]:
@@ -54,7 +55,7 @@ def forward(c: Packed, r: Source) -> tuple[Any, ...]:
     with_bias = zip(c.n, c.bias or (False,) * p, strict=True)
     bias = [r.normal(n, dtype=c.dtype) if has else None for n, has in with_bias]
     seed = r.seed() if c.dropout else None
-    return x, base, meta, a, b, list(SCALES[:p]), bias, c.dropout, seed
+    return x, base, meta, a, b, list(c.scales[:p]), bias, c.dropout, seed
 
 
 def backward(c: Packed, r: Source) -> tuple[Any, ...]:
