@@ -22,16 +22,22 @@ if emulator.missing() is not None:
 
 if on_another_release():
     pytest.skip("tested with the release of every commit", allow_module_level=True)
-FILES = {"isa": "test_", "cuda": "test_", "tma": "test_cuda"}  # and the tests in each
+# Files, and the tests in each.
+FILES = {
+    "isa": (("isa_integers", "isa_floats", "isa_warps"), "test_"),
+    "cuda": (("cuda",), "test_"),
+    "tma": (("tma_cuda",), "test_cuda"),
+}
 
 
 def _parameters():
     nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-    for name, prefix in FILES.items():
+    for name, (files, prefix) in FILES.items():
         marks = [pytest.mark.grid(name)] + ([nvcc] if name != "isa" else [])
-        for key, value in vars(import_module(f"tools.ptxemu.tests.test_{name}")).items():
-            if key.startswith(prefix) and isinstance(value, Callable):
-                yield pytest.param(value, id=f"{name}-{key}", marks=marks)
+        for file in files:
+            for key, value in vars(import_module(f"tools.ptxemu.tests.test_{file}")).items():
+                if key.startswith(prefix) and isinstance(value, Callable):
+                    yield pytest.param(value, id=f"{name}-{key}", marks=marks)
 
 
 @pytest.mark.parametrize("function", list(_parameters()))
