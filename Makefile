@@ -33,7 +33,7 @@ export PATH := $(BIN):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
 NATIVE_SOURCES := $(shell find csrc -type f 2>/dev/null)
-CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CPP_SOURCES := $(shell find csrc tools/ptxemu/src -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 # $(call ctest,build folder,CMake options): builds the checks of the CPU kernels and runs them.
 define ctest

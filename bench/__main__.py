@@ -15,12 +15,12 @@ import torch
 
 from bench import compare, report, resume, targets, tune
 from bench.cases import Case
-from bench.gpu import commands as gpu_commands
 from bench.gpu import tune as gpu_tune
 from bench.machine import Limits, describe, measure_limits, summary
 from bench.providers import PROVIDERS, Provider, select
 from bench.runner import FAILED, OK, WRONG, Row, Settings, derive, run_case
 from bench.suites import SHORT, SUITES, TINY, suite
+from tools.gpu_proofs import commands as gpu_commands
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -12,6 +12,7 @@ from bench.cases import DTYPES, EMBED, Case, Layer
 from bench.costmodel import weight_bytes
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels.functional import RankPages, page_adapters, page_embedding_adapters
+from tools.op_inputs.source import Source
 
 MAX_COPIES = 128
 INPUT_COPIES = 4  # an activation has just been written by the layer before: a few are enough
@@ -49,22 +50,22 @@ class CaseData:
         self.rotate_bytes = rotate_bytes
         self.dtype = DTYPES[case.dtype]
         self.adapter_dtype = DTYPES[case.adapter_dtype]
-        self._generator = self._seeded(seed)
+        self._source = self._seeded(seed)
         self.projections = [self._projection(layer) for layer in case.layers if case.has_weight]
         self.x = self._inputs(case.n if case.op == "glu" else case.k)
         self.up = self._inputs(case.n) if case.op == "glu" else []
 
-    def _seeded(self, seed: int) -> torch.Generator:
+    def _seeded(self, seed: int) -> Source:
         """Draws where the tensors live: one thread of a CPU takes minutes for a large GPU's."""
-        return torch.Generator(self.device).manual_seed(seed)
+        return Source(seed, self.device)
 
     def _projection(self, layer: Layer) -> Projection:
         # The values a trained layer has: activations of unit size, outputs too.
-        case, n, k = self.case, layer.n, layer.k
-        w = self._normal(n, k, std=k**-0.5, dtype=self.dtype)
-        bias = self._normal(n, std=0.1, dtype=self.dtype) if layer.bias else None
-        a = self._normal(case.r, k, std=k**-0.5, dtype=self.adapter_dtype)
-        b = self._normal(n, case.r, std=0.1, dtype=self.adapter_dtype)
+        case, n, k, draw = self.case, layer.n, layer.k, self._source
+        w = draw.weight(n, k, self.dtype)
+        bias = draw.normal(n, std=0.1, dtype=self.dtype) if layer.bias else None
+        a = draw.weight(case.r, k, self.adapter_dtype)
+        b = draw.normal(n, case.r, std=0.1, dtype=self.adapter_dtype)
         for adapter in (a, b):
             adapter.requires_grad_(case.backward)
         return Projection(w, bias, a, b)
@@ -73,9 +74,9 @@ class CaseData:
         case = self.case
         if case.op == EMBED:
             size = (INPUT_COPIES, case.m)
-            ids = torch.randint(case.k, size, generator=self._generator, device=self.device)
-            return [row.clone() for row in ids]
-        drawn = [self._normal(case.m, width, dtype=self.dtype) for _ in range(INPUT_COPIES)]
+            ids = self._source.integers(0, case.k, INPUT_COPIES * case.m, torch.int64)
+            return [row.clone() for row in ids.view(size)]
+        drawn = [self._source.normal(case.m, width, dtype=self.dtype) for _ in range(INPUT_COPIES)]
         return [t.requires_grad_(case.backward) for t in drawn]
 
     @property
@@ -97,11 +98,11 @@ class CaseData:
     @functools.cached_property
     def magnitude(self) -> Tensor:
         """DoRA's: the norms of W + scale·B·A, after some training."""
-        p, generator = self.projections[0], self._seeded(3)
+        p = self.projections[0]
         with torch.no_grad():
             merged = p.w.float() + self.case.scale * (p.b.float() @ p.a.float())
             norm = torch.linalg.vector_norm(merged, dim=1)
-        moved = 1 + 0.1 * torch.randn(self.case.n, generator=generator, device=self.device)
+        moved = 1 + self._seeded(3).normal(self.case.n, std=0.1)
         return (norm * moved).to(self.adapter_dtype).requires_grad_(self.case.backward)
 
     @functools.cached_property
@@ -124,16 +125,11 @@ class CaseData:
     @functools.cached_property
     def pages(self) -> RankPages:
         """The pool of a case with many adapters; the rows of a page past a rank are zeros."""
-        case, generator = self.case, self._seeded(4)
+        case, source = self.case, self._seeded(4)
         share = (1, 3, 5, 7) if case.mixed else (4,)
         ranks = [max(1, case.r * share[i % len(share)] // 4) for i in range(case.loaded)]
-
-        def draw(*shape: int, std: float) -> Tensor:
-            values = torch.randn(*shape, generator=generator, device=self.device)
-            return (values * std).to(self.adapter_dtype)
-
-        a = [draw(r, case.k, std=case.k**-0.5) for r in ranks]
-        b = [draw(case.n, r, std=0.1) for r in ranks]
+        a = [source.weight(r, case.k, self.adapter_dtype) for r in ranks]
+        b = [source.normal(case.n, r, std=0.1, dtype=self.adapter_dtype) for r in ranks]
         page = page_embedding_adapters if case.op == EMBED else page_adapters
         pages = page(a, b, [case.scale] * case.loaded)
         for t in (pages.a, pages.b):
@@ -160,22 +156,16 @@ class CaseData:
     @functools.cached_property
     def dy(self) -> list[tuple[Tensor, ...]]:
         """The gradient of each output."""
-        c, generator = self.case, self._seeded(1)
-
-        def draw(n: int) -> Tensor:
-            return torch.randn(c.m, n, generator=generator, device=self.device).to(self.dtype)
-
-        return [tuple(draw(n) for n in c.widths) for _ in range(INPUT_COPIES)]
+        c, source = self.case, self._seeded(1)
+        return [
+            tuple(source.normal(c.m, n, dtype=self.dtype) for n in c.widths)
+            for _ in range(INPUT_COPIES)
+        ]
 
     @functools.cached_property
     def labels(self) -> Tensor:
         """A token of the vocabulary for each row of x."""
-        generator = self._seeded(2)
-        return torch.randint(self.case.n, (self.case.m,), generator=generator, device=self.device)
-
-    def _normal(self, *shape: int, dtype: torch.dtype, std: float = 1.0) -> Tensor:
-        values = torch.randn(*shape, generator=self._generator, device=self.device) * std
-        return values.to(dtype)
+        return self._seeded(2).integers(0, self.case.n, self.case.m, torch.int64)
 
     def copies(self, nbytes: int) -> int:
         """How many copies of so many bytes make caches honest."""
@@ -185,8 +175,7 @@ class CaseData:
     def quantised(self) -> NF4Weight:
         """The 4-bit weight that every quantised provider of the case holds, byte for byte."""
         c = self.case
-        with use_backend("reference"):
-            return NF4Weight.quantize(self.source, c.block_size, c.nested, c.quant_type)
+        return self._source.quantised(self.source, (c.block_size, c.nested, c.quant_type))
 
     @functools.cached_property
     def weight(self) -> Tensor:

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.atomic import write_atomic
 from bench.machine import Limits
 from bench.runner import BASELINE, OK, STEP_BASELINE, Row
+from tools.records import write_atomic
 
 FORMAT = 1
 

@@ -22,11 +22,11 @@ from rich.table import Table
 
 from bench.cases import BOTH, FWD, Case
 from bench.data import CaseData
-from bench.machine import commit
 from bench.providers import Prepared, Provider, ours
-from bench.report import seconds, size, write_atomic
+from bench.report import seconds, size
 from bench.runner import OK, Row, Settings, paired_ratio, run_case
 from lora_kernels.dispatch import native
+from tools.records import commit, write_atomic
 
 Sizes = dict[str, int]
 KIB, MIB = 1 << 10, 1 << 20

@@ -1,1 +1,1 @@
-"""Facts about the Triton kernels that need no GPU: executors that record, compile and emulate."""
+"""`python -m bench tune --device cuda`: which strategy and tile is fastest on this GPU."""

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from bench.cases import DTYPES
-from bench.gpu.recorder import lora_backward, lora_forward
 from bench.runner import FAILED, OK, WRONG, Settings, rotated
 from bench.timing import GRAPH_BELOW_SECONDS, Stopwatch, percentile, quiet_gc
-from lora_kernels import NF4Weight, use_backend
+from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.strategies import choose, use_strategy
 from lora_kernels.ops.common.tuned import Entry, Key, Table, use_table
 from lora_kernels.testing import assert_within_budget
+from tools.op_inputs.calls import double
+from tools.op_inputs.layer import Layer, lora_backward_of, lora_forward
+from tools.op_inputs.source import Source
 
 OUTPUTS = {"lora_linear_fwd": ("y", "s"), "lora_linear_bwd": ("dx", "da", "db")}
 BLOCK_SIZE = 64  # of a 4-bit weight
@@ -199,35 +201,23 @@ def _errors_in(timing: Timing) -> Iterator[None]:
 
 def _prepare(point: Point, device: torch.device) -> _Call:
     """Seeded inputs whose outputs are near 1, and what they should give."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def fill(*shape: int, dtype: torch.dtype) -> Tensor:
-        values = torch.randn(shape, generator=generator, device=device)
-        return (values * shape[-1] ** -0.5).to(dtype)
-
-    p = point.problem
-    dense = lora_forward(point.shape, p.dtype, dropout=point.dropout, fill=fill)
-    dense = [t.to(device) if isinstance(t, Tensor) else t for t in dense]  # the seed
+    p, source = point.problem, Source(device=device)
+    layer = Layer(point.shape, p.dtype, dropout=point.dropout)
+    dense = list(lora_forward(layer, source))
     given = list(dense)
     with use_backend("reference"):
         if p.quantised:
-            q = NF4Weight.quantize(dense[1][0], BLOCK_SIZE)
+            q = source.quantised(dense[1][0], (BLOCK_SIZE, True, "nf4"))
             given[1], given[2] = q.base, q.meta
             # The weight's rounding belongs to the format, not to a kernel's error.
             dense[1] = [q.dequantize(p.dtype)]
         if point.op == "lora_linear_bwd":
-            s, dy = _run("lora_linear_fwd", dense)[1], fill(p.m, p.n, dtype=p.dtype)
-            given, dense = (lora_backward(args, s, dy) for args in (given, dense))
-        plain, exact = _run(point.op, dense), _run(point.op, _double(dense))
+            s, dy = _run("lora_linear_fwd", dense)[1], layer.dy(source)
+            given, dense = (list(lora_backward_of(a, dy, s, layer)) for a in (given, dense))
+        plain, exact = _run(point.op, dense), _run(point.op, double(dense))
     return _Call(point.op, given, exact, plain)
 
 
 def _run(op: str, args: list[Any]) -> list[Tensor]:
     outputs = getattr(torch.ops.lora_kernels, op)(*args)
     return list(outputs[: len(OUTPUTS[op])])
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return [_double(v) for v in value] if isinstance(value, list) else value

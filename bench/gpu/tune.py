@@ -20,10 +20,9 @@ from typing import Any
 import torch
 from rich.table import Table as Grid
 
-from bench.gpu.commands import shape_of
 from bench.gpu.measurer import Candidate, Measurer, Point, Shape, Timing
-from bench.machine import commit, describe, summary
-from bench.report import console, seconds, write_atomic
+from bench.machine import describe, summary
+from bench.report import console, seconds
 from bench.runner import OK, Settings, paired_ratio
 from bench.timing import percentile
 from bench.tune import LEAST_GAIN
@@ -32,6 +31,8 @@ from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import OPS
 from lora_kernels.ops.common.strategies import explain_config
 from lora_kernels.ops.common.tuned import FORMAT, Entry, Key, triton_version
+from tools.gpu_proofs.commands import shape_of
+from tools.records import commit, write_atomic
 
 SECONDS = 0.2  # of each candidate at each point
 # A token, a few, and training batches on the attention and MLP layers of 7B models.

@@ -27,6 +27,7 @@ from bench.runner import (
     rotated,
 )
 from bench.timing import Stopwatch, percentile
+from tools.records import write_atomic
 
 ONLY = ["--suite", "smoke", "--rotate-mib", "1", "--providers", "ours:reference|dense|bnb-train"]
 CASES = "nf4_linear/fwd/tiny|dequantize"
@@ -146,7 +147,7 @@ def test_a_file_is_written_whole_or_not_at_all(
 
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        report.write_atomic(path, "after")
+        write_atomic(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,27 +1,27 @@
 """Every call for the compiled kernels.
 
-A family joins with its makers, which turn a problem and a source of numbers into an op's arguments:
-in `LAYERS` where the problems of one layer fit it, else in `calls` with problems of its own.
+A family joins with a line in `FAMILIES` and problems of its own, each with a call that
+`tools.op_inputs` turns into the arguments of its ops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
 
-from lora_kernels.ops.common.configs import GemmConfig
+from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.common.tuned import triton_version
-from tests.compiled import (
-    dora_problems,
-    gather_problems,
-    glu_problems,
-    nf4_problems,
-    packed_problems,
-    problems,
-)
-from tests.ops.case import Case, Source
+from lora_kernels.ops.gather.triton.plan import WAYS
+from tests.compiled import dora_problems as dora
+from tests.compiled import gather_problems as gather
+from tests.compiled import glu_problems as glu
+from tests.compiled import nf4_problems as nf4
+from tests.compiled import packed_problems as packed
+from tests.compiled import problems
+from tests.compiled.problems import Problem
+from tests.ops.case import Case, case_of
 
+Strategies = tuple[str | None, ...]
 # The release that every commit is tested on. A sample on another one is drawn by target alone.
 DEVELOPED_ON = "3.9."
 
@@ -31,45 +31,32 @@ def on_another_release() -> bool:
     return not triton_version().startswith(DEVELOPED_ON)
 
 
-class Tiled(Protocol):
-    """What a problem says beside its sizes; `tiles` by compute capability are forced on the
-    products in it, `strategies` on their order."""
+PASSES = STRATEGIES[:2]  # without the vendor's product to add to
+# Ops of a family, their problems, those of the backward alone, and the strategies to run them by.
+FAMILIES: tuple[tuple[str, tuple[Problem, ...], tuple[Problem, ...], Strategies], ...] = (
+    ("lora_linear_fwd lora_linear_bwd", problems.PROBLEMS, problems.ONE_GRADIENT, STRATEGIES),
+    ("dora_norm dora_linear_fwd dora_linear_bwd", dora.PROBLEMS, (), (None,)),
+    ("lora_packed_fwd lora_packed_bwd", packed.PROBLEMS, packed.NEEDS, PASSES),
+    ("lora_packed_fwd lora_packed_bwd", packed.QUANTISED, (), PASSES),
+    ("glu_fwd glu_bwd", glu.PROBLEMS, (), (None,)),
+    ("nf4_dequantize nf4_quantize nf4_quantize_scales", nf4.CODEC, (), (None,)),
+    # Without a branch there is no pass that makes it.
+    ("nf4_linear_fwd nf4_linear_bwd", nf4.LORA, (), ("epilogue", "addmm")),
+    ("lora_linear_fwd lora_linear_bwd", nf4.LORA, (), STRATEGIES),
+    ("gather_lora_fwd gather_lora_bwd", (*gather.PROBLEMS, *gather.OVER), (), WAYS),
+    ("gather_lora_fwd", (*gather.FUSED, *gather.SCATTERED), (), WAYS),
+    ("gather_lora_embed_fwd gather_lora_embed_bwd", gather.EMBEDDING, (), WAYS),
+    ("gather_lora_embed_add", gather.EMBEDDING[:1], (), WAYS),
+    ("gather_lora_add", gather.ADDS, (), WAYS),
+)
 
-    name: str
-    tiles: dict[int, GemmConfig]
-    strategies: tuple[str | None, ...]
-    slow: bool
 
-
-Makers = dict[str, Callable[[Any, Source], tuple[Any, ...]]]
-LAYERS: Makers = {**problems.MAKERS}
-
-
-def calls() -> Iterator[tuple[Tiled, Case]]:
+def calls() -> Iterator[tuple[Problem, Case]]:
     """Every problem of every op."""
-    yield from _calls(LAYERS, problems.PROBLEMS, problems.ONE_GRADIENT)
-    # DoRA runs one way, whatever the strategy.
-    one_way = tuple(replace(p, strategies=(None,)) for p in problems.PROBLEMS)
-    yield from _calls(dora_problems.MAKERS, (*one_way, *dora_problems.QUANTISED))
-    yield from _calls(packed_problems.MAKERS, packed_problems.PROBLEMS, packed_problems.NEEDS)
-    yield from _calls(packed_problems.MAKERS, packed_problems.QUANTISED)
-    yield from _calls(glu_problems.MAKERS, glu_problems.PROBLEMS)
-    yield from _calls(nf4_problems.CODEC_MAKERS, nf4_problems.CODEC)
-    yield from _calls(nf4_problems.BASE_MAKERS, nf4_problems.BASE)
-    yield from _calls(nf4_problems.LORA_MAKERS, nf4_problems.LORA)
-    over = (*gather_problems.PROBLEMS, *gather_problems.OVER)
-    yield from _calls(gather_problems.BOTH_WAYS, over)
-    forward = (*gather_problems.FUSED, *gather_problems.SCATTERED)
-    yield from _calls(gather_problems.FORWARD, forward)
-    yield from _calls(gather_problems.EMBED, gather_problems.EMBEDDING)
-    yield from _calls(gather_problems.EMBED_ADD, gather_problems.EMBEDDING[:1])
-    yield from _calls(gather_problems.ADDS, gather_problems.PROBLEMS)
-
-
-def _calls(
-    makers: Makers, both: tuple[Tiled, ...], backward: tuple[Tiled, ...] = ()
-) -> Iterator[tuple[Tiled, Case]]:
-    for op, make in makers.items():
-        for p in both + backward if op.endswith("_bwd") else both:
-            exact = getattr(p, "exact", False)
-            yield p, Case(op, p.name, lambda r, p=p, make=make: make(p, r), exact=exact)
+    for ops, both, backward, strategies in FAMILIES:
+        for op in ops.split():
+            for p in both + backward if op.endswith("_bwd") else both:
+                # The norm of W itself is asked for as well.
+                call = replace(p.call, keep_u=False) if op == "dora_norm" else p.call
+                case = case_of(op, p.name, call, exact=p.exact)
+                yield replace(p, strategies=p.strategies or strategies), case

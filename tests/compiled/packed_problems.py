@@ -3,242 +3,186 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from lora_kernels.ops.common.configs import GemmConfig
-from lora_kernels.ops.common.rank import rank_value
-from lora_kernels.ops.common.strategies import STRATEGIES
-from lora_kernels.ops.packed.schema import META
-from tests.compiled.problems import BF16, FP16, FP32, SMALL, both
-from tests.ops.case import ANY, RANGES, Range, Source, strided
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One call: M, K and each projection's N, rank and bias; every gradient unless `needs` says."""
-
-    name: str
-    m: int
-    k: int
-    n: tuple[int, ...]
-    r: tuple[int, ...]
-    tiles: dict[int, GemmConfig]
-    bias: tuple[bool, ...] = ()
-    dtype: torch.dtype = BF16
-    adapter: torch.dtype = BF16
-    dropout: float = 0.0
-    strides: str = ""
-    bases: tuple[str, ...] = ()  # kinds of `tests.ops.case.BASES`; dense where not given
-    needs: tuple[int, ...] | None = None  # positions in `needs`
-    slow: bool = False
-    strategies: tuple[str | None, ...] = STRATEGIES[:2]  # no vendor product to add to
-    multiprocessors: int | None = None  # fewer make longer loops
-    range: Range = ANY
-
+from tests.compiled.problems import SMALL, Problem, both
+from tools.op_inputs.packed import Packed
+from tools.op_inputs.source import FP16, FP32, RANGES
 
 # TMA needs rows of whole 16 bytes: there K and each N are multiples of 8, and still of no tile.
 PROBLEMS = (
-    Packed(
+    Problem(
         "three",
-        *(70, 136, (136, 72, 40), (16, 8, 3)),
+        Packed(m=70, k=136, n=(136, 72, 40), r=(16, 8, 3), bias=(True, False, True), dropout=0.1),
         both("64x64x32 w4 s4", "64x64x64 w4 s4", tma=True),
-        bias=(True, False, True),
-        dropout=0.1,
     ),
-    Packed(
+    Problem(
         "one",
-        *(7, 41, (41,), (3,)),
+        Packed(m=7, k=41, n=(41,), r=(3,), dtype=FP16, dropout=0.3),
         both("16x32x128 w4 s4", "16x32x128 w4 s4"),
-        dtype=FP16,
-        adapter=FP16,
-        dropout=0.3,
     ),
-    Packed(
-        "wide-s-fp16",
-        *(70, 136, (72, 40), (16, 3)),
-        both("64x64x32 w4 s4", "64x64x64 w4 s4", tma=True),
-        dtype=FP16,
-        adapter=FP16,
-        dropout=0.1,
-        range=RANGES["wide-s"],
-    ),
-    Packed(
-        "wide-ds-fp16",
-        *(66, 104, (72, 40), (64, 5)),
-        both("64x64x64 w4 s3", "64x64x64 w4 s4", tma=True),
-        dtype=FP16,
-        adapter=FP32,
-        range=RANGES["wide-ds"],
-    ),
-    Packed(
+    Problem(
         "two",
-        *(33, 97, (65, 130), (8, 24)),
+        Packed(
+            m=33,
+            k=97,
+            n=(65, 130),
+            r=(8, 24),
+            bias=(True, True),
+            adapter=FP32,
+            dropout=0.3,
+            strides="padded-rows",
+        ),
         both("32x64x64 w4 s4", "32x64x64 w4 s4"),
-        bias=(True, True),
-        adapter=FP32,
-        dropout=0.3,
-        strides="padded-rows",
     ),
-    Packed(
+    Problem(
         "four",
-        *(33, 72, (40, 24, 72, 16), (3, 16, 5, 8)),
+        Packed(
+            m=33,
+            k=72,
+            n=(40, 24, 72, 16),
+            r=(3, 16, 5, 8),
+            bias=(False, False, False, True),
+            dropout=0.1,
+        ),
         both("64x64x64 w4 s3", "64x64x64 w4 s4", tma=True),
-        bias=(False, False, False, True),
-        dropout=0.1,
     ),
-    Packed(
+    Problem(
         "fp32",
-        *(17, 72, (40, 24, 8), (12, 1, 5)),
+        Packed(m=17, k=72, n=(40, 24, 8), r=(12, 1, 5), dtype=FP32),
         both("16x16x32 w2 s2", "32x32x32 w4 s2"),
-        dtype=FP32,
-        adapter=FP32,
     ),
-    Packed(
+    Problem(
         "transposed",
-        *(66, 104, (72, 40), (12, 5)),
+        Packed(m=66, k=104, n=(72, 40), r=(12, 5), dtype=FP16, adapter=FP32, strides="transposed"),
         both("64x32x32 w4 s2", "64x32x32 w4 s2"),
-        dtype=FP16,
-        adapter=FP32,
-        strides="transposed",
     ),
-    Packed(
-        "ranks-200-and-16",
-        *(33, 104, (72, 40), (200, 16)),
+    Problem(
+        "wide-s-fp16",
+        Packed(
+            m=70,
+            k=136,
+            n=(72, 40),
+            r=(16, 3),
+            dtype=FP16,
+            dropout=0.1,
+            range=RANGES["wide-s"],
+        ),
+        both("64x64x32 w4 s4", "64x64x64 w4 s4", tma=True),
+    ),
+    Problem(
+        "wide-ds-fp16",
+        Packed(
+            m=66,
+            k=104,
+            n=(72, 40),
+            r=(64, 5),
+            dtype=FP16,
+            adapter=FP32,
+            range=RANGES["wide-ds"],
+        ),
         both("64x64x64 w4 s3", "64x64x64 w4 s4", tma=True),
-        adapter=FP32,
-        dropout=0.1,
+    ),
+    Problem(
+        "ranks-200-and-16",
+        Packed(m=33, k=104, n=(72, 40), r=(200, 16), adapter=FP32, dropout=0.1),
+        both("64x64x64 w4 s3", "64x64x64 w4 s4", tma=True),
         strategies=("epilogue",),
     ),
-    Packed(
+    Problem(
         "whole-tiles",
-        *(128, 128, (128, 64, 64), (16, 16, 16)),
+        Packed(m=128, k=128, n=(128, 64, 64), r=(16, 16, 16)),
         both("128x128x32 w8 s4", "128x64x64 w8 s4", tma=True),
     ),
-    Packed(
+    Problem(
         "many-steps",
-        *(384, 200, (256, 128), (64, 16)),
+        Packed(m=384, k=200, n=(256, 128), r=(64, 16), bias=(True, True)),
         both("64x64x32 w4 s4", "64x64x64 w4 s4", tma=True),
-        bias=(True, True),
         multiprocessors=2,
     ),
-    Packed(
+    Problem(
         "widest",
-        *(130, 392, (264, 136, 72), (16, 64, 8)),
+        Packed(m=130, k=392, n=(264, 136, 72), r=(16, 64, 8), bias=(True, False, False)),
         both("128x256x32 w8 s3", "128x256x64 w8 s3", tma=True),
-        bias=(True, False, False),
         slow=True,
     ),
-    Packed(
+    Problem(
         "tallest",
-        *(264, 200, (136, 264), (16, 3)),
+        Packed(m=264, k=200, n=(136, 264), r=(16, 3), dropout=0.1),
         both("128x128x32 w8 s4", "128x128x64 w8 s4", tma=True),
-        dropout=0.1,
         slow=True,
     ),
 )
 # Nested and plain scales, K of whole chunks, of half ones (a block straddles rows) and odd.
 QUANTISED = (
-    Packed(
+    Problem(
         "nf4-nested",
-        *(66, 192, (72, 40, 24), (16, 8, 3)),
+        Packed(
+            m=66,
+            k=192,
+            n=(72, 40, 24),
+            r=(16, 8, 3),
+            bias=(True, False, True),
+            dropout=0.1,
+            bases=("nf4-nested",) * 3,
+        ),
         both("64x64x32 w4 s4", "64x64x64 w4 s4", tma=True),
-        bias=(True, False, True),
-        dropout=0.1,
-        bases=("nf4-nested",) * 3,
     ),
-    Packed(
+    Problem(
         "nf4-straddling",
-        *(33, 96, (65, 40), (8, 24)),
+        Packed(m=33, k=96, n=(65, 40), r=(8, 24), adapter=FP32, bases=("nf4",) * 2),
         both("64x128x32 w4 s4", "64x64x64 w4 s3"),
-        adapter=FP32,
-        bases=("nf4",) * 2,
     ),
-    Packed(
+    Problem(
         "fp4-odd-rows",
-        *(7, 41, (33, 24, 8), (3, 5, 16)),
+        Packed(
+            m=7,
+            k=41,
+            n=(33, 24, 8),
+            r=(3, 5, 16),
+            dtype=FP16,
+            dropout=0.3,
+            bases=("fp4-nested-b32",) * 3,
+        ),
         both("16x16x32 w2 s2", "16x16x32 w2 s2"),
-        dtype=FP16,
-        adapter=FP16,
-        dropout=0.3,
-        bases=("fp4-nested-b32",) * 3,
     ),
-    Packed(
+    Problem(
         "nf4-decode",
-        *(1, 128, (72, 16, 16), (8, 8, 8)),
+        Packed(m=1, k=128, n=(72, 16, 16), r=(8, 8, 8), bases=("nf4-nested",) * 3),
         both("16x32x128 w4 s4", "16x64x128 w4 s4"),
-        bases=("nf4-nested",) * 3,
     ),
-    Packed(
+    Problem(
         "nf4-mixed",
-        *(17, 64, (40, 24, 32), (8, 3, 5)),
+        Packed(
+            m=17,
+            k=64,
+            n=(40, 24, 32),
+            r=(8, 3, 5),
+            bias=(False, True, False),
+            bases=("nf4-nested", "dense", "nf4-nested"),
+        ),
         both("16x32x128 w4 s4", "16x32x128 w4 s4"),
-        bias=(False, True, False),
-        bases=("nf4-nested", "dense", "nf4-nested"),
     ),
-    Packed(
+    Problem(
         "nf4-whole-tiles",
-        *(128, 128, (128, 64, 64), (16, 16, 16)),
+        Packed(m=128, k=128, n=(128, 64, 64), r=(16, 16, 16), bases=("nf4-nested",) * 3),
         both("128x128x32 w8 s4", "128x128x64 w8 s4", tma=True),
-        bases=("nf4-nested",) * 3,
         slow=True,
     ),
 )
 # x, then a, b, bias and base of each of the three: one at a time, and some left out.
 NEEDS = tuple(
-    Packed(
+    Problem(
         f"needs-{'-'.join(map(str, needs))}",
-        *(7, 41, (33, 24, 8), (3, 16, 5)),
+        Packed(
+            m=7,
+            k=41,
+            n=(33, 24, 8),
+            r=(3, 16, 5),
+            bias=(True, True, True),
+            adapter=FP32,
+            dropout=0.3,
+            needs=needs,
+        ),
         SMALL,
-        bias=(True, True, True),
-        adapter=FP32,
-        dropout=0.3,
-        needs=needs,
     )
     for needs in ((0,), (2,), (5,), (4, 7), (0, 1, 3, 5, 6, 7, 9, 11))
 )
-
-
-def _forward(p: Packed, r: Source) -> tuple[Any, ...]:
-    x = r.normal(p.m, p.k, dtype=p.dtype, std=p.range.x)
-    count = len(p.n)
-    bias = p.bias or (False,) * count
-    kinds = p.bases or ("dense",) * count
-    parts = [r.base(kind, n, p.k, p.dtype) for kind, n in zip(kinds, p.n, strict=True)]
-    return (
-        strided(x, p.strides) if p.strides else x,
-        [t for base, _ in parts for t in base],
-        [size for _, meta in parts for size in (*meta, *[0] * (META - len(meta)))],
-        [r.normal(rank, p.k, dtype=p.adapter, std=p.range.a * p.k**-0.5) for rank in p.r],
-        [
-            r.normal(n, rank, dtype=p.adapter, std=p.range.b * rank**-0.5)
-            for n, rank in zip(p.n, p.r, strict=True)
-        ],
-        [0.75, 2.0, -0.5, 1.25][:count],
-        [r.normal(n, dtype=p.dtype) if has else None for n, has in zip(p.n, bias, strict=True)],
-        p.dropout,
-        torch.tensor([-1234567890123456789]) if p.dropout else None,
-    )
-
-
-def _backward(p: Packed, r: Source) -> tuple[Any, ...]:
-    x, base, meta, a, b, scales, bias, *dropout = _forward(p, r)
-    dy: list[Tensor] = [r.normal(p.m, n, dtype=p.dtype, std=p.range.dy) for n in p.n]
-    if p.strides:
-        dy = [strided(t, p.strides) for t in dy]
-    s = rank_value(r.normal(p.m, sum(p.r), std=p.range.s), p.dtype)
-    count = len(p.n)
-    needs = [True] * (1 + 2 * count) + [t is not None for t in bias] + [False] * count
-    if p.needs is not None:
-        needs = [i in p.needs for i in range(len(needs))]
-    return dy, x, s, base, meta, a, b, scales, *dropout, needs
-
-
-MAKERS: dict[str, Callable[[Packed, Source], tuple[Any, ...]]] = {
-    "lora_packed_fwd": _forward,
-    "lora_packed_bwd": _backward,
-}

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench import resources
-from bench.gpu.compile import TARGETS, Compiled, compile_launch
 from tests.compiled.families import on_another_release
 from tests.ops.grid import family
+from tools.gpu_proofs import resources
+from tools.gpu_proofs.compile import GPU_TARGETS, Compiled, compile_launch
 
 # By target: for tiles of 64 rows or more, and for smaller ones. Below 64 rows Hopper's and
 # Blackwell's own instructions do not exist, and Triton falls back to Ampere's.
@@ -34,7 +34,7 @@ RUN_HERE = ("sm_80", "sm_90")  # what the emulator executes
 
 def _parameters():
     elsewhere = on_another_release()
-    for target in TARGETS.values():
+    for target in GPU_TARGETS.values():
         for call in resources.calls(target):
             # Their tiles hold what one dense layer's do, which are compiled in every run.
             like = call.tile and (call.quantised or call.op.startswith("lora_packed"))
@@ -72,10 +72,10 @@ def _wrong(made: Compiled, tile: dict[str, int]) -> list[str]:
 @pytest.mark.parametrize(("name", "call"), list(_parameters()))
 def test_code_holds_what_it_should(name: str, call: resources.Call):
     wrong = []
-    launches = resources.launches(call, TARGETS[name])
+    launches = resources.launches(call, GPU_TARGETS[name])
     assert launches, "nothing to compile"
     for launch in launches:
-        made = compile_launch(launch, TARGETS[name])
+        made = compile_launch(launch, GPU_TARGETS[name])
         tile = resources.tile_of(launch.args, launch.warps, launch.stages)
         wrong += [
             f"{made.name} {tile}: {made.facts.registers} registers: {w}"

@@ -3,24 +3,27 @@ company, on the way that a batch is cut, or on anything past a rank."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench.gpu import emulator
 from lora_kernels.ops.gather.triton.plan import WAYS
 from tests.compiled.test_ptx import DEVICES, Way
-from tests.ops.case import Source
-from tests.ops.gather_inputs import Gather, _add, _forward
+from tools.gpu_proofs import emulator
+from tools.op_inputs import gather
+from tools.op_inputs.gather import Gather
+from tools.op_inputs.source import Source
 
 pytestmark = pytest.mark.skipif(
     emulator.missing() is not None, reason=emulator.missing() or "the PTX emulator is there"
 )
 
-CALL = Gather(t=37, k=600, n=(136,), ranks=(16, 5, 40))
-OVER = Gather(t=37, k=600, n=(136,), ranks=(16, 5, 40), base="nf4", bias=True)
+CALL = Gather(t=37, k=600, n=(136,), ranks=(16, 5, 40), padded=True)
+OVER = replace(CALL, base="nf4", bias=True)
 
 
 def _run(cc: int, way: str, out: Tensor, *args: object) -> Tensor:
@@ -35,7 +38,7 @@ def _run(cc: int, way: str, out: Tensor, *args: object) -> Tensor:
 @pytest.mark.parametrize("cc", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_way_and_every_company_gives_the_same_bits(cc, dtype):
-    out, x, pages, entries, _ = _add(CALL, dtype, Source(7), overwrite=False)
+    out, x, pages, entries, _ = gather.add(replace(CALL, dtype=dtype), Source(7))
     whole = {way: _run(cc, way, out, x, pages, entries, False) for way in WAYS}
     assert torch.equal(whole["entries"], whole["chunks"])
     nobody = entries[0] < 0
@@ -51,7 +54,7 @@ def test_every_way_and_every_company_gives_the_same_bits(cc, dtype):
 @pytest.mark.parametrize("cc", DEVICES)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_slot_that_is_not_there_is_none(cc, way):
-    out, x, pages, entries, _ = _add(CALL, torch.bfloat16, Source(8), overwrite=False)
+    out, x, pages, entries, _ = gather.add(CALL, Source(8))
     wrong = torch.where(entries[0] == 1, 3, entries[0])
     wrong[wrong == 2] = 2**31 - 1
     made = _run(cc, way, out, x, pages, [wrong], False)
@@ -64,7 +67,7 @@ def test_a_slot_that_is_not_there_is_none(cc, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_launches_of_one_mix_serve_another(cc, way):
     """What a CUDA graph replays: the same launches, on the same memory, with other slots in it."""
-    first, x, pages, entries, _ = _add(CALL, torch.bfloat16, Source(9), overwrite=False)
+    first, x, pages, entries, _ = gather.add(CALL, Source(9))
     mixes = [entries[0], entries[0].flip(0), torch.full_like(entries[0], 2), entries[0] * 0 - 1]
     slots, out = mixes[0].clone(), first.clone()
     runs = Way(cc, DEVICES[cc], way)
@@ -85,7 +88,7 @@ def test_the_launches_of_one_mix_serve_another(cc, way):
 @pytest.mark.parametrize("cc", DEVICES)
 def test_over_a_4_bit_base_a_row_is_the_same_in_any_company(cc):
     """Where the base's product adds the adapters itself; without one a row is the base alone."""
-    x, base, meta, bias, pages, entries, _ = _forward(OVER, torch.bfloat16, Source(10))
+    x, base, meta, bias, pages, entries, _ = gather.forward(OVER, Source(10))
     runs = Way(cc, DEVICES[cc], "fused")
 
     def layer(slots: Tensor) -> Tensor:

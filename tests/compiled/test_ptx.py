@@ -14,23 +14,24 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
-from bench.gpu import emulator, ways
-from bench.gpu.compile import TARGETS, overwritten_in
-from bench.gpu.emulator import Emulator
 from lora_kernels import use_backend
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import use_executor
-from tests.compiled.families import Tiled, calls, on_another_release
+from tests.compiled.families import calls, on_another_release
+from tests.compiled.problems import Problem
 from tests.ops.case import Case
 from tests.ops.grid import grid
 from tests.ops.parity import assert_agrees
+from tools.gpu_proofs import emulator, ways
+from tools.gpu_proofs.compile import GPU_TARGETS, overwritten_in
+from tools.gpu_proofs.emulator import Emulator
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(
     emulator.missing() is not None, reason=emulator.missing() or "the PTX emulator is there"
 )
 
-DEVICES = {80: TARGETS["sm_80"].device, 90: TARGETS["sm_90"].device}
+DEVICES = {80: GPU_TARGETS["sm_80"].device, 90: GPU_TARGETS["sm_90"].device}
 # Of the kernels that a release of Triton compiled wrongly, or not at all: in every sample.
 KNOWN_FAULTS = (
     "lora_linear_fwd-sm_90-single_pass-whole-tiles",
@@ -95,11 +96,11 @@ def _parameters():
 
 @pytest.mark.parametrize(("cc", "strategy", "problem", "case"), list(_parameters()))
 def test_ptx_agrees_and_is_free_of_faults(
-    cc: int, strategy: str | None, problem: Tiled, case: Case
+    cc: int, strategy: str | None, problem: Problem, case: Case
 ):
     tiles = (problem.tiles[cc],) if problem.tiles else None
     device = replace(DEVICES[cc], tiles=tiles)
-    few = getattr(problem, "multiprocessors", None)
+    few = problem.multiprocessors
     way = Way(cc, replace(device, multiprocessors=few) if few else device, strategy)
     error = None
     try:

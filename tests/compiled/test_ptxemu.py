@@ -6,43 +6,38 @@ an hour.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
 import pytest
 
-from bench.gpu import emulator
 from tests.compiled.families import on_another_release
+from tools.gpu_proofs import emulator
 
 pytest.importorskip("triton", reason="triton is not installed")
 if emulator.missing() is not None:
     pytest.skip(emulator.missing() or "", allow_module_level=True)
-emulator.load_emulator()
 
 if on_another_release():
     pytest.skip("tested with the release of every commit", allow_module_level=True)
-FILES = {"isa": "test_", "cuda": "test_", "tma": "test_cuda"}  # and the tests in each
-
-
-def _module(name: str) -> ModuleType:
-    path = emulator.TOOLS / "ptxemu" / "tests" / f"test_{name}.py"
-    spec = importlib.util.spec_from_file_location(f"ptxemu_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# Files, and the tests in each.
+FILES = {
+    "isa": (("isa_integers", "isa_floats", "isa_warps"), "test_"),
+    "cuda": (("cuda",), "test_"),
+    "tma": (("tma_cuda",), "test_cuda"),
+}
 
 
 def _parameters():
     nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-    for name, prefix in FILES.items():
+    for name, (files, prefix) in FILES.items():
         marks = [pytest.mark.grid(name)] + ([nvcc] if name != "isa" else [])
-        for key, value in vars(_module(name)).items():
-            if key.startswith(prefix) and isinstance(value, Callable):
-                yield pytest.param(value, id=f"{name}-{key}", marks=marks)
+        for file in files:
+            for key, value in vars(import_module(f"tools.ptxemu.tests.test_{file}")).items():
+                if key.startswith(prefix) and isinstance(value, Callable):
+                    yield pytest.param(value, id=f"{name}-{key}", marks=marks)
 
 
 @pytest.mark.parametrize("function", list(_parameters()))

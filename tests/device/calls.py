@@ -14,6 +14,7 @@ from lora_kernels import NF4Weight, use_backend
 from lora_kernels import functional as F
 from lora_kernels.testing import assert_within_budget
 from tests.ops.variants import interpreting
+from tools.op_inputs.source import Source
 
 Tensors = Mapping[str, Tensor]
 SCALE = 0.75
@@ -130,17 +131,13 @@ class Draw:
     def __init__(
         self, name: str, sizes: Sizes, device: str, dtype: torch.dtype, dropout: float = 0.0
     ) -> None:
-        self.sizes, self.device, self.dtype, self.dropout = sizes, device, dtype, dropout
-        self.generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-        self.seed = torch.tensor([-1234567890123456789], device=device) if dropout else None
+        self.sizes, self.dtype, self.dropout = sizes, dtype, dropout
+        self.source = Source(zlib.crc32(name.encode()), device)
+        self.integers = self.source.integers
+        self.seed = self.source.seed() if dropout else None
 
     def normal(self, *shape: int, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        drawn = torch.randn(shape, generator=self.generator, device=self.device)
-        return (drawn * std).to(dtype or self.dtype)
-
-    def integers(self, low: int, high: int, count: int, dtype: torch.dtype) -> Tensor:
-        drawn = torch.randint(low, high, (count,), generator=self.generator, device=self.device)
-        return drawn.to(dtype)
+        return self.source.normal(*shape, std=std, dtype=dtype or self.dtype)
 
     def layer(self, n: int, k: int, suffix: str = "") -> dict[str, Tensor]:
         """W, A, B and a bias of a layer."""

@@ -10,7 +10,6 @@ import ctypes
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,14 +22,15 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.nf4.base import Meta
+from tools import ptxemu as ptxemu
+from tools.gpu_proofs import emulator
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ROOT / "tools"
 
 if shutil.which("nvcc") is None:
     pytest.skip("nvcc is not on PATH", allow_module_level=True)
-sys.path.insert(0, str(TOOLS))
-ptxemu = pytest.importorskip("ptxemu", reason="the PTX emulator does not build here")
+if emulator.missing() is not None:
+    pytest.skip(emulator.missing() or "", allow_module_level=True)
 
 FLAGS = (
     "-O3",

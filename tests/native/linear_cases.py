@@ -17,8 +17,9 @@ from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.lora import reference as lora
 from lora_kernels.ops.nf4 import reference as nf4
 from lora_kernels.testing import assert_within_budget
-from tests.ops.case import strided
-from tests.ops.variants import as_tuple, oracle_args
+from tests.ops.variants import as_tuple
+from tools.op_inputs.calls import oracle_args
+from tools.op_inputs.source import strided
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REFERENCE = {

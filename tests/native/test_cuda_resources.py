@@ -8,13 +8,13 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, and with it nvdisasm")
 
-from bench.gpu import cuda_resources
-from bench.gpu.compile import TARGETS
 from tests.native import cuda_linear as cuda
+from tools.gpu_proofs import cuda_resources
+from tools.gpu_proofs.compile import GPU_TARGETS
 
 
 def test_rows() -> None:
-    rows = cuda_resources.rows(TARGETS["sm_80"], "encode|shrink")
+    rows = cuda_resources.rows(GPU_TARGETS["sm_80"], "encode|shrink")
     kernels = {row["kernel"] for row in rows}
     assert kernels == {"quantize_kernel", "quantize_scales_kernel", "shrink_kernel"}
     for row in rows:
@@ -38,4 +38,4 @@ def test_dynamic_shared_memory_is_what_the_launcher_asks_for(k: int, nested: int
 
 
 def test_nothing_where_there_is_no_cuda() -> None:
-    assert cuda_resources.rows(TARGETS["gfx942"]) == []
+    assert cuda_resources.rows(GPU_TARGETS["gfx942"]) == []

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.ops.case import DTYPES, Case, Source, dtype_name, size_name, strided
+from tests.ops.case import Case, dtype_name, size_name
+from tools.op_inputs.source import DTYPES, Source, strided
 
 IGNORED = -100
 # rows, vocabulary: around the vectors' widths and the length of a partial sum.

@@ -8,7 +8,7 @@ import torch
 
 from lora_kernels import NF4Weight
 from lora_kernels import functional as F
-from tests.ops.case import BASES
+from tools.op_inputs.source import BASES
 
 M, N, K, R = 6, 10, 16, 3
 SCALE = 0.75

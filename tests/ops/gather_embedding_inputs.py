@@ -1,25 +1,23 @@
-"""Inputs of the multi-adapter ops of an embedding; what they must not read is NaN."""
+"""Inputs of the multi-adapter ops of an embedding."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from tests.ops.case import DTYPES, Case, Source, dtype_name, strided
-from tests.ops.gather_inputs import FP32, RANKS, Gather, _pages, _slots
+from tests.ops.case import Case, case_of, dtype_name
+from tests.ops.gather_inputs import RANKS
+from tools.op_inputs.gather import Gather
+from tools.op_inputs.source import BF16, DTYPES, FP16, FP32
 
 RAGGED = (1, 7, 16, 17, 64)
-# k is the vocabulary, n the width; sorted slots come with int32 ids.
 CALLS = {
     "plain": Gather(),
     "base": Gather(base="dense"),
     "fp32-pages": Gather(page_dtype=FP32, base="dense"),
-    "fp16-pages": Gather(t=21, page_dtype=torch.float16, ranks=RAGGED, base="dense"),
-    "bf16-pages": Gather(page_dtype=torch.bfloat16, slots="sorted", base="dense"),
+    "fp16-pages": Gather(t=21, page_dtype=FP16, ranks=RAGGED, base="dense"),
+    "bf16-pages": Gather(page_dtype=BF16, slots="sorted", base="dense"),
     "no-adapter": Gather(slots="none", base="dense"),
     "no-token": Gather(t=0, base="dense"),
     "last-slot": Gather(slots="last", ranks=(5, 0, 18)),
@@ -38,55 +36,21 @@ CALLS = {
 CORE = ("base", "plain", "no-token")
 
 
-def _forward(
-    c: Gather, dtype: torch.dtype, r: Source
-) -> tuple[Tensor, Tensor | None, list[Tensor], Tensor]:
-    """ids, weight, pages, slots"""
-    pages = _pages(c, 0, c.page_dtype or dtype, r)
-    pages[0] = pages[0].transpose(1, 2).contiguous()
-    ids = torch.randint(0, c.k, (c.t,), generator=r.generator)
-    ids = ids.int() if c.slots == "sorted" else ids
-    weight = _rows(c, c.k, dtype, r) if c.base else None
-    return ids, weight, pages, _slots(c, c.t, r)
-
-
-def _rows(c: Gather, count: int, dtype: torch.dtype, r: Source) -> Tensor:
-    rows = r.normal(count, c.n[0], dtype=dtype)
-    return strided(rows, c.strides) if c.strides else rows
-
-
-def _add(c: Gather, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
-    """out, ids, pages, slots"""
-    ids, _, pages, slots = _forward(c, dtype, r)
-    return _rows(c, c.t, dtype, r), ids, pages, slots
-
-
-def _backward(c: Gather, dtype: torch.dtype, r: Source) -> tuple[Any, ...]:
-    """dy, ids, pages, slots, needs"""
-    needs = [c.needs is None or i in c.needs for i in range(3)]
-    return *_add(c, dtype, r), needs
-
-
-def _cases(op: str, make: Any) -> Iterator[Case]:
-    for dtype, (name, c) in itertools.product(DTYPES, CALLS.items()):
-        yield Case(
-            op,
-            f"{dtype_name(dtype)}-{name}",
-            lambda r, c=c, d=dtype: make(c, d, r),
-            core=name in CORE and dtype is torch.bfloat16,
-        )
+def _cases(op: str) -> Iterator[Case]:
+    for dtype, (name, call) in itertools.product(DTYPES, CALLS.items()):
+        core = name in CORE and dtype is BF16
+        yield case_of(op, f"{dtype_name(dtype)}-{name}", replace(call, dtype=dtype), core=core)
 
 
 def gather_lora_embed_fwd() -> Iterator[Case]:
-    yield from _cases("gather_lora_embed_fwd", _forward)
+    yield from _cases("gather_lora_embed_fwd")
 
 
 def gather_lora_embed_add() -> Iterator[Case]:
-    yield from _cases("gather_lora_embed_add", _add)
+    yield from _cases("gather_lora_embed_add")
 
 
 def gather_lora_embed_bwd() -> Iterator[Case]:
-    yield from _cases("gather_lora_embed_bwd", _backward)
+    yield from _cases("gather_lora_embed_bwd")
     for i in range(3):  # one gradient at a time
-        c = Gather(needs=(i,))
-        yield Case("gather_lora_embed_bwd", f"needs-only-{i}", lambda r, c=c: _backward(c, FP32, r))
+        yield case_of("gather_lora_embed_bwd", f"needs-only-{i}", Gather(dtype=FP32, needs=(i,)))

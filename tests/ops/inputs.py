@@ -8,29 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_kernels import NF4Weight, use_backend
-from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.ops.nf4.double_quant import dynamic_map
-from tests.ops.case import (
-    ANY,
-    BASES,
-    DTYPES,
-    RANGES,
-    WIDE_BASES,
-    WIDE_SHAPES,
-    Case,
-    Range,
-    Source,
-    dtype_name,
-    size_name,
-    strided,
-)
+from tests.ops.case import WIDE_BASES, WIDE_SHAPES, Case, case_of, dtype_name, size_name
 from tests.ops.cross_entropy_inputs import cross_entropy, linear_cross_entropy
 from tests.ops.dora_inputs import dora_linear_bwd, dora_linear_fwd, dora_norm
 from tests.ops.gather_embedding_inputs import (
@@ -41,6 +26,8 @@ from tests.ops.gather_embedding_inputs import (
 from tests.ops.gather_inputs import gather_lora_add, gather_lora_bwd, gather_lora_fwd
 from tests.ops.glu_inputs import glu_bwd, glu_fwd
 from tests.ops.packed_inputs import lora_packed_bwd, lora_packed_fwd
+from tools.op_inputs.layer import Layer
+from tools.op_inputs.source import BASES, BF16, DTYPES, FP16, FP32, RANGES, Source
 
 # M, N, K, R: nothing divides anything, single rows and columns, no rows, outputs or inputs at all.
 SHAPES = (
@@ -123,6 +110,11 @@ def _nf4_quantize_scales() -> Iterator[Case]:
     )
 
 
+def _quantised(r: Source, n: int, k: int, block: int) -> tuple[list[Tensor], list[int]]:
+    q = r.quantised(r.normal(n, k), (block, True, "nf4"))
+    return q.base, q.meta
+
+
 def _nf4_dequantize() -> Iterator[Case]:
     kinds = [k for k in BASES if k != "dense"]
     shapes = ((7, 31), (33, 96), (64, 128), (1, 1), (0, 8), (130, 257))
@@ -138,174 +130,96 @@ def _nf4_dequantize() -> Iterator[Case]:
         yield Case(
             "nf4_dequantize",
             f"block{block_size}",
-            lambda r, b=block_size: (*_quantised(r.normal(37, 3 * b // 8), b), torch.bfloat16),
+            lambda r, b=block_size: (*_quantised(r, 37, 3 * b // 8, b), BF16),
             exact=True,
         )
 
 
-def _quantised(w: Tensor, block_size: int) -> tuple[list[Tensor], list[int]]:
-    with use_backend("reference"):
-        q = NF4Weight.quantize(w, block_size)
-    return q.base, q.meta
+def _nf4_linear(op: str, strides: tuple[str, ...], biases: tuple[bool, ...]) -> Iterator[Case]:
+    kinds = [k for k in BASES if k != "dense"]
+    for dtype, (m, n, k, _), kind in itertools.product(DTYPES, (*SHAPES, SMALL), kinds):
+        for bias in biases:
+            yield case_of(
+                op,
+                f"{dtype_name(dtype)}-{size_name(m, n, k)}-{kind}{'-bias' * bias}",
+                Layer((m, n, k, 0), dtype, base=kind, bias=bias),
+                core=(m, n, k) == SMALL[:3] and dtype is not FP16 and bias == biases[-1],
+            )
+    for kind in strides:
+        label = f"{'dy' if op.endswith('_bwd') else 'x'}-{kind}"
+        call = Layer((9, 11, 40, 0), FP32, base="nf4", strides=kind)
+        yield case_of(op, label, call, core=True)
 
 
 def _nf4_linear_fwd() -> Iterator[Case]:
-    kinds = [k for k in BASES if k != "dense"]
-    for dtype, (m, n, k, _), kind in itertools.product(DTYPES, (*SHAPES, SMALL), kinds):
-        for bias in (False, True):
-
-            def make(r: Source, a=(m, n, k, dtype, kind, bias)) -> tuple[Any, ...]:
-                m, n, k, dtype, kind, bias = a
-                x = r.normal(m, k, dtype=dtype)
-                return x, *r.base(kind, n, k, dtype), r.normal(n, dtype=dtype) if bias else None
-
-            yield Case(
-                "nf4_linear_fwd",
-                f"{dtype_name(dtype)}-{size_name(m, n, k)}-{kind}{'-bias' * bias}",
-                make,
-                core=(m, n, k) == SMALL[:3] and dtype != torch.float16 and bias,
-            )
-    for kind in ("transposed", "padded-rows", "every-other-column"):
-        yield Case(
-            "nf4_linear_fwd",
-            f"x-{kind}",
-            lambda r, s=kind: (
-                strided(r.normal(9, 40), s),
-                *r.base("nf4", 11, 40, torch.float32),
-                None,
-            ),
-            core=True,
-        )
+    kinds = ("transposed", "padded-rows", "every-other-column")
+    return _nf4_linear("nf4_linear_fwd", kinds, (False, True))
 
 
 def _nf4_linear_bwd() -> Iterator[Case]:
-    kinds = [k for k in BASES if k != "dense"]
-    for dtype, (m, n, k, _), kind in itertools.product(DTYPES, (*SHAPES, SMALL), kinds):
-        yield Case(
-            "nf4_linear_bwd",
-            f"{dtype_name(dtype)}-{size_name(m, n, k)}-{kind}",
-            lambda r, a=(m, n, k, dtype, kind): (
-                r.normal(a[0], a[1], dtype=a[3]),
-                *r.base(a[4], a[1], a[2], a[3]),
-            ),
-            core=(m, n, k) == SMALL[:3] and dtype != torch.float16,
-        )
-    for kind in ("transposed", "padded-rows", "expanded"):
-        yield Case(
-            "nf4_linear_bwd",
-            f"dy-{kind}",
-            lambda r, s=kind: (strided(r.normal(9, 11), s), *r.base("nf4", 11, 40, torch.float32)),
-            core=True,
-        )
+    return _nf4_linear("nf4_linear_bwd", ("transposed", "padded-rows", "expanded"), (False,))
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Options:
-    """What a LoRA call may have besides x, W, A and B."""
-
-    bias: bool = False
-    dropout_p: float = 0.0
-    rank_diag: bool = False
-    out_diag: bool = False
-    adapter_dtype: torch.dtype | None = None
-    strides: str = ""
-    needs: tuple[bool, ...] | None = None
-    stream: int = 0
-    range: Range = ANY
-
-
-OPTIONS = {
-    "plain": Options(),
-    "bias": Options(bias=True),
-    "dropout": Options(dropout_p=0.1),
-    "rank-diag": Options(rank_diag=True),
-    "out-diag": Options(out_diag=True),
-    "fp32-adapters": Options(bias=True, adapter_dtype=torch.float32),
-    "all": Options(True, 0.5, True, True, torch.float32),
+# What a call may have besides sizes, dtype and base.
+Options = dict[str, Any]
+DIAGONALS: Options = {"rank_diag": True, "out_diag": True}
+ALL: Options = {"bias": True, "dropout": 0.5, **DIAGONALS, "adapter": FP32}
+OPTIONS: dict[str, Options] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "dropout": {"dropout": 0.1},
+    "rank-diag": {"rank_diag": True},
+    "out-diag": {"out_diag": True},
+    "fp32-adapters": {"bias": True, "adapter": FP32},
+    "all": ALL,
 }
-STRIDED = {s: Options(True, 0.25, strides=s) for s in ("transposed", "padded-rows")}
-WIDE = {
-    f"{name}-{kind}": replace(o, range=of)
+STRIDED: dict[str, Options] = {
+    s: {"bias": True, "dropout": 0.25, "strides": s} for s in ("transposed", "padded-rows")
+}
+STREAMS: dict[str, Options] = {f"stream{s}": {"dropout": 0.5, "stream": s} for s in (3, 2**32 - 1)}
+WIDE: dict[str, Options] = {
+    f"{name}-{kind}": {**OPTIONS[kind], "range": of}
     for name, of in RANGES.items()
-    for kind, o in OPTIONS.items()
-    if kind in ("plain", "dropout", "fp32-adapters", "all")
+    for kind in ("plain", "dropout", "fp32-adapters", "all")
 }
-STREAMS = {f"stream{s}": Options(dropout_p=0.5, stream=s) for s in (3, 2**32 - 1)}
+TINY = Layer(SMALL, FP32, grad_base=True)
 
 
-def _lora(case: tuple[int, int, int, int], dtype: torch.dtype, base: str, o: Options, r: Source):
-    """x, base, meta, a, b, scale, bias, dropout_p, seed, rank_diag, out_diag, stream"""
-    m, n, k, rank = case
-    x = r.normal(m, k, dtype=dtype, std=o.range.x)
-    x = strided(x, o.strides) if o.strides and o.strides != "expanded" else x
-    adapters = o.adapter_dtype or dtype
-    return (
-        x,
-        *r.base(base, n, k, dtype),
-        r.normal(rank, k, dtype=adapters, std=o.range.a * max(k, 1) ** -0.5),
-        r.normal(n, rank, dtype=adapters, std=o.range.b * rank**-0.5),
-        0.75,
-        r.normal(n, dtype=dtype) if o.bias else None,
-        o.dropout_p,
-        torch.tensor([-1234567890123456789]) if o.dropout_p else None,
-        r.normal(rank, dtype=adapters) if o.rank_diag else None,
-        r.normal(n, dtype=adapters) if o.out_diag else None,
-        o.stream,
-    )
-
-
-def _lora_calls() -> Iterator[tuple[str, tuple, bool, Options]]:
-    """label, the arguments of `_lora` before the source, core, options"""
+def _lora_calls() -> Iterator[tuple[str, Layer, bool]]:
+    """label, call, core"""
     for dtype, shape, (name, o) in itertools.product(DTYPES, SHAPES, OPTIONS.items()):
         label = f"{dtype_name(dtype)}-{size_name(*shape)}-{name}"
-        yield label, (shape, dtype, "dense", o), False, o
+        yield label, Layer(shape, dtype, grad_base=True, **o), False
     small = OPTIONS | STRIDED | STREAMS
     for dtype, base, (name, o) in itertools.product(DTYPES, BASES, small.items()):
-        core = dtype == torch.float32 or name == "all"
+        core = dtype is FP32 or name == "all"
         label = f"{dtype_name(dtype)}-{size_name(*SMALL)}-{base}-{name}"
-        yield label, (SMALL, dtype, base, o), core and base in ("dense", "nf4-nested"), o
+        call = Layer(SMALL, dtype, base=base, grad_base=True, **o)
+        yield label, call, core and base in ("dense", "nf4-nested")
+    for shape in SHAPES:
+        label = f"bfloat16-{size_name(*shape)}-nf4-nested-all"
+        yield label, Layer(shape, BF16, base="nf4-nested", **ALL), False
     for shape, base, (name, o) in itertools.product(WIDE_SHAPES, WIDE_BASES, WIDE.items()):
         label = f"float16-{size_name(*shape)}-{base}-{name}"
-        yield label, (shape, torch.float16, base, o), False, o
-    for shape in SHAPES:
-        o = OPTIONS["all"]
-        yield (
-            f"bfloat16-{size_name(*shape)}-nf4-nested-all",
-            (shape, torch.bfloat16, "nf4-nested", o),
-            False,
-            o,
-        )
+        yield label, Layer(shape, FP16, base=base, grad_base=True, **o), False
 
 
 def _lora_linear_fwd() -> Iterator[Case]:
-    for label, call, core, _ in _lora_calls():
-        yield Case("lora_linear_fwd", label, lambda r, c=call: _lora(*c, r), core=core)
+    for label, call, core in _lora_calls():
+        yield case_of("lora_linear_fwd", label, call, core=core)
 
 
 def _lora_linear_bwd() -> Iterator[Case]:
-    def make(call: tuple, o: Options, r: Source) -> tuple[Any, ...]:
-        x, base, meta, a, b, scale, bias, *rest, stream = _lora(*call, r)
-        dy = r.normal(x.shape[0], meta[0], dtype=x.dtype, std=o.range.dy)
-        dy = strided(dy, o.strides) if o.strides and dy.numel() else dy
-        s = rank_value(r.normal(x.shape[0], a.shape[0], std=o.range.s), x.dtype)
-        diagonals = [t is not None for t in rest[2:]]
-        needs = o.needs or (True, True, True, bias is not None, *diagonals, len(base) == 1)
-        return dy, x, s, base, meta, a, b, scale, *rest, list(needs), stream
-
-    for label, call, core, o in _lora_calls():
-        yield Case("lora_linear_bwd", label, lambda r, c=call, o=o: make(c, o, r), core=core)
+    for label, call, core in _lora_calls():
+        yield case_of("lora_linear_bwd", label, call, core=core)
     for i in range(7):  # one gradient at a time
-        o = Options(True, 0.1, True, True, needs=tuple(j == i for j in range(7)))
-        call = (SMALL, torch.float32, "dense", o)
-        yield Case(
-            "lora_linear_bwd", f"needs-only-{i}", lambda r, c=call, o=o: make(c, o, r), core=True
-        )
-    o = Options(strides="expanded")
-    call = (SMALL, torch.float32, "dense", o)
-    yield Case("lora_linear_bwd", "dy-expanded", lambda r, c=call, o=o: make(c, o, r), core=True)
+        needs = tuple(j == i for j in range(7))
+        call = replace(TINY, bias=True, dropout=0.1, **DIAGONALS, needs=needs)
+        yield case_of("lora_linear_bwd", f"needs-only-{i}", call, core=True)
+    call = replace(TINY, strides="expanded")
+    yield case_of("lora_linear_bwd", "dy-expanded", call, core=True)
 
 
 def _dropout_mask() -> Iterator[Case]:

@@ -12,7 +12,7 @@ from lora_kernels.testing import assert_within_budget
 from tests.ops.case import Case
 from tests.ops.grid import grid
 from tests.ops.inputs import GENERATORS, cases
-from tests.ops.variants import call
+from tools.op_inputs.calls import call
 
 N, K, R = 12, 20, 3
 

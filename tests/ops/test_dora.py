@@ -19,7 +19,6 @@ from lora_kernels.dispatch import Implementation, ops
 from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.dora import dora_norm
 from lora_kernels.testing import assert_within_budget
-from tests.ops.case import DTYPES
 from tests.ops.dora_calls import (
     NAMES,
     SCALE,
@@ -34,6 +33,7 @@ from tests.ops.dora_calls import (
     require,
     tensors,
 )
+from tools.op_inputs.source import DTYPES
 
 # --- derivatives ----------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from lora_kernels import use_backend
 from lora_kernels.ops.dora import dora_norm, output_scale
 from lora_kernels.ops.dora.magnitude import rows_at_once
 from lora_kernels.testing import assert_within_budget
-from tests.ops.case import BASES, DTYPES
 from tests.ops.dora_calls import (
     SCALE,
     SEED,
@@ -24,6 +23,7 @@ from tests.ops.dora_calls import (
     require,
     tensors,
 )
+from tools.op_inputs.source import BASES, DTYPES
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench.gpu.recorder import Recorder
 from lora_kernels.dispatch import ops
 from lora_kernels.ops.common.configs import DEVICES
 from lora_kernels.ops.common.launch import use_executor
@@ -19,6 +18,7 @@ from tests.ops.case import Case
 from tests.ops.grid import grid
 from tests.ops.inputs import GENERATORS, cases
 from tests.ops.variants import WITH_STRATEGIES, accepts
+from tools.gpu_proofs.recorder import Recorder
 
 # Set-up, which looks for values that are not finite before it encodes any.
 SET_UP = ("nf4_quantize", "nf4_quantize_scales")

@@ -11,7 +11,7 @@ import torch
 
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels import functional as F
-from tests.ops.case import BASES, DTYPES, strided
+from tools.op_inputs.source import BASES, DTYPES, strided
 
 N, K, R = 5, 9, 3
 SCALE = 0.7

@@ -16,8 +16,8 @@ import torch
 from lora_kernels import NF4Weight
 from lora_kernels.dispatch import native
 from lora_kernels.ops.nf4.tables import code_values
-from tests.ops.case import DTYPES
 from tests.ops.variants import accepts, all_variants, bits
+from tools.op_inputs.source import DTYPES
 
 bnb = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
 

@@ -8,23 +8,23 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench.gpu.recorder import Recorder, record
 from lora_kernels.ops.common.configs import DEVICES
 from lora_kernels.ops.common.launch import use_executor
 from lora_kernels.ops.common.strategies import use_strategy
 from lora_kernels.testing import assert_within_budget
-from tests.ops.case import Source
 from tests.ops.packed_calls import SEED, call, quantised, results, tensors, textbook, total
-from tests.ops.packed_inputs import Packed, _arguments, _backward
 from tests.ops.variants import Variant, interpreting
+from tools.gpu_proofs.recorder import Recorder, record
+from tools.op_inputs import arguments
+from tools.op_inputs.packed import Packed
+from tools.op_inputs.source import Source
 
 NESTED, PLAIN = "nf4-nested", "nf4"
 
 
 def _kernels(op, bases, strategy):
     """The names of the kernels that a call of three projections launches."""
-    made = _backward if op.endswith("_bwd") else _arguments
-    args = made(Packed(m=64, k=128, bases=bases), torch.bfloat16, Source(0))
+    args = arguments(op, Packed(m=64, k=128, bases=bases), Source())
     function = getattr(torch.ops.lora_kernels, op).default
     launches = record(DEVICES[0], lambda: function(*args), strategy)
     return [launch.kernel.fn.__name__ for launch in launches]

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu import ways
 from lora_kernels import use_backend
 from lora_kernels.dispatch import BACKENDS, native
 from lora_kernels.dispatch.registry import refusal
@@ -20,10 +19,8 @@ from lora_kernels.ops.common.configs import GENERIC, GemmConfig
 from lora_kernels.ops.common.launch import Executor, use_executor
 from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.gather.triton.plan import WAYS
-from lora_kernels.ops.nf4.base import Meta
-from lora_kernels.ops.nf4.reference import dense_weight
-from lora_kernels.ops.packed.schema import split_base
 from tests.ops.case import Case
+from tools.gpu_proofs import ways
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Ops whose Triton kernels know several ways (`use_strategy`).
@@ -128,57 +125,11 @@ def accepts(op: str, backend: str, args: tuple[Any, ...]) -> bool:
     return refusal(op, backend, *args) is None
 
 
-def oracle_args(op: str, args: tuple[Any, ...]) -> list[Any]:
-    """The arguments in fp64. A 4-bit base is decoded to the compute type first: the weight's
-    rounding belongs to the format, not to the error of a kernel."""
-    dtypes = [a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-    compute = dtypes[0] if dtypes else torch.float32  # none: there is no base
-    schema = getattr(torch.ops.lora_kernels, op).default._schema
-    # Trailing arguments may be left to their defaults.
-    named = dict(zip((a.name for a in schema.arguments), args, strict=False))
-    if op.startswith("lora_packed"):
-        parts = [(w, m) for w, m, _ in split_base(named["base"], named["meta"])]
-        named["base"] = [dense_weight(w, m, compute) for w, m in parts]
-        named["meta"] = [size for _, m in parts for size in (*m[:2], 0, 0, 0)]
-    elif "base" in named and not Meta(*named["meta"]).is_dense:
-        named["base"] = [dense_weight(named["base"], named["meta"], compute)]
-        named["meta"] = named["meta"][:2]
-    return [_double(a) for a in named.values()]
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    return [_double(v) for v in value] if isinstance(value, list) else value
-
-
 def as_tuple(value: Any) -> tuple[Tensor, ...]:
     """An op's outputs, lists of them in a row."""
     if isinstance(value, Tensor):
         return (value,)
     return tuple(t for v in value for t in as_tuple(v))
-
-
-def call(op: Any, args: Any) -> dict[str, Tensor]:
-    """Run an op: each output by name, and what it wrote to a copy of its argument."""
-    arguments = op._schema.arguments
-    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
-    args = [_copy(a) if i in written else a for i, a in enumerate(args)]
-    returned = op(*args)
-    values = (returned,) if isinstance(returned, Tensor) else returned or ()
-    outputs = {arguments[i].name: args[i] for i in written}
-    for declared, value in zip(op._schema.returns, values, strict=True):
-        name = declared.name or "output"
-        if isinstance(value, Tensor):
-            outputs[name] = value
-        else:
-            outputs |= {f"{name}[{i}]": t for i, t in enumerate(value)}
-    return outputs
-
-
-def _copy(t: Tensor) -> Tensor:
-    """With the same strides."""
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
 def bits(t: Tensor) -> Tensor:

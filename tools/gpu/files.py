@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.atomic import write_atomic
+from tools.records import write_atomic
 
 LOG, SUMMARY, CORRECTNESS = "log.txt", "summary.json", "correctness.csv"
 BENCH_JSON, BENCH_CSV, TUNING = "bench.json", "bench.csv", "tuning.json"

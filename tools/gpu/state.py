@@ -13,6 +13,7 @@ from typing import Any
 
 from tools.gpu import files
 from tools.gpu.context import ROOT
+from tools.records import commit
 
 # A step's status. The first two are its own word, and final; the others are tried again.
 OK, WRONG = "ok", "wrong"
@@ -53,8 +54,6 @@ class State:
 
     def __init__(self, path: Path, of: dict[str, Any]) -> None:
         self.path = path
-        from bench.machine import commit  # not above: it brings torch along
-
         self.doc: dict[str, Any] = {"format": 1, "of": of, "commit": commit(), "steps": {}}
         self.doc["begun"] = _now()
 

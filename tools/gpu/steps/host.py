@@ -134,7 +134,8 @@ def _step(call: Call, name: str, backward: bool, backend: str) -> Callable[[], o
 def captured(op: str, backend: str, device: str) -> dict[str, Any]:
     """Capture one of the op's core cases, and compare the bits of two replays with the call's."""
     from tests.ops.inputs import cases
-    from tests.ops.variants import accepts, bits, call
+    from tests.ops.variants import accepts, bits
+    from tools.op_inputs.calls import call
 
     function = getattr(torch.ops.lora_kernels, op).default
     for case in (c for c in cases(op) if c.core):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from bench.atomic import write_atomic
 from tools.gpu import files
 from tools.gpu.context import Context, find_tool
 from tools.gpu.steps.sanitizer import run_tee, script
+from tools.records import write_atomic
 
 SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis")
 METRICS = ("gpu__time_duration.sum", "dram__bytes_read.sum", "dram__bytes_write.sum")

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from bench.gpu import tune
-from bench.gpu.commands import shape_of
 from bench.gpu.measurer import Candidate, Measurer, Point, Timing
 from bench.runner import FAILED, Settings
 from lora_kernels.ops.common.configs import GENERIC, GemmConfig
 from lora_kernels.ops.common.launch import Executor, planned_device, use_executor
 from tools.gpu import files, pool
 from tools.gpu.context import Context
+from tools.gpu_proofs.commands import shape_of
 
 SHAPE, TINY = "2048,4096,4096,16", "8,32,32,4"
 # Forward without dropout, backward with it, both over a dense weight.
