@@ -42,7 +42,7 @@ class Range:
 ANY = Range()
 RANGES = {
     "wide-s": Range(x=2.0**5, a=2.0**13, b=2.0**-8, dy=2.0**-10, s=2.0**18),
-    "wide-ds": Range(x=2.0**-9, a=2.0**-9, b=2.0**6, dy=2.0**11),
+    "wide-ds": Range(x=2.0**-9, a=2.0**-9, b=2.0**6, dy=2.0**11, s=2.0**-4),
     "tiny-ds": Range(x=2.0**5, a=2.0**9, b=2.0**-8, dy=2.0**-16),
 }
 

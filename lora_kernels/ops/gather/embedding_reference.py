@@ -22,6 +22,7 @@ from lora_kernels.ops.gather.embedding_schema import (
 )
 from lora_kernels.ops.gather.pages import PAGE, RankPages, pages_of
 from lora_kernels.ops.gather.reference import _check_range
+from lora_kernels.ops.lora.reference import shrink
 
 
 class _Group(NamedTuple):
@@ -89,7 +90,7 @@ def gather_lora_embed_bwd(c: GatherEmbedBackward) -> tuple[Tensor, Tensor, Tenso
     da, db, dscales = (torch.zeros_like(t, dtype=wide) for t in (p.a, p.b, p.scales))
     for g in _groups(c.ids, c.pages, c.slots, dy.dtype):
         dz, rank = dy[g.tokens], g.b.shape[0]
-        u = dz.to(g.b.dtype) @ g.b.T  # [G, r]
+        u = shrink(dz, g.b.T)  # [G, r]
         pad = len(g.pages) * PAGE - rank
         if needs[0]:
             ds = F.pad((g.scale * u).to(wide), (0, pad))

@@ -137,7 +137,7 @@ def gather_lora_bwd(
     for g, columns, ranks in _groups(c.pages, entries, x):
         dz, i = dy[g.tokens, columns], g.stream
         own = c.s[g.entries, ranks]
-        u = dz.to(rank) @ g.b.to(rank).T  # [G, r], gradient of scale · weight · s
+        u = shrink(dz, g.b.T)  # [G, r], gradient of scale · weight · s
         ds = rank_value(g.weights * (g.scale * u), x.dtype)
         dx = dx.to(rank).index_add(0, g.tokens, g.drop(ds @ g.a.to(rank), dropout)).to(x.dtype)
         kept = g.drop(x[g.tokens].to(wide), dropout)

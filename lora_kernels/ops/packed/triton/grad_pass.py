@@ -54,6 +54,7 @@ def packed_grad_pass(
         (end[-1], spans, ceil(max(ranks) / br)),
         8 if size == 2 else 4,
         2,
+        whole_registers=dy[0].dtype == torch.float16,  # see `outer`
         M=m,
         span=span,
         end_0=end[0],
