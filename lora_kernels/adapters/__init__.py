@@ -1,7 +1,7 @@
 """Adapters on whole models: putting them on, merging them, and PEFT's checkpoint format."""
 
-from lora_kernels.adapters.apply import LoRAReport, apply_lora
-from lora_kernels.adapters.checkpoint import LoadResult, load_adapter, save_adapter
+from lora_kernels.adapters.apply import apply_lora
+from lora_kernels.adapters.checkpoint import LoadResult, load_adapter
 from lora_kernels.adapters.config import LoRAConfig
 from lora_kernels.adapters.layers import adapter_layers
 from lora_kernels.adapters.merging import (
@@ -10,7 +10,8 @@ from lora_kernels.adapters.merging import (
     merge_and_unload,
     unmerge_adapters,
 )
-from lora_kernels.adapters.report import ModelReport, model_report
+from lora_kernels.adapters.report import LoRAReport, ModelReport, model_report
+from lora_kernels.adapters.saving import save_adapter
 
 __all__ = [
     "LoRAConfig",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,62 +17,25 @@ from lora_kernels.adapters.layers import (
     named_modules,
     replace_module,
 )
-from lora_kernels.adapters.reads import Read, read_layers, read_only
-from lora_kernels.adapters.report import LayerRow, group_rows, layer_row, table, with_unit
-from lora_kernels.adapters.targets import Targets, find_targets, is_excluded, kept_dense
+from lora_kernels.adapters.progress import Progress, with_progress
+from lora_kernels.adapters.quantize import (
+    check_layer,
+    check_quantize,
+    leave_fast_path,
+    plan_quantisation,
+    without_adapter,
+)
+from lora_kernels.adapters.reads import read_layers
+from lora_kernels.adapters.report import LoRAReport, layer_row
+from lora_kernels.adapters.targets import Targets, find_targets, is_excluded
 from lora_kernels.integrations.peft import ALL_LINEAR, pattern_value
 from lora_kernels.integrations.transformers import forget_quantizer
 from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
-from lora_kernels.nn.common import check_finite_weight, check_linear_layer
-from lora_kernels.nn.linear4bit import check_linear4bit, check_not_repacked, is_linear4bit
+from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype
 from lora_kernels.nn.multi_lora_embedding import POOLED
 from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
 from lora_kernels.ops.common.kinds import check_kinds, describe
-from lora_kernels.ops.nf4.base import QUANT_TYPES, check_block_size
-
-Progress = Callable[[int, int, str], None]
-BAR_AFTER = 2.0  # seconds; a bar that nobody asked for waits so long
-
-
-@dataclass(frozen=True)
-class LoRAReport:
-    """What `apply_lora` did; `print` shows it as a table.
-
-    Attributes:
-        modules: names of the layers that have an adapter now.
-        quantized: names of the layers whose weight was quantised, with an adapter or without.
-        skipped: (name, reason) of linear layers that were left alone or left dense.
-        trainable_parameters, total_parameters: a 4-bit weight counts its elements.
-        bytes_before, bytes_after: memory of all parameters and buffers.
-        layers: one row per adapted layer.
-    """
-
-    modules: tuple[str, ...]
-    quantized: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
-    trainable_parameters: int
-    total_parameters: int
-    bytes_before: int
-    bytes_after: int
-    layers: tuple[LayerRow, ...]
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
-        lines = [
-            f"adapters on {len(self.modules)} layers: {self.trainable_parameters:,} of "
-            f"{self.total_parameters:,} parameters train ({share:.3g} %)",
-            table(group_rows(self.layers)),
-            f"memory of the weights: {with_unit(self.bytes_before)} -> "
-            f"{with_unit(self.bytes_after)}, {len(self.quantized)} layers quantised",
-        ]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped:
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"left alone ({reason}): {', '.join(names[:3])}{more}")
-        return "\n".join(lines)
 
 
 def apply_lora(
@@ -150,7 +112,7 @@ def apply_lora(
     check_model(model)
     check_kinds(apply_lora, locals())
     targets = find_targets(model, config)
-    _check_patterns(config, targets.names)
+    check_patterns(config, targets.names)
     return apply_config(
         model,
         config,
@@ -180,7 +142,7 @@ def apply_config(
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
     reads = read_layers(model)
-    plan = _plan_quantisation(model, config, targets.names, reads) if quantize else (set(), [])
+    plan = plan_quantisation(model, config, targets.names, reads) if quantize else (set(), [])
     dense, kept = plan
     # The plan holds names only: a reference to a layer would keep its dense weight alive.
     theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
@@ -190,8 +152,8 @@ def apply_config(
     for name in theirs:
         check_not_repacked(name, get_module(model, name))
     for name in work:
-        _check_layer(name, get_module(model, name), reads, quantised=name in dense)
-    steps = _with_progress(work, progress)
+        check_layer(name, get_module(model, name), reads, quantised=name in dense)
+    steps = with_progress(work, progress)
     fmt: dict[str, Any] = {
         "block_size": block_size,
         "double_quant": double_quant,
@@ -206,10 +168,10 @@ def apply_config(
         if name in targets.names:
             new = _adapted(layer, config, name, adapter_dtype, form)
         else:
-            new = _without_adapter(layer, form)
+            new = without_adapter(layer, form)
         replace_module(model, layer, new)
         del layer
-    _leave_fast_path(model)
+    leave_fast_path(model)
     if theirs and not any(is_linear4bit(module) for module in model.modules()):
         forget_quantizer(model)
     model.lora_config = config  # type: ignore[assignment]
@@ -224,32 +186,6 @@ def apply_config(
         bytes_after=count_bytes(model),
         layers=tuple(layer_row(name, module) for name, module in adapter_layers(model)),
     )
-
-
-def check_quantize(quantize: object, block_size: int) -> None:
-    """Raise ValueError for a format to quantise to that there is not."""
-    if quantize not in QUANT_TYPES:
-        raise ValueError(
-            f"quantize: got {describe(quantize)}, expected {' or '.join(QUANT_TYPES)}, or None"
-        )
-    check_block_size("block_size", block_size)
-
-
-def _check_layer(name: str, layer: Any, reads: Mapping[int, Read], *, quantised: bool) -> None:
-    """Raise what converting the layer would raise, without converting it."""
-    try:
-        if reason := read_only(layer, reads):
-            raise ValueError(reason)
-        if isinstance(layer, NF4Linear):
-            layer.weight.check()
-        elif is_linear4bit(layer):
-            check_linear4bit(layer)
-        else:
-            check_linear_layer(layer)
-            if quantised:
-                check_finite_weight(layer.weight)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 def _adapted(
@@ -276,13 +212,6 @@ def _adapted(
     if not form:
         return LoRALinear.from_linear(layer, *options)
     return QLoRALinear.from_linear(layer, *options, **form)
-
-
-def _without_adapter(layer: nn.Module, form: dict[str, Any]) -> NF4Linear:
-    if is_linear4bit(layer):
-        return NF4Linear.from_linear4bit(layer)
-    assert isinstance(layer, nn.Linear)
-    return NF4Linear.from_linear(layer, **form)
 
 
 def check_model(model: nn.Module) -> None:
@@ -317,7 +246,7 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def _check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:
+def check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
             if not any(pattern_value({pattern: True}, name, False) for name in names):
@@ -325,75 +254,3 @@ def _check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:
                     f"{option}: {pattern!r} matches none of the {len(names)} adapted layers, such "
                     f"as {names[0]!r}"
                 )
-
-
-def _plan_quantisation(
-    model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], reads: Mapping[int, Read]
-) -> tuple[set[str], list[tuple[str, str]]]:
-    """(names of layers to quantise, (name, reason) of layers that stay dense)."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    stay = kept_dense(model)
-    dense: set[str] = set()
-    kept: list[tuple[str, str]] = []
-    for name, module in named_modules(model):
-        if not isinstance(module, nn.Linear) or is_linear4bit(module):
-            continue
-        if name not in targets:
-            if is_excluded(config, name) or id(module) in stay | reads.keys():
-                continue
-            try:
-                check_linear_layer(module)
-            except (TypeError, ValueError):
-                continue
-        if module.weight.is_meta:
-            raise ValueError(
-                f"quantize: the weight of {name} is on the meta device, expected loaded values"
-            )
-        if id(module) in reads:
-            kept.append((name, f"{reads[id(module)].reason}, kept dense"))
-        elif owners[id(module.weight)] > 1:
-            kept.append((name, "weight is tied, kept dense"))
-        else:
-            dense.add(name)
-    return dense, kept
-
-
-def _leave_fast_path(model: nn.Module) -> None:
-    """Make nn.TransformerEncoderLayer call its layers: its fused path reads their weights only."""
-    ours = (LoRALinear, NF4Linear, TrainableMultiLoRALinear)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, ours) for child in module.modules()
-        ):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(child, ours) for child in module.modules()
-        ):
-            module.use_nested_tensor = False
-
-
-def _with_progress(names: list[str], progress: bool | Progress | None) -> Iterable[str]:
-    if callable(progress):
-        return _telling(names, progress)
-    if progress is False:
-        return names
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if progress:
-            raise
-        return names
-    # disable=None: where standard error is no terminal
-    unasked = {} if progress else {"delay": BAR_AFTER, "disable": None}
-    return tqdm(names, desc="adapters", unit="layer", **unasked)
-
-
-def _telling(names: list[str], progress: Progress) -> Iterator[str]:
-    for done, name in enumerate(names):
-        progress(done, len(names), name)
-        yield name
-    if names:
-        progress(len(names), len(names), names[-1])

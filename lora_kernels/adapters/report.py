@@ -113,6 +113,46 @@ def with_unit(n: int) -> str:
 
 
 @dataclass(frozen=True)
+class LoRAReport:
+    """What `apply_lora` did; `print` shows it as a table.
+
+    Attributes:
+        modules: names of the layers that have an adapter now.
+        quantized: names of the layers whose weight was quantised, with an adapter or without.
+        skipped: (name, reason) of linear layers that were left alone or left dense.
+        trainable_parameters, total_parameters: a 4-bit weight counts its elements.
+        bytes_before, bytes_after: memory of all parameters and buffers.
+        layers: one row per adapted layer.
+    """
+
+    modules: tuple[str, ...]
+    quantized: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    trainable_parameters: int
+    total_parameters: int
+    bytes_before: int
+    bytes_after: int
+    layers: tuple[LayerRow, ...]
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        lines = [
+            f"adapters on {len(self.modules)} layers: {self.trainable_parameters:,} of "
+            f"{self.total_parameters:,} parameters train ({share:.3g} %)",
+            table(group_rows(self.layers)),
+            f"memory of the weights: {with_unit(self.bytes_before)} -> "
+            f"{with_unit(self.bytes_after)}, {len(self.quantized)} layers quantised",
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped:
+            reasons.setdefault(reason, []).append(name)
+        for reason, layers in reasons.items():
+            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+            lines.append(f"left alone ({reason}): {', '.join(layers[:3])}{more}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class ModelReport:
     """Every layer of this package in a model; `print` shows it as a table.
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.adapters.checkpoint import (
+from lora_kernels.adapters.reading import (
     Factors,
-    _check_factors,
-    _drop_other_kinds,
-    _naming,
-    _read_config,
-    _read_weights,
-    _some,
+    check_factors,
+    drop_other_kinds,
+    naming,
+    read_config,
+    read_weights,
+    some,
 )
 from lora_kernels.adapters.targets import is_excluded
 from lora_kernels.integrations.peft import (
@@ -83,10 +83,10 @@ def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
         if config is not None:
             raise ValueError("config: was given beside a directory, expected None")
         folder = check_directory(source, "source")
-        options = _read_config(folder / CONFIG_FILE)
+        options = read_config(folder / CONFIG_FILE)
         where = str(folder / CONFIG_FILE)
-        factors, other = _read_weights(folder / WEIGHTS_FILE)
-    with _naming(Path(where)):
+        factors, other = read_weights(folder / WEIGHTS_FILE)
+    with naming(Path(where)):
         made = LoRAConfig.from_peft_dict(options)
         unknown = check_config(options)
         if unknown:
@@ -94,13 +94,13 @@ def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
         if made.use_dora:
             raise ValueError("use_dora: got True, expected False: a pool serves LoRA only")
     where = "state" if isinstance(source, Mapping) else str(Path(source) / WEIGHTS_FILE)
-    with _naming(Path(where)):
+    with naming(Path(where)):
         other = [key for key in other if not _is_base(key, source, form)]
         _name_alike(factors, form)
-        other += _drop_other_kinds(factors, ("A", "B"))
+        other += drop_other_kinds(factors, ("A", "B"))
         if other:
-            raise ValueError(f"{_some(sorted(other))}: not supported, expected lora_A and lora_B")
-        _check_factors(made, factors)
+            raise ValueError(f"{some(sorted(other))}: not supported, expected lora_A and lora_B")
+        check_factors(made, factors)
         _check_modules(made, factors, form, some_layers=bool(options.get("layers_to_transform")))
         return AdapterState(
             {n: _paged(n, factors[n], made, form) for n in form.modules_of(factors)}
@@ -120,7 +120,7 @@ def _options(config: object) -> dict[str, Any]:
 
 
 def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], list[str]]:
-    """As `_read_weights`, of a state dict."""
+    """As `read_weights`, of a state dict."""
     factors: dict[str, Factors] = {}
     other: list[str] = []
     for key, t in state.items():
@@ -176,8 +176,8 @@ def _check_modules(
     strangers = [key_of(name, "A") for name in factors if name not in form.modules]
     if strangers:
         raise ValueError(
-            f"{_some(strangers)}: the pool has no such module, expected some of "
-            f"{_some(list(form.modules))}"
+            f"{some(strangers)}: the pool has no such module, expected some of "
+            f"{some(list(form.modules))}"
         )
     if config.all_linear:
         expected = set(form.all_linear) or set(factors)
@@ -191,13 +191,13 @@ def _check_modules(
     extra = sorted(set(factors) - expected)
     if extra:
         raise ValueError(
-            f"{_some([key_of(n, 'A') for n in extra])}: not expected, target_modules is "
+            f"{some([key_of(n, 'A') for n in extra])}: not expected, target_modules is "
             f"{config.target_modules!r}"
         )
     missing = sorted(expected - set(factors))
     if missing and not some_layers:
         keys = [key_of(n, f) for n in missing for f in "AB"]
-        raise ValueError(f"{_some(keys)}: missing, target_modules is {config.target_modules!r}")
+        raise ValueError(f"{some(keys)}: missing, target_modules is {config.target_modules!r}")
 
 
 def _paged(name: str, pair: Factors, config: LoRAConfig, form: PoolForm) -> PagedFactors:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_kernels.adapters.checkpoint import _read_weights, save_layers
+from lora_kernels.adapters.reading import read_weights
+from lora_kernels.adapters.saving import save_layers
 from lora_kernels.integrations.peft import WEIGHTS_FILE, key_of
 from lora_kernels.training.run import AdapterRun
 
@@ -54,7 +55,7 @@ def load_run(run: AdapterRun, folder: Path) -> None:
         ValueError: the adapter is for other layers or of another rank.
     """
     place = folder / run.name
-    factors, other = _read_weights(place / WEIGHTS_FILE)
+    factors, other = read_weights(place / WEIGHTS_FILE)
     expected = {key_of(n, f) for n, _ in run.layers for f in "AB"}
     got = {key_of(n, f) for n, pair in factors.items() for f in pair} | set(other)
     if got != expected:
