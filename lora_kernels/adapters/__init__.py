@@ -8,8 +8,10 @@ from lora_kernels.adapters.merging import (
     disable_adapters,
     merge_adapters,
     merge_and_unload,
+    unload,
     unmerge_adapters,
 )
+from lora_kernels.adapters.quantize import quantize_model
 from lora_kernels.adapters.report import LoRAReport, ModelReport, model_report
 from lora_kernels.adapters.saving import save_adapter
 
@@ -25,6 +27,8 @@ __all__ = [
     "merge_adapters",
     "merge_and_unload",
     "model_report",
+    "quantize_model",
     "save_adapter",
+    "unload",
     "unmerge_adapters",
 ]

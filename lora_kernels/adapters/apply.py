@@ -2,45 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lora_kernels.adapters.checks import check_model
 from lora_kernels.adapters.config import LoRAConfig
 from lora_kernels.adapters.layers import (
     adapter_layers,
     count_bytes,
     count_parameters,
     get_module,
-    named_modules,
     replace_module,
 )
-from lora_kernels.adapters.progress import Progress, with_progress
-from lora_kernels.adapters.quantize import (
-    check_layer,
-    check_quantize,
-    leave_fast_path,
-    plan_quantisation,
-    without_adapter,
+from lora_kernels.adapters.modules_to_save import (
+    check_whole,
+    match_modules,
+    train_whole,
+    with_task_head,
 )
+from lora_kernels.adapters.progress import Progress, with_progress
+from lora_kernels.adapters.quantize import leave_fast_path, plan_base, without_adapter
 from lora_kernels.adapters.reads import read_layers
 from lora_kernels.adapters.report import LoRAReport, layer_row
-from lora_kernels.adapters.targets import Targets, find_targets, is_excluded
-from lora_kernels.integrations.peft import ALL_LINEAR, pattern_value
+from lora_kernels.adapters.targets import Targets, find_targets
+from lora_kernels.adapters.token_indices import check_tokens, find_rows, train_tokens
+from lora_kernels.integrations.peft import (
+    ALL_LINEAR,
+    default_targets,
+    modules_of_task,
+    pattern_value,
+)
 from lora_kernels.integrations.transformers import forget_quantizer
 from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
-from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
+from lora_kernels.nn.linear4bit import is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype
-from lora_kernels.nn.multi_lora_embedding import POOLED
-from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
 from lora_kernels.ops.common.kinds import check_kinds, describe
 
 
 def apply_lora(
     model: nn.Module,
-    r: int = 16,
+    r: int | LoRAConfig | Any = 16,
     alpha: float = 32,
     dropout: float = 0.05,
     target_modules: str | Iterable[str] = ALL_LINEAR,
@@ -52,12 +59,19 @@ def apply_lora(
     *,
     use_dora: bool = False,
     init: str = "kaiming",
+    modules_to_save: Iterable[str] | None = None,
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    ensure_weight_tying: bool = False,
+    config: LoRAConfig | Any = None,
     adapter_dtype: torch.dtype | None = None,
     block_size: int = 64,
     double_quant: bool = True,
     progress: bool | Progress | None = None,
 ) -> LoRAReport:
     """Put adapters on a model's linear layers, in place, and freeze everything else.
+
+    `apply_lora(model, config)` takes all options of an adapter from a `LoRAConfig` or from PEFT's
+    `LoraConfig`.
 
     nn.Linear becomes LoRALinear (QLoRALinear with `quantize`); bitsandbytes' Linear4bit and
     NF4Linear become QLoRALinear over the same bytes (a Linear4bit without an adapter becomes
@@ -82,6 +96,15 @@ def apply_lora(
         rank_pattern, alpha_pattern: r or alpha by name, as in PEFT: a regular expression for the
             end of the full name; the first that fits counts.
         exclude_modules: as `target_modules`; what is excluded is neither adapted nor quantised.
+        modules_to_save: ends of the names of modules that train whole and are saved with the
+            adapters, as in PEFT; they get no adapter and are not quantised. The new head of a
+            model for a task (classification, question answering, vision) is always among them, but
+            with an empty list.
+        trainable_token_indices: rows of the input embedding that train by themselves, or of the
+            modules whose names end as the keys do. An output layer that is tied follows.
+        ensure_weight_tying: an embedding and an output layer that are tied stay so when one of them
+            is in `modules_to_save`.
+        config: all of the above but `quantize`, in place of `r` or by name.
         adapter_dtype: dtype of A, B and the magnitude; fp32 over a 16-bit base by default.
         block_size, double_quant: of `quantize`.
         progress: True for a bar (needs tqdm), False for none, or a function of (done, total,
@@ -97,20 +120,10 @@ def apply_lora(
             weight to quantise holds non-finite values (the message names the layer).
         TypeError: an option has the wrong type.
     """
-    config = LoRAConfig(
-        r,
-        alpha,
-        dropout,
-        target_modules,  # type: ignore[arg-type]
-        bool(use_rslora),
-        rank_pattern or {},
-        alpha_pattern or {},
-        exclude_modules,  # type: ignore[arg-type]
-        init,
-        bool(use_dora),
-    )
+    given = {k: v for k, v in locals().items() if k in _OPTIONS}
     check_model(model)
-    check_kinds(apply_lora, locals())
+    check_kinds(apply_lora, {k: v for k, v in locals().items() if k not in ("r", "config")})
+    config = with_task_head(model, _config_of(model, given, config))
     targets = find_targets(model, config)
     check_patterns(config, targets.names)
     return apply_config(
@@ -125,6 +138,41 @@ def apply_lora(
     )
 
 
+_OPTIONS = tuple(field.name for field in fields(LoRAConfig))
+
+
+def _config_of(model: nn.Module, given: dict[str, Any], config: Any) -> LoRAConfig:
+    """The configuration that `apply_lora` was given, in one of three ways."""
+    if not isinstance(given["r"], numbers.Number | str | None):
+        if config is not None:
+            raise TypeError("config: was given twice, as r too")
+        if not hasattr(given["r"], "to_peft_dict") and not hasattr(given["r"], "to_dict"):
+            raise TypeError(
+                f"r: got {describe(given['r'])}, expected an int, a LoRAConfig or PEFT's LoraConfig"
+            )
+        config, given["r"] = given["r"], 16
+    if config is None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            given[name] = given[name] or {}
+        return LoRAConfig(**{**given, "use_rslora": bool(given["use_rslora"])})
+    for name, value in given.items():
+        if value != inspect.signature(apply_lora).parameters[name].default:
+            raise TypeError(f"{name}: got {describe(value)} beside a configuration, which has it")
+    if isinstance(config, LoRAConfig):
+        return config
+    if isinstance(config, Mapping) or not hasattr(config, "to_dict"):
+        raise TypeError(f"config: got {describe(config)}, expected LoRAConfig or PEFT's LoraConfig")
+    options = config.to_dict()
+    if options.get("target_modules") is None and options.get("peft_type") == "LORA":
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        options["target_modules"] = default_targets(kind)
+    made = LoRAConfig.from_peft(options)
+    heads = [n for n in modules_of_task(options.get("task_type")) if match_modules(model, [n])]
+    if heads and made.modules_to_save is not None:
+        made = replace(made, modules_to_save=(*made.modules_to_save, *heads))
+    return made
+
+
 def apply_config(
     model: nn.Module,
     config: LoRAConfig,
@@ -135,36 +183,40 @@ def apply_config(
     block_size: int = 64,
     double_quant: bool = True,
     progress: bool | Progress | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> LoRAReport:
-    """Put the configuration's adapters on the targets, which are known to take one."""
-    if quantize is not None:
-        check_quantize(quantize, block_size)
+    """Put the configuration's adapters on the targets, which are known to take one.
+
+    Args:
+        before: is called once everything is checked, before anything is changed.
+    """
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
+    trained = match_modules(model, config.modules_to_save or ())
+    for name in trained:
+        check_whole(model, name)
+    rows = find_rows(model, config)
     reads = read_layers(model)
-    plan = plan_quantisation(model, config, targets.names, reads) if quantize else (set(), [])
-    dense, kept = plan
-    # The plan holds names only: a reference to a layer would keep its dense weight alive.
-    theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
-    called = [name for name in theirs if id(get_module(model, name)) not in reads]
-    bare = dense | {name for name in called if not is_excluded(config, name)}
-    work = list(targets.names) + sorted(bare - set(targets.names))
-    for name in theirs:
-        check_not_repacked(name, get_module(model, name))
-    for name in work:
-        check_layer(name, get_module(model, name), reads, quantised=name in dense)
+    check_tokens(model, rows, targets.names, trained, reads)
+    plan = plan_base(
+        model,
+        config,
+        targets.names,
+        reads,
+        quantize=quantize,
+        block_size=block_size,
+        stay=[row.name for row in rows],
+    )
+    work = list(targets.names) + sorted(plan.bare - set(targets.names))
     steps = with_progress(work, progress)
-    fmt: dict[str, Any] = {
-        "block_size": block_size,
-        "double_quant": double_quant,
-        "quant_type": quantize,
-    }
+    fmt = {"block_size": block_size, "double_quant": double_quant, "quant_type": quantize}
     bytes_before = count_bytes(model)
+    before()
     model.requires_grad_(False)
     for name in steps:
         layer: Any = get_module(model, name)
         new: nn.Module
-        form = fmt if name in dense else {}
+        form = fmt if name in plan.dense else {}
         if name in targets.names:
             new = _adapted(layer, config, name, adapter_dtype, form)
         else:
@@ -172,19 +224,23 @@ def apply_config(
         replace_module(model, layer, new)
         del layer
     leave_fast_path(model)
-    if theirs and not any(is_linear4bit(module) for module in model.modules()):
+    train_whole(model, trained, tied=config.ensure_weight_tying)
+    train_tokens(model, rows, adapter_dtype)
+    if plan.theirs and not any(is_linear4bit(module) for module in model.modules()):
         forget_quantizer(model)
     model.lora_config = config  # type: ignore[assignment]
     trainable, total = count_parameters(model)
     return LoRAReport(
         modules=targets.names,
-        quantized=tuple(name for name in work if name in dense),
-        skipped=targets.skipped + tuple(kept),
+        quantized=tuple(name for name in work if name in plan.dense),
+        skipped=targets.skipped + tuple(plan.kept),
         trainable_parameters=trainable,
         total_parameters=total,
         bytes_before=bytes_before,
         bytes_after=count_bytes(model),
         layers=tuple(layer_row(name, module) for name, module in adapter_layers(model)),
+        modules_to_save=tuple(trained),
+        trainable_tokens={row.name: row.tokens for row in rows},
     )
 
 
@@ -212,38 +268,6 @@ def _adapted(
     if not form:
         return LoRALinear.from_linear(layer, *options)
     return QLoRALinear.from_linear(layer, *options, **form)
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise unless adapters can be put on this model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {describe(model)}, expected a torch.nn.Module")
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"model: {type(model).__name__} has PEFT adapters already; pass the base model"
-        )
-    if any("_orig_mod" in module._modules for module in model.modules()):
-        raise ValueError("model: is compiled already; call apply_lora before torch.compile")
-    if isinstance(model, nn.Linear | NF4Linear):
-        raise ValueError(
-            f"model: is a {type(model).__name__}, which cannot be replaced inside itself; use "
-            "LoRALinear.from_linear"
-        )
-    pooled = next((n for n, m in named_modules(model) if isinstance(m, POOLED)), None)
-    if pooled is not None:
-        raise ValueError(f"model: {pooled} has a pool already; serving.detach_pool removes it")
-    training = [n for n, m in named_modules(model) if isinstance(m, TrainableMultiLoRALinear)]
-    if training:
-        raise ValueError(
-            f"model: {type(model).__name__} has adapters in training on {training[0]} and others; "
-            "training.detach_adapters removes them"
-        )
-    adapted = [name for name, _ in adapter_layers(model)]
-    if adapted:
-        raise ValueError(
-            f"model: {type(model).__name__} has adapters on {len(adapted)} layers already "
-            f"({', '.join(adapted[:3])}, ...); merge_and_unload removes them"
-        )
 
 
 def check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Saving and loading adapters in PEFT's format."""
+"""Loading adapters in PEFT's format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.apply import apply_config, check_model
+from lora_kernels.adapters.apply import apply_config
+from lora_kernels.adapters.checks import check_model
 from lora_kernels.adapters.config import LoRAConfig
 from lora_kernels.adapters.layers import (
     adapter_layers,
@@ -18,6 +19,8 @@ from lora_kernels.adapters.layers import (
     named_modules,
     unwrap,
 )
+from lora_kernels.adapters.modules_to_save import whole_modules, with_tied
+from lora_kernels.adapters.placing import fill_base, fill_beside, place
 from lora_kernels.adapters.reading import (
     Factors,
     check_factors,
@@ -26,12 +29,12 @@ from lora_kernels.adapters.reading import (
     read_config,
     read_weights,
     some,
+    weights_file,
 )
 from lora_kernels.adapters.targets import Targets, find_targets
 from lora_kernels.integrations.peft import (
     CONFIG_FILE,
     MAGNITUDE,
-    WEIGHTS_FILE,
     check_config,
     check_directory,
     key_of,
@@ -50,11 +53,16 @@ class LoadResult:
         modules: names of the layers whose adapter was loaded.
         missing_keys: tensors that the model's adapters have and the file does not.
         unexpected_keys: tensors of the file that the model has no place for.
+        modules_to_save: names of the modules that were loaded whole.
+        base_weights: weights of the base that the file has too, and that were loaded: those of an
+            adapted output layer, of a vocabulary that was resized.
     """
 
     modules: tuple[str, ...]
     missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    base_weights: tuple[str, ...] = ()
 
 
 def load_adapter(
@@ -71,11 +79,13 @@ def load_adapter(
     A plain model first gets adapters as the file's configuration says (they train; call
     `requires_grad_(False)` or torch.no_grad() where they should not). Into a model with adapters
     the weights and scales are copied; its dropout stays as it is. Merged layers are merged anew.
-    Everything is checked before anything is changed.
+    Modules that were saved whole, and rows of an embedding, are loaded too. Everything is checked
+    before anything is changed.
 
     Args:
         model: a model with adapters or a plain one.
-        directory: holds `adapter_config.json` and `adapter_model.safetensors`.
+        directory: holds `adapter_config.json` and `adapter_model.safetensors` (or, as older PEFT
+            wrote it, `adapter_model.bin`).
         strict: False turns missing and unexpected tensors, and configuration options that are not
             known, into warnings.
         quantize, block_size, double_quant: store a plain model's base in 4 bits, as in
@@ -101,34 +111,41 @@ def load_adapter(
         unknown = check_config(options)
     if unknown:
         _complain(strict, f"{folder / CONFIG_FILE}: {', '.join(unknown)}: not known here")
-    factors, unexpected = read_weights(folder / WEIGHTS_FILE)
+    path = weights_file(folder)
+    factors, other = read_weights(path)
     kinds = ("A", "B", MAGNITUDE) if config.use_dora else ("A", "B")
-    unexpected += drop_other_kinds(factors, kinds)
-    with naming(folder / WEIGHTS_FILE):
-        check_factors(config, factors)
-
+    unexpected = drop_other_kinds(factors, kinds)
     layers = dict(adapter_layers(model))
     if layers and quantize is not None:
         raise ValueError(f"quantize: got {quantize!r}, but the model has adapters already")
+    config = with_tied(model, config)
+    marked = [name for name, _ in whole_modules(model)] if layers else None
+    with naming(path):
+        check_factors(config, factors)
+        beside = place(model, config, other, {*layers, *factors}, marked=marked)
+    unexpected += beside.unexpected
     if layers:
         expected = set(layers)
     elif strict and not options.get("layers_to_transform"):
-        expected = set(find_targets(model, config).names)
+        expected = set(find_targets(model, config, lenient=True).names)
     else:
         expected = set(factors) & {name for name, _ in named_modules(model)}
     for name in sorted(set(factors) - expected):
         unexpected += [key_of(name, factor) for factor in factors.pop(name)]
     # A pair without its other half was refused: what may be missing is a layer, or a magnitude.
     missing = [key_of(n, f) for n in sorted(expected) for f in kinds if f not in factors.get(n, {})]
+    missing += beside.missing
     for kind, keys in (("missing from", missing), ("not expected in", unexpected)):
         if keys:
-            _complain(strict, f"{len(keys)} tensors {kind} {folder / WEIGHTS_FILE}: {some(keys)}")
+            _complain(strict, f"{len(keys)} tensors {kind} {path}: {some(keys)}")
     if not factors:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: holds no adapter for {type(model).__name__}")
+        raise ValueError(f"{path}: holds no adapter for {type(model).__name__}")
     for name, pair in factors.items():
         _check_fit(name, pair, model, layers.get(name), config.use_dora)
 
-    if not layers:
+    if layers:
+        fill_base(model, beside)
+    else:
         apply_config(
             model,
             config,
@@ -136,11 +153,19 @@ def load_adapter(
             quantize=quantize,
             block_size=block_size,
             double_quant=double_quant,
+            before=lambda: fill_base(model, beside),
         )
         layers = dict(adapter_layers(model))
+    fill_beside(model, beside)
     for name, pair in factors.items():
         _fill(layers[name], pair, config.alpha_of(name), config.use_rslora)
-    return LoadResult(tuple(factors), tuple(missing), tuple(unexpected))
+    return LoadResult(
+        tuple(factors),
+        tuple(missing),
+        tuple(unexpected),
+        tuple(beside.saved),
+        tuple(f"{module}.{tensor}" for module, tensor in beside.base),
+    )
 
 
 def _fill(layer: LoRAMixin, pair: Factors, alpha: float, use_rslora: bool) -> None:

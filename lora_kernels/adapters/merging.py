@@ -9,8 +9,12 @@ from contextlib import contextmanager
 from torch import nn
 
 from lora_kernels.adapters.layers import adapter_layers, replace_module, require_adapters, unwrap
-from lora_kernels.integrations.transformers import output_layer, untie
-from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
+from lora_kernels.adapters.modules_to_save import base_modules, keep, put_back
+from lora_kernels.adapters.token_indices import drop_tokens, merge_tokens, token_modules
+from lora_kernels.integrations.transformers import input_embedding, output_layer, untie
+from lora_kernels.nn import LoRAMixin, NF4Linear, QLoRALinear
+from lora_kernels.nn.common import make_linear
+from lora_kernels.nn.token_rows import TokenRows
 
 
 def merge_adapters(model: nn.Module, *, safe: bool = False, requantize: bool = False) -> None:
@@ -66,7 +70,8 @@ def merge_and_unload(
     """Merge every adapter for good, in place, and leave plain nn.Linear layers.
 
     NF4Linear layers without an adapter are decoded as well, so that what remains is a plain model
-    that can be saved and loaded without this package. Parameters stay frozen.
+    that can be saved and loaded without this package. Modules that trained whole, and rows of an
+    embedding, keep what they have learned. Parameters are frozen.
 
     Args:
         model: a model with adapters.
@@ -87,12 +92,8 @@ def merge_and_unload(
                 layer.merged_weight(safe=True)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-    if isinstance(output_layer(model), LoRALinear) and untie(model):
-        warnings.warn(
-            "the output layer was adapted, so its merged weight is no longer the embedding's: "
-            "config.tie_word_embeddings is False now",
-            stacklevel=2,
-        )
+    keep(model)
+    merge_tokens(model)
     for _, layer in adapters:
         new: nn.Module
         if requantize and isinstance(layer, QLoRALinear):
@@ -103,24 +104,75 @@ def merge_and_unload(
     if not requantize:
         for plain in [m for m in model.modules() if isinstance(m, NF4Linear)]:
             replace_module(model, plain, plain.to_linear())
+    if not _share_weight(model) and untie(model):
+        warnings.warn(
+            "the output layer was trained, so its weight is no longer the embedding's: "
+            "config.tie_word_embeddings is False now",
+            stacklevel=2,
+        )
     if hasattr(model, "lora_config"):
         del model.lora_config
     return model
 
 
+def _share_weight(model: nn.Module) -> bool:
+    """Whether the output layer still has the embedding's weight, where the model has both."""
+    ends = input_embedding(model), output_layer(model)
+    weights = [getattr(layer, "weight", None) for layer in ends]
+    return any(w is None for w in weights) or weights[0] is weights[1]
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take every adapter off, in place, and give the base back as it was: dense layers or 4-bit
+    ones, modules that trained whole and rows of an embedding with the base's values. Everything is
+    frozen; what was learned is gone (`save_adapter` before).
+
+    Args:
+        model: a model with adapters, merged or not.
+
+    Returns:
+        The model (the inner one, if it was compiled or wrapped for data parallelism).
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    model = unwrap(model)
+    for _, layer in require_adapters(model):
+        replace_module(model, layer, _base_layer(layer))
+    put_back(model)
+    drop_tokens(model)
+    if hasattr(model, "lora_config"):
+        del model.lora_config
+    return model
+
+
+def _base_layer(layer: LoRAMixin) -> nn.Module:
+    """The layer without its adapter; weight and bias are shared."""
+    if isinstance(layer, QLoRALinear):
+        return NF4Linear.from_weight(layer.weight, layer.bias).train(layer.training)
+    linear = make_linear(layer.weight, None, training=layer.training)
+    linear._parameters["weight"] = layer._parameters["weight"]  # tied or split, the very same
+    linear._parameters["bias"] = layer.bias
+    return linear
+
+
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Compute the base model alone, merged or not, until the block ends.
+    """Compute the base model alone, merged or not, until the block ends: modules that train whole
+    and rows of an embedding too.
 
     Raises:
         ValueError: the model has no adapters.
     """
     require_adapters(model)
-    before = [(layer, layer.adapter_enabled) for _, layer in adapter_layers(model)]
+    switches: list[LoRAMixin | TokenRows] = [layer for _, layer in adapter_layers(model)]
+    switches += [module for _, module in token_modules(model)]
+    before = [(layer, layer.adapter_enabled) for layer in switches]
     for layer, _ in before:
         layer.adapter_enabled = False
     try:
-        yield
+        with base_modules(model):
+            yield
     finally:
         for layer, enabled in before:
             layer.adapter_enabled = enabled

@@ -6,13 +6,20 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_kernels.adapters.config import LoRAConfig
-from lora_kernels.integrations.peft import MAGNITUDE, PICKLED_WEIGHTS_FILE, key_of, split_key
+from lora_kernels.integrations.peft import (
+    MAGNITUDE,
+    PICKLED_WEIGHTS_FILE,
+    WEIGHTS_FILE,
+    key_of,
+    split_key,
+)
 from lora_kernels.ops.common.checks import FLOATS, names
 
 Factors = dict[str, Tensor]
@@ -43,28 +50,47 @@ def read_config(path: Path) -> dict[str, Any]:
     return options
 
 
-def read_weights(path: Path) -> tuple[dict[str, Factors], list[str]]:
-    """({module: {"A": tensor, "B": tensor}}, keys of any other kind)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def weights_file(folder: Path) -> Path:
+    """The file of the weights: safetensors', else PEFT's older kind if that is there."""
+    pickled = folder / PICKLED_WEIGHTS_FILE
+    whole = folder / WEIGHTS_FILE
+    return pickled if pickled.is_file() and not whole.is_file() else whole
 
+
+def read_weights(path: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """({module: {"A": tensor, "B": tensor}}, tensors of any other kind by key)."""
     if not path.is_file():
-        pickled = path.with_name(PICKLED_WEIGHTS_FILE).is_file()
-        hint = f"; {PICKLED_WEIGHTS_FILE} is a pickle, convert it with PEFT" if pickled else ""
-        raise FileNotFoundError(f"{path}: no such file{hint}")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: is damaged or no safetensors file ({error})") from error
+        raise FileNotFoundError(f"{path}: no such file")
     factors: dict[str, Factors] = {}
-    other: list[str] = []
-    for key, tensor in tensors.items():
+    other: dict[str, Tensor] = {}
+    for key, tensor in _tensors(path).items():
         where = split_key(key)
         if where is None:
-            other.append(key)
+            other[key] = tensor
         else:
             factors.setdefault(where[0], {})[where[1]] = tensor
     return factors, other
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.name != PICKLED_WEIGHTS_FILE:
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: is damaged or no safetensors file ({error})") from error
+    except (EOFError, RuntimeError, UnpicklingError) as error:
+        raise ValueError(
+            f"{path}: is damaged, or holds more than tensors ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in tensors.items()
+    ):
+        raise ValueError(f"{path}: holds {type(tensors).__name__}, expected names and tensors")
+    return tensors
 
 
 def drop_other_kinds(factors: dict[str, Factors], kinds: tuple[str, ...]) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -123,6 +123,8 @@ class LoRAReport:
         trainable_parameters, total_parameters: a 4-bit weight counts its elements.
         bytes_before, bytes_after: memory of all parameters and buffers.
         layers: one row per adapted layer.
+        modules_to_save: names of the modules that train whole and are saved with the adapters.
+        trainable_tokens: rows that train by themselves, by the names of their modules.
     """
 
     modules: tuple[str, ...]
@@ -133,13 +135,23 @@ class LoRAReport:
     bytes_before: int
     bytes_after: int
     layers: tuple[LayerRow, ...]
+    modules_to_save: tuple[str, ...] = ()
+    trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         share = 100 * self.trainable_parameters / max(1, self.total_parameters)
-        lines = [
-            f"adapters on {len(self.modules)} layers: {self.trainable_parameters:,} of "
-            f"{self.total_parameters:,} parameters train ({share:.3g} %)",
-            table(group_rows(self.layers)),
+        lines = []
+        if self.modules:
+            lines = [
+                f"adapters on {len(self.modules)} layers: {self.trainable_parameters:,} of "
+                f"{self.total_parameters:,} parameters train ({share:.3g} %)",
+                table(group_rows(self.layers)),
+            ]
+        if self.modules_to_save:
+            lines.append(f"train whole, saved with them: {', '.join(self.modules_to_save)}")
+        for name, tokens in self.trainable_tokens.items():
+            lines.append(f"tokens that train: {len(tokens)} rows of {name}")
+        lines += [
             f"memory of the weights: {with_unit(self.bytes_before)} -> "
             f"{with_unit(self.bytes_after)}, {len(self.quantized)} layers quantised",
         ]

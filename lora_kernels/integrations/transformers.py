@@ -18,15 +18,61 @@ def output_layer(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def is_classifier(model: nn.Module) -> bool:
-    """Whether the model ends in a newly made classification head."""
-    name = type(model).__name__
-    return name.endswith(("ForSequenceClassification", "ForTokenClassification"))
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that looks up the tokens, where the model names it."""
+    getter = getattr(model, "get_input_embeddings", None)
+    if getter is None:
+        return None
+    try:
+        return getter()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+# Ends of the names of models whose head is made anew for a task: its classes are the user's.
+_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
+_HEADS = ("classifier", "score", "qa_outputs")
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Names of the modules that a model for a task has beside its backbone; none for a language
+    model, whose head was trained with the rest."""
+    kind = type(model).__name__
+    if "For" not in kind or not kind.endswith(_TASKS):
+        return []
+    heads = [n for n, m in model.named_children() if next(m.parameters(), None) is not None]
+    backbone = getattr(model, "base_model_prefix", "")
+    if backbone in heads:
+        return [name for name in heads if name != backbone]
+    return [name for name in heads if name in _HEADS]
+
+
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's name of the model's task; None where PEFT would expect a saved head as well."""
-    return "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
+    """PEFT's name of the model's task, where it has one."""
+    kind = type(model).__name__
+    return next((task for end, task in _TASK_TYPES.items() if kind.endswith(end)), None)
+
+
+def resized_vocabulary(model: nn.Module) -> tuple[int, int] | None:
+    """(rows that the model was loaded with, rows now) where they differ; None where they do not, or
+    where the model does not say where it was loaded from. Asks no network."""
+    config: Any = getattr(model, "config", None)
+    name = base_model_name(model)
+    if name is None or getattr(config, "vocab_size", None) is None:
+        return None
+    try:
+        before = type(config).from_pretrained(name, local_files_only=True).vocab_size
+    except (OSError, ValueError, AttributeError):
+        return None
+    return None if before == config.vocab_size else (before, config.vocab_size)
 
 
 def base_model_name(model: nn.Module) -> str | None:

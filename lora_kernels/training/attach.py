@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.adapters.apply import check_model, check_patterns
+from lora_kernels.adapters.apply import check_patterns
+from lora_kernels.adapters.checks import check_model
 from lora_kernels.adapters.layers import (
     get_module,
     named_modules,
@@ -65,6 +66,12 @@ def attach_adapters(
     reads, targets = read_layers(model), []
     dense: set[str] = set()
     for config in configs:
+        for option in ("modules_to_save", "trainable_token_indices"):
+            if asked := getattr(config, option):
+                raise ValueError(
+                    f"{option}: got {asked!r}, which is not supported where many adapters train "
+                    "over one base"
+                )
         names = find_targets(model, config).names
         check_patterns(config, names)
         targets.append(names)
