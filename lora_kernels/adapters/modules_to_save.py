@@ -194,10 +194,18 @@ def _swap(module: nn.Module, *, aside: bool) -> None:
     kept: Kept = vars(module)[_KEPT]
     if kept.aside is aside:
         return
-    for (place, key), other in kept.tensors.items():
-        inner = get_module(module, place)
-        slots = inner._parameters if key in inner._parameters else inner._buffers
-        now = slots[key]
+    found = [(place, key, get_module(module, place)) for place, key in kept.tensors]
+    slots_of = [i._parameters if key in i._parameters else i._buffers for _, key, i in found]
+    for (place, key, _), slots in zip(found, slots_of, strict=True):
+        now, other = slots[key], kept.tensors[place, key]
+        if now is None or now.shape != other.shape:
+            raise ValueError(
+                f"model: {key} {list(other.shape)} of a {type(module).__name__} in modules_to_save "
+                f"is {'gone' if now is None else list(now.shape)} now, so that the base's cannot "
+                "come back; resize before apply_lora"
+            )
+    for (place, key, _), slots in zip(found, slots_of, strict=True):
+        now, other = slots[key], kept.tensors[place, key]
         assert now is not None
         if hasattr(now, "full_tensor"):  # whoever has split it holds it too
             kept.tensors[place, key] = whole(now).clone()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from lora_kernels.nn.common import check_linear_layer
 
 DELTA = "trainable_tokens_delta"
 _INDICES, _ROW_OF = "token_indices", "_row_of_token"
-_reached: ContextVar[list[nn.Module] | None] = ContextVar("_reached", default=None)
 
 
 class TokenRows(nn.Module):
@@ -53,14 +51,19 @@ class TokenEmbedding(TokenRows, nn.Embedding):
     """`nn.Embedding` some of whose rows train."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if (reached := _reached.get()) is not None:
-            reached.append(self)
         y = nn.Embedding.forward(self, input)
         if not self.adapter_enabled:
             return y
-        row_of: Tensor = getattr(self, _ROW_OF)
-        row = row_of[input]
+        row = self._row_of_each()[input]
         return torch.where((row >= 0)[..., None], F.embedding(row.clamp_min(0), self._rows()), y)
+
+    def _row_of_each(self) -> Tensor:
+        """[V] the trainable row of each token, −1 for those that have none."""
+        row_of: Tensor = getattr(self, _ROW_OF)
+        if len(row_of) != len(self.weight):  # the vocabulary was resized
+            row_of = _row_of(self.token_indices, len(self.weight))
+            setattr(self, _ROW_OF, row_of)
+        return row_of
 
     def _rows(self) -> Tensor:
         """The rows; that of the padding gets no gradient, as in nn.Embedding."""
@@ -124,20 +127,21 @@ def check_rows(name: str, module: nn.Module, tokens: Sequence[int]) -> None:
 
 
 def _calls_embedding(module: nn.Module) -> bool:
-    """Whether the module's forward ends in nn.Embedding's (most scale what that gives)."""
-    before = module.__class__
-    reached: list[nn.Module] = []
-    token = _reached.set(reached)
+    """Whether the module's forward goes on to nn.Embedding's (most scale what that gives)."""
+    before, reached = module.__class__, list[bool]()
+
+    class Probe(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            reached.append(True)
+            return nn.Embedding.forward(self, input)
+
     try:
-        module.__class__ = _class_of(before)
-        module.adapter_enabled = False  # type: ignore[assignment]
+        module.__class__ = type(before.__name__, (before, Probe), {})
         with torch.no_grad():
             made: Any = module
             made.forward(torch.zeros(1, dtype=torch.int64, device=made.weight.device))
     finally:
-        _reached.reset(token)
         module.__class__ = before
-        vars(module).pop("adapter_enabled", None)
     return bool(reached)
 
 
@@ -172,10 +176,15 @@ def train_rows(
     made.register_parameter(DELTA, delta)
     made.register_buffer(_INDICES, torch.tensor(tokens, device=weight.device), persistent=False)
     if isinstance(made, nn.Embedding):
-        row_of = torch.full((len(weight),), -1, device=weight.device)
-        row_of[list(tokens)] = torch.arange(len(tokens), device=weight.device)
+        row_of = _row_of(torch.tensor(tokens, device=weight.device), len(weight))
         made.register_buffer(_ROW_OF, row_of, persistent=False)
     return made
+
+
+def _row_of(indices: Tensor, count: int) -> Tensor:
+    row_of = torch.full((count,), -1, device=indices.device)
+    row_of[indices] = torch.arange(len(indices), device=indices.device)
+    return row_of
 
 
 def drop_rows(module: TokenRows) -> None:
