@@ -13,7 +13,7 @@ from lora_kernels.adapters.modules_to_save import base_modules, keep, put_back
 from lora_kernels.adapters.token_indices import drop_tokens, merge_tokens, token_modules
 from lora_kernels.integrations.transformers import input_embedding, output_layer, untie
 from lora_kernels.nn import LoRAMixin, NF4Linear, QLoRALinear
-from lora_kernels.nn.common import make_linear
+from lora_kernels.nn.common import make_linear, whole, whole_parameter
 from lora_kernels.nn.token_rows import TokenRows
 
 
@@ -148,11 +148,11 @@ def unload(model: nn.Module) -> nn.Module:
 
 def _base_layer(layer: LoRAMixin) -> nn.Module:
     """The layer without its adapter; weight and bias are shared."""
+    bias = whole_parameter(layer.bias)
     if isinstance(layer, QLoRALinear):
-        return NF4Linear.from_weight(layer.weight, layer.bias).train(layer.training)
-    linear = make_linear(layer.weight, None, training=layer.training)
-    linear._parameters["weight"] = layer._parameters["weight"]  # tied or split, the very same
-    linear._parameters["bias"] = layer.bias
+        return NF4Linear.from_weight(layer.weight, bias).train(layer.training)
+    linear = make_linear(whole(layer.weight), bias, training=layer.training)
+    linear._parameters["weight"] = whole_parameter(layer._parameters["weight"])  # the tied one
     return linear
 
 
