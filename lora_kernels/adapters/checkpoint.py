@@ -19,7 +19,12 @@ from lora_kernels.adapters.layers import (
     named_modules,
     unwrap,
 )
-from lora_kernels.adapters.modules_to_save import whole_modules, with_tied
+from lora_kernels.adapters.modules_to_save import (
+    is_inside,
+    match_modules,
+    whole_modules,
+    with_tied,
+)
 from lora_kernels.adapters.placing import fill_base, fill_beside, place
 from lora_kernels.adapters.reading import (
     Factors,
@@ -39,6 +44,7 @@ from lora_kernels.integrations.peft import (
     check_directory,
     key_of,
 )
+from lora_kernels.integrations.transformers import task_heads
 from lora_kernels.nn import LoRAMixin
 from lora_kernels.nn.common import fill
 from lora_kernels.ops.common.checks import names
@@ -143,6 +149,13 @@ def load_adapter(
     for name, pair in factors.items():
         _check_fit(name, pair, model, layers.get(name), config.use_dora)
 
+    trained = match_modules(model, config.modules_to_save or ())
+    if heads := [n for n in task_heads(model) if not is_inside(n, trained) and n not in expected]:
+        warnings.warn(
+            f"{path}: holds no weights of {', '.join(heads)}: predictions are those of the model's "
+            "own head",
+            stacklevel=2,
+        )
     if layers:
         fill_base(model, beside)
     else:

@@ -24,7 +24,8 @@ from lora_kernels.integrations.transformers import (
     output_layer,
     resized_vocabulary,
 )
-from lora_kernels.nn import LoRAMixin
+from lora_kernels.nn import LoRAMixin, NF4Linear
+from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
 from lora_kernels.nn.token_rows import DELTA, TokenRows
 
 _SHOWN = 4
@@ -90,12 +91,12 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
             "rows had learned went with it"
         )
     tensors |= {tokens_key(name): module.trainable_tokens_delta for name, module in owners}
-    tensors |= _resized(model, modules)
+    tensors |= resized_ends(model, modules)
     _refuse_homeless(model, modules, tensors)
     return Extras(tensors, names, {name: indices_of(module) for name, module in owners})
 
 
-def _resized(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
+def resized_ends(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     """The embedding and the output layer, where they are not those that the model was loaded
     with, as PEFT saves them."""
     sizes = resized_vocabulary(model)
@@ -106,29 +107,29 @@ def _resized(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     for name, module in named_modules(model):
         if module not in ends or is_inside(name, modules):
             continue
-        own = {k: t for k, t in module._parameters.items() if t is not None and k in _PLAIN}
-        if "weight" not in own:
-            raise ValueError(
-                f"model: the vocabulary was resized, and the weight of {name} is in 4 bits, which "
-                "PEFT's format has no place for; leave it dense (exclude_modules)"
-            )
-        for key, t in own.items():
+        for key, t in _own(module).items():
             plain = saved_key(name, key)
             if isinstance(module, TokenRows):
                 plain = tokens_key(name).replace(DELTA, f"base_layer.{key}")
-            elif isinstance(module, LoRAMixin):
+            elif isinstance(module, LoRAMixin | TrainableMultiLoRALinear):
                 plain = base_key_of(name, key)
             tensors[plain] = t
     if tensors:
         warnings.warn(
             f"the vocabulary has {sizes[1]} tokens, that of {base_model_name(model)} {sizes[0]}: "
             "the embedding and the output layer are saved with the adapters",
-            stacklevel=4,
+            stacklevel=5,
         )
     return tensors
 
 
-_PLAIN = ("weight", "bias")
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """The weight, decoded if it is in 4 bits, and the bias."""
+    module = module.base if isinstance(module, TrainableMultiLoRALinear) else module
+    own = {k: t for k, t in module._parameters.items() if t is not None and k in ("weight", "bias")}
+    if isinstance(module, NF4Linear):
+        own["weight"] = module.weight.dequantize()  # type: ignore[assignment]
+    return own  # type: ignore[return-value]
 
 
 def _refuse_homeless(

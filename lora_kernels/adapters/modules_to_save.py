@@ -110,6 +110,10 @@ def check_whole(model: nn.Module, name: str) -> None:
                 "bitsandbytes' configuration)"
             )
     for part, inner in named_modules(module):
+        if "_hf_hook" in vars(inner) and any(p.is_meta for p in inner.parameters()):
+            raise ValueError(
+                f"modules_to_save: accelerate has offloaded {name}, expected weights that stay"
+            )
         if isinstance(inner, LoRAMixin | TokenRows):
             raise ValueError(f"modules_to_save: {name} has adapters inside, on {part or 'itself'}")
 

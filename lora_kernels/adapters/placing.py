@@ -151,7 +151,9 @@ def _check_quantised(key: str, t: Tensor, own: NF4Weight) -> None:
     if same:
         values = t.to(own.device, own.dtype)
         again = NF4Weight.quantize(values, own.block_size, own.is_nested, own.quant_type)
-        same = torch.equal(again.dequantize(torch.float32), own.dequantize(torch.float32))
+        codes = own.dequantize(torch.float32)
+        same = torch.equal(again.dequantize(torch.float32), codes)
+        same = same or torch.equal(values, own.dequantize())  # saved as it was decoded
     if not same:
         raise ValueError(
             f"{key}: is not the base weight that the model has in 4 bits, and cannot take its "

@@ -163,6 +163,54 @@ def test_a_resized_vocabulary_from_peft(case, base, tmp_path):
         assert_within_budget(model(ids).logits, exact, theirs(ids).logits)
 
 
+@quiet
+def test_a_resized_head_in_4_bits(base, tmp_path):
+    options = {"target_modules": ["q_proj", "lm_head"], "exclude_modules": [], "quantize": "nf4"}
+    ids = torch.arange(104)[None]
+    model = adapted(resized(base), **options)
+    with torch.no_grad():
+        expected = learn(model)(ids).logits
+    save_adapter(model, tmp_path / "ours")
+    again = adapted(resized(base), **options)
+    load_adapter(again, tmp_path / "ours")
+    other = resized(base, 104)
+    load_adapter(other, tmp_path / "ours")  # dense, with the values of the 4-bit head
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, expected)
+    if not model.config.tie_word_embeddings:
+        head = model.lm_head.weight.dequantize()
+        assert torch.equal(other.lm_head.weight, head)
+
+
+@quiet
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_many_adapters_over_a_resized_vocabulary(base, tmp_path, targets):
+    from lora_kernels.adapters import LoRAConfig
+    from lora_kernels.training import AdapterJob, MultiLoRATrainer
+
+    rows = torch.tensor([[100, 3, 103, 7]])
+    batches = [{"input_ids": rows, "labels": rows}] * 4
+
+    def trainer(model):
+        config = LoRAConfig(r=2, target_modules=targets, exclude_modules=())
+        return MultiLoRATrainer(model, {"a": AdapterJob(config, batches, lr=1e-2)})
+
+    run = trainer(resized(base))
+    run.train(2)
+    run.save(tmp_path / "run")
+    again = trainer(resized(base))
+    again.resume(tmp_path / "run")
+    assert run.train() == again.train()
+    run.save(tmp_path / "end")
+    fresh = type(llama()).from_pretrained(base)
+    fresh.resize_token_embeddings(104)
+    load_adapter(fresh.eval(), tmp_path / "end" / "a")
+    single = resized(base)
+    load_adapter(single, tmp_path / "end" / "a")
+    with torch.no_grad():
+        assert torch.equal(fresh(rows).logits, single(rows).logits)
+
+
 def test_a_resized_vocabulary_is_said(base, tmp_path):
     model = adapted(resized(base))
     with pytest.warns(UserWarning, match="the vocabulary has 104 tokens, that of .*base 100"):

@@ -321,6 +321,32 @@ def test_files_that_do_not_fit(tmp_path):
         load_adapter(mlp(), tmp_path)
 
 
+def test_a_file_without_the_head_is_said(tmp_path):
+    model, _ = adapted("bert sequence", modules_to_save=[])
+    save_adapter(learn(model), tmp_path)
+    with pytest.warns(UserWarning, match="holds no weights of classifier: predictions are those"):
+        load_adapter(make("bert sequence"), tmp_path)
+
+
+def test_a_pickled_model(tmp_path):
+    model, _ = adapted("bert sequence", trainable_token_indices=[1, 2])
+    expected = predictions(learn(model))
+    torch.save(model, tmp_path / "model.pt")
+    other = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(predictions(other), expected)
+    unload(other)
+    assert torch.equal(predictions(other), predictions(make("bert sequence")))
+
+
+def test_an_offloaded_head_is_refused():
+    from accelerate import cpu_offload
+
+    model = make("bert sequence")
+    cpu_offload(model.classifier)
+    with pytest.raises(ValueError, match="modules_to_save: accelerate has offloaded classifier"):
+        apply_lora(model, r=2, target_modules=["query"])
+
+
 def test_a_head_replaced_after_apply_lora(tmp_path):
     model = mlp()
     apply_lora(model, r=2, target_modules=["up"], modules_to_save=["head"])
