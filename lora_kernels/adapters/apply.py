@@ -167,9 +167,11 @@ def _config_of(model: nn.Module, given: dict[str, Any], config: Any) -> LoRAConf
         kind = getattr(getattr(model, "config", None), "model_type", None)
         options["target_modules"] = default_targets(kind)
     made = LoRAConfig.from_peft(options)
-    heads = [n for n in modules_of_task(options.get("task_type")) if match_modules(model, [n])]
-    if heads and made.modules_to_save is not None:
-        made = replace(made, modules_to_save=(*made.modules_to_save, *heads))
+    named = made.modules_to_save
+    if named:  # PEFT passes over those that fit nothing, and itself adds such ones for a task
+        named += modules_of_task(options.get("task_type"))
+        fitting = tuple(n for n in dict.fromkeys(named) if match_modules(model, [n]))
+        made = replace(made, modules_to_save=fitting or named)
     return made
 
 

@@ -6,15 +6,28 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_kernels.adapters.layers import adapter_layers, replace_module, require_adapters, unwrap
-from lora_kernels.adapters.modules_to_save import base_modules, keep, put_back
-from lora_kernels.adapters.token_indices import drop_tokens, merge_tokens, token_modules
-from lora_kernels.integrations.transformers import input_embedding, output_layer, untie
+from lora_kernels.adapters.modules_to_save import (
+    base_modules,
+    keep,
+    put_back,
+    tensors_of,
+    untied,
+    whole_modules,
+)
+from lora_kernels.adapters.token_indices import (
+    drop_tokens,
+    merge_tokens,
+    token_modules,
+    token_owners,
+)
+from lora_kernels.integrations.transformers import share_weight, untie
 from lora_kernels.nn import LoRAMixin, NF4Linear, QLoRALinear
 from lora_kernels.nn.common import make_linear, whole, whole_parameter
-from lora_kernels.nn.token_rows import TokenRows
+from lora_kernels.nn.token_rows import DELTA, TokenRows
 
 
 def merge_adapters(model: nn.Module, *, safe: bool = False, requantize: bool = False) -> None:
@@ -92,6 +105,9 @@ def merge_and_unload(
                 layer.merged_weight(safe=True)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+        for name, t in learned(model):
+            if not bool(torch.isfinite(t).all()):
+                raise ValueError(f"{name}: holds non-finite values; nothing was changed")
     keep(model)
     merge_tokens(model)
     for _, layer in adapters:
@@ -104,7 +120,7 @@ def merge_and_unload(
     if not requantize:
         for plain in [m for m in model.modules() if isinstance(m, NF4Linear)]:
             replace_module(model, plain, plain.to_linear())
-    if not _share_weight(model) and untie(model):
+    if not share_weight(model) and (untied(model) or untie(model)):
         warnings.warn(
             "the output layer was trained, so its weight is no longer the embedding's: "
             "config.tie_word_embeddings is False now",
@@ -115,11 +131,12 @@ def merge_and_unload(
     return model
 
 
-def _share_weight(model: nn.Module) -> bool:
-    """Whether the output layer still has the embedding's weight, where the model has both."""
-    ends = input_embedding(model), output_layer(model)
-    weights = [getattr(layer, "weight", None) for layer in ends]
-    return any(w is None for w in weights) or weights[0] is weights[1]
+def learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of what has trained beside the adapters."""
+    for name, module in whole_modules(model):
+        yield from ((f"{name}.{place}", t) for place, t in tensors_of(module).items())
+    for name, rows in token_owners(model):
+        yield f"{name}.{DELTA}", rows.trainable_tokens_delta
 
 
 def unload(model: nn.Module) -> nn.Module:

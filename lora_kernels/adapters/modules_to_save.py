@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,19 @@ from torch.nn import Parameter
 
 from lora_kernels.adapters.config import LoRAConfig
 from lora_kernels.adapters.layers import get_module, named_modules, unwrap
-from lora_kernels.integrations.transformers import input_embedding, output_layer, task_heads
+from lora_kernels.integrations.transformers import (
+    input_embedding,
+    output_layer,
+    share_weight,
+    task_heads,
+    untie,
+)
 from lora_kernels.nn import LoRAMixin
 from lora_kernels.nn.common import fill, whole
 from lora_kernels.nn.token_rows import TokenRows
 
 _KEPT = "_lora_kernels_kept"  # where a module that trains whole has its `Kept`
+_UNTIED = "_lora_kernels_untied"  # on a model whose output layer trains apart from its embedding
 Place = tuple[str, str]  # name of a module inside, "" for itself; name of the tensor
 
 
@@ -124,6 +132,8 @@ def train_whole(model: nn.Module, names: Iterable[str], *, tied: bool = False) -
     Args:
         tied: what several of them share they go on sharing; else each has its own.
     """
+    root: Any = unwrap(model)
+    shared = share_weight(root)
     memo: dict[int, Parameter] = {}
     for name in names:
         module = get_module(model, name)
@@ -141,6 +151,9 @@ def train_whole(model: nn.Module, names: Iterable[str], *, tied: bool = False) -
                         inner._parameters[key] = memo[id(t)]
                         t.requires_grad_(False)
         vars(module)[_KEPT] = Kept(base)
+    # Else tie_weights would give the one layer the other's weight, and what it has learned is gone.
+    if shared and not share_weight(root) and untie(root):
+        vars(root)[_UNTIED] = True
 
 
 def whole_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -168,6 +181,9 @@ def put_back(model: nn.Module) -> None:
     for _, module in list(whole_modules(model)):
         _swap(module, aside=True)
         del vars(module)[_KEPT]
+    if untied(model):
+        root: Any = unwrap(model)
+        root.config.tie_word_embeddings = True
 
 
 def keep(model: nn.Module) -> None:
@@ -176,6 +192,11 @@ def keep(model: nn.Module) -> None:
         _swap(module, aside=False)
         del vars(module)[_KEPT]
         module.requires_grad_(False)
+
+
+def untied(model: nn.Module) -> bool:
+    """Whether training has taken the output layer's weight from the embedding's; asked once."""
+    return bool(vars(unwrap(model)).pop(_UNTIED, False))
 
 
 @contextmanager

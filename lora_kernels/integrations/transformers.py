@@ -102,6 +102,13 @@ def forget_quantizer(model: nn.Module) -> None:
             delattr(config, name)
 
 
+def share_weight(model: nn.Module) -> bool:
+    """Whether the output layer has the embedding's weight; True where the model lacks one."""
+    ends = input_embedding(model), output_layer(model)
+    weights = [getattr(layer, "weight", None) for layer in ends]
+    return any(w is None for w in weights) or weights[0] is weights[1]
+
+
 def untie(model: nn.Module) -> bool:
     """Stop transformers from tying the output layer to the embedding; whether it was tied."""
     config: Any = getattr(model, "config", None)

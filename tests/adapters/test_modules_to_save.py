@@ -226,9 +226,12 @@ def test_embeddings_and_heads(tmp_path, dtype, tied, names, ensure):
     merged.save_pretrained(tmp_path / "merged")
     plain = type(merged).from_pretrained(tmp_path / "merged").to(dtype)
     assert torch.equal(logits(plain), logits(merged))
+    other.tie_weights()  # as much of transformers does on the way: nothing is lost
+    assert torch.equal(logits(other), expected)
     unload(other)
     assert torch.equal(logits(other), logits(base))
     assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
+    assert other.config.tie_word_embeddings == tied
 
 
 def test_a_norm_and_buffers(tmp_path):
@@ -326,6 +329,28 @@ def test_a_file_without_the_head_is_said(tmp_path):
     save_adapter(learn(model), tmp_path)
     with pytest.warns(UserWarning, match="holds no weights of classifier: predictions are those"):
         load_adapter(make("bert sequence"), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["down"]}, {}])
+def test_a_safe_merge_looks_at_all_that_has_learned(options):
+    model = mlp()
+    model.embed_tokens = nn.Embedding(4, 4)
+    rows = {} if options else {"trainable_token_indices": [2]}
+    apply_lora(model, r=2, target_modules=["up"], **options, **rows)
+    place = model.down.weight if options else model.embed_tokens.trainable_tokens_delta
+    with torch.no_grad():
+        place[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="holds non-finite values; nothing was changed"):
+        merge_and_unload(model, safe=True)
+    assert type(model.up) is not nn.Linear
+    merge_and_unload(model)
+
+
+def test_peft_s_configuration_names_what_there_is_not():
+    """PEFT adds both names for a task, to the configuration that it is given."""
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["score", "classifier"])
+    report = apply_lora(make("bert sequence"), config)
+    assert report.modules_to_save == ("classifier",)
 
 
 def test_a_pickled_model(tmp_path):
