@@ -105,9 +105,10 @@ def merge_and_unload(
                 layer.merged_weight(safe=True)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-        for name, t in learned(model):
+        for name, t in _learned(model):
             if not bool(torch.isfinite(t).all()):
                 raise ValueError(f"{name}: holds non-finite values; nothing was changed")
+    shared = share_weight(model)
     keep(model)
     merge_tokens(model)
     for _, layer in adapters:
@@ -120,7 +121,7 @@ def merge_and_unload(
     if not requantize:
         for plain in [m for m in model.modules() if isinstance(m, NF4Linear)]:
             replace_module(model, plain, plain.to_linear())
-    if not share_weight(model) and (untied(model) or untie(model)):
+    if not share_weight(model) and (untied(model) or (shared and untie(model))):
         warnings.warn(
             "the output layer was trained, so its weight is no longer the embedding's: "
             "config.tie_word_embeddings is False now",
@@ -131,7 +132,7 @@ def merge_and_unload(
     return model
 
 
-def learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, values) of what has trained beside the adapters."""
     for name, module in whole_modules(model):
         yield from ((f"{name}.{place}", t) for place, t in tensors_of(module).items())

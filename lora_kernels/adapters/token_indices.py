@@ -134,7 +134,7 @@ def token_owners(model: nn.Module) -> list[tuple[str, TokenRows]]:
 
 
 def indices_of(module: TokenRows) -> tuple[int, ...]:
-    return tuple(module.token_indices.tolist())
+    return module._tokens
 
 
 @torch.no_grad()

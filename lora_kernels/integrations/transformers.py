@@ -65,14 +65,20 @@ def resized_vocabulary(model: nn.Module) -> tuple[int, int] | None:
     """(rows that the model was loaded with, rows now) where they differ; None where they do not, or
     where the model does not say where it was loaded from. Asks no network."""
     config: Any = getattr(model, "config", None)
-    name = base_model_name(model)
-    if name is None or getattr(config, "vocab_size", None) is None:
+    name, size = base_model_name(model), _vocabulary(config)
+    if name is None or size is None:
         return None
     try:
-        before = type(config).from_pretrained(name, local_files_only=True).vocab_size
+        before = _vocabulary(type(config).from_pretrained(name, local_files_only=True))
     except (OSError, ValueError, AttributeError):
         return None
-    return None if before == config.vocab_size else (before, config.vocab_size)
+    return None if before is None or before == size else (before, size)
+
+
+def _vocabulary(config: Any) -> int | None:
+    """The number of tokens, of the text's part of a model that takes more than text."""
+    getter = getattr(config, "get_text_config", None)
+    return getattr(config if getter is None else getter(), "vocab_size", None)
 
 
 def base_model_name(model: nn.Module) -> str | None:

@@ -32,10 +32,18 @@ class TokenRows(nn.Module):
     token_indices: Tensor
     adapter_enabled: bool
     _plain: type[nn.Module]
+    _tokens: tuple[int, ...]
 
     def rows(self) -> Tensor:
         """The rows in the weight's dtype."""
         return self.trainable_tokens_delta.to(self.weight.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TokenRows:
+        before = self.token_indices.device
+        super()._apply(fn, recurse)
+        if before != self.token_indices.device:  # to_empty leaves nothing in them
+            _index(self, self._tokens)
+        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trainable_tokens={self.token_indices.numel()}"
@@ -174,11 +182,18 @@ def train_rows(
         index = torch.tensor(tokens, device=weight.device)
         delta = Parameter(weight.detach()[index].to(dtype, copy=True))
     made.register_parameter(DELTA, delta)
-    made.register_buffer(_INDICES, torch.tensor(tokens, device=weight.device), persistent=False)
-    if isinstance(made, nn.Embedding):
-        row_of = _row_of(torch.tensor(tokens, device=weight.device), len(weight))
-        made.register_buffer(_ROW_OF, row_of, persistent=False)
+    _index(made, tuple(tokens))
     return made
+
+
+def _index(module: TokenRows, tokens: tuple[int, ...]) -> None:
+    """Make the buffers that say which rows train."""
+    module._tokens = tokens
+    indices = torch.tensor(tokens, device=module.weight.device)
+    module.register_buffer(_INDICES, indices, persistent=False)
+    if isinstance(module, nn.Embedding):
+        row_of = _row_of(indices, len(module.weight))
+        module.register_buffer(_ROW_OF, row_of, persistent=False)
 
 
 def _row_of(indices: Tensor, count: int) -> Tensor:
@@ -195,4 +210,4 @@ def drop_rows(module: TokenRows) -> None:
         plain._buffers.pop(name, None)
         plain._non_persistent_buffers_set.discard(name)
     plain.__class__ = plain._plain
-    del plain._plain, plain.adapter_enabled
+    del plain._plain, plain._tokens, plain.adapter_enabled

@@ -60,10 +60,11 @@ class AdapterCheckpoints:
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.args.should_save or _is_split(self.model):
+            save_adapter(self.model, folder)
         if not self.args.should_save:
             return
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        save_adapter(self.model, folder)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -99,6 +100,10 @@ class AdapterCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        split = any(hasattr(p, "full_tensor") for p in model.parameters())
-        if split or state.is_world_process_zero:  # what is split, all processes gather
+        if state.is_world_process_zero or _is_split(model):
             save_adapter(model, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _is_split(model: nn.Module) -> bool:
+    """Whether `fully_shard` has split the model, so that all processes gather what one writes."""
+    return any(hasattr(p, "full_tensor") for p in model.parameters())

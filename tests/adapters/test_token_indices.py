@@ -261,6 +261,29 @@ def test_state_and_copies():
     assert torch.equal(logits(compiled), expected)
 
 
+def test_a_model_without_values_yet(tmp_path):
+    model, _ = adapted("list", True)
+    save_adapter(learn(model), tmp_path)
+    state = model.state_dict()
+    with torch.device("meta"):
+        other = llama(tie_word_embeddings=True)
+    apply_lora(
+        other,
+        r=2,
+        alpha=8,
+        target_modules=["q_proj"],
+        trainable_token_indices=LIST,
+        modules_to_save=["norm"],
+    )
+    with pytest.raises(ValueError, match="is on the meta device, expected values"):
+        save_adapter(other, tmp_path / "meta")
+    other.to_empty(device="cpu")
+    other.load_state_dict(state)
+    for name, buffer in llama().named_buffers():
+        other.get_buffer(name).copy_(buffer)
+    assert torch.equal(logits(other), logits(model))
+
+
 REFUSED = {
     "embed_tokens has 100 rows": {"trainable_token_indices": [100]},
     "'wte' is the end of no module": {"trainable_token_indices": {"wte": [1]}},
