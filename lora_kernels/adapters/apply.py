@@ -19,6 +19,7 @@ from lora_kernels.adapters.layers import (
     count_parameters,
     get_module,
     replace_module,
+    unwrap,
 )
 from lora_kernels.adapters.modules_to_save import (
     check_whole,
@@ -38,7 +39,7 @@ from lora_kernels.integrations.peft import (
     modules_of_task,
     pattern_value,
 )
-from lora_kernels.integrations.transformers import forget_quantizer
+from lora_kernels.integrations.transformers import forget_quantizer, remember_vocabulary
 from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
 from lora_kernels.nn.linear4bit import is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype
@@ -230,6 +231,7 @@ def apply_config(
     train_tokens(model, rows, adapter_dtype)
     if plan.theirs and not any(is_linear4bit(module) for module in model.modules()):
         forget_quantizer(model)
+    remember_vocabulary(unwrap(model))
     model.lora_config = config  # type: ignore[assignment]
     trainable, total = count_parameters(model)
     return LoRAReport(

@@ -63,6 +63,7 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
         if not match_modules(model, [name]):
             raise ValueError(f"modules_to_save: {name!r} is the end of no module's name")
     marked = [name for name, _ in whole_modules(model)]
+    more += _sharing(model, match_modules(model, more), marked)
     found = [*marked, *(n for n in match_modules(model, more) if not is_inside(n, marked))]
     names = (*((asked.modules_to_save if asked else None) or ()), *more)
     if set(match_modules(model, names)) != set(found):
@@ -94,6 +95,19 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
     tensors |= resized_ends(model, modules)
     _refuse_homeless(model, modules, tensors)
     return Extras(tensors, names, {name: indices_of(module) for name, module in owners})
+
+
+def _sharing(model: nn.Module, named: Iterable[str], marked: Iterable[str]) -> tuple[str, ...]:
+    """Further modules that hold a parameter of those that are named: a file that has only one of
+    two tied layers would part them."""
+    inside = (m for n in named if not is_inside(n, marked) for m in get_module(model, n).modules())
+    shared = {id(p) for m in inside for p in m._parameters.values() if p is not None}
+    return tuple(
+        name
+        for name, module in named_modules(model)
+        if not is_inside(name, (*named, *marked))
+        and any(id(p) in shared for p in module._parameters.values())
+    )
 
 
 def resized_ends(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import nn
@@ -62,17 +63,26 @@ def task_type(model: nn.Module) -> str | None:
 
 
 def resized_vocabulary(model: nn.Module) -> tuple[int, int] | None:
-    """(rows that the model was loaded with, rows now) where they differ; None where they do not, or
-    where the model does not say where it was loaded from. Asks no network."""
+    """(tokens that the model was loaded with, tokens now) where they differ, else None. Of a model
+    that does not say where it was loaded from, those that `remember_vocabulary` has seen count.
+    Asks no network."""
     config: Any = getattr(model, "config", None)
     name, size = base_model_name(model), _vocabulary(config)
-    if name is None or size is None:
+    if size is None:
         return None
-    try:
-        before = _vocabulary(type(config).from_pretrained(name, local_files_only=True))
-    except (OSError, ValueError, AttributeError):
-        return None
+    before = vars(model).get(_SEEN)
+    if name is not None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            before = _vocabulary(type(config).from_pretrained(name, local_files_only=True))
     return None if before is None or before == size else (before, size)
+
+
+_SEEN = "_lora_kernels_vocabulary"
+
+
+def remember_vocabulary(model: nn.Module) -> None:
+    """Note how many tokens a model has, for `resized_vocabulary`."""
+    vars(model)[_SEEN] = _vocabulary(getattr(model, "config", None))
 
 
 def _vocabulary(config: Any) -> int | None:

@@ -19,6 +19,11 @@ from tests.adapters.models import llama, logits, mlp
 WEIGHTS = "adapter_model.safetensors"
 
 
+quiet = pytest.mark.filterwarnings(
+    "ignore:the vocabulary has", "ignore:Setting `save_emb", "ignore:Model has `tie_word"
+)
+
+
 def adapted(model=None, **options):
     model = llama() if model is None else model
     apply_lora(model, r=2, **{"target_modules": ["q_proj"]} | options)
@@ -66,6 +71,34 @@ def _wrapped(model, wrap):
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = wrap(layer)
     return model
+
+
+def test_a_tied_weight_that_was_unfrozen_stays_one(tmp_path):
+    model = adapted(llama(tie_word_embeddings=True))
+    model.model.embed_tokens.requires_grad_(True)
+    expected = logits(learn(model))
+    with pytest.raises(ValueError, match=r"modules_to_save=\['lm_head', 'model.embed_tokens'\]"):
+        save_adapter(model, tmp_path)
+    save_adapter(model, tmp_path, modules_to_save=["embed_tokens"])
+    other = llama(tie_word_embeddings=True)
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), expected)
+    theirs = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
+    assert_within_budget(expected, logits(copy.deepcopy(theirs).double()), logits(theirs))
+
+
+@quiet
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_resized_after_apply_lora(tied, tmp_path):
+    """Of a model that was loaded from nowhere."""
+    model = adapted(llama(tie_word_embeddings=tied))
+    model.resize_token_embeddings(104)
+    learn(model.eval().requires_grad_(False))
+    save_adapter(model, tmp_path)
+    other = llama(tie_word_embeddings=tied)
+    other.resize_token_embeddings(104)
+    load_adapter(other.eval(), tmp_path)
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_what_has_no_place_at_all(tmp_path):
@@ -116,9 +149,6 @@ RESIZED = {
     "new tokens train": {"trainable_token_indices": [100, 101]},
     "the head is adapted": {"target_modules": ["q_proj", "lm_head"]},
 }
-quiet = pytest.mark.filterwarnings(
-    "ignore:the vocabulary has", "ignore:Setting `save_emb", "ignore:Model has `tie_word"
-)
 
 
 @quiet
