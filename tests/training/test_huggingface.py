@@ -138,6 +138,7 @@ def test_a_new_head_is_in_the_checkpoints(tmp_path):
     assert not torch.equal(other.classifier.weight, heads.make("bert sequence").classifier.weight)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_the_callback_for_any_trainer(tmp_path):
     model = adapted()
     Trainer(
@@ -149,6 +150,10 @@ def test_the_callback_for_any_trainer(tmp_path):
     other = llama()
     load_adapter(other, tmp_path / "checkpoint-4")
     assert torch.equal(logits(other), logits(model.eval()))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4").eval()
+    assert_within_budget(
+        logits(model), logits(copy.deepcopy(loaded).double()), logits(loaded), "from_pretrained"
+    )
     again = adapted()
     Trainer(model=again, args=arguments(tmp_path), train_dataset=DATA).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-2")
