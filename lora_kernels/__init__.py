@@ -10,7 +10,9 @@ from lora_kernels.adapters import (
     merge_adapters,
     merge_and_unload,
     model_report,
+    quantize_model,
     save_adapter,
+    unload,
     unmerge_adapters,
 )
 from lora_kernels.dispatch import explain, installed, use_backend
@@ -39,9 +41,11 @@ __all__ = [
     "merge_adapters",
     "merge_and_unload",
     "model_report",
+    "quantize_model",
     "save_adapter",
     "serving",
     "training",
+    "unload",
     "unmerge_adapters",
     "use_backend",
 ]

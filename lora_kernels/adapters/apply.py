@@ -2,90 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import inspect
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lora_kernels.adapters.checks import check_model
 from lora_kernels.adapters.config import LoRAConfig
 from lora_kernels.adapters.layers import (
     adapter_layers,
     count_bytes,
     count_parameters,
     get_module,
-    named_modules,
     replace_module,
+    unwrap,
 )
-from lora_kernels.adapters.reads import Read, read_layers, read_only
-from lora_kernels.adapters.report import LayerRow, group_rows, layer_row, table, with_unit
-from lora_kernels.adapters.targets import Targets, find_targets, is_excluded, kept_dense
-from lora_kernels.integrations.peft import ALL_LINEAR, pattern_value
-from lora_kernels.integrations.transformers import forget_quantizer
+from lora_kernels.adapters.modules_to_save import (
+    check_whole,
+    match_modules,
+    train_whole,
+    with_task_head,
+)
+from lora_kernels.adapters.progress import Progress, with_progress
+from lora_kernels.adapters.quantize import leave_fast_path, plan_base, without_adapter
+from lora_kernels.adapters.reads import read_layers
+from lora_kernels.adapters.report import LoRAReport, layer_row
+from lora_kernels.adapters.targets import Targets, find_targets
+from lora_kernels.adapters.token_indices import check_tokens, find_rows, train_tokens
+from lora_kernels.integrations.peft import (
+    ALL_LINEAR,
+    default_targets,
+    modules_of_task,
+    pattern_value,
+)
+from lora_kernels.integrations.transformers import forget_quantizer, remember_vocabulary
 from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
-from lora_kernels.nn.common import check_finite_weight, check_linear_layer
-from lora_kernels.nn.linear4bit import check_linear4bit, check_not_repacked, is_linear4bit
+from lora_kernels.nn.linear4bit import is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype
-from lora_kernels.nn.multi_lora_embedding import POOLED
-from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
 from lora_kernels.ops.common.kinds import check_kinds, describe
-from lora_kernels.ops.nf4.base import QUANT_TYPES, check_block_size
-
-Progress = Callable[[int, int, str], None]
-BAR_AFTER = 2.0  # seconds; a bar that nobody asked for waits so long
-
-
-@dataclass(frozen=True)
-class LoRAReport:
-    """What `apply_lora` did; `print` shows it as a table.
-
-    Attributes:
-        modules: names of the layers that have an adapter now.
-        quantized: names of the layers whose weight was quantised, with an adapter or without.
-        skipped: (name, reason) of linear layers that were left alone or left dense.
-        trainable_parameters, total_parameters: a 4-bit weight counts its elements.
-        bytes_before, bytes_after: memory of all parameters and buffers.
-        layers: one row per adapted layer.
-
-    Examples:
-        >>> report = lk.apply_lora(model, r=8, target_modules=["q_proj", "v_proj"])
-        >>> report.modules
-        ('model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj')
-        >>> report.trainable_parameters
-        1792
-    """
-
-    modules: tuple[str, ...]
-    quantized: tuple[str, ...]
-    skipped: tuple[tuple[str, str], ...]
-    trainable_parameters: int
-    total_parameters: int
-    bytes_before: int
-    bytes_after: int
-    layers: tuple[LayerRow, ...]
-
-    def __str__(self) -> str:
-        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
-        lines = [
-            f"adapters on {len(self.modules)} layers: {self.trainable_parameters:,} of "
-            f"{self.total_parameters:,} parameters train ({share:.3g} %)",
-            table(group_rows(self.layers)),
-            f"memory of the weights: {with_unit(self.bytes_before)} -> "
-            f"{with_unit(self.bytes_after)}, {len(self.quantized)} layers quantised",
-        ]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped:
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"left alone ({reason}): {', '.join(names[:3])}{more}")
-        return "\n".join(lines)
 
 
 def apply_lora(
     model: nn.Module,
-    r: int = 16,
+    r: int | LoRAConfig | Any = 16,
     alpha: float = 32,
     dropout: float = 0.05,
     target_modules: str | Iterable[str] = ALL_LINEAR,
@@ -97,12 +60,19 @@ def apply_lora(
     *,
     use_dora: bool = False,
     init: str = "kaiming",
+    modules_to_save: Iterable[str] | None = None,
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    ensure_weight_tying: bool = False,
+    config: LoRAConfig | Any = None,
     adapter_dtype: torch.dtype | None = None,
     block_size: int = 64,
     double_quant: bool = True,
     progress: bool | Progress | None = None,
 ) -> LoRAReport:
     """Put adapters on a model's linear layers, in place, and freeze everything else.
+
+    `apply_lora(model, config)` takes all options of an adapter from a `LoRAConfig` or from PEFT's
+    `LoraConfig`.
 
     nn.Linear becomes LoRALinear (QLoRALinear with `quantize`); bitsandbytes' Linear4bit and
     NF4Linear become QLoRALinear over the same bytes (a Linear4bit without an adapter becomes
@@ -127,6 +97,15 @@ def apply_lora(
         rank_pattern, alpha_pattern: r or alpha by name, as in PEFT: a regular expression for the
             end of the full name; the first that fits counts.
         exclude_modules: as `target_modules`; what is excluded is neither adapted nor quantised.
+        modules_to_save: ends of the names of modules that train whole and are saved with the
+            adapters, as in PEFT; they get no adapter and are not quantised. The new head of a
+            model for a task (classification, question answering, vision) is always among them, but
+            with an empty list.
+        trainable_token_indices: rows of the input embedding that train by themselves, or of the
+            modules whose names end as the keys do. An output layer that is tied follows.
+        ensure_weight_tying: an embedding and an output layer that are tied stay so when one of them
+            is in `modules_to_save`.
+        config: all of the above but `quantize`, in place of `r` or by name.
         adapter_dtype: dtype of A, B and the magnitude; fp32 over a 16-bit base by default.
         block_size, double_quant: of `quantize`.
         progress: True for a bar (needs tqdm), False for none, or a function of (done, total,
@@ -148,22 +127,12 @@ def apply_lora(
         (7, 7)
         >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     """
-    config = LoRAConfig(
-        r,
-        alpha,
-        dropout,
-        target_modules,  # type: ignore[arg-type]
-        bool(use_rslora),
-        rank_pattern or {},
-        alpha_pattern or {},
-        exclude_modules,  # type: ignore[arg-type]
-        init,
-        bool(use_dora),
-    )
+    given = {k: v for k, v in locals().items() if k in _OPTIONS}
     check_model(model)
-    check_kinds(apply_lora, locals())
+    check_kinds(apply_lora, {k: v for k, v in locals().items() if k not in ("r", "config")})
+    config = with_task_head(model, _config_of(model, given, config))
     targets = find_targets(model, config)
-    _check_patterns(config, targets.names)
+    check_patterns(config, targets.names)
     return apply_config(
         model,
         config,
@@ -176,6 +145,43 @@ def apply_lora(
     )
 
 
+_OPTIONS = tuple(field.name for field in fields(LoRAConfig))
+
+
+def _config_of(model: nn.Module, given: dict[str, Any], config: Any) -> LoRAConfig:
+    """The configuration that `apply_lora` was given, in one of three ways."""
+    if not isinstance(given["r"], numbers.Number | str | None):
+        if config is not None:
+            raise TypeError("config: was given twice, as r too")
+        if not hasattr(given["r"], "to_peft_dict") and not hasattr(given["r"], "to_dict"):
+            raise TypeError(
+                f"r: got {describe(given['r'])}, expected an int, a LoRAConfig or PEFT's LoraConfig"
+            )
+        config, given["r"] = given["r"], 16
+    if config is None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            given[name] = given[name] or {}
+        return LoRAConfig(**{**given, "use_rslora": bool(given["use_rslora"])})
+    for name, value in given.items():
+        if value != inspect.signature(apply_lora).parameters[name].default:
+            raise TypeError(f"{name}: got {describe(value)} beside a configuration, which has it")
+    if isinstance(config, LoRAConfig):
+        return config
+    if isinstance(config, Mapping) or not hasattr(config, "to_dict"):
+        raise TypeError(f"config: got {describe(config)}, expected LoRAConfig or PEFT's LoraConfig")
+    options = config.to_dict()
+    if options.get("target_modules") is None and options.get("peft_type") == "LORA":
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        options["target_modules"] = default_targets(kind)
+    made = LoRAConfig.from_peft(options)
+    named = made.modules_to_save
+    if named:  # PEFT passes over those that fit nothing, and itself adds such ones for a task
+        named += modules_of_task(options.get("task_type"))
+        fitting = tuple(n for n in dict.fromkeys(named) if match_modules(model, [n]))
+        made = replace(made, modules_to_save=fitting or named)
+    return made
+
+
 def apply_config(
     model: nn.Module,
     config: LoRAConfig,
@@ -186,83 +192,66 @@ def apply_config(
     block_size: int = 64,
     double_quant: bool = True,
     progress: bool | Progress | None = None,
+    before: Callable[[], None] = lambda: None,
 ) -> LoRAReport:
-    """Put the configuration's adapters on the targets, which are known to take one."""
-    if quantize is not None:
-        check_quantize(quantize, block_size)
+    """Put the configuration's adapters on the targets, which are known to take one.
+
+    Args:
+        before: is called once everything is checked, before anything is changed.
+    """
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
+    trained = match_modules(model, config.modules_to_save or ())
+    for name in trained:
+        check_whole(model, name)
+    rows = find_rows(model, config)
     reads = read_layers(model)
-    plan = _plan_quantisation(model, config, targets.names, reads) if quantize else (set(), [])
-    dense, kept = plan
-    # The plan holds names only: a reference to a layer would keep its dense weight alive.
-    theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
-    called = [name for name in theirs if id(get_module(model, name)) not in reads]
-    bare = dense | {name for name in called if not is_excluded(config, name)}
-    work = list(targets.names) + sorted(bare - set(targets.names))
-    for name in theirs:
-        check_not_repacked(name, get_module(model, name))
-    for name in work:
-        _check_layer(name, get_module(model, name), reads, quantised=name in dense)
-    steps = _with_progress(work, progress)
-    fmt: dict[str, Any] = {
-        "block_size": block_size,
-        "double_quant": double_quant,
-        "quant_type": quantize,
-    }
+    check_tokens(model, rows, targets.names, trained, reads)
+    plan = plan_base(
+        model,
+        config,
+        targets.names,
+        reads,
+        quantize=quantize,
+        block_size=block_size,
+        stay=[row.name for row in rows],
+    )
+    work = list(targets.names) + sorted(plan.bare - set(targets.names))
+    steps = with_progress(work, progress)
+    fmt = {"block_size": block_size, "double_quant": double_quant, "quant_type": quantize}
     bytes_before = count_bytes(model)
+    before()
     model.requires_grad_(False)
     for name in steps:
         layer: Any = get_module(model, name)
         new: nn.Module
-        form = fmt if name in dense else {}
+        form = fmt if name in plan.dense else {}
         if name in targets.names:
             new = _adapted(layer, config, name, adapter_dtype, form)
         else:
-            new = _without_adapter(layer, form)
+            new = without_adapter(layer, form)
         replace_module(model, layer, new)
         del layer
-    _leave_fast_path(model)
-    if theirs and not any(is_linear4bit(module) for module in model.modules()):
+    leave_fast_path(model)
+    train_whole(model, trained, tied=config.ensure_weight_tying)
+    train_tokens(model, rows, adapter_dtype)
+    if plan.theirs and not any(is_linear4bit(module) for module in model.modules()):
         forget_quantizer(model)
+    remember_vocabulary(unwrap(model))
     model.lora_config = config  # type: ignore[assignment]
     trainable, total = count_parameters(model)
     return LoRAReport(
         modules=targets.names,
-        quantized=tuple(name for name in work if name in dense),
-        skipped=targets.skipped + tuple(kept),
+        quantized=tuple(name for name in work if name in plan.dense),
+        skipped=targets.skipped + tuple(plan.kept),
         trainable_parameters=trainable,
         total_parameters=total,
         bytes_before=bytes_before,
         bytes_after=count_bytes(model),
         layers=tuple(layer_row(name, module) for name, module in adapter_layers(model)),
+        modules_to_save=tuple(trained),
+        trainable_tokens={row.name: row.tokens for row in rows},
     )
-
-
-def check_quantize(quantize: object, block_size: int) -> None:
-    """Raise ValueError for a format to quantise to that there is not."""
-    if quantize not in QUANT_TYPES:
-        raise ValueError(
-            f"quantize: got {describe(quantize)}, expected {' or '.join(QUANT_TYPES)}, or None"
-        )
-    check_block_size("block_size", block_size)
-
-
-def _check_layer(name: str, layer: Any, reads: Mapping[int, Read], *, quantised: bool) -> None:
-    """Raise what converting the layer would raise, without converting it."""
-    try:
-        if reason := read_only(layer, reads):
-            raise ValueError(reason)
-        if isinstance(layer, NF4Linear):
-            layer.weight.check()
-        elif is_linear4bit(layer):
-            check_linear4bit(layer)
-        else:
-            check_linear_layer(layer)
-            if quantised:
-                check_finite_weight(layer.weight)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 def _adapted(
@@ -291,46 +280,7 @@ def _adapted(
     return QLoRALinear.from_linear(layer, *options, **form)
 
 
-def _without_adapter(layer: nn.Module, form: dict[str, Any]) -> NF4Linear:
-    if is_linear4bit(layer):
-        return NF4Linear.from_linear4bit(layer)
-    assert isinstance(layer, nn.Linear)
-    return NF4Linear.from_linear(layer, **form)
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise unless adapters can be put on this model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {describe(model)}, expected a torch.nn.Module")
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            f"model: {type(model).__name__} has PEFT adapters already; pass the base model"
-        )
-    if any("_orig_mod" in module._modules for module in model.modules()):
-        raise ValueError("model: is compiled already; call apply_lora before torch.compile")
-    if isinstance(model, nn.Linear | NF4Linear):
-        raise ValueError(
-            f"model: is a {type(model).__name__}, which cannot be replaced inside itself; use "
-            "LoRALinear.from_linear"
-        )
-    pooled = next((n for n, m in named_modules(model) if isinstance(m, POOLED)), None)
-    if pooled is not None:
-        raise ValueError(f"model: {pooled} has a pool already; serving.detach_pool removes it")
-    training = [n for n, m in named_modules(model) if isinstance(m, TrainableMultiLoRALinear)]
-    if training:
-        raise ValueError(
-            f"model: {type(model).__name__} has adapters in training on {training[0]} and others; "
-            "training.detach_adapters removes them"
-        )
-    adapted = [name for name, _ in adapter_layers(model)]
-    if adapted:
-        raise ValueError(
-            f"model: {type(model).__name__} has adapters on {len(adapted)} layers already "
-            f"({', '.join(adapted[:3])}, ...); merge_and_unload removes them"
-        )
-
-
-def _check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:
+def check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
             if not any(pattern_value({pattern: True}, name, False) for name in names):
@@ -338,75 +288,3 @@ def _check_patterns(config: LoRAConfig, names: tuple[str, ...]) -> None:
                     f"{option}: {pattern!r} matches none of the {len(names)} adapted layers, such "
                     f"as {names[0]!r}"
                 )
-
-
-def _plan_quantisation(
-    model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], reads: Mapping[int, Read]
-) -> tuple[set[str], list[tuple[str, str]]]:
-    """(names of layers to quantise, (name, reason) of layers that stay dense)."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    stay = kept_dense(model)
-    dense: set[str] = set()
-    kept: list[tuple[str, str]] = []
-    for name, module in named_modules(model):
-        if not isinstance(module, nn.Linear) or is_linear4bit(module):
-            continue
-        if name not in targets:
-            if is_excluded(config, name) or id(module) in stay | reads.keys():
-                continue
-            try:
-                check_linear_layer(module)
-            except (TypeError, ValueError):
-                continue
-        if module.weight.is_meta:
-            raise ValueError(
-                f"quantize: the weight of {name} is on the meta device, expected loaded values"
-            )
-        if id(module) in reads:
-            kept.append((name, f"{reads[id(module)].reason}, kept dense"))
-        elif owners[id(module.weight)] > 1:
-            kept.append((name, "weight is tied, kept dense"))
-        else:
-            dense.add(name)
-    return dense, kept
-
-
-def _leave_fast_path(model: nn.Module) -> None:
-    """Make nn.TransformerEncoderLayer call its layers: its fused path reads their weights only."""
-    ours = (LoRALinear, NF4Linear, TrainableMultiLoRALinear)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            isinstance(child, ours) for child in module.modules()
-        ):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(child, ours) for child in module.modules()
-        ):
-            module.use_nested_tensor = False
-
-
-def _with_progress(names: list[str], progress: bool | Progress | None) -> Iterable[str]:
-    if callable(progress):
-        return _telling(names, progress)
-    if progress is False:
-        return names
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if progress:
-            raise
-        return names
-    # disable=None: where standard error is no terminal
-    unasked = {} if progress else {"delay": BAR_AFTER, "disable": None}
-    return tqdm(names, desc="adapters", unit="layer", **unasked)
-
-
-def _telling(names: list[str], progress: Progress) -> Iterator[str]:
-    for done, name in enumerate(names):
-        progress(done, len(names), name)
-        yield name
-    if names:
-        progress(len(names), len(names), names[-1])

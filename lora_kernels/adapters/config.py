@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_kernels.integrations.peft import ALL_LINEAR, check_config, pattern_value
+from lora_kernels.integrations.peft import (
+    ALL_LINEAR,
+    check_config,
+    check_to_apply,
+    pattern_value,
+)
 from lora_kernels.nn.lora import check_adapter_options
+from lora_kernels.ops.common.kinds import describe
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
     """The options of an adapter over a model; names and defaults as in `apply_lora`.
+
+    Attributes:
+        ensure_weight_tying: of `modules_to_save`: an embedding and an output layer that share a
+            weight go on sharing it; without, the one that is named trains apart from the other.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or out of its range.
@@ -36,6 +46,9 @@ class LoRAConfig:
     exclude_modules: str | tuple[str, ...] = ("lm_head",)
     init: str = "kaiming"
     use_dora: bool = False
+    modules_to_save: tuple[str, ...] | None = None
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         check_adapter_options(self.r, self.alpha, self.dropout, self.init)
@@ -43,6 +56,15 @@ class LoRAConfig:
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        if self.modules_to_save is not None:
+            if isinstance(self.modules_to_save, str):
+                raise TypeError(
+                    f"modules_to_save: got {self.modules_to_save!r}, expected a list of names"
+                )
+            modules = _names("modules_to_save", self.modules_to_save)
+            object.__setattr__(self, "modules_to_save", modules)
+        tokens = _tokens(self.trainable_token_indices)
+        object.__setattr__(self, "trainable_token_indices", tokens)
         if not self.target_modules:
             raise ValueError("target_modules: got nothing, expected names or a regular expression")
         for pattern, r in self.rank_pattern.items():
@@ -89,7 +111,9 @@ class LoRAConfig:
             "fan_in_fan_out": False,
             "lora_bias": False,
             "use_dora": self.use_dora,
-            "modules_to_save": None,
+            "modules_to_save": list(self.modules_to_save) if self.modules_to_save else None,
+            "trainable_token_indices": _plain_tokens(self.trainable_token_indices),
+            "ensure_weight_tying": self.ensure_weight_tying,
             "layers_to_transform": None,
             "layers_pattern": None,
         }
@@ -117,7 +141,27 @@ class LoRAConfig:
             exclude_modules=config.get("exclude_modules") or (),
             init="gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
             use_dora=bool(config.get("use_dora", False)),
+            modules_to_save=config.get("modules_to_save"),
+            trainable_token_indices=config.get("trainable_token_indices"),
+            ensure_weight_tying=bool(config.get("ensure_weight_tying", False)),
         )
+
+    @classmethod
+    def from_peft(cls, config: Any) -> LoRAConfig:
+        """The options of PEFT's own `LoraConfig`, for adapters that are to be made.
+
+        Raises:
+            TypeError: it is no such configuration.
+            ValueError: it asks for something that is not supported; the message names the option.
+        """
+        options = config.to_dict() if hasattr(config, "to_dict") else config
+        if not isinstance(options, Mapping):
+            raise TypeError(
+                f"config: got {describe(config)}, expected LoRAConfig or PEFT's LoraConfig"
+            )
+        unknown = check_config(options)
+        check_to_apply(options, unknown)
+        return cls.from_peft_dict(options)
 
 
 def _names(option: str, value: Any) -> str | tuple[str, ...]:
@@ -129,6 +173,34 @@ def _names(option: str, value: Any) -> str | tuple[str, ...]:
         raise TypeError(f"{option}: got {value!r}, expected a string or a list of names")
     # A set has no order of its own, and a saved configuration must not change from run to run.
     return tuple(sorted(names)) if isinstance(value, set | frozenset) else names
+
+
+def _tokens(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    option = "trainable_token_indices"
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) and name for name in value):
+            raise TypeError(f"{option}: got {value!r}, expected names of embeddings")
+        return {name: _token_list(f"{option}[{name!r}]", of) for name, of in value.items()} or None
+    return _token_list(option, value)
+
+
+def _token_list(option: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+        raise TypeError(f"{option}: got {value!r}, expected a list of token ids")
+    tokens = tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+    if not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens):
+        raise TypeError(f"{option}: got {value!r}, expected token ids of at least 0")
+    if not tokens or len(set(tokens)) < len(tokens):
+        raise ValueError(f"{option}: got {value!r}, expected one token or more, each once")
+    return tokens
+
+
+def _plain_tokens(tokens: Any) -> Any:
+    if isinstance(tokens, Mapping):
+        return {name: list(of) for name, of in tokens.items()}
+    return None if tokens is None else list(tokens)
 
 
 def _plain(value: str | tuple[str, ...]) -> str | list[str]:

@@ -6,11 +6,28 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_kernels.adapters.layers import adapter_layers, replace_module, require_adapters, unwrap
-from lora_kernels.integrations.transformers import output_layer, untie
-from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
+from lora_kernels.adapters.modules_to_save import (
+    base_modules,
+    keep,
+    put_back,
+    tensors_of,
+    untied,
+    whole_modules,
+)
+from lora_kernels.adapters.token_indices import (
+    drop_tokens,
+    merge_tokens,
+    token_modules,
+    token_owners,
+)
+from lora_kernels.integrations.transformers import share_weight, untie
+from lora_kernels.nn import LoRAMixin, NF4Linear, QLoRALinear
+from lora_kernels.nn.common import make_linear, whole, whole_parameter
+from lora_kernels.nn.token_rows import DELTA, TokenRows
 
 
 def merge_adapters(model: nn.Module, *, safe: bool = False, requantize: bool = False) -> None:
@@ -80,7 +97,8 @@ def merge_and_unload(
     """Merge every adapter for good, in place, and leave plain nn.Linear layers.
 
     NF4Linear layers without an adapter are decoded as well, so that what remains is a plain model
-    that can be saved and loaded without this package. Parameters stay frozen.
+    that can be saved and loaded without this package. Modules that trained whole, and rows of an
+    embedding, keep what they have learned. Parameters are frozen.
 
     Args:
         model: a model with adapters.
@@ -107,12 +125,12 @@ def merge_and_unload(
                 layer.merged_weight(safe=True)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-    if isinstance(output_layer(model), LoRALinear) and untie(model):
-        warnings.warn(
-            "the output layer was adapted, so its merged weight is no longer the embedding's: "
-            "config.tie_word_embeddings is False now",
-            stacklevel=2,
-        )
+        for name, t in _learned(model):
+            if not bool(torch.isfinite(t).all()):
+                raise ValueError(f"{name}: holds non-finite values; nothing was changed")
+    shared = share_weight(model)
+    keep(model)
+    merge_tokens(model)
     for _, layer in adapters:
         new: nn.Module
         if requantize and isinstance(layer, QLoRALinear):
@@ -123,14 +141,69 @@ def merge_and_unload(
     if not requantize:
         for plain in [m for m in model.modules() if isinstance(m, NF4Linear)]:
             replace_module(model, plain, plain.to_linear())
+    if not share_weight(model) and (untied(model) or (shared and untie(model))):
+        warnings.warn(
+            "the output layer was trained, so its weight is no longer the embedding's: "
+            "config.tie_word_embeddings is False now",
+            stacklevel=2,
+        )
     if hasattr(model, "lora_config"):
         del model.lora_config
     return model
 
 
+def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of what has trained beside the adapters."""
+    for name, module in whole_modules(model):
+        yield from ((f"{name}.{place}", t) for place, t in tensors_of(module).items())
+    for name, rows in token_owners(model):
+        yield f"{name}.{DELTA}", rows.trainable_tokens_delta
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Take every adapter off, in place, and give the base back as it was: dense layers or 4-bit
+    ones, modules that trained whole and rows of an embedding with the base's values. Everything is
+    frozen; what was learned is gone (`save_adapter` before).
+
+    Args:
+        model: a model with adapters, merged or not.
+
+    Returns:
+        The model (the inner one, if it was compiled or wrapped for data parallelism).
+
+    Raises:
+        ValueError: the model has no adapters.
+
+    Examples:
+        >>> report = lk.apply_lora(model, r=8)
+        >>> base = lk.unload(model)
+        >>> type(base.model.layers[0].self_attn.q_proj).__name__
+        'Linear'
+    """
+    model = unwrap(model)
+    for _, layer in require_adapters(model):
+        replace_module(model, layer, _base_layer(layer))
+    put_back(model)
+    drop_tokens(model)
+    if hasattr(model, "lora_config"):
+        del model.lora_config
+    return model
+
+
+def _base_layer(layer: LoRAMixin) -> nn.Module:
+    """The layer without its adapter; weight and bias are shared."""
+    bias = whole_parameter(layer.bias)
+    if isinstance(layer, QLoRALinear):
+        return NF4Linear.from_weight(layer.weight, bias).train(layer.training)
+    linear = make_linear(whole(layer.weight), bias, training=layer.training)
+    linear._parameters["weight"] = whole_parameter(layer._parameters["weight"])  # the tied one
+    return linear
+
+
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Compute the base model alone, merged or not, until the block ends.
+    """Compute the base model alone, merged or not, until the block ends: modules that train whole
+    and rows of an embedding too.
 
     Raises:
         ValueError: the model has no adapters.
@@ -144,11 +217,14 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         True
     """
     require_adapters(model)
-    before = [(layer, layer.adapter_enabled) for _, layer in adapter_layers(model)]
+    switches: list[LoRAMixin | TokenRows] = [layer for _, layer in adapter_layers(model)]
+    switches += [module for _, module in token_modules(model)]
+    before = [(layer, layer.adapter_enabled) for layer in switches]
     for layer, _ in before:
         layer.adapter_enabled = False
     try:
-        yield
+        with base_modules(model):
+            yield
     finally:
         for layer, enabled in before:
             layer.adapter_enabled = enabled

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -110,6 +110,65 @@ def with_unit(n: int) -> str:
             break
         size /= 1000
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+
+
+@dataclass(frozen=True)
+class LoRAReport:
+    """What `apply_lora` did; `print` shows it as a table.
+
+    Attributes:
+        modules: names of the layers that have an adapter now.
+        quantized: names of the layers whose weight was quantised, with an adapter or without.
+        skipped: (name, reason) of linear layers that were left alone or left dense.
+        trainable_parameters, total_parameters: a 4-bit weight counts its elements.
+        bytes_before, bytes_after: memory of all parameters and buffers.
+        layers: one row per adapted layer.
+        modules_to_save: names of the modules that train whole and are saved with the adapters.
+        trainable_tokens: rows that train by themselves, by the names of their modules.
+
+    Examples:
+        >>> report = lk.apply_lora(model, r=8, target_modules=["q_proj", "v_proj"])
+        >>> report.modules
+        ('model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj')
+        >>> report.trainable_parameters
+        1792
+    """
+
+    modules: tuple[str, ...]
+    quantized: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    trainable_parameters: int
+    total_parameters: int
+    bytes_before: int
+    bytes_after: int
+    layers: tuple[LayerRow, ...]
+    modules_to_save: tuple[str, ...] = ()
+    trainable_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        lines = []
+        if self.modules:
+            lines = [
+                f"adapters on {len(self.modules)} layers: {self.trainable_parameters:,} of "
+                f"{self.total_parameters:,} parameters train ({share:.3g} %)",
+                table(group_rows(self.layers)),
+            ]
+        if self.modules_to_save:
+            lines.append(f"train whole, saved with them: {', '.join(self.modules_to_save)}")
+        for name, tokens in self.trainable_tokens.items():
+            lines.append(f"tokens that train: {len(tokens)} rows of {name}")
+        lines += [
+            f"memory of the weights: {with_unit(self.bytes_before)} -> "
+            f"{with_unit(self.bytes_after)}, {len(self.quantized)} layers quantised",
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.skipped:
+            reasons.setdefault(reason, []).append(name)
+        for reason, layers in reasons.items():
+            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
+            lines.append(f"left alone ({reason}): {', '.join(layers[:3])}{more}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

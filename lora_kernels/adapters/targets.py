@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_kernels.adapters.config import LoRAConfig
-from lora_kernels.adapters.layers import named_modules
+from lora_kernels.adapters.layers import get_module, named_modules, unwrap
+from lora_kernels.adapters.modules_to_save import is_inside, match_modules
 from lora_kernels.adapters.reads import Read, read_layers, read_only
 from lora_kernels.integrations.peft import matches
-from lora_kernels.integrations.transformers import is_classifier, is_conv1d, output_layer
+from lora_kernels.integrations.transformers import is_conv1d, output_layer, task_heads
 from lora_kernels.nn import LoRAMixin, NF4Linear
 from lora_kernels.nn.common import check_linear_layer
 from lora_kernels.nn.linear4bit import is_linear4bit
 
-_CLASSIFIER_HEADS = ("score", "classifier")
 _SHOWN = 12
 
 
@@ -30,8 +30,12 @@ class Targets:
     skipped: tuple[tuple[str, str], ...]
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
-    """Match `target_modules` and `exclude_modules` against the model's layers.
+def find_targets(model: nn.Module, config: LoRAConfig, *, lenient: bool = False) -> Targets:
+    """Match `target_modules` and `exclude_modules` against the model's layers. What is inside
+    `modules_to_save` gets no adapter.
+
+    Args:
+        lenient: pass over names in a list that the model lacks, as PEFT does, if it has another.
 
     Raises:
         ValueError: a target names nothing, only excluded layers, or a layer that cannot be
@@ -40,7 +44,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
     modules = {name: module for name, module in named_modules(model) if name}
     reads = read_layers(model)
     refusals = {name: _refusal(m) or read_only(m, reads) for name, m in modules.items()}
-    candidates = [name for name, reason in refusals.items() if reason is None]
+    trained = match_modules(model, config.modules_to_save or ())
+    whole = {name for name in modules if is_inside(name, trained)}
+    candidates = [n for n, reason in refusals.items() if reason is None and n not in whole]
     read = {n: reads[id(m)].reason for n, m in modules.items() if _is_read_linear(m, reads)}
     excluded = {name for name in modules if is_excluded(config, name)}
     if config.all_linear:
@@ -49,16 +55,22 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         names = [n for n in candidates if n not in excluded | set(heads) | set(read)]
         skipped = [(n, "excluded") for n in candidates if n in excluded]
         skipped += [(n, "output layer") for n in heads]
-        skipped += [(n, str(refusals[n])) for n, m in modules.items() if _is_other_linear(m)]
-        skipped += [(n, why) for n, why in read.items() if n not in excluded | set(heads)]
+        others = [n for n, m in modules.items() if _is_other_linear(m) and n not in whole]
+        skipped += [(n, str(refusals[n])) for n in others]
+        skipped += [(n, why) for n, why in read.items() if n not in excluded | set(heads) | whole]
         if not names:
             raise ValueError(_no_match(model, config, candidates, skipped))
         return Targets(tuple(names), tuple(skipped))
 
     matched = [name for name in modules if matches(config.target_modules, name)]
-    names = [name for name in matched if name not in excluded]
+    names = [name for name in matched if name not in excluded | whole]
     unknown = _unknown(config, modules, excluded)
-    if unknown or not names:
+    if not names and whole & set(matched):
+        raise ValueError(
+            f"target_modules: {config.target_modules!r} matches only {_some(trained)}, which "
+            "modules_to_save trains whole (a new head by default; modules_to_save=[] leaves it)"
+        )
+    if (unknown and not lenient) or not names:
         raise ValueError(_no_match(model, config, candidates, [], unknown))
     wrong = [name for name in names if refusals[name] is not None]
     if wrong:
@@ -73,7 +85,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
             f"{_some([f'{name} ({read[name]})' for name in risky], '; ')}",
             stacklevel=3,
         )
-    return Targets(tuple(names), tuple((n, "excluded") for n in matched if n in excluded))
+    skipped = [(n, "excluded") for n in matched if n in excluded]
+    skipped += [(n, "trains whole") for n in matched if n in whole - excluded]
+    return Targets(tuple(names), tuple(skipped))
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -106,18 +120,16 @@ def _is_read_linear(module: nn.Module, reads: Mapping[int, Read]) -> bool:
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """The output layers that "all-linear" leaves alone, as PEFT does."""
-    head = output_layer(model)
-    if head is not None:
-        return {id(head)}
-    if is_classifier(model):
-        return {id(getattr(model, name)) for name in _CLASSIFIER_HEADS if hasattr(model, name)}
-    return set()
+    """The output layers that "all-linear" leaves alone, as PEFT does, and what is in them."""
+    model = unwrap(model)
+    found = [output_layer(model), *(get_module(model, name) for name in task_heads(model))]
+    return {id(m) for head in found if head is not None for m in head.modules()}
 
 
-def kept_dense(model: nn.Module) -> set[int]:
-    """ids of the layers that are quantised only as targets: heads."""
-    return _heads(model)
+def kept_dense(model: nn.Module, config: LoRAConfig) -> set[int]:
+    """ids of the layers that are quantised only as targets: heads, and what trains whole."""
+    trained = match_modules(model, config.modules_to_save or ())
+    return _heads(model) | {id(m) for n, m in named_modules(model) if is_inside(n, trained)}
 
 
 def is_excluded(config: LoRAConfig, name: str) -> bool:

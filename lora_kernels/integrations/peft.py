@@ -36,10 +36,8 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "layer_replication": (),
     "lora_bias": (),
     "megatron_config": (),
-    "modules_to_save": (),
     "monteclora_config": (),
     "target_parameters": (),
-    "trainable_token_indices": (),
     "use_bdlora": (),
     "use_dora": (True,),
     "use_qalora": (),
@@ -47,7 +45,12 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 }
 # Initialisations that leave the base weight as it was; the others train against a changed one.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
-# Options that say how an adapter came about, or where its layers are, not what they compute.
+# Options that only matter where an adapter is made.
+_OF_MAKING = (
+    *("corda_config", "eva_config", "layers_pattern", "layers_to_transform", "loftq_config"),
+    "lora_ga_config",
+)
+# Options that say how an adapter came about, or where its layers are, not what a layer computes.
 _WITHOUT_EFFECT = frozenset(
     {
         "alpha_pattern",
@@ -66,6 +69,7 @@ _WITHOUT_EFFECT = frozenset(
         "lora_dropout",
         "lora_ga_config",
         "megatron_core",
+        "modules_to_save",
         "peft_type",
         "peft_version",
         "qalora_group_size",
@@ -75,6 +79,7 @@ _WITHOUT_EFFECT = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "trainable_token_indices",
         "use_rslora",
     }
 )
@@ -108,9 +113,9 @@ def split_key(key: str) -> tuple[str, str] | None:
     return match["module"], match["factor"] or match["magnitude"] or match["embedding"]
 
 
-def base_key_of(module: str) -> str:
+def base_key_of(module: str, tensor: str = "weight") -> str:
     """The key under which PEFT saves a copy of an adapted embedding's or output layer's weight."""
-    return f"{_PREFIX}{module}.base_layer.weight"
+    return f"{_PREFIX}{module}.base_layer.{tensor}"
 
 
 def check_config(config: Mapping[str, Any]) -> list[str]:
@@ -134,6 +139,63 @@ def check_config(config: Mapping[str, Any]) -> list[str]:
         )
     known = _WITHOUT_EFFECT | set(_PLAIN_LORA)
     return sorted(k for k, v in config.items() if k not in known and _is_set(v))
+
+
+def check_to_apply(config: Mapping[str, Any], unknown: Iterable[str]) -> None:
+    """Refuse what adapters that are to be made cannot follow, after `check_config`.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for option in (*unknown, *_OF_MAKING):
+        if _is_set(config.get(option)):
+            raise ValueError(f"{option}: got {config[option]!r}, which is not supported")
+    runtime = config.get("runtime_config")
+    if runtime is not None and getattr(runtime, "ephemeral_gpu_offload", False):
+        raise ValueError("runtime_config: ephemeral_gpu_offload is not supported")
+    init = config.get("init_lora_weights", True)
+    if init is not True and init != "gaussian":
+        raise ValueError(
+            f"init_lora_weights: got {init!r}, which is not supported: expected True or 'gaussian'"
+        )
+
+
+def modules_of_task(task: str | None) -> tuple[str, ...]:
+    """What PEFT adds to `modules_to_save` for a task."""
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        return ("classifier", "score")
+    return ("qa_outputs",) if task == "QUESTION_ANS" else ()
+
+
+def default_targets(model_type: str | None) -> list[str] | None:
+    """The modules that PEFT adapts in this kind of transformers model where none are named."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as NAMES
+
+    return NAMES.get(model_type)
+
+
+def saved_key(module: str, place: str) -> str:
+    """The key of a tensor of a module that was trained whole."""
+    return f"{_PREFIX}{module}.{place}"
+
+
+def tokens_key(module: str) -> str:
+    """The key of the rows of an embedding that were trained by themselves."""
+    return f"{_PREFIX}{module}.token_adapter.trainable_tokens_delta"
+
+
+def plain_key(key: str) -> str | None:
+    """The base model's own name for the tensor of which a key holds a copy: an adapted layer's, a
+    module's that was trained, or any other; None for a key that is not PEFT's.
+
+    PEFT writes such copies beside an adapter where the vocabulary was resized.
+    """
+    if not key.startswith(_PREFIX):
+        return None
+    name = key.removeprefix(_PREFIX)
+    for inside in (".token_adapter.base_layer.", ".base_layer.", ".original_module."):
+        name = name.replace(inside, ".")
+    return name
 
 
 def _is_set(value: Any) -> bool:

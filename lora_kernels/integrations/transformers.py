@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import nn
@@ -18,15 +19,76 @@ def output_layer(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def is_classifier(model: nn.Module) -> bool:
-    """Whether the model ends in a newly made classification head."""
-    name = type(model).__name__
-    return name.endswith(("ForSequenceClassification", "ForTokenClassification"))
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The layer that looks up the tokens, where the model names it."""
+    getter = getattr(model, "get_input_embeddings", None)
+    if getter is None:
+        return None
+    try:
+        return getter()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+# Ends of the names of models whose head is made anew for a task: its classes are the user's.
+_TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
+_HEADS = ("classifier", "score", "qa_outputs")
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Names of the modules that a model for a task has beside its backbone; none for a language
+    model, whose head was trained with the rest."""
+    kind = type(model).__name__
+    if "For" not in kind or not kind.endswith(_TASKS):
+        return []
+    heads = [n for n, m in model.named_children() if next(m.parameters(), None) is not None]
+    backbone = getattr(model, "base_model_prefix", "")
+    if backbone in heads:
+        return [name for name in heads if name != backbone]
+    return [name for name in heads if name in _HEADS]
+
+
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's name of the model's task; None where PEFT would expect a saved head as well."""
-    return "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
+    """PEFT's name of the model's task, where it has one."""
+    kind = type(model).__name__
+    return next((task for end, task in _TASK_TYPES.items() if kind.endswith(end)), None)
+
+
+def resized_vocabulary(model: nn.Module) -> tuple[int, int] | None:
+    """(tokens that the model was loaded with, tokens now) where they differ, else None. Of a model
+    that does not say where it was loaded from, those that `remember_vocabulary` has seen count.
+    Asks no network."""
+    config: Any = getattr(model, "config", None)
+    name, size = base_model_name(model), _vocabulary(config)
+    if size is None:
+        return None
+    before = vars(model).get(_SEEN)
+    if name is not None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            before = _vocabulary(type(config).from_pretrained(name, local_files_only=True))
+    return None if before is None or before == size else (before, size)
+
+
+_SEEN = "_lora_kernels_vocabulary"
+
+
+def remember_vocabulary(model: nn.Module) -> None:
+    """Note how many tokens a model has, for `resized_vocabulary`."""
+    vars(model)[_SEEN] = _vocabulary(getattr(model, "config", None))
+
+
+def _vocabulary(config: Any) -> int | None:
+    """The number of tokens, of the text's part of a model that takes more than text."""
+    getter = getattr(config, "get_text_config", None)
+    return getattr(config if getter is None else getter(), "vocab_size", None)
 
 
 def base_model_name(model: nn.Module) -> str | None:
@@ -54,6 +116,13 @@ def forget_quantizer(model: nn.Module) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype", "_is_quantized"):
         if name in vars(config) if config is not None else ():
             delattr(config, name)
+
+
+def share_weight(model: nn.Module) -> bool:
+    """Whether the output layer has the embedding's weight; True where the model lacks one."""
+    ends = input_embedding(model), output_layer(model)
+    weights = [getattr(layer, "weight", None) for layer in ends]
+    return any(w is None for w in weights) or weights[0] is weights[1]
 
 
 def untie(model: nn.Module) -> bool:

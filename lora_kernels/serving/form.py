@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.adapters.apply import check_model
+from lora_kernels.adapters.checks import check_model
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.targets import find_targets, is_excluded
-from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of, matches
-from lora_kernels.integrations.transformers import output_layer
+from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of, matches, saved_key
+from lora_kernels.integrations.transformers import input_embedding, output_layer
 from lora_kernels.nn.multi_lora_embedding import check_embedding
 from lora_kernels.ops.common.checks import FLOATS, check_dtype
 from lora_kernels.ops.gather import PAGE, pages_of
@@ -92,12 +92,7 @@ def make_form(
         found = [n for n, _ in named_modules(model) if n in every]
         modules: Shapes = {n: _features(get_module(model, n)) for n in found}
         linear = _all_linear(model) & every
-        saved = {
-            base_key_of(n): layer.weight
-            for n in found
-            if ((layer := get_module(model, n)) is output_layer(model) or n in embeddings)
-            and isinstance(layer.weight, Tensor)
-        }
+        saved = _copies(model, every)
         values = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
         dtype = dtype or next((t.dtype for t in values if t.dtype in FLOATS), None)
         device = device or next((t.device for t in values), None)
@@ -121,6 +116,19 @@ def make_form(
     if form.device.type == "meta":
         raise ValueError("device: got meta, expected one that holds values")
     return form
+
+
+def _copies(model: nn.Module, pooled: Container[str]) -> dict[str, Tensor]:
+    """The model's own weights of which PEFT may have put a copy into an adapter's file, by key."""
+    ends = [m for m in (input_embedding(model), output_layer(model)) if m is not None]
+    copies: dict[str, Tensor] = {}
+    for name, module in named_modules(model):
+        if module in ends or (name in pooled and isinstance(module, nn.Embedding)):
+            for key, t in module._parameters.items():
+                if t is not None and key in ("weight", "bias"):
+                    where = base_key_of(name, key) if name in pooled else saved_key(name, key)
+                    copies[where] = t
+    return copies
 
 
 def _all_linear(model: nn.Module) -> frozenset[str]:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.integrations.peft import ALL_LINEAR, CONFIG_FILE, WEIGHTS_FILE, check_directory
+from lora_kernels.adapters.reading import weights_file
+from lora_kernels.integrations.peft import ALL_LINEAR, CONFIG_FILE, check_directory
 from lora_kernels.ops.common.checks import names as dtype_names
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.gather import RankPages
@@ -139,9 +140,9 @@ class AdapterPool:
     def register(self, name: str, directory: str | os.PathLike[str]) -> None:
         """Give an adapter's directory a name; it is read when a route first asks for it."""
         folder = check_directory(directory)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (folder / file).is_file():
-                raise FileNotFoundError(f"{folder / file}: no such file")
+        for file in (folder / CONFIG_FILE, weights_file(folder)):
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: no such file")
         with self._lock:
             self._library.check_new(name)
             self._library.known[name] = Origin(folder)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.adapters.apply import check_model
+from lora_kernels.adapters.checks import check_model
 from lora_kernels.adapters.layers import (
     get_module,
     named_modules,

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.adapters.checkpoint import (
+from lora_kernels.adapters.reading import (
     Factors,
-    _check_factors,
-    _drop_other_kinds,
-    _naming,
-    _read_config,
-    _read_weights,
-    _some,
+    check_factors,
+    drop_other_kinds,
+    naming,
+    read_config,
+    read_weights,
+    some,
+    weights_file,
 )
 from lora_kernels.adapters.targets import is_excluded
 from lora_kernels.integrations.peft import (
     CONFIG_FILE,
     EMBEDDING,
-    WEIGHTS_FILE,
     check_config,
     check_directory,
     key_of,
@@ -78,29 +78,36 @@ def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
     if isinstance(source, Mapping):
         options = _options(config)
         where = "config"
-        factors, other = _split(source)
+        factors, rest = _split(source)
     else:
         if config is not None:
             raise ValueError("config: was given beside a directory, expected None")
         folder = check_directory(source, "source")
-        options = _read_config(folder / CONFIG_FILE)
+        options = read_config(folder / CONFIG_FILE)
         where = str(folder / CONFIG_FILE)
-        factors, other = _read_weights(folder / WEIGHTS_FILE)
-    with _naming(Path(where)):
+        path = weights_file(folder)
+        factors, rest = read_weights(path)
+    with naming(Path(where)):
         made = LoRAConfig.from_peft_dict(options)
         unknown = check_config(options)
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: not known here")
         if made.use_dora:
             raise ValueError("use_dora: got True, expected False: a pool serves LoRA only")
-    where = "state" if isinstance(source, Mapping) else str(Path(source) / WEIGHTS_FILE)
-    with _naming(Path(where)):
-        other = [key for key in other if not _is_base(key, source, form)]
+        for option in ("modules_to_save", "trainable_token_indices"):
+            if asked := options.get(option):
+                raise ValueError(
+                    f"{option}: got {asked!r}, which is not supported: the adapters of a pool "
+                    "share all other weights"
+                )
+    where = "state" if isinstance(source, Mapping) else str(path)
+    with naming(Path(where)):
+        other = [key for key, t in rest.items() if not _is_base(key, t, form)]
         _name_alike(factors, form)
-        other += _drop_other_kinds(factors, ("A", "B"))
+        other += drop_other_kinds(factors, ("A", "B"))
         if other:
-            raise ValueError(f"{_some(sorted(other))}: not supported, expected lora_A and lora_B")
-        _check_factors(made, factors)
+            raise ValueError(f"{some(sorted(other))}: not supported, expected lora_A and lora_B")
+        check_factors(made, factors)
         _check_modules(made, factors, form, some_layers=bool(options.get("layers_to_transform")))
         return AdapterState(
             {n: _paged(n, factors[n], made, form) for n in form.modules_of(factors)}
@@ -119,16 +126,16 @@ def _options(config: object) -> dict[str, Any]:
     return dict(config)
 
 
-def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], list[str]]:
-    """As `_read_weights`, of a state dict."""
+def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """As `read_weights`, of a state dict."""
     factors: dict[str, Factors] = {}
-    other: list[str] = []
+    other: dict[str, Tensor] = {}
     for key, t in state.items():
         if not isinstance(key, str) or not isinstance(t, Tensor):
             raise TypeError(f"{key!r}: got {type(t).__name__}, expected a name and its tensor")
         where = split_key(key)
         if where is None:
-            other.append(key)
+            other[key] = t
         elif t.is_meta:
             raise ValueError(f"{key}: is on the meta device, expected values")
         else:
@@ -149,19 +156,13 @@ def _name_alike(factors: dict[str, Factors], form: PoolForm) -> None:
         factors[name] = {f: pair[kind] for f, kind in EMBEDDING.items() if kind in pair}
 
 
-def _is_base(key: str, source: Source, form: PoolForm) -> bool:
+def _is_base(key: str, copy: Tensor, form: PoolForm) -> bool:
     """Whether a tensor is the model's own weight, of which PEFT saves a copy with an adapted
-    output layer; ValueError where it is another."""
-    if key not in form.saved:
+    output layer or a resized vocabulary; ValueError where it is another."""
+    own = form.saved.get(key)
+    if own is None:
         return False
-    if isinstance(source, Mapping):
-        copy = source[key]
-    else:
-        from safetensors import safe_open
-
-        with safe_open(Path(source) / WEIGHTS_FILE, "pt") as file:
-            copy = file.get_tensor(key)
-    own = form.saved[key].detach()
+    own = own.detach()
     if copy.shape != own.shape or not torch.equal(copy.to(own.device, own.dtype), own):
         raise ValueError(f"{key}: is not the weight of the pool's model, expected the same base")
     return True
@@ -176,28 +177,25 @@ def _check_modules(
     strangers = [key_of(name, "A") for name in factors if name not in form.modules]
     if strangers:
         raise ValueError(
-            f"{_some(strangers)}: the pool has no such module, expected some of "
-            f"{_some(list(form.modules))}"
+            f"{some(strangers)}: the pool has no such module, expected some of "
+            f"{some(list(form.modules))}"
         )
     if config.all_linear:
         expected = set(form.all_linear) or set(factors)
     else:
-        if not isinstance(config.target_modules, str):
-            for target in config.target_modules:
-                if not any(named_by([target], name) for name in form.modules):
-                    raise ValueError(f"target_modules: {target!r} matches no module of the pool")
+        # Names that nothing answers to are passed over, as PEFT does.
         expected = {n for n in form.modules if named_by(config.target_modules, n)}
     expected = {n for n in expected if not is_excluded(config, n)}
     extra = sorted(set(factors) - expected)
     if extra:
         raise ValueError(
-            f"{_some([key_of(n, 'A') for n in extra])}: not expected, target_modules is "
+            f"{some([key_of(n, 'A') for n in extra])}: not expected, target_modules is "
             f"{config.target_modules!r}"
         )
     missing = sorted(expected - set(factors))
     if missing and not some_layers:
         keys = [key_of(n, f) for n in missing for f in "AB"]
-        raise ValueError(f"{_some(keys)}: missing, target_modules is {config.target_modules!r}")
+        raise ValueError(f"{some(keys)}: missing, target_modules is {config.target_modules!r}")
 
 
 def _paged(name: str, pair: Factors, config: LoRAConfig, form: PoolForm) -> PagedFactors:

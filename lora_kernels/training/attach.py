@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.adapters.apply import (
-    _check_layer,
-    _check_patterns,
-    _leave_fast_path,
-    _plan_quantisation,
-    _without_adapter,
-    check_model,
-    check_quantize,
-)
+from lora_kernels.adapters.apply import check_patterns
+from lora_kernels.adapters.checks import check_model
 from lora_kernels.adapters.layers import (
     get_module,
     named_modules,
     replace_module,
+)
+from lora_kernels.adapters.quantize import (
+    check_layer,
+    check_quantize,
+    leave_fast_path,
+    plan_quantisation,
+    without_adapter,
 )
 from lora_kernels.adapters.reads import read_layers
 from lora_kernels.adapters.targets import find_targets
@@ -66,17 +66,23 @@ def attach_adapters(
     reads, targets = read_layers(model), []
     dense: set[str] = set()
     for config in configs:
+        for option in ("modules_to_save", "trainable_token_indices"):
+            if asked := getattr(config, option):
+                raise ValueError(
+                    f"{option}: got {asked!r}, which is not supported where many adapters train "
+                    "over one base"
+                )
         names = find_targets(model, config).names
-        _check_patterns(config, names)
+        check_patterns(config, names)
         targets.append(names)
         if quantize is not None:
-            dense |= _plan_quantisation(model, config, names, reads)[0]
+            dense |= plan_quantisation(model, config, names, reads)[0]
     adapted = {name for names in targets for name in names}
     theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
     for name in theirs:
         check_not_repacked(name, get_module(model, name))
     for name in sorted(adapted | dense):
-        _check_layer(name, get_module(model, name), reads, quantised=name in dense)
+        check_layer(name, get_module(model, name), reads, quantised=name in dense)
     model.requires_grad_(False)
     form: dict[str, Any] = {
         "block_size": block_size,
@@ -88,14 +94,14 @@ def attach_adapters(
         base: Any = get_module(model, name)
         old = base
         if name in dense or is_linear4bit(base):
-            base = _without_adapter(base, form if name in dense else {})
+            base = without_adapter(base, form if name in dense else {})
         if name in adapted:
             base = layers[name] = TrainableMultiLoRALinear(base, len(configs), holder, name)
         replace_module(model, old, base)
     for slot, (config, names) in enumerate(zip(configs, targets, strict=True)):
         for name in names:  # in apply_lora's order, in which A is drawn
             layers[name].add(slot, _drawn(layers[name], config, generators[slot], adapter_dtype))
-    _leave_fast_path(model)
+    leave_fast_path(model)
     return layers, holder
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_kernels.adapters.checkpoint import _read_weights, save_layers
+from lora_kernels.adapters.extras import Extras, resized_ends
+from lora_kernels.adapters.reading import read_weights
+from lora_kernels.adapters.saving import save_layers
 from lora_kernels.integrations.peft import WEIGHTS_FILE, key_of
 from lora_kernels.training.run import AdapterRun
 
@@ -35,7 +37,8 @@ def save_run(model: nn.Module, run: AdapterRun, folder: Path) -> Path:
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         whole = staging / "whole"
-        save_layers(model, run.layers, run.job.config, whole)
+        extras = Extras(resized_ends(model, ()), (), {})
+        save_layers(model, run.layers, run.job.config, whole, extras)
         torch.save(run.state(), whole / STATE_FILE)
         if place.exists():
             place.rename(staging / "replaced")
@@ -46,17 +49,23 @@ def save_run(model: nn.Module, run: AdapterRun, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def load_run(run: AdapterRun, folder: Path) -> None:
-    """Go on from what `save_run` wrote.
+def load_run(model: nn.Module, run: AdapterRun, folder: Path) -> None:
+    """Go on from what `save_run` wrote. The base stays: embeddings that were saved because the
+    vocabulary was resized are the model's already, and have to be the same.
 
     Raises:
         FileNotFoundError: a file is not there.
         ValueError: the adapter is for other layers or of another rank.
     """
     place = folder / run.name
-    factors, other = _read_weights(place / WEIGHTS_FILE)
+    factors, other = read_weights(place / WEIGHTS_FILE)
+    own = resized_ends(model, ())
+    for key, t in other.items():
+        if key in own and not torch.equal(own[key].to(t.device, t.dtype), t):
+            raise ValueError(f"{place / WEIGHTS_FILE}: {key}: is not the model's own")
     expected = {key_of(n, f) for n, _ in run.layers for f in "AB"}
-    got = {key_of(n, f) for n, pair in factors.items() for f in pair} | set(other)
+    got = {key_of(n, f) for n, pair in factors.items() for f in pair}
+    got |= {key for key in other if key not in own}
     if got != expected:
         odd = sorted(got ^ expected)
         raise ValueError(f"{place / WEIGHTS_FILE}: {odd[0]}: expected the layers of {run.name!r}")

@@ -20,6 +20,11 @@ class NonFinite(RuntimeError):
     Attributes:
         adapters: what happened, by name.
         losses: of the adapters that took the step, by name.
+
+    Examples:
+        >>> error = lk.training.NonFinite({"french": "its loss is nan"}, {"german": 2.5})
+        >>> error.adapters, error.losses
+        ({'french': 'its loss is nan'}, {'german': 2.5})
     """
 
     def __init__(self, adapters: Mapping[str, str], losses: Mapping[str, float]) -> None:

@@ -244,7 +244,7 @@ class MultiLoRATrainer:
             ValueError: an adapter has other layers or ranks, or fewer batches than it has used.
         """
         for run in self.runs.values():
-            load_run(run, Path(folder))
+            load_run(self.model, run, Path(folder))
 
     def detach(self) -> tuple[str, ...]:
         """Put the base layers back, for serving; the adapters can still be saved before it."""

@@ -181,8 +181,12 @@ def test_heads_are_not_quantised_unless_asked():
     model = LlamaForSequenceClassification(config)
     report = apply_lora(model, r=2, quantize="nf4")
     assert type(model.score) is nn.Linear and len(report.modules) == LLAMA_LAYERS
+    assert report.modules_to_save == ("score",)
     model = LlamaForSequenceClassification(config)
-    apply_lora(model, r=2, target_modules=["score"], quantize="nf4")
+    options = {"target_modules": ["score"], "quantize": "nf4"}
+    with pytest.raises(ValueError, match=r"matches only score, which modules_to_save trains whole"):
+        apply_lora(model, r=2, **options)
+    apply_lora(model, r=2, modules_to_save=[], **options)
     assert type(model.score) is QLoRALinear
 
 

@@ -34,7 +34,7 @@ class _Terminal(io.StringIO):
 )
 def test_a_bar(progress, stream, after, shown, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream())
-    monkeypatch.setattr("lora_kernels.adapters.apply.BAR_AFTER", after)
+    monkeypatch.setattr("lora_kernels.adapters.progress.BAR_AFTER", after)
     apply_lora(mlp(), r=2, progress=progress)
     assert ("adapters: 100%" in sys.stderr.getvalue()) == shown
 

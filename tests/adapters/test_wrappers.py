@@ -24,8 +24,10 @@ from lora_kernels.adapters import (
     merge_and_unload,
     model_report,
     save_adapter,
+    unload,
 )
 from lora_kernels.adapters.layers import get_module, named_modules
+from tests.adapters.heads import learn
 from tests.adapters.models import llama, logits, tokens, wake
 
 
@@ -102,6 +104,30 @@ def test_files_of_a_model_that_was_wrapped_afterwards(wrap, tmp_path):
     load_adapter(other, tmp_path / "plain")
     assert torch.equal(logits(other), logits(plain))
     assert str(model_report(other)) == str(model_report(plain))
+
+
+@every
+def test_what_trains_beside_the_adapters_of_a_model_that_was_wrapped(wrap, tmp_path):
+    options = {"modules_to_save": ["lm_head", "1.input_layernorm"], "trainable_token_indices": [3]}
+    plain = llama()
+    apply_lora(plain, 4, 8, target_modules=["q_proj"], **options)
+    learn(plain)
+    save_adapter(plain, tmp_path / "plain")
+    wrapped = wrap(copy.deepcopy(plain))
+    for part in ("lm_head",) if isinstance(getattr(wrapped, "lm_head", None), nn.Linear) else ():
+        setattr(wrapped, part, checkpoint_wrapper(getattr(wrapped, part)))
+    save_adapter(wrapped, tmp_path / "wrapped")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        files = [(tmp_path / kind / name).read_bytes() for kind in ("wrapped", "plain")]
+        assert files[0] == files[1]
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p.zero_()
+    load_adapter(wrapped, tmp_path / "plain")
+    assert torch.equal(logits(wrapped), logits(plain))
+    unload(wrapped)
+    assert torch.equal(logits(wrapped), logits(llama()))
 
 
 @before

@@ -177,14 +177,14 @@ def test_a_cut_off_checkpoint_is_never_seen(finetune, pairs, tmp_path, monkeypat
     """An error in the middle of writing leaves no checkpoint, and the older one stays."""
     import lora_kernels.cli.finetune.trainer as module
 
-    real = module.AdapterTrainer._save_rng_state
+    real = module.FinetuneTrainer._save_rng_state
 
     def fail(self: Any, output_dir: str) -> None:
         if self.state.global_step == 4:
             raise OSError("disk full")
         real(self, output_dir)
 
-    monkeypatch.setattr(module.AdapterTrainer, "_save_rng_state", fail)
+    monkeypatch.setattr(module.FinetuneTrainer, "_save_rng_state", fail)
     out = tmp_path / "out"
     with pytest.raises(OSError, match="disk full"):
         finetune("--data", pairs, *SHORT, "--max-steps", 6, "--save-steps", 2)

@@ -16,15 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_kernels.adapters import (
     apply_lora,
+    disable_adapters,
     load_adapter,
     merge_adapters,
     merge_and_unload,
     save_adapter,
+    unload,
     unmerge_adapters,
 )
 from lora_kernels.nn import LoRALinear, QLoRALinear
 from lora_kernels.testing import assert_within_budget
-from tests.adapters.models import mlp, wake
+from tests.adapters.heads import learn
+from tests.adapters.models import Mlp, wake
 from tests.nn.layers import plain, plain_args
 
 pytestmark = pytest.mark.slow  # each process imports torch: 7 s
@@ -71,17 +74,36 @@ KINDS = {
     "qlora": {"quantize": "nf4"},
     "dora": {"use_dora": True},
     "qdora": {"quantize": "nf4", "use_dora": True},
+    "whole": {"target_modules": ["up", "down"], "modules_to_save": ["head"]},
+    "whole over 4 bits": {"modules_to_save": ["head"], "quantize": "nf4"},
+    "tokens": {"trainable_token_indices": [1, 3]},
 }
 
 
+class Embedded(Mlp):
+    """The same over an embedding, which takes token 3 and others from what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(8, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.embed_tokens(x.argsort(-1)[:, 0] % 4))
+
+
+def base(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Embedded() if "trainable_token_indices" in options else Mlp()
+
+
 def adapted(**options: Any) -> nn.Module:
-    model = mlp()
+    model = base(**options)
     apply_lora(model, 4, 8, **options)
-    return wake(model).eval()
+    return learn(wake(model)).eval()
 
 
 def inputs() -> Tensor:
-    return torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
+    return torch.randn(16, 64, generator=torch.Generator().manual_seed(4))
 
 
 # --- in the processes -----------------------------------------------------------------------------
@@ -188,10 +210,13 @@ def _saved(rank: int, folder: Path) -> dict[str, Any]:
     for name, options in KINDS.items():
         model = adapted(**options)
         before = {n: t.clone() for n, t in model.state_dict().items()}
-        for layer in (model.up, model.down, model.head):
+        for layer in model.children():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         outputs = {"split": model(inputs()).detach()}
+        with disable_adapters(model):
+            outputs["without"] = model(inputs()).detach()
+        outputs["with again"] = model(inputs()).detach()
         save_adapter(model, folder / name)
         with torch.no_grad():
             for parameter in adapters(model).values():
@@ -208,6 +233,13 @@ def _saved(rank: int, folder: Path) -> dict[str, Any]:
             outputs["error"] = type(error).__name__
         merge_and_unload(model)
         outputs["unloaded"] = model(inputs()).detach()
+        again = adapted(**options)
+        for layer in again.children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(again, mesh=mesh)
+        again(inputs())  # which gathers its weights once before layers go
+        unload(again)
+        outputs["off"] = again(inputs()).detach()
         found[name] = {"before": before, "outputs": outputs}
     return found
 
@@ -304,11 +336,15 @@ def test_split_adapters_are_saved_loaded_and_merged(ranks, kind):
         split, whole = (folder / kind / file, folder / "alone" / kind / file)
         assert split.read_bytes() == whole.read_bytes()
     want = alone(inputs()).detach()
+    with disable_adapters(alone):
+        without = alone(inputs()).detach()
     merge_adapters(alone)
     merged = alone(inputs()).detach()
     for found in (found["saved"][kind]["outputs"] for found in ranks):
-        for how in ("split", "loaded", "unmerged"):
+        for how in ("split", "with again", "loaded", "unmerged"):
             assert torch.equal(found[how], want), how
+        for how in ("without", "off"):
+            assert torch.equal(found[how], without), how
         for how in ("merged", "unloaded"):
             assert torch.equal(found[how], merged), how
         assert found["error"] == "NotADirectoryError"  # in the process that writes, and the other

@@ -116,8 +116,6 @@ def test_the_same_tensors_after_a_round_trip(tmp_path, use_dora):
     [
         ({"lora_bias": True}, "lora_bias: got True"),
         ({"bias": "all"}, "bias: got 'all'"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save: got \['lm_head'\]"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"init_lora_weights": "olora"}, "init_lora_weights: got 'olora'"),
     ],
 )

@@ -46,7 +46,7 @@ from lora_kernels.cli.finetune.progress import (
 from lora_kernels.cli.finetune.records import check_file, pair
 from lora_kernels.cli.finetune.rundir import RunDir, Start
 from lora_kernels.cli.finetune.trainer import (
-    AdapterTrainer,
+    FinetuneTrainer,
     mean_token_loss,
     readable,
     token_losses,
@@ -195,7 +195,7 @@ class Finetune:
             "double_quant": args.double_quant,
         }
 
-    def make_trainer(self) -> AdapterTrainer:
+    def make_trainer(self) -> FinetuneTrainer:
         """The Trainer with the command's callbacks."""
         args = self.args
         self.reporter = Reporter(self.folder, self.console)
@@ -205,7 +205,7 @@ class Finetune:
         self.collator = Collator(
             self.tokenizer.pad_token_id, can_trim_logits(self.model), args.max_length
         )
-        return AdapterTrainer(
+        return FinetuneTrainer(
             run=self.folder,
             loraplus_ratio=args.loraplus_ratio,
             keep=args.keep,
@@ -219,7 +219,7 @@ class Finetune:
             callbacks=[self.reporter, self.stopper, *self.callbacks],
         )
 
-    def measure_start(self, trainer: AdapterTrainer) -> None:
+    def measure_start(self, trainer: FinetuneTrainer) -> None:
         """Held-out loss and answers of the untrained model, and the file that remembers them."""
         self.start = Start(settings(self.args), self.data.fingerprint())
         self.folder.write_json(self.folder.run, asdict(self.start))
@@ -253,13 +253,13 @@ class Finetune:
         self.folder.cut_log(int(self.checkpoint.name.rpartition("-")[2]))
         self.console.print(f"continuing from {self.checkpoint}")
 
-    def held_out_loss(self, trainer: AdapterTrainer) -> float | None:
+    def held_out_loss(self, trainer: FinetuneTrainer) -> float | None:
         """Mean loss per token of the held-out examples; None without any."""
         if not self.data.held_out:
             return None
         return trainer.evaluate()["eval_token_loss"]
 
-    def train(self, trainer: AdapterTrainer) -> None:
+    def train(self, trainer: FinetuneTrainer) -> None:
         """Train to the end.
 
         Raises:
@@ -296,7 +296,7 @@ class Finetune:
         checkpoints = self.folder.checkpoints()
         return Interrupted(checkpoints[-1] if checkpoints else None, self.stopper.received or 2)
 
-    def finish(self, trainer: AdapterTrainer) -> int:
+    def finish(self, trainer: FinetuneTrainer) -> int:
         """Measure, save, check and report; the exit status."""
         args, peak = self.args, peak_bytes()
         log = self.folder.read_log()
@@ -365,7 +365,7 @@ class Finetune:
         """What the model answers now."""
         return generate.answers(self.model, self.tokenizer, prompts, self.limit)
 
-    def verify(self, trainer: AdapterTrainer) -> dict[str, Any]:
+    def verify(self, trainer: FinetuneTrainer) -> dict[str, Any]:
         """Reload the adapter into a fresh model: same logits? Then merge it: same loss?"""
         batch = self.collator((self.data.held_out or self.data.train)[: self.args.batch_size])
         trained = verify.logits_of(self.model, batch)

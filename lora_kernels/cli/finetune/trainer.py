@@ -1,4 +1,4 @@
-"""transformers' Trainer, changed only where adapters and their checkpoints need it."""
+"""transformers' Trainer, changed only where the command needs it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from lora_kernels.cli.finetune.collate import LengthGroupedSampler
 from lora_kernels.cli.finetune.data import IGNORE
 from lora_kernels.cli.finetune.rundir import RunDir
 from lora_kernels.cli.finetune.verify import logits_of
+from lora_kernels.training.huggingface import AdapterCheckpoints
 
 
-class AdapterTrainer(Trainer):
-    """A Trainer whose checkpoints hold the adapter and the optimiser, not the base weights.
+class FinetuneTrainer(AdapterCheckpoints, Trainer):
+    """The command's Trainer: checkpoints are renamed into place, what is not finite stops it.
 
     Args:
         run: the run's folder; `args.output_dir` must be its root.
@@ -105,18 +106,11 @@ class AdapterTrainer(Trainer):
         self._save_checkpoint(self.model, None)
         return self.run_dir.root / f"checkpoint-{self.state.global_step}"
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        from lora_kernels.adapters import save_adapter
-
-        save_adapter(self.model, output_dir or self.args.output_dir)
-
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        from lora_kernels.adapters import load_adapter
-
         with readable(resume_from_checkpoint):
-            load_adapter(self.model if model is None else model, resume_from_checkpoint)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with readable(checkpoint):
