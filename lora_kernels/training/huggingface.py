@@ -34,7 +34,7 @@ class AdapterCheckpoints:
     Examples:
         >>> from transformers import TrainingArguments
         >>> report = lk.apply_lora(model, r=8)
-        >>> args = TrainingArguments("out", max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+        >>> args = TrainingArguments("out", max_steps=1, report_to=[], use_cpu=True)
         >>> rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 8
         >>> from transformers import Trainer
         >>> class MyTrainer(lk.training.AdapterCheckpoints, Trainer):
@@ -104,7 +104,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     Examples:
         >>> from transformers import TrainingArguments
         >>> report = lk.apply_lora(model, r=8)
-        >>> args = TrainingArguments("out", max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+        >>> args = TrainingArguments("out", max_steps=1, report_to=[], use_cpu=True)
         >>> rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 8
         >>> trainer = lk.training.AdapterTrainer(model, args, train_dataset=rows)
         >>> trainer.save_model("best")
@@ -122,7 +122,7 @@ class AdapterCallback(TrainerCallback):
     Examples:
         >>> from transformers import TrainingArguments
         >>> report = lk.apply_lora(model, r=8)
-        >>> args = TrainingArguments("out", max_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
+        >>> args = TrainingArguments("out", max_steps=1, report_to=[], use_cpu=True)
         >>> rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 8
         >>> from transformers import Trainer
         >>> keep = lk.training.AdapterCallback()
