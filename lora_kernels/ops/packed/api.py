@@ -149,9 +149,9 @@ class Projections(NamedTuple):
     meta: list[int]
     scales: list[Scale]
 
-    @property
     def tensors(self) -> list[Tensor | None]:
-        """What the autograd functions take; `by_kind` takes it apart."""
+        """What the autograd functions take; `by_kind` takes it apart. (No property: the
+        torch.compile of 2.10 reads none of a named tuple.)"""
         return [*self.a, *self.b, *self.bias, *self.base]
 
     def need_grad(self, x: Tensor) -> bool:
@@ -274,7 +274,7 @@ def lora_packed_linear(
         seed = seed_for(x, dropout_p, seed)
         rows = to_rows(x)
         if p.need_grad(x):
-            y = LoRAPackedFunction.apply(rows, seed, dropout_p, p.scales, p.meta, *p.tensors)
+            y = LoRAPackedFunction.apply(rows, seed, dropout_p, p.scales, p.meta, *p.tensors())
         else:
             y, _ = packed_fwd(rows, p.base, p.meta, p.a, p.b, p.scales, p.bias, dropout_p, seed)
         return tuple(from_rows(t, x) for t in y)

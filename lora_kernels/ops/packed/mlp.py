@@ -230,7 +230,7 @@ def lora_mlp(
             p.scales,
             p.meta,
             index,
-            *p.tensors,
+            *p.tensors(),
         )
         y = LoRAMLPFunction.apply(*arguments) if p.need_grad(x) else _forward(*arguments)[0]
         return from_rows(y, x)
