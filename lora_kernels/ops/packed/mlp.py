@@ -52,8 +52,8 @@ class LoRAMLP(NamedTuple):
     seed: Tensor | None
     activation: int
 
-    @property
     def projections(self) -> LoRAPackedForward:
+        """No property: the torch.compile of 2.10 reads none of a named tuple."""
         return LoRAPackedForward(*self[:-1])
 
 
@@ -64,7 +64,7 @@ def _down(p: LoRAPackedForward, h: Tensor) -> LoRALinearForward:
 
 def _forward(c: LoRAMLP) -> tuple[Tensor, ...]:
     """y, and what the backward reads: s, g, u, s of down."""
-    p = c.projections
+    p = c.projections()
     (g, u), s = packed_fwd(p.first(DOWN))
     h = torch.ops.lora_kernels.glu_fwd(g, u, c.activation)
     y, s_down = run_scaled("lora_linear_fwd", _down(p, h))
@@ -91,7 +91,7 @@ class LoRAMLPFunction(KeepsSettings):
         want = (asked.a, asked.b, asked.bias, want_w)
         want_a, want_b, want_bias = asked.a[DOWN], asked.b[DOWN], asked.bias[DOWN]
         into_gate = pack_needs(asked.x, *(w[:DOWN] for w in want))
-        p, dy = c.projections, to_rows(dy)
+        p, dy = c.projections(), to_rows(dy)
 
         def down_grads(h: Tensor, dx: bool, da: bool, rest: bool, dw: bool) -> tuple[Tensor, ...]:
             """(dh, da, db, dbias, ..., dw); only da and dw read h."""
