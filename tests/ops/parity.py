@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels import use_backend
+from lora_kernels.dispatch import registry
 from lora_kernels.testing import FACTOR, assert_within_budget
 from tests.ops.case import Case
 from tests.ops.variants import bits
@@ -23,15 +24,19 @@ Result = tuple[Tensor, Tensor, Tensor]  # the one under test, the oracle's, the 
 Active = Callable[[], AbstractContextManager[Any]]
 
 
-def assert_agrees(case: Case, device: str, active: Active, *, repeat: bool = True) -> None:
+def assert_agrees(
+    case: Case, device: str, active: Active, *, repeat: bool = True, short: bool = False
+) -> None:
     """The op under `active()` gives the reference's result: its bits where the case is exact, else
-    through the budget; twice the same bits where `repeat`, and its inputs as they were."""
+    through the budget; twice the same bits where `repeat`, and its inputs as they were. `short`
+    goes to a backend as the public functions do outside autograd (`registry.run`)."""
     args = case.build(device)
     untouched = case.build(device)
     op = getattr(torch.ops.lora_kernels, case.op).default
+    way = _short_way(case.op) if short else None
     with active():
-        found = call(op, args)
-        again = tuple(call(op, args).values()) if repeat else tuple(found.values())
+        found = call(op, args, way)
+        again = tuple(call(op, args, way).values()) if repeat else tuple(found.values())
     with use_backend("reference"):
         plain = tuple(call(op, args).values())
 
@@ -48,13 +53,13 @@ def assert_agrees(case: Case, device: str, active: Active, *, repeat: bool = Tru
         return
     first = _beside_oracle(op, case, args, actual, plain)
     few, many = _draws(plain, *FEW), _draws(plain, *MANY)
-    results = [first, *(_run(op, case, device, active, d) for d in range(1, few))]
+    results = [first, *(_run(op, case, device, active, d, way) for d in range(1, few))]
     try:
         _hold(names, results)
     except AssertionError:
         if few == many:
             raise
-        results += [_run(op, case, device, active, d) for d in range(few, many)]
+        results += [_run(op, case, device, active, d, way) for d in range(few, many)]
         _hold(names, results)
 
 
@@ -91,10 +96,21 @@ def hold_draws(draws: Sequence[Result], name: str = "result") -> None:
         )
 
 
-def _run(op: Any, case: Case, device: str, active: Active, draw: int) -> list[Result]:
+def _short_way(op: str) -> Callable[..., Any]:
+    return lambda *args: registry.run(op, registry.ops()[op].call(*args))
+
+
+def _run(
+    op: Any,
+    case: Case,
+    device: str,
+    active: Active,
+    draw: int,
+    way: Callable[..., Any] | None,
+) -> list[Result]:
     args = case.build(device, draw)
     with active():
-        actual = tuple(call(op, args).values())
+        actual = tuple(call(op, args, way).values())
     with use_backend("reference"):
         plain = tuple(call(op, args).values())
     return _beside_oracle(op, case, args, actual, plain)

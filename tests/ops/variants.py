@@ -29,6 +29,8 @@ WITH_STRATEGIES = ("lora_linear_fwd", "lora_linear_bwd", "lora_packed_fwd", "lor
 WITH_WAYS = ("gather_lora_fwd", "gather_lora_add", "gather_lora_bwd")
 # Their passes again, after what is read by token: fewer cases.
 WITH_THE_SAME = ("gather_lora_embed_fwd", "gather_lora_embed_add", "gather_lora_embed_bwd")
+# No backend by name, but what a call comes to by itself, on the short way that users take.
+DEFAULT = "default"
 # The way that a base's product adds many adapters itself, and the cases that it is for.
 FUSED = "fused"
 OVER_BASES = ("-base", "-nf4", "-few-slots", "-one-slot", "-no-adapter", "-rank-0", "-fp32-pages")
@@ -69,7 +71,7 @@ class Variant:
     @contextmanager
     def active(self) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(use_backend(self.backend))
+            stack.enter_context(use_backend(None if self.backend == DEFAULT else self.backend))
             if self.isa is not None:
                 stack.enter_context(native.use_isa(self.isa))
             if self.backend == "triton":
@@ -109,7 +111,7 @@ def variants_of(op: str) -> tuple[Variant, ...]:
 
 @functools.cache
 def all_variants() -> tuple[Variant, ...]:
-    """Every backend on every device."""
+    """Every backend on every device, and the choice among them."""
     found = []
     for backend in BACKENDS:
         for device in DEVICES:
@@ -117,12 +119,12 @@ def all_variants() -> tuple[Variant, ...]:
                 found += [Variant(backend, device, isa) for isa in native.isas()]
             else:
                 found.append(Variant(backend, device))
-    return tuple(found)
+    return (*found, *(Variant(DEFAULT, device) for device in DEVICES))
 
 
 def accepts(op: str, backend: str, args: tuple[Any, ...]) -> bool:
     """Whether the backend has the op and does not refuse these arguments."""
-    return refusal(op, backend, *args) is None
+    return backend == DEFAULT or refusal(op, backend, *args) is None
 
 
 def as_tuple(value: Any) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,16 @@ from lora_kernels.ops.nf4.reference import dense_weight
 from lora_kernels.ops.packed.schema import split_base
 
 
-def call(op: Any, args: Sequence[Any]) -> dict[str, Tensor]:
+def call(op: Any, args: Sequence[Any], run: Callable[..., Any] | None = None) -> dict[str, Tensor]:
     """Run an op, or the one of a name: each output by its name in the schema ("y" where it has
-    none), those of a list numbered, and what it wrote to a copy of its argument."""
+    none), those of a list numbered, and what it wrote to a copy of its argument; `run` does it
+    where given."""
     if isinstance(op, str):
         op = getattr(torch.ops.lora_kernels, op).default
     arguments, returns = op._schema.arguments, op._schema.returns
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
     args = [_copy(a) if i in written else a for i, a in enumerate(args)]
-    returned = op(*args)
+    returned = (run or op)(*args)
     values = [returned] if len(returns) == 1 else returned or ()
     outputs = {arguments[i].name: args[i] for i in written}
     for declared, value in zip(returns, values, strict=True):
