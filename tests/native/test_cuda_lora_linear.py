@@ -40,6 +40,7 @@ def check(p: P, r: cuda.Run) -> None:
     assert_within_budget(r.y, cuda.oracle(p), cuda.plain(p))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 33])
 @pytest.mark.parametrize("compute", cuda.COMPUTE)
