@@ -13,20 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.dispatch.registry import implementation, ops
 from lora_kernels.ops.common.rank import rank_value
-from lora_kernels.ops.lora import reference as lora
-from lora_kernels.ops.nf4 import reference as nf4
 from lora_kernels.testing import assert_within_budget
 from tests.ops.variants import as_tuple
 from tools.op_inputs.calls import oracle_args
 from tools.op_inputs.source import strided
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPS = ("nf4_linear_fwd", "nf4_linear_bwd", "lora_linear_fwd", "lora_linear_bwd")
 REFERENCE = {
-    "nf4_linear_fwd": nf4.linear_fwd,
-    "nf4_linear_bwd": nf4.linear_bwd,
-    "lora_linear_fwd": lora.lora_linear_fwd,
-    "lora_linear_bwd": lora.lora_linear_bwd,
+    op: lambda *args, op=op: implementation(op, "reference")(ops()[op].call(*args)) for op in OPS
 }
 # A budget of few random elements is decided by luck: results are judged over this many.
 ELEMENTS = 256

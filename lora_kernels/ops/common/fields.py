@@ -21,6 +21,10 @@ C = TypeVar("C")
 _LISTS = (Sequence[Tensor], Sequence[Tensor | None])
 
 
+def _among(t: Tensor, others: Sequence[Tensor | None]) -> bool:
+    return any(t is other for other in others)
+
+
 class Fields(Generic[C]):
     """The fields of a class of calls.
 
@@ -71,11 +75,11 @@ class Fields(Generic[C]):
         counts: Sequence[int],
         values: Sequence[Any],
         *made: Tensor,
-        without: Tensor | None = None,
+        without: Sequence[Tensor | None] = (),
     ) -> None:
-        """Keep a call, whose values were spread, for the backward, but for one that the backward
+        """Keep a call, whose values were spread, for the backward, but for those that the backward
         does not read; and tensors that the forward made."""
-        tensors = [v if isinstance(v, Tensor) and v is not without else None for v in values]
+        tensors = [v if isinstance(v, Tensor) and not _among(v, without) else None for v in values]
         ctx.save_for_backward(*made, *tensors)
         ctx.counts, ctx.made = counts, len(made)
         ctx.rest = [None if isinstance(v, Tensor) else v for v in values]

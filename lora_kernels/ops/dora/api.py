@@ -75,7 +75,7 @@ class DoRALinearFunction(KeepsSettings):
         c = _FIELDS.gathered(counts, values)
         c = c._replace(keep_u=c.magnitude.requires_grad)
         y, s, u = run_scaled("dora_linear_fwd", c)
-        _FIELDS.keep(ctx, counts, values, s, *([u] if c.keep_u else []), without=c.bias)
+        _FIELDS.keep(ctx, counts, values, s, *([u] if c.keep_u else []), without=[c.bias])
         return y
 
     @staticmethod

@@ -43,7 +43,7 @@ class LoRALinearFunction(KeepsSettings):
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
         c = _FIELDS.gathered(counts, values)
         y, s = run_scaled("lora_linear_fwd", c)
-        _FIELDS.keep(ctx, counts, values, s, without=c.bias)
+        _FIELDS.keep(ctx, counts, values, s, without=[c.bias])
         return y
 
     @staticmethod

@@ -54,7 +54,7 @@ class LoRAPackedFunction(KeepsSettings):
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> tuple[Tensor, ...]:
         c = _FIELDS.gathered(counts, values)
         y, s = packed_fwd(c)
-        _FIELDS.keep(ctx, counts, values, s)
+        _FIELDS.keep(ctx, counts, values, s, without=c.bias)
         return tuple(y)
 
     @staticmethod

@@ -79,7 +79,7 @@ class LoRAMLPFunction(KeepsSettings):
     def forward(ctx: Any, counts: tuple[int, ...], *values: Any) -> Tensor:
         c = _FIELDS.gathered(counts, values)
         y, *made = _forward(c)
-        _FIELDS.keep(ctx, counts, values, *made)
+        _FIELDS.keep(ctx, counts, values, *made, without=c.bias)
         return y
 
     @staticmethod
