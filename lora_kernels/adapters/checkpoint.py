@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.apply import apply_config
+from lora_kernels.adapters.apply import put_adapters
 from lora_kernels.adapters.checks import check_model
 from lora_kernels.adapters.config import LoRAConfig
 from lora_kernels.adapters.layers import (
@@ -25,7 +25,8 @@ from lora_kernels.adapters.modules_to_save import (
     whole_modules,
     with_tied,
 )
-from lora_kernels.adapters.placing import fill_base, fill_beside, place
+from lora_kernels.adapters.placing import fill_base, fill_trained, place
+from lora_kernels.adapters.plan import make_plan
 from lora_kernels.adapters.reading import (
     Factors,
     check_factors,
@@ -142,8 +143,8 @@ def load_adapter(
     marked = [name for name, _ in whole_modules(model)] if layers else None
     with naming(path):
         check_factors(config, factors)
-        beside = place(model, config, other, {*layers, *factors}, marked=marked)
-    unexpected += beside.unexpected
+        placed = place(model, config, other, {*layers, *factors}, marked=marked)
+    unexpected += placed.unexpected
     if layers:
         expected = set(layers)
     elif strict and not options.get("layers_to_transform"):
@@ -154,7 +155,7 @@ def load_adapter(
         unexpected += [key_of(name, factor) for factor in factors.pop(name)]
     # A pair without its other half was refused: what may be missing is a layer, or a magnitude.
     missing = [key_of(n, f) for n in sorted(expected) for f in kinds if f not in factors.get(n, {})]
-    missing += beside.missing
+    missing += placed.missing
     for kind, keys in (("missing from", missing), ("not expected in", unexpected)):
         if keys:
             _complain(strict, f"{len(keys)} tensors {kind} {path}: {some(keys)}")
@@ -171,27 +172,28 @@ def load_adapter(
             stacklevel=2,
         )
     if layers:
-        fill_base(model, beside)
+        fill_base(model, placed)
     else:
-        apply_config(
+        plan = make_plan(
             model,
             config,
             Targets(tuple(factors), ()),
             quantize=quantize,
             block_size=block_size,
             double_quant=double_quant,
-            before=lambda: fill_base(model, beside),
         )
+        fill_base(model, placed)
+        put_adapters(model, plan)
         layers = dict(adapter_layers(model))
-    fill_beside(model, beside)
+    fill_trained(model, placed)
     for name, pair in factors.items():
         _fill(layers[name], pair, config.alpha_of(name), config.use_rslora)
     return LoadResult(
         tuple(factors),
         tuple(missing),
         tuple(unexpected),
-        tuple(beside.saved),
-        tuple(f"{module}.{tensor}" for module, tensor in beside.base),
+        tuple(placed.saved),
+        tuple(f"{module}.{tensor}" for module, tensor in placed.base),
     )
 
 

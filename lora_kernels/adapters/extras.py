@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.modules_to_save import (
     is_inside,
@@ -16,17 +17,14 @@ from lora_kernels.adapters.modules_to_save import (
     tensors_of,
     whole_modules,
 )
-from lora_kernels.adapters.token_indices import indices_of, token_owners
-from lora_kernels.integrations.peft import base_key_of, saved_key, tokens_key
+from lora_kernels.adapters.token_indices import token_owners
+from lora_kernels.integrations.peft import saved_key, tokens_key
 from lora_kernels.integrations.transformers import (
     base_model_name,
     input_embedding,
     output_layer,
     resized_vocabulary,
 )
-from lora_kernels.nn import LoRAMixin, NF4Linear
-from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
-from lora_kernels.nn.token_rows import DELTA, TokenRows
 
 _SHOWN = 4
 
@@ -79,7 +77,7 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
     for name in modules:
         module = get_module(model, name)
         for part, inner in named_modules(module):
-            if isinstance(inner, LoRAMixin | TokenRows):
+            if kind_of(inner).adapted or kind_of(inner).trains_rows:
                 raise ValueError(
                     f"modules_to_save: {name} has adapters inside, on {part or 'itself'}, expected "
                     "a module without"
@@ -93,8 +91,8 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
         )
     tensors |= {tokens_key(name): module.trainable_tokens_delta for name, module in owners}
     tensors |= resized_ends(model, modules)
-    _refuse_homeless(model, modules, tensors)
-    return Extras(tensors, names, {name: indices_of(module) for name, module in owners})
+    _refuse_unsaved(model, modules, tensors)
+    return Extras(tensors, names, {name: module.trained_tokens for name, module in owners})
 
 
 def _sharing(model: nn.Module, named: Iterable[str], marked: Iterable[str]) -> tuple[str, ...]:
@@ -121,13 +119,9 @@ def resized_ends(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     for name, module in named_modules(model):
         if module not in ends or is_inside(name, modules):
             continue
-        for key, t in _own(module).items():
-            plain = saved_key(name, key)
-            if isinstance(module, TokenRows):
-                plain = tokens_key(name).replace(DELTA, f"base_layer.{key}")
-            elif isinstance(module, LoRAMixin | TrainableMultiLoRALinear):
-                plain = base_key_of(name, key)
-            tensors[plain] = t
+        kind = kind_of(module)
+        own = kind.own_weights(module)
+        tensors |= {kind.weight_key(name, key): t for key, t in own.items()}
     if tensors:
         warnings.warn(
             f"the vocabulary has {sizes[1]} tokens, that of {base_model_name(model)} {sizes[0]}: "
@@ -137,34 +131,26 @@ def resized_ends(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    """The weight, decoded if it is in 4 bits, and the bias."""
-    module = module.base if isinstance(module, TrainableMultiLoRALinear) else module
-    own = {k: t for k, t in module._parameters.items() if t is not None and k in ("weight", "bias")}
-    if isinstance(module, NF4Linear):
-        own["weight"] = module.weight.dequantize()  # type: ignore[assignment]
-    return own  # type: ignore[return-value]
-
-
-def _refuse_homeless(
+def _refuse_unsaved(
     model: nn.Module, modules: Iterable[str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise for parameters that train and are not saved."""
     saved = {id(t) for t in tensors.values()}
-    homeless: dict[str, str] = {}  # the parameter's name: its module's, "" where that has adapters
+    # By parameter the module that modules_to_save could name; "" where it has adapters inside.
+    unsaved: dict[str, str] = {}
     for name, module in named_modules(model):
         for key, p in module._parameters.items():
-            adapter = isinstance(module, LoRAMixin) and key.startswith("lora_")
-            if p is None or not p.requires_grad or adapter or id(p) in saved:
+            of_adapter = kind_of(module).adapted and key.startswith("lora_")
+            if p is None or not p.requires_grad or of_adapter or id(p) in saved:
                 continue
-            inner = (m for _, m in named_modules(module))
-            alone = not any(isinstance(m, LoRAMixin | TokenRows) for m in inner)
-            homeless[f"{name}.{key}" if name else key] = name if alone else ""
-    if not homeless:
+            kinds = [kind_of(inner) for _, inner in named_modules(module)]
+            alone = not any(kind.adapted or kind.trains_rows for kind in kinds)
+            unsaved[f"{name}.{key}" if name else key] = name if alone else ""
+    if not unsaved:
         return
-    able = sorted({name for name in homeless.values() if name})
-    unable = [name for name, owner in homeless.items() if not owner]
-    text = f"model: {_some(list(homeless))} trains, and would not be saved with the adapters. "
+    able = sorted({name for name in unsaved.values() if name})
+    unable = [name for name, owner in unsaved.items() if not owner]
+    text = f"model: {_some(list(unsaved))} trains, and would not be saved with the adapters. "
     if able:
         text += (
             f"modules_to_save={able!r} of save_adapter saves it too (that of apply_lora trains it "

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.adapters.layer_kinds import NF4_LINEAR, kind_of
 from lora_kernels.adapters.layers import adapter_layers, replace_module, require_adapters, unwrap
 from lora_kernels.adapters.modules_to_save import (
     base_modules,
@@ -25,8 +26,7 @@ from lora_kernels.adapters.token_indices import (
     token_owners,
 )
 from lora_kernels.integrations.transformers import share_weight, untie
-from lora_kernels.nn import LoRAMixin, NF4Linear, QLoRALinear
-from lora_kernels.nn.common import make_linear, whole, whole_parameter
+from lora_kernels.nn import LoRAMixin
 from lora_kernels.nn.token_rows import DELTA, TokenRows
 
 
@@ -60,10 +60,8 @@ def merge_adapters(model: nn.Module, *, safe: bool = False, requantize: bool = F
             if layer.merged:
                 continue
             try:
-                if isinstance(layer, QLoRALinear):
-                    layer.merge(safe=safe, requantize=requantize)
-                else:
-                    layer.merge(safe=safe)
+                in_4bit = {"requantize": requantize} if kind_of(layer).four_bit else {}
+                layer.merge(safe=safe, **in_4bit)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             done.append(layer)
@@ -132,15 +130,10 @@ def merge_and_unload(
     keep(model)
     merge_tokens(model)
     for _, layer in adapters:
-        new: nn.Module
-        if requantize and isinstance(layer, QLoRALinear):
-            new = layer.to_nf4_linear()
-        else:
-            new = layer.to_linear()
-        replace_module(model, layer, new)
+        replace_module(model, layer, kind_of(layer).merged_layer(layer, requantize=requantize))
     if not requantize:
-        for plain in [m for m in model.modules() if isinstance(m, NF4Linear)]:
-            replace_module(model, plain, plain.to_linear())
+        for module in [m for m in model.modules() if kind_of(m) is NF4_LINEAR]:
+            replace_module(model, module, NF4_LINEAR.merged_layer(module, requantize=False))
     if not share_weight(model) and (untied(model) or (shared and untie(model))):
         warnings.warn(
             "the output layer was trained, so its weight is no longer the embedding's: "
@@ -182,22 +175,12 @@ def unload(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     for _, layer in require_adapters(model):
-        replace_module(model, layer, _base_layer(layer))
+        replace_module(model, layer, kind_of(layer).base_layer(layer))
     put_back(model)
     drop_tokens(model)
     if hasattr(model, "lora_config"):
         del model.lora_config
     return model
-
-
-def _base_layer(layer: LoRAMixin) -> nn.Module:
-    """The layer without its adapter; weight and bias are shared."""
-    bias = whole_parameter(layer.bias)
-    if isinstance(layer, QLoRALinear):
-        return NF4Linear.from_weight(layer.weight, bias).train(layer.training)
-    linear = make_linear(whole(layer.weight), bias, training=layer.training)
-    linear._parameters["weight"] = whole_parameter(layer._parameters["weight"])  # the tied one
-    return linear
 
 
 @contextmanager

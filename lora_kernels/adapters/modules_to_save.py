@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules, unwrap
 from lora_kernels.integrations.transformers import (
     input_embedding,
@@ -24,9 +25,7 @@ from lora_kernels.integrations.transformers import (
     task_heads,
     untie,
 )
-from lora_kernels.nn import LoRAMixin
 from lora_kernels.nn.common import fill, whole
-from lora_kernels.nn.token_rows import TokenRows
 
 _KEPT = "_lora_kernels_kept"  # where a module that trains whole has its `Kept`
 _UNTIED = "_lora_kernels_untied"  # on a model whose output layer trains apart from its embedding
@@ -122,7 +121,7 @@ def check_whole(model: nn.Module, name: str) -> None:
             raise ValueError(
                 f"modules_to_save: accelerate has offloaded {name}, expected weights that stay"
             )
-        if isinstance(inner, LoRAMixin | TokenRows):
+        if kind_of(inner).adapted or kind_of(inner).trains_rows:
             raise ValueError(f"modules_to_save: {name} has adapters inside, on {part or 'itself'}")
 
 

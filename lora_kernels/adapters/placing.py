@@ -1,4 +1,4 @@
-"""Where the tensors of an adapter's file go that are no adapter's."""
+"""Where those tensors of an adapter's file go that are not the adapter's own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.modules_to_save import is_inside, match_modules, tensors_of
-from lora_kernels.adapters.token_indices import find_rows, indices_of, token_owners
+from lora_kernels.adapters.token_indices import find_rows, token_owners
 from lora_kernels.integrations.peft import plain_key, saved_key, tokens_key
 from lora_kernels.integrations.transformers import input_embedding, output_layer
-from lora_kernels.nn import NF4Linear
 from lora_kernels.nn.common import fill, whole
 from lora_kernels.nn.token_rows import DELTA, TokenRows
 from lora_kernels.ops.nf4 import NF4Weight
@@ -24,7 +24,7 @@ _COPY = ".modules_to_save."  # PEFT's second copy of what it has under the plain
 
 
 @dataclass
-class Beside:
+class Placed:
     """Tensors of a file by the place that they have in a model.
 
     Attributes:
@@ -48,7 +48,7 @@ def place(
     adapted: Iterable[str],
     *,
     marked: Iterable[str] | None,
-) -> Beside:
+) -> Placed:
     """Find the place of each tensor, and what is missing.
 
     Args:
@@ -60,7 +60,7 @@ def place(
     Raises:
         ValueError, TypeError: a tensor does not fit its place; the message names the key.
     """
-    made = Beside()
+    made = Placed()
     named = match_modules(model, config.modules_to_save or ())
     modules = named if marked is None else list(marked)
     places = {m: tensors_of(get_module(model, m)) for m in modules}
@@ -91,7 +91,7 @@ def place(
         if own is None or tensor not in ("weight", "bias") or getattr(own, tensor, None) is None:
             if not (is_inside(module, modules) and ".original_module." in key):
                 made.unexpected.append(key)
-        elif isinstance(own, NF4Linear) and tensor == "weight":
+        elif tensor == "weight" and kind_of(own).four_bit:
             _check_quantised(key, t, own.weight)
         else:
             _check(key, t, getattr(own, tensor))
@@ -109,7 +109,7 @@ def _tokens(model: nn.Module, config: LoRAConfig, *, fresh: bool) -> dict[str, t
     wanted = {row.name: row.tokens for row in find_rows(model, config)}
     if fresh:
         return wanted
-    have = {name: indices_of(module) for name, module in token_owners(model)}
+    have = {name: module.trained_tokens for name, module in token_owners(model)}
     for name, tokens in have.items():
         if name in wanted and wanted[name] != tokens:
             raise ValueError(
@@ -119,7 +119,7 @@ def _tokens(model: nn.Module, config: LoRAConfig, *, fresh: bool) -> dict[str, t
     return have
 
 
-def _missing_rows(model: nn.Module, tokens: Iterable[str], made: Beside) -> list[str]:
+def _missing_rows(model: nn.Module, tokens: Iterable[str], made: Placed) -> list[str]:
     weights = {id(_weight(model, name)) for name in made.rows}
     return [tokens_key(n) for n in tokens if id(_weight(model, n)) not in weights]
 
@@ -161,21 +161,21 @@ def _check_quantised(key: str, t: Tensor, own: NF4Weight) -> None:
         )
 
 
-def fill_base(model: nn.Module, beside: Beside) -> None:
+def fill_base(model: nn.Module, placed: Placed) -> None:
     """Copy the file's base weights into the model."""
-    for (module, tensor), t in beside.base.items():
+    for (module, tensor), t in placed.base.items():
         own = getattr(get_module(model, module), tensor)
         if not torch.equal(whole(own).detach(), t.to(own.device, own.dtype)):
             fill(own, t)
 
 
-def fill_beside(model: nn.Module, beside: Beside) -> None:
-    """Copy what trains beside the adapters into the model, which has a place for it now."""
-    for module, of in beside.saved.items():
+def fill_trained(model: nn.Module, placed: Placed) -> None:
+    """Copy what trains beside the adapters into the model, which has parameters for it now."""
+    for module, of in placed.saved.items():
         own = tensors_of(get_module(model, module))
         for inside, t in of.items():
             fill(own[inside], t)
-    for module, t in beside.rows.items():
+    for module, t in placed.rows.items():
         rows = get_module(model, module)
         assert isinstance(rows, TokenRows)
         fill(getattr(rows, DELTA), t)

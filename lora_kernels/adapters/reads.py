@@ -16,9 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import unwrap
-from lora_kernels.nn import NF4Linear
-from lora_kernels.nn.linear4bit import is_linear4bit
 
 Path = tuple[str, ...]
 Tests = tuple[tuple[ast.expr, bool], ...]
@@ -101,10 +100,10 @@ def read_layers(model: nn.Module) -> dict[int, Read]:
 def read_only(module: nn.Module, reads: Mapping[int, Read]) -> str | None:
     """Why an adapter on this layer would have no effect; None where the layer is called.
 
-    A 4-bit weight cannot be read at all: its layer has to be called always.
+    A 4-bit weight cannot be read as a matrix, so its layer always has to be called.
     """
     read = reads.get(id(module))
-    if read is None or not (read.only or isinstance(module, NF4Linear) or is_linear4bit(module)):
+    if read is None or not (read.only or kind_of(module).four_bit):
         return None
     return read.reason
 

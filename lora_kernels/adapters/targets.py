@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import CONV1D, kind_of
 from lora_kernels.adapters.layers import get_module, named_modules, unwrap
 from lora_kernels.adapters.modules_to_save import is_inside, match_modules
 from lora_kernels.adapters.reads import Read, read_layers, read_only
 from lora_kernels.integrations.peft import matches
-from lora_kernels.integrations.transformers import is_conv1d, output_layer, task_heads
-from lora_kernels.nn import LoRAMixin, NF4Linear
-from lora_kernels.nn.common import check_linear_layer
-from lora_kernels.nn.linear4bit import is_linear4bit
+from lora_kernels.integrations.transformers import output_layer, task_heads
 
 _SHOWN = 12
 
@@ -43,7 +41,7 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, lenient: bool = False)
     """
     modules = {name: module for name, module in named_modules(model) if name}
     reads = read_layers(model)
-    refusals = {name: _refusal(m) or read_only(m, reads) for name, m in modules.items()}
+    refusals = {name: kind_of(m).refusal(m) or read_only(m, reads) for name, m in modules.items()}
     trained = match_modules(model, config.modules_to_save or ())
     whole = {name for name in modules if is_inside(name, trained)}
     candidates = [n for n, reason in refusals.items() if reason is None and n not in whole]
@@ -90,33 +88,17 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, lenient: bool = False)
     return Targets(tuple(names), tuple(skipped))
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Why no adapter can go on this module; None when one can."""
-    if isinstance(module, LoRAMixin):
-        return "already has an adapter"
-    if isinstance(module, NF4Linear) or is_linear4bit(module):
-        return None
-    if is_conv1d(module):
-        return "transformers' Conv1D stores its weight transposed (fan_in_fan_out)"
-    if not isinstance(module, nn.Linear):
-        return f"is a {type(module).__name__}, not torch.nn.Linear"
-    try:
-        check_linear_layer(module)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return None
-
-
 def _is_other_linear(module: nn.Module) -> bool:
     """A linear layer of a kind that takes no adapter here (Conv1D, GGUF, 8-bit, ...)."""
-    kind = type(module).__name__
-    whole = isinstance(module, nn.Linear) or next(module.children(), None) is None
-    return whole and ("Linear" in kind or is_conv1d(module)) and _refusal(module) is not None
+    kind = kind_of(module)
+    named = kind is CONV1D or "Linear" in type(module).__name__
+    is_layer = kind.linear or next(module.children(), None) is None
+    return named and is_layer and kind.refusal(module) is not None
 
 
 def _is_read_linear(module: nn.Module, reads: Mapping[int, Read]) -> bool:
     """A linear layer, else fit for an adapter, whose owner reads its weight."""
-    return id(module) in reads and _refusal(module) is None
+    return id(module) in reads and kind_of(module).refusal(module) is None
 
 
 def _heads(model: nn.Module) -> set[int]:

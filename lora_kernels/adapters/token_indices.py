@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.modules_to_save import is_inside, match_modules
 from lora_kernels.adapters.reads import Read
@@ -121,8 +123,8 @@ def train_tokens(model: nn.Module, rows: Iterable[Rows], dtype: torch.dtype | No
 def token_modules(model: nn.Module) -> Iterator[tuple[str, TokenRows]]:
     """(name, module) of those with rows that train."""
     for name, module in named_modules(model):
-        if isinstance(module, TokenRows):
-            yield name, module
+        if kind_of(module).trains_rows:
+            yield name, cast(TokenRows, module)
 
 
 def token_owners(model: nn.Module) -> list[tuple[str, TokenRows]]:
@@ -131,10 +133,6 @@ def token_owners(model: nn.Module) -> list[tuple[str, TokenRows]]:
     for name, module in token_modules(model):
         owners.setdefault(id(module.trainable_tokens_delta), (name, module))
     return list(owners.values())
-
-
-def indices_of(module: TokenRows) -> tuple[int, ...]:
-    return module._tokens
 
 
 @torch.no_grad()

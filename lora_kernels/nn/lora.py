@@ -258,6 +258,11 @@ class LoRAMixin(nn.Module):
         """Whether forward runs on a merged weight."""
         return self._merged_weight is not None
 
+    @property
+    def merged_dense(self) -> bool:
+        """Whether forward runs on a merged weight that is dense, whatever the base's format is."""
+        return self._merged_weight is not None
+
     def merge(self, *, safe: bool = False) -> None:
         """Run as one linear layer with W + scale·B·A.
 

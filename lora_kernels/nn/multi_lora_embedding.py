@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
-from lora_kernels.nn.multi_lora import MultiLoRALinear, Router, fit_slots
+from lora_kernels.nn.multi_lora import Router, fit_slots
 
 
 class MultiLoRAEmbedding(nn.Module):
@@ -61,9 +61,6 @@ class MultiLoRAEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}"
-
-
-POOLED = (MultiLoRALinear, MultiLoRAEmbedding)  # what a pool puts around a layer
 
 
 def check_embedding(name: str, layer: nn.Module) -> None:

@@ -34,6 +34,11 @@ class TokenRows(nn.Module):
     _plain: type[nn.Module]
     _tokens: tuple[int, ...]
 
+    @property
+    def trained_tokens(self) -> tuple[int, ...]:
+        """The tokens whose rows train, known on the host."""
+        return self._tokens
+
     def rows(self) -> Tensor:
         """The rows in the weight's dtype."""
         return self.trainable_tokens_delta.to(self.weight.dtype)

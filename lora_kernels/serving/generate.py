@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.kinds import check_kinds
-from lora_kernels.serving.routing import attached_pool
+from lora_kernels.serving.attach import attached_pool
 
 
 class Generated(NamedTuple):

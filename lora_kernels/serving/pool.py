@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,10 @@ from lora_kernels.ops.common.checks import names as dtype_names
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.gather import RankPages
 from lora_kernels.serving.errors import AdapterInUse
-from lora_kernels.serving.form import Shapes, make_form, positive
-from lora_kernels.serving.library import Library, Origin, Read
-from lora_kernels.serving.routing import activated, active_slots, active_tokens
-from lora_kernels.serving.shelf import Resident, Shelf
+from lora_kernels.serving.registry import AdapterRegistry, Origin, ReadStates
+from lora_kernels.serving.routing import activated, active_route, distinct, row_names
+from lora_kernels.serving.slots import LoadedAdapter, SlotAllocator
+from lora_kernels.serving.spec import PoolSpec, Shapes, make_spec, positive
 from lora_kernels.serving.state import AdapterState, Source, read_state
 from lora_kernels.serving.stats import PoolStats
 
@@ -87,7 +88,7 @@ class AdapterPool:
         if (pages is None) == (memory is None):
             raise ValueError(f"pages: got {pages} and memory={memory}, expected one of them")
         check_kinds(AdapterPool.__init__, locals())
-        self.form = make_form(
+        self.spec = make_spec(
             model,
             max_rank=max_rank,
             dtype=dtype,
@@ -96,31 +97,34 @@ class AdapterPool:
             exclude_modules=exclude_modules,
         )
         if memory is not None:
-            least = self.form.table_bytes(slots) + self.form.page_bytes
-            if positive("memory", memory) < least:
-                raise ValueError(f"memory: got {memory} bytes, expected at least {least}")
-            pages = (memory - self.form.table_bytes(slots)) // self.form.page_bytes
-        self._shelf = Shelf(self.form, slots, positive("pages", pages))
+            pages = self.spec.pages_in(memory, slots)
+        self._allocator = SlotAllocator(self.spec, slots, positive("pages", pages))
         self._lock = threading.Lock()
-        self._library = Library(host_bytes)
+        self._registry = AdapterRegistry(host_bytes)
         self._hits = self._misses = self._evicted = self._disk_reads = 0
 
-    # A copy of a model with a pool attached has the same pool: pages are not the model's.
+    # A copy of a model with a pool attached shares the pool, whose pages are not the model's.
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterPool:
         return self
 
     @property
     def modules(self) -> Shapes:
         """(in_features, out_features) of every module by name."""
-        return self.form.modules
+        return self.spec.modules
+
+    @property
+    def form(self) -> PoolSpec:
+        """Deprecated: the old name of `spec`."""
+        warnings.warn("AdapterPool.form is now spec", DeprecationWarning, stacklevel=2)
+        return self.spec
 
     @property
     def device(self) -> torch.device:
-        return self.form.device
+        return self.spec.device
 
     def pages(self, module: str) -> RankPages:
         """The rank pages of a module, the same tensors for the pool's whole life."""
-        found = self._shelf.store.modules.get(module)
+        found = self._allocator.store.modules.get(module)
         if found is None:
             raise KeyError(f"module: got {module!r}, expected one of {', '.join(self.modules)}")
         return found
@@ -128,13 +132,13 @@ class AdapterPool:
     def names(self) -> tuple[str, ...]:
         """The adapters in a slot, least recently used first."""
         with self._lock:
-            return tuple(self._shelf.residents)
+            return tuple(self._allocator.loaded)
 
     def slot_of(self, name: str) -> int | None:
         """The slot of an adapter; None while it is in none."""
         with self._lock:
-            self._library.origin(name)
-            found = self._shelf.residents.get(name)
+            self._registry.origin(name)
+            found = self._allocator.loaded.get(name)
             return None if found is None else found.slot
 
     def register(self, name: str, directory: str | os.PathLike[str]) -> None:
@@ -144,8 +148,8 @@ class AdapterPool:
             if not file.is_file():
                 raise FileNotFoundError(f"{file}: no such file")
         with self._lock:
-            self._library.check_new(name)
-            self._library.known[name] = Origin(folder)
+            self._registry.check_new(name)
+            self._registry.known[name] = Origin(folder)
 
     def load(self, name: str, source: Source, config: object = None, *, pin: bool = False) -> int:
         """Check an adapter and put it into a slot.
@@ -167,13 +171,13 @@ class AdapterPool:
             AdapterPoolFull: nothing that could leave makes enough room. The pool is as it was.
         """
         with self._lock:
-            self._library.check_new(name)
+            self._registry.check_new(name)
         state = self._read(source, config)
         with self._lock:
-            self._library.check_new(name)
-            self._shelf.bring({name: state})
-            self._library.remember(name, source, state)
-            found = self._shelf.residents[name]
+            self._registry.check_new(name)
+            self._allocator.load({name: state})
+            self._registry.add(name, source, state)
+            found = self._allocator.loaded[name]
             found.pinned = bool(pin)
             return found.slot
 
@@ -194,8 +198,8 @@ class AdapterPool:
         with self._lock:
             found = self._check_idle(name, "be replaced")
             if found is not None:
-                self._shelf.rewrite(found, state)
-            self._library.remember(name, source, state)
+                self._allocator.overwrite(found, state)
+            self._registry.add(name, source, state)
 
     def unload(self, name: str) -> None:
         """Forget an adapter: its slot, its pages, its copy on the host and its name.
@@ -207,8 +211,8 @@ class AdapterPool:
         with self._lock:
             found = self._check_idle(name, "be unloaded", unpinned=True)
             if found is not None:
-                self._shelf.leave(found)
-            self._library.forget(name)
+                self._allocator.evict(found)
+            self._registry.remove(name)
 
     def evict(self, name: str) -> None:
         """Take an adapter out of its slot, if it is in one; it comes back when it is asked for.
@@ -218,28 +222,28 @@ class AdapterPool:
         with self._lock:
             found = self._check_idle(name, "be evicted", unpinned=True)
             if found is not None:
-                self._shelf.leave(found)
+                self._allocator.evict(found)
                 self._evicted += 1
 
     def pin(self, name: str) -> None:
         """Load a known adapter if need be, and keep it in its slot. Raises as `acquire`."""
         with self._lock:
-            self._library.origin(name)
+            self._registry.origin(name)
         held = self._hold([name], counted=False)
         with self._lock:
             held[0].pinned = True
-        self._let_go(held)
+        self._release(held)
 
     def unpin(self, name: str) -> None:
         """Let a pinned adapter leave again."""
         with self._lock:
-            self._library.origin(name)
-            if name in self._shelf.residents:
-                self._shelf.residents[name].pinned = False
+            self._registry.origin(name)
+            if name in self._allocator.loaded:
+                self._allocator.loaded[name].pinned = False
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Load known adapters that are in no slot, all at one time. Raises as `acquire`."""
-        self._let_go(self._hold(_given(names), counted=False))
+        self._release(self._hold(row_names(names), counted=False))
 
     def acquire(self, names: Sequence[str | None]) -> Tensor:
         """Hold the adapters of a batch's rows, loading what is in no slot; `release` lets go.
@@ -256,7 +260,7 @@ class AdapterPool:
                 it was.
             FileNotFoundError, ValueError, TypeError: a directory is not what it has to be.
         """
-        rows = _given(names)
+        rows = row_names(names)
         return self._slots(rows, self._hold(rows))
 
     def release(self, names: Sequence[str | None]) -> None:
@@ -265,13 +269,13 @@ class AdapterPool:
         Raises:
             ValueError: one of them is not held.
         """
-        wanted, marks = _distinct(_given(names)), self._shelf.transfer.marks()
+        wanted, events = distinct(row_names(names)), self._allocator.transfer.events()
         with self._lock:
-            residents = self._shelf.residents
+            loaded = self._allocator.loaded
             for name in wanted:
-                if name not in residents or not residents[name].refs:
+                if name not in loaded or not loaded[name].refs:
                     raise ValueError(f"names: got {name!r}, which nobody holds")
-            self._shelf.let_go([residents[name] for name in wanted], marks)
+            self._allocator.release([loaded[name] for name in wanted], events)
 
     @contextmanager
     def route(self, rows: Sequence[str | None] | Tensor) -> Iterator[Tensor]:
@@ -290,7 +294,7 @@ class AdapterPool:
             held = self._hold_slots(rows)
             slots = rows.to(self.device, torch.int32, copy=True)
         else:
-            given = _given(rows)
+            given = row_names(rows)
             held = self._hold(given)
             slots = self._slots(given, held)
         try:
@@ -298,67 +302,72 @@ class AdapterPool:
             with activated(self, slots if held else None):
                 yield slots
         finally:
-            self._let_go(held)
+            self._release(held)
 
     def active_slots(self) -> Tensor | None:
         """The slots of the innermost route around the caller; None outside any, or for nobody."""
-        return active_slots(self)
+        route = active_route(self)
+        return None if route is None else route.slots
 
     def active_tokens(self) -> tuple[int, int] | None:
         """(batch, tokens) of the input of the model that runs inside the route."""
-        return active_tokens(self)
+        route = active_route(self)
+        return None if route is None else route.tokens
 
     def stats(self) -> PoolStats:
         """What the pool holds, and what it has done so far."""
         with self._lock:
-            free, total = self._shelf.store.pages_free, self._shelf.store.count * len(self.modules)
+            free, total = (
+                self._allocator.store.pages_free,
+                self._allocator.store.count * len(self.modules),
+            )
             return PoolStats(
-                known=len(self._library.known),
-                loaded=len(self._shelf.residents),
-                pinned=sum(r.pinned for r in self._shelf.residents.values()),
-                in_use=sum(r.refs > 0 for r in self._shelf.residents.values()),
+                known=len(self._registry.known),
+                loaded=len(self._allocator.loaded),
+                pinned=sum(r.pinned for r in self._allocator.loaded.values()),
+                in_use=sum(r.refs > 0 for r in self._allocator.loaded.values()),
                 slots=self.slots,
                 pages_used=total - free,
                 pages_free=free,
                 hits=self._hits,
                 misses=self._misses,
-                evictions=self._shelf.evictions + self._evicted,
+                evictions=self._allocator.evictions + self._evicted,
                 disk_reads=self._disk_reads,
-                device_bytes=self._shelf.store.device_bytes,
-                used_bytes=self._shelf.store.used_bytes,
-                host_bytes=self._library.host.nbytes,
+                device_bytes=self._allocator.store.device_bytes,
+                used_bytes=self._allocator.store.used_bytes,
+                host_bytes=self._registry.host.nbytes,
             )
 
     def _read(self, source: Source, config: object = None) -> AdapterState:
         """Not under the lock: it takes as long as the disk does."""
-        state = read_state(source, config, self.form)
+        state = read_state(source, config, self.spec)
         if not isinstance(source, Mapping):
             with self._lock:
                 self._disk_reads += 1
         return state
 
-    def _hold(self, names: Sequence[str | None], *, counted: bool = True) -> list[Resident]:
+    def _hold(self, names: Sequence[str | None], *, counted: bool = True) -> list[LoadedAdapter]:
         """One route more for each adapter, loading those in no slot, all of them or none."""
-        wanted, residents = _distinct(names), self._shelf.residents
-        read: Read = {}
+        wanted, loaded = distinct(names), self._allocator.loaded
+        read: ReadStates = {}
         while True:
             with self._lock:
-                origins = {name: self._library.origin(name) for name in wanted}
-                absent = [name for name in wanted if name not in residents]
-                found = {name: self._library.find(name, read) for name in absent}
+                origins = {name: self._registry.origin(name) for name in wanted}
+                absent = [name for name in wanted if name not in loaded]
+                found = {name: self._registry.find(name, read) for name in absent}
                 folders = {n: f for n, f in found.items() if isinstance(f, Path)}
                 if not folders:
                     states = {n: s for n, s in found.items() if isinstance(s, AdapterState)}
-                    self._shelf.bring(states, stay=wanted)
-                    self._library.used(wanted, states)
+                    self._allocator.load(states, keep=wanted)
+                    self._registry.mark_used(wanted, states)
                     if counted:
                         self._hits += len(wanted) - len(absent)
                         self._misses += len(absent)
-                    return [self._shelf.hold(name) for name in wanted]
+                    return [self._allocator.hold(name) for name in wanted]
             for name, folder in folders.items():
                 read[name] = origins[name], self._read(folder)
 
-    def _slots(self, rows: Sequence[str | None], held: Sequence[Resident]) -> Tensor:
+    def _slots(self, rows: Sequence[str | None], held: Sequence[LoadedAdapter]) -> Tensor:
         """int32, the slot of each row's adapter, −1 for None and ""."""
         slots = {r.name: r.slot for r in held}
         try:
@@ -367,48 +376,33 @@ class AdapterPool:
             host = torch.tensor(numbers, dtype=torch.int32, pin_memory=pinned)
             return host.to(self.device, non_blocking=True)
         except BaseException:
-            self._let_go(held)
+            self._release(held)
             raise
 
-    def _hold_slots(self, slots: Tensor) -> list[Resident]:
+    def _hold_slots(self, slots: Tensor) -> list[LoadedAdapter]:
         if slots.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"slots: got dtype {dtype_names([slots.dtype])}, expected int32")
         distinct = [s for s in slots.unique().tolist() if s != -1]
         with self._lock:
-            found = [self._shelf.in_slot(slot) for slot in distinct]
+            found = [self._allocator.in_slot(slot) for slot in distinct]
             for slot, resident in zip(distinct, found, strict=True):
                 if resident is None:
                     raise ValueError(
                         f"slots: got {slot}, expected -1 or the slot of a loaded adapter"
                     )
-            return [self._shelf.hold(r.name) for r in found if r is not None]
+            return [self._allocator.hold(r.name) for r in found if r is not None]
 
-    def _let_go(self, held: Sequence[Resident]) -> None:
-        marks = self._shelf.transfer.marks()
+    def _release(self, held: Sequence[LoadedAdapter]) -> None:
+        events = self._allocator.transfer.events()
         with self._lock:
-            self._shelf.let_go(held, marks)
+            self._allocator.release(held, events)
 
-    def _check_idle(self, name: str, what: str, *, unpinned: bool = False) -> Resident | None:
+    def _check_idle(self, name: str, what: str, *, unpinned: bool = False) -> LoadedAdapter | None:
         """The adapter in its slot, if it is in one; AdapterInUse if it has to stay as it is."""
-        self._library.origin(name)
-        found = self._shelf.residents.get(name)
+        self._registry.origin(name)
+        found = self._allocator.loaded.get(name)
         if found is not None and found.refs:
             raise AdapterInUse(f"{name!r} cannot {what}: {found.refs} route(s) hold it")
         if found is not None and found.pinned and unpinned:
             raise AdapterInUse(f"{name!r} cannot {what}: it is pinned")
         return found
-
-
-def _given(rows: Iterable[str | None]) -> list[str | None]:
-    """The names of a batch's rows, as a list."""
-    if isinstance(rows, str):
-        raise TypeError(f"names: got the string {rows!r}, expected one name for each row")
-    given = list(rows)
-    for name in given:
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"names: got {name!r}, expected a string or None")
-    return given
-
-
-def _distinct(names: Iterable[str | None]) -> list[str]:
-    return list(dict.fromkeys(name for name in names if name))

@@ -34,7 +34,7 @@ from lora_kernels.integrations.peft import (
 )
 from lora_kernels.integrations.peft import matches as named_by
 from lora_kernels.ops.common.checks import names
-from lora_kernels.serving.form import PoolForm
+from lora_kernels.serving.spec import PoolSpec
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
@@ -62,8 +62,8 @@ class AdapterState:
         return sum(f.a.nbytes + f.b.nbytes for f in self.factors.values())
 
 
-def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
-    """Read an adapter and check all of it against the pool's form; nothing is shared with it.
+def read_state(source: Source, config: object, spec: PoolSpec) -> AdapterState:
+    """Read an adapter and check all of it against the pool's spec; nothing is shared with it.
 
     Args:
         source: a directory in PEFT's format, or a state dict with PEFT's keys.
@@ -102,15 +102,15 @@ def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
                 )
     where = "state" if isinstance(source, Mapping) else str(path)
     with naming(Path(where)):
-        other = [key for key, t in rest.items() if not _is_base(key, t, form)]
-        _name_alike(factors, form)
+        other = [key for key, t in rest.items() if not _is_base(key, t, spec)]
+        _name_alike(factors, spec)
         other += drop_other_kinds(factors, ("A", "B"))
         if other:
             raise ValueError(f"{some(sorted(other))}: not supported, expected lora_A and lora_B")
         check_factors(made, factors)
-        _check_modules(made, factors, form, some_layers=bool(options.get("layers_to_transform")))
+        _check_modules(made, factors, spec, some_layers=bool(options.get("layers_to_transform")))
         return AdapterState(
-            {n: _paged(n, factors[n], made, form) for n in form.modules_of(factors)}
+            {n: _paged(n, factors[n], made, spec) for n in spec.modules_of(factors)}
         )
 
 
@@ -143,9 +143,9 @@ def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, T
     return factors, other
 
 
-def _name_alike(factors: dict[str, Factors], form: PoolForm) -> None:
+def _name_alike(factors: dict[str, Factors], spec: PoolSpec) -> None:
     """Call an embedding's factors A and B too; ValueError for a linear layer's in their place."""
-    for name in form.embeddings & set(factors):
+    for name in spec.embeddings & set(factors):
         pair = factors[name]
         if not set(pair) <= set(EMBEDDING.values()):
             odd = next(kind for kind in pair if kind not in EMBEDDING.values())
@@ -156,10 +156,10 @@ def _name_alike(factors: dict[str, Factors], form: PoolForm) -> None:
         factors[name] = {f: pair[kind] for f, kind in EMBEDDING.items() if kind in pair}
 
 
-def _is_base(key: str, copy: Tensor, form: PoolForm) -> bool:
+def _is_base(key: str, copy: Tensor, spec: PoolSpec) -> bool:
     """Whether a tensor is the model's own weight, of which PEFT saves a copy with an adapted
     output layer or a resized vocabulary; ValueError where it is another."""
-    own = form.saved.get(key)
+    own = spec.saved.get(key)
     if own is None:
         return False
     own = own.detach()
@@ -169,22 +169,22 @@ def _is_base(key: str, copy: Tensor, form: PoolForm) -> bool:
 
 
 def _check_modules(
-    config: LoRAConfig, factors: Mapping[str, Factors], form: PoolForm, *, some_layers: bool
+    config: LoRAConfig, factors: Mapping[str, Factors], spec: PoolSpec, *, some_layers: bool
 ) -> None:
     """Check that the adapter's modules are the pool's, and all that its configuration names."""
     if not factors:
         raise ValueError("holds no adapter, expected lora_A and lora_B of one module or more")
-    strangers = [key_of(name, "A") for name in factors if name not in form.modules]
+    strangers = [key_of(name, "A") for name in factors if name not in spec.modules]
     if strangers:
         raise ValueError(
             f"{some(strangers)}: the pool has no such module, expected some of "
-            f"{some(list(form.modules))}"
+            f"{some(list(spec.modules))}"
         )
     if config.all_linear:
-        expected = set(form.all_linear) or set(factors)
+        expected = set(spec.all_linear) or set(factors)
     else:
         # Names that nothing answers to are passed over, as PEFT does.
-        expected = {n for n in form.modules if named_by(config.target_modules, n)}
+        expected = {n for n in spec.modules if named_by(config.target_modules, n)}
     expected = {n for n in expected if not is_excluded(config, n)}
     extra = sorted(set(factors) - expected)
     if extra:
@@ -198,14 +198,14 @@ def _check_modules(
         raise ValueError(f"{some(keys)}: missing, target_modules is {config.target_modules!r}")
 
 
-def _paged(name: str, pair: Factors, config: LoRAConfig, form: PoolForm) -> PagedFactors:
+def _paged(name: str, pair: Factors, config: LoRAConfig, spec: PoolSpec) -> PagedFactors:
     a, b = pair["A"], pair["B"]
     r = a.shape[0]
-    if r > form.max_rank:
+    if r > spec.max_rank:
         raise ValueError(
-            f"{key_of(name, 'A')}: got rank {r}, expected max_rank={form.max_rank} or less"
+            f"{key_of(name, 'A')}: got rank {r}, expected max_rank={spec.max_rank} or less"
         )
-    k, n = form.modules[name]
+    k, n = spec.modules[name]
     for factor, t, shape in (("A", a, (r, k)), ("B", b, (n, r))):
         if tuple(t.shape) != shape:
             raise ValueError(
@@ -214,16 +214,16 @@ def _paged(name: str, pair: Factors, config: LoRAConfig, form: PoolForm) -> Page
     scale = config.alpha_of(name) / (math.sqrt(r) if config.use_rslora else r)
     if abs(scale) > torch.finfo(torch.float32).max:
         raise ValueError(f"{name}: got scale {scale}, expected one that float32 holds")
-    paged = PagedFactors(_host_copy(a, form), _host_copy(b.T, form), scale)
+    paged = PagedFactors(_host_copy(a, spec), _host_copy(b.T, spec), scale)
     for factor, t in (("A", paged.a), ("B", paged.b)):
         if not bool(torch.isfinite(t).all()):
-            raise ValueError(f"{key_of(name, factor)}: overflows the pool's {names([form.dtype])}")
+            raise ValueError(f"{key_of(name, factor)}: overflows the pool's {names([spec.dtype])}")
     return paged
 
 
-def _host_copy(t: Tensor, form: PoolForm) -> Tensor:
+def _host_copy(t: Tensor, spec: PoolSpec) -> Tensor:
     """A copy of its own; in pinned memory where it is to travel without anyone's waiting."""
     with torch.inference_mode(False):
-        pinned = form.device.type == "cuda"
-        own = torch.empty(t.shape, dtype=form.dtype, device="cpu", pin_memory=pinned)
+        pinned = spec.device.type == "cuda"
+        own = torch.empty(t.shape, dtype=spec.dtype, device="cpu", pin_memory=pinned)
         return own.copy_(t)

@@ -71,7 +71,7 @@ def check_rows(
     for row, (i, length) in enumerate(zip(numbers, lengths, strict=True)):
         state = adapters.state(i)
         for model in (single, exact_model):
-            fill(model, state, pool.form.dtype)
+            fill(model, state, pool.spec.dtype)
         own = ids[row : row + 1, : len(prompt) + length]
         with use_backend("reference"):
             plain = _logits(single, own, length)[0]

@@ -1,4 +1,4 @@
-"""PoolForm: what an adapter has to fit."""
+"""PoolSpec: what an adapter has to fit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.adapters.checks import check_model
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.targets import find_targets, is_excluded
 from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of, matches, saved_key
@@ -24,7 +25,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class PoolForm:
+class PoolSpec:
     """The modules of a pool, and what all its adapters have in common.
 
     Attributes:
@@ -57,6 +58,14 @@ class PoolForm:
         """Tables, ranks and scales of all modules."""
         return len(self.modules) * slots * (4 * self.columns + 4 + 4)
 
+    def pages_in(self, memory: int, slots: int) -> int:
+        """How many pages of each module fit in so many bytes beside the tables."""
+        tables = self.table_bytes(slots)
+        least = tables + self.page_bytes
+        if positive("memory", memory) < least:
+            raise ValueError(f"memory: got {memory} bytes, expected at least {least}")
+        return (memory - tables) // self.page_bytes
+
     def modules_of(self, names: Iterable[str]) -> list[str]:
         """The names that are modules here, in the pool's order."""
         found = set(names)
@@ -71,7 +80,7 @@ def positive(name: str, value: Any) -> int:
     return value
 
 
-def make_form(
+def make_spec(
     model: nn.Module | Shapes,
     *,
     max_rank: int,
@@ -79,7 +88,7 @@ def make_form(
     device: torch.device | str | None,
     target_modules: Any,
     exclude_modules: Any,
-) -> PoolForm:
+) -> PoolSpec:
     """Check what a pool is made from; a model is only looked at."""
     positive("max_rank", max_rank)
     saved: dict[str, Tensor] = {}
@@ -90,7 +99,8 @@ def make_form(
         embeddings, linears = find_modules(model, config)
         every = {*embeddings, *linears}
         found = [n for n, _ in named_modules(model) if n in every]
-        modules: Shapes = {n: _features(get_module(model, n)) for n in found}
+        layers = {n: get_module(model, n) for n in found}
+        modules: Shapes = {n: kind_of(m).features(m) for n, m in layers.items()}
         linear = _all_linear(model) & every
         saved = _copies(model, every)
         values = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
@@ -103,7 +113,7 @@ def make_form(
             f"model: got {type(model).__name__}, expected a torch.nn.Module or a mapping from "
             "names to (in_features, out_features)"
         )
-    form = PoolForm(
+    spec = PoolSpec(
         modules,
         linear,
         max_rank,
@@ -112,10 +122,10 @@ def make_form(
         embeddings,
         saved,
     )
-    check_dtype("dtype", torch.empty(0, dtype=form.dtype), FLOATS)
-    if form.device.type == "meta":
+    check_dtype("dtype", torch.empty(0, dtype=spec.dtype), FLOATS)
+    if spec.device.type == "meta":
         raise ValueError("device: got meta, expected one that holds values")
-    return form
+    return spec
 
 
 def _copies(model: nn.Module, pooled: Container[str]) -> dict[str, Tensor]:
@@ -123,7 +133,7 @@ def _copies(model: nn.Module, pooled: Container[str]) -> dict[str, Tensor]:
     ends = [m for m in (input_embedding(model), output_layer(model)) if m is not None]
     copies: dict[str, Tensor] = {}
     for name, module in named_modules(model):
-        if module in ends or (name in pooled and isinstance(module, nn.Embedding)):
+        if module in ends or (name in pooled and kind_of(module).embedding):
             for key, t in module._parameters.items():
                 if t is not None and key in ("weight", "bias"):
                     where = base_key_of(name, key) if name in pooled else saved_key(name, key)
@@ -158,7 +168,7 @@ def find_modules(model: nn.Module, config: LoRAConfig) -> tuple[frozenset[str], 
     embeddings = frozenset(
         name
         for name, module in named_modules(model)
-        if isinstance(module, nn.Embedding)
+        if kind_of(module).embedding
         and matches(config.target_modules, name)
         and not is_excluded(config, name)
     )
@@ -181,12 +191,6 @@ def find_modules(model: nn.Module, config: LoRAConfig) -> tuple[frozenset[str], 
     return embeddings, find_targets(
         model, replace(config, target_modules=rest)
     ).names if rest else ()
-
-
-def _features(layer: Any) -> tuple[int, int]:
-    if isinstance(layer, nn.Embedding):
-        return layer.num_embeddings, layer.embedding_dim
-    return layer.in_features, layer.out_features
 
 
 def _checked_shapes(shapes: Mapping[Any, Any]) -> Shapes:
