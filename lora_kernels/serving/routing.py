@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -60,3 +61,10 @@ def row_names(rows: Iterable[str | None]) -> list[str | None]:
 def distinct(names: Iterable[str | None]) -> list[str]:
     """Each adapter's name once, without the rows that have none."""
     return list(dict.fromkeys(name for name in names if name))
+
+
+def slots_of(names: Sequence[str | None], slots: Mapping[str, int], device: torch.device) -> Tensor:
+    """int32 on the device, the slot of each name; −1 for None and ""."""
+    numbers = [slots[name] if name else -1 for name in names]
+    host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)

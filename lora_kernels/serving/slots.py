@@ -60,7 +60,7 @@ class SlotAllocator:
         self.transfer = Transfer(spec.device)
         self.loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()
         self.evictions = 0
-        self._by_slot: list[LoadedAdapter | None] = [None] * slots
+        self._slots = slots
         self._free_slots = list(range(slots))[::-1]
 
     def load(self, states: Mapping[str, AdapterState], keep: Sequence[str] = ()) -> None:
@@ -80,7 +80,7 @@ class SlotAllocator:
         for name, state in states.items():
             pages = self.store.allocate(counts[name])
             adapter = LoadedAdapter(name, self._free_slots.pop(), pages)
-            self.loaded[name] = self._by_slot[adapter.slot] = adapter
+            self.loaded[name] = adapter
             try:
                 self._write(adapter, state)
             except BaseException:
@@ -111,7 +111,6 @@ class SlotAllocator:
             self.store.clear(adapter.slot)
         self.store.release(adapter.pages)
         self._free_slots.append(adapter.slot)
-        self._by_slot[adapter.slot] = None
         del self.loaded[adapter.name]
 
     def hold(self, name: str) -> LoadedAdapter:
@@ -130,8 +129,13 @@ class SlotAllocator:
             adapter.refs -= 1
             adapter.readers.update(events)
 
-    def in_slot(self, slot: int) -> LoadedAdapter | None:
-        return self._by_slot[slot] if 0 <= slot < len(self._by_slot) else None
+    def names_in(self, slots: Sequence[int]) -> list[str]:
+        """The adapters in these slots; ValueError for a slot without one."""
+        names = {adapter.slot: name for name, adapter in self.loaded.items()}
+        for slot in slots:
+            if slot not in names:
+                raise ValueError(f"slots: got {slot}, expected -1 or the slot of a loaded adapter")
+        return [names[slot] for slot in slots]
 
     def _write(self, adapter: LoadedAdapter, state: AdapterState) -> None:
         with self.transfer.copying():
@@ -173,7 +177,7 @@ class SlotAllocator:
         pinned = [a.name for a in self.loaded.values() if a.pinned]
         in_use = [a.name for a in self.loaded.values() if a.refs]
         if slots > 0:
-            lack = f"{slots} more slots than the {len(self._by_slot)} of the pool can give"
+            lack = f"{slots} more slots than the {self._slots} of the pool can give"
         else:
             worst = max(range(len(short)), key=short.__getitem__)
             lack = (
