@@ -34,10 +34,10 @@ from lora_kernels.adapters.reading import (
     naming,
     read_config,
     read_weights,
-    some,
     weights_file,
 )
 from lora_kernels.adapters.targets import Targets, find_targets
+from lora_kernels.adapters.words import first_few
 from lora_kernels.integrations.peft import (
     CONFIG_FILE,
     MAGNITUDE,
@@ -158,7 +158,7 @@ def load_adapter(
     missing += placed.missing
     for kind, keys in (("missing from", missing), ("not expected in", unexpected)):
         if keys:
-            _complain(strict, f"{len(keys)} tensors {kind} {path}: {some(keys)}")
+            _complain(strict, f"{len(keys)} tensors {kind} {path}: {first_few(keys)}")
     if not factors:
         raise ValueError(f"{path}: holds no adapter for {type(model).__name__}")
     for name, pair in factors.items():

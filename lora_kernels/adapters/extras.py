@@ -18,15 +18,13 @@ from lora_kernels.adapters.modules_to_save import (
     whole_modules,
 )
 from lora_kernels.adapters.token_indices import token_owners
+from lora_kernels.adapters.words import first_few
 from lora_kernels.integrations.peft import saved_key, tokens_key
 from lora_kernels.integrations.transformers import (
     base_model_name,
-    input_embedding,
-    output_layer,
     resized_vocabulary,
+    vocabulary_layers,
 )
-
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -68,8 +66,8 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
         lost = [n for n in match_modules(model, names) if n not in found]
         if lost:
             raise ValueError(
-                f"modules_to_save: {_some(lost)} was replaced since apply_lora, and what it had "
-                "learned went with it"
+                f"modules_to_save: {first_few(lost)} was replaced since apply_lora, and what it "
+                "had learned went with it"
             )
         names = tuple(found)
     modules = match_modules(model, names)  # PEFT expects each that a name fits
@@ -114,7 +112,7 @@ def resized_ends(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     sizes = resized_vocabulary(model)
     if sizes is None:
         return {}
-    ends = [m for m in (input_embedding(model), output_layer(model)) if m is not None]
+    ends = vocabulary_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, module in named_modules(model):
         if module not in ends or is_inside(name, modules):
@@ -150,17 +148,12 @@ def _refuse_unsaved(
         return
     able = sorted({name for name in unsaved.values() if name})
     unable = [name for name, owner in unsaved.items() if not owner]
-    text = f"model: {_some(list(unsaved))} trains, and would not be saved with the adapters. "
+    text = f"model: {first_few(list(unsaved))} trains, and would not be saved with the adapters. "
     if able:
         text += (
             f"modules_to_save={able!r} of save_adapter saves it too (that of apply_lora trains it "
             "from the start). "
         )
     if unable:
-        text += f"PEFT's format has no place for {_some(unable)}: model.state_dict() has it. "
+        text += f"PEFT's format has no place for {first_few(unable)}: model.state_dict() has it. "
     raise ValueError(text + "requires_grad_(False) leaves it out")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

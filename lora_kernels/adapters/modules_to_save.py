@@ -19,11 +19,10 @@ from lora_kernels.adapters.config import LoRAConfig
 from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules, unwrap
 from lora_kernels.integrations.transformers import (
-    input_embedding,
-    output_layer,
     share_weight,
     task_heads,
     untie,
+    vocabulary_layers,
 )
 from lora_kernels.nn.common import fill, whole
 
@@ -80,7 +79,7 @@ def with_tied(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 def _tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The embedding or the output layer that shares a weight with one of these modules."""
-    ends = [m for m in (input_embedding(model), output_layer(model)) if m is not None]
+    ends: list[Any] = vocabulary_layers(model)
     weights = {id(p) for name in names for p in get_module(model, name).parameters()}
     if not any(id(p) in weights for m in ends for p in m.parameters()):
         return []

@@ -15,7 +15,7 @@ from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.modules_to_save import is_inside, match_modules, tensors_of
 from lora_kernels.adapters.token_indices import find_rows, token_owners
 from lora_kernels.integrations.peft import plain_key, saved_key, tokens_key
-from lora_kernels.integrations.transformers import input_embedding, output_layer
+from lora_kernels.integrations.transformers import vocabulary_layers
 from lora_kernels.nn.common import fill, whole
 from lora_kernels.nn.token_rows import DELTA, TokenRows
 from lora_kernels.ops.nf4 import NF4Weight
@@ -66,7 +66,7 @@ def place(
     places = {m: tensors_of(get_module(model, m)) for m in modules}
     expected = {saved_key(m, p): (m, p) for m, of in places.items() for p in of}
     tokens = _tokens(model, config, fresh=marked is None)
-    ends = {id(m) for m in (input_embedding(model), output_layer(model)) if m is not None}
+    ends = {id(module) for module in vocabulary_layers(model)}
     adapted = set(adapted)
     open_to = {n for n, m in named_modules(model) if n in adapted or id(m) in ends}
     for key, t in other.items():

@@ -9,23 +9,24 @@ from torch import nn
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that makes the logits, where the model names it."""
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return None
-    try:
-        return getter()
-    except (AttributeError, NotImplementedError):
-        return None
+    """The layer that makes the logits, if the model names it."""
+    return _asked(model, "get_output_embeddings")
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
-    """The layer that looks up the tokens, where the model names it."""
-    getter = getattr(model, "get_input_embeddings", None)
-    if getter is None:
-        return None
+    """The layer that looks up the tokens, if the model names it."""
+    return _asked(model, "get_input_embeddings")
+
+
+def vocabulary_layers(model: nn.Module) -> list[nn.Module]:
+    """The input embedding and the output layer, those of them that the model names."""
+    return [m for m in (input_embedding(model), output_layer(model)) if m is not None]
+
+
+def _asked(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a method of the model gives; None if it has no such method or no such layer."""
     try:
-        return getter()
+        return getattr(model, getter)()
     except (AttributeError, NotImplementedError):
         return None
 

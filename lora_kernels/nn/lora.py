@@ -151,6 +151,14 @@ class LoRAMixin(nn.Module):
         self._keep_merged(None)
         self.reset_adapter()
 
+    def reset_parameters(self) -> None:
+        """Draw the base as nn.Linear does (a 4-bit one is quantised then), and the adapter as
+        `init` says."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "lora_A" in self._parameters:  # not while the base is made
+            self.reset_adapter()
+            self.refresh_merged()
+
     @torch.no_grad()
     def reset_adapter(self) -> None:
         """Draw A anew (Kaiming-uniform with a=√5, or normal with std 1/r), set B to zero and the

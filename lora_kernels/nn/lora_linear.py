@@ -99,13 +99,6 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
         )
         return module.train(linear.training)
 
-    def reset_parameters(self) -> None:
-        """Draw the base as nn.Linear does and the adapter as `init` says."""
-        super().reset_parameters()
-        if "lora_A" in self._parameters:
-            self.reset_adapter()
-            self.refresh_merged()
-
     def _base_dtype(self) -> torch.dtype:
         return self.weight.dtype
 

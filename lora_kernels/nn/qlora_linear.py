@@ -157,13 +157,6 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         )
         return module.train(layer.training)
 
-    def reset_parameters(self) -> None:
-        """Draw the base as nn.Linear does, quantise it, and draw the adapter as `init` says."""
-        super().reset_parameters()
-        if "lora_A" in self._parameters:
-            self.reset_adapter()
-            self.refresh_merged()
-
     @property
     def merged(self) -> bool:
         """Whether forward runs on a merged weight, dense or requantised."""

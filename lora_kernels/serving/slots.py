@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_kernels.adapters.words import first_few
 from lora_kernels.serving.errors import AdapterPoolFull
 from lora_kernels.serving.pages import PageCounts, PageNumbers, PageStore
 from lora_kernels.serving.spec import PoolSpec
@@ -60,7 +61,7 @@ class SlotAllocator:
         self.transfer = Transfer(spec.device)
         self.loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()
         self.evictions = 0
-        self._slots = slots
+        self._by_slot: list[LoadedAdapter | None] = [None] * slots
         self._free_slots = list(range(slots))[::-1]
 
     def load(self, states: Mapping[str, AdapterState], keep: Sequence[str] = ()) -> None:
@@ -80,7 +81,7 @@ class SlotAllocator:
         for name, state in states.items():
             pages = self.store.allocate(counts[name])
             adapter = LoadedAdapter(name, self._free_slots.pop(), pages)
-            self.loaded[name] = adapter
+            self.loaded[name] = self._by_slot[adapter.slot] = adapter
             try:
                 self._write(adapter, state)
             except BaseException:
@@ -111,6 +112,7 @@ class SlotAllocator:
             self.store.clear(adapter.slot)
         self.store.release(adapter.pages)
         self._free_slots.append(adapter.slot)
+        self._by_slot[adapter.slot] = None
         del self.loaded[adapter.name]
 
     def hold(self, name: str) -> LoadedAdapter:
@@ -131,11 +133,13 @@ class SlotAllocator:
 
     def names_in(self, slots: Sequence[int]) -> list[str]:
         """The adapters in these slots; ValueError for a slot without one."""
-        names = {adapter.slot: name for name, adapter in self.loaded.items()}
+        names: list[str] = []
         for slot in slots:
-            if slot not in names:
+            found = self._by_slot[slot] if 0 <= slot < len(self._by_slot) else None
+            if found is None:
                 raise ValueError(f"slots: got {slot}, expected -1 or the slot of a loaded adapter")
-        return [names[slot] for slot in slots]
+            names.append(found.name)
+        return names
 
     def _write(self, adapter: LoadedAdapter, state: AdapterState) -> None:
         with self.transfer.copying():
@@ -177,7 +181,7 @@ class SlotAllocator:
         pinned = [a.name for a in self.loaded.values() if a.pinned]
         in_use = [a.name for a in self.loaded.values() if a.refs]
         if slots > 0:
-            lack = f"{slots} more slots than the {self._slots} of the pool can give"
+            lack = f"{slots} more slots than the {len(self._by_slot)} of the pool can give"
         else:
             worst = max(range(len(short)), key=short.__getitem__)
             lack = (
@@ -185,13 +189,8 @@ class SlotAllocator:
                 f"more than its {self.store.count} can give"
             )
         return AdapterPoolFull(
-            f"no room for {_some(names)}: needs {lack}; pinned: {_some(pinned)}; in use: "
-            f"{_some(in_use)}",
+            f"no room for {first_few(names, _SHOWN)}: needs {lack}; pinned: "
+            f"{first_few(pinned, _SHOWN)}; in use: {first_few(in_use, _SHOWN)}",
             pinned,
             in_use,
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more if names else "none"

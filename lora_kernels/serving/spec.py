@@ -16,7 +16,7 @@ from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.targets import find_targets, is_excluded
 from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of, matches, saved_key
-from lora_kernels.integrations.transformers import input_embedding, output_layer
+from lora_kernels.integrations.transformers import vocabulary_layers
 from lora_kernels.nn.multi_lora_embedding import check_embedding
 from lora_kernels.ops.common.checks import FLOATS, check_dtype
 from lora_kernels.ops.gather import PAGE, pages_of
@@ -130,7 +130,7 @@ def make_spec(
 
 def _copies(model: nn.Module, pooled: Container[str]) -> dict[str, Tensor]:
     """The model's own weights of which PEFT may have put a copy into an adapter's file, by key."""
-    ends = [m for m in (input_embedding(model), output_layer(model)) if m is not None]
+    ends = vocabulary_layers(model)
     copies: dict[str, Tensor] = {}
     for name, module in named_modules(model):
         if module in ends or (name in pooled and kind_of(module).embedding):

@@ -20,10 +20,10 @@ from lora_kernels.adapters.reading import (
     naming,
     read_config,
     read_weights,
-    some,
     weights_file,
 )
 from lora_kernels.adapters.targets import is_excluded
+from lora_kernels.adapters.words import first_few
 from lora_kernels.integrations.peft import (
     CONFIG_FILE,
     EMBEDDING,
@@ -106,7 +106,9 @@ def read_state(source: Source, config: object, spec: PoolSpec) -> AdapterState:
         _name_alike(factors, spec)
         other += drop_other_kinds(factors, ("A", "B"))
         if other:
-            raise ValueError(f"{some(sorted(other))}: not supported, expected lora_A and lora_B")
+            raise ValueError(
+                f"{first_few(sorted(other))}: not supported, expected lora_A and lora_B"
+            )
         check_factors(made, factors)
         _check_modules(made, factors, spec, some_layers=bool(options.get("layers_to_transform")))
         return AdapterState(
@@ -177,8 +179,8 @@ def _check_modules(
     strangers = [key_of(name, "A") for name in factors if name not in spec.modules]
     if strangers:
         raise ValueError(
-            f"{some(strangers)}: the pool has no such module, expected some of "
-            f"{some(list(spec.modules))}"
+            f"{first_few(strangers)}: the pool has no such module, expected some of "
+            f"{first_few(list(spec.modules))}"
         )
     if config.all_linear:
         expected = set(spec.all_linear) or set(factors)
@@ -189,13 +191,13 @@ def _check_modules(
     extra = sorted(set(factors) - expected)
     if extra:
         raise ValueError(
-            f"{some([key_of(n, 'A') for n in extra])}: not expected, target_modules is "
+            f"{first_few([key_of(n, 'A') for n in extra])}: not expected, target_modules is "
             f"{config.target_modules!r}"
         )
     missing = sorted(expected - set(factors))
     if missing and not some_layers:
         keys = [key_of(n, f) for n in missing for f in "AB"]
-        raise ValueError(f"{some(keys)}: missing, target_modules is {config.target_modules!r}")
+        raise ValueError(f"{first_few(keys)}: missing, target_modules is {config.target_modules!r}")
 
 
 def _paged(name: str, pair: Factors, config: LoRAConfig, spec: PoolSpec) -> PagedFactors:
