@@ -53,19 +53,19 @@ def apply_lora(
     `apply_lora(model, config)` takes all options of an adapter from a `LoRAConfig` or from PEFT's
     `LoraConfig`.
 
-    nn.Linear becomes LoRALinear (QLoRALinear with `quantize`); bitsandbytes' Linear4bit and
-    NF4Linear become QLoRALinear over the same bytes (a Linear4bit without an adapter becomes
-    NF4Linear). With `quantize` the linear layers that get no adapter become NF4Linear too, except
+    nn.Linear becomes LoRALinear (QLoRALinear with `quantize`). bitsandbytes' Linear4bit and
+    NF4Linear become QLoRALinear over the same bytes; a Linear4bit without an adapter becomes
+    NF4Linear. With `quantize` the linear layers that get no adapter become NF4Linear too, except
     excluded ones and output layers. A weight that another module shares (a tied embedding) stays
-    dense, for quantising it would free nothing. A layer whose weight the model's code reads without
-    calling it (Mamba's `dt_proj`), and one with a forward of its own, is left as it is; where other
-    code calls it, it is adapted when it is named, and stays dense. Hooks on a layer go over to the
-    one in its place. The options are kept as `model.lora_config`, for
+    dense, for quantising it would free nothing. A layer with a forward of its own is left as it
+    is, and so is one whose weight the model's code reads without calling it (Mamba's `dt_proj`).
+    If other code does call it, it gets an adapter when it is named, and stays dense. Hooks on a
+    layer move to the one in its place. The options are kept as `model.lora_config`, for
     `save_adapter`.
 
-    Every layer is checked before the first is replaced: an error leaves the model as it was. They
-    are quantised one after the other, each on all of torch's threads, and each dense weight is
-    freed before the next one's turn: the peak is the model and what one layer takes.
+    Every layer is checked before the first is replaced, so an error leaves the model unchanged.
+    Layers are quantised one after the other, each on all of torch's threads. Each dense weight is
+    freed before the next layer is quantised: the peak of memory is the model and one layer.
 
     Args:
         model: any module that holds linear layers; not compiled yet.
@@ -73,23 +73,23 @@ def apply_lora(
         target_modules: names that a layer's full name ends in; or a regular expression for the
             full name; or "all-linear": every linear layer but the output layer.
         quantize: store the base in 4 bits.
-        rank_pattern, alpha_pattern: r or alpha by name, as in PEFT: a regular expression for the
-            end of the full name; the first that fits counts.
-        exclude_modules: as `target_modules`; what is excluded is neither adapted nor quantised.
+        rank_pattern, alpha_pattern: r or alpha for some layers, as in PEFT. A key is a regular
+            expression for the end of a layer's full name; the first that matches counts.
+        exclude_modules: as `target_modules`. Excluded layers are neither adapted nor quantised.
         modules_to_save: ends of the names of modules that train whole and are saved with the
-            adapters, as in PEFT; they get no adapter and are not quantised. The new head of a
-            model for a task (classification, question answering, vision) is always among them, but
-            with an empty list.
-        trainable_token_indices: rows of the input embedding that train by themselves, or of the
-            modules whose names end as the keys do. An output layer that is tied follows.
-        ensure_weight_tying: an embedding and an output layer that are tied stay so when one of them
-            is in `modules_to_save`.
-        config: all of the above but `quantize`, in place of `r` or by name.
+            adapters, as in PEFT. They get no adapter and are not quantised. The new head of a
+            model for a task (classification, question answering, vision) is always among them,
+            unless the list is empty.
+        trainable_token_indices: tokens whose rows of the input embedding train; or by the end of a
+            module's name, the rows of that module. A tied output layer trains the same rows.
+        ensure_weight_tying: an embedding and an output layer that are tied stay tied when one of
+            them is in `modules_to_save`.
+        config: all of the above except `quantize`. It may also be passed as `r`.
         adapter_dtype: dtype of A, B and the magnitude; fp32 over a 16-bit base by default.
         block_size, double_quant: of `quantize`.
         progress: True for a bar (needs tqdm), False for none, or a function of (done, total,
-            name). None shows the bar after two seconds, if standard error is a terminal and tqdm
-            is installed.
+            name). With None the bar shows after two seconds, if standard error is a terminal and
+            tqdm is installed.
 
     Returns:
         A report; `print` it.

@@ -1,4 +1,4 @@
-"""What goes into an adapter's file beside the adapters, and what trains without a place in it."""
+"""What an adapter's file holds beside the adapters; refusing what trains and would not be saved."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Extras:
     """What a file holds beside the adapters.
 
     Attributes:
-        tensors: by key.
-        modules: `modules_to_save` by which PEFT finds exactly the modules that are saved whole.
-        tokens: `trainable_token_indices` by the names of their modules.
+        tensors: by key in the file.
+        modules: the `modules_to_save` with which PEFT finds exactly the modules saved whole.
+        tokens: the `trainable_token_indices` of each module, by its name.
     """
 
     tensors: Mapping[str, Tensor]
@@ -43,14 +43,14 @@ class Extras:
 
 
 def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] = ()) -> Extras:
-    """All that has to be saved beside the adapters.
+    """Everything that has to be saved beside the adapters.
 
     Args:
         asked: the configuration that the adapters were made from.
         more: further modules to save whole.
 
     Raises:
-        ValueError: something that trains, or has trained, has no place in the file.
+        ValueError: something that trains, or has trained, cannot go into the file.
     """
     if isinstance(more, str):
         raise TypeError(f"modules_to_save: got {more!r}, expected a list of names")
@@ -70,7 +70,7 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
                 "had learned went with it"
             )
         names = tuple(found)
-    modules = match_modules(model, names)  # PEFT expects each that a name fits
+    modules = match_modules(model, names)  # PEFT expects every module that a name fits
     tensors: dict[str, Tensor] = {}
     for name in modules:
         module = get_module(model, name)
@@ -94,8 +94,8 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
 
 
 def _sharing(model: nn.Module, named: Iterable[str], marked: Iterable[str]) -> tuple[str, ...]:
-    """Further modules that hold a parameter of those that are named: a file that has only one of
-    two tied layers would part them."""
+    """Further modules that share a parameter with the named ones. A file with only one of two tied
+    layers would untie them."""
     inside = (m for n in named if not is_inside(n, marked) for m in get_module(model, n).modules())
     shared = {id(p) for m in inside for p in m._parameters.values() if p is not None}
     return tuple(
@@ -107,8 +107,8 @@ def _sharing(model: nn.Module, named: Iterable[str], marked: Iterable[str]) -> t
 
 
 def resized_ends(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
-    """The embedding and the output layer, where they are not those that the model was loaded
-    with, as PEFT saves them."""
+    """The embedding and the output layer, by PEFT's keys, if the vocabulary was resized since the
+    model was loaded."""
     sizes = resized_vocabulary(model)
     if sizes is None:
         return {}
@@ -132,7 +132,7 @@ def resized_ends(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
 def _refuse_unsaved(
     model: nn.Module, modules: Iterable[str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raise for parameters that train and are not saved."""
+    """Raise ValueError for parameters that train and would not be saved."""
     saved = {id(t) for t in tensors.values()}
     # By parameter the module that modules_to_save could name; "" where it has adapters inside.
     unsaved: dict[str, str] = {}

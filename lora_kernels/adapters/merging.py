@@ -33,15 +33,13 @@ from lora_kernels.nn.token_rows import DELTA, TokenRows
 def merge_adapters(model: nn.Module, *, safe: bool = False, requantize: bool = False) -> None:
     """Run every adapted layer as one linear layer, W + scale·B·A, until `unmerge_adapters`.
 
-    DoRA's rows are scaled to their magnitudes.
-
-    The base weights stay beside the merged ones, so unmerging is exact. Layers that are merged
-    already are left alone.
+    With DoRA each row is scaled to its magnitude. The base weights are kept beside the merged ones,
+    so unmerging is exact. Layers that are merged already are left alone.
 
     Args:
         model: a model with adapters.
-        safe: refuse a merged weight that is not finite; then no layer is merged.
-        requantize: keep the merged weights of 4-bit layers in 4 bits; dense by default.
+        safe: refuse merged weights that are not finite; no layer is merged then.
+        requantize: quantise the merged weights of 4-bit layers again. They are dense by default.
 
     Raises:
         ValueError: the model has no adapters, or a merged weight is not finite (checked with
@@ -94,9 +92,9 @@ def merge_and_unload(
 ) -> nn.Module:
     """Merge every adapter for good, in place, and leave plain nn.Linear layers.
 
-    NF4Linear layers without an adapter are decoded as well, so that what remains is a plain model
-    that can be saved and loaded without this package. Modules that trained whole, and rows of an
-    embedding, keep what they have learned. Parameters are frozen.
+    NF4Linear layers without an adapter are decoded too: the result is a plain model, which can be
+    saved and loaded without this package. Modules that trained whole, and rows of an embedding,
+    keep what they learned. Parameters are frozen.
 
     Args:
         model: a model with adapters.
@@ -146,7 +144,7 @@ def merge_and_unload(
 
 
 def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, values) of what has trained beside the adapters."""
+    """(name, values) of everything that trained beside the adapters."""
     for name, module in whole_modules(model):
         yield from ((f"{name}.{place}", t) for place, t in tensors_of(module).items())
     for name, rows in token_owners(model):
@@ -154,9 +152,11 @@ def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take every adapter off, in place, and give the base back as it was: dense layers or 4-bit
-    ones, modules that trained whole and rows of an embedding with the base's values. Everything is
-    frozen; what was learned is gone (`save_adapter` before).
+    """Remove every adapter, in place, and restore the base.
+
+    Layers are dense or 4-bit as before. Modules that trained whole, and rows of an embedding, have
+    the base's values again. Everything is frozen. What was learned is lost, so call `save_adapter`
+    before.
 
     Args:
         model: a model with adapters, merged or not.
@@ -185,8 +185,8 @@ def unload(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Compute the base model alone, merged or not, until the block ends: modules that train whole
-    and rows of an embedding too.
+    """Compute with the base model alone inside the block, even if adapters are merged. Modules that
+    train whole and rows of an embedding have the base's values too.
 
     Raises:
         ValueError: the model has no adapters.

@@ -20,18 +20,19 @@ from lora_kernels.nn.common import fill, whole
 from lora_kernels.nn.token_rows import DELTA, TokenRows
 from lora_kernels.ops.nf4 import NF4Weight
 
-_COPY = ".modules_to_save."  # PEFT's second copy of what it has under the plain key
+_COPY = ".modules_to_save."  # in the key of a second copy that PEFT may write
 
 
 @dataclass
 class Placed:
-    """Tensors of a file by the place that they have in a model.
+    """Tensors of a file, by where they go in a model.
 
     Attributes:
-        saved: of modules that train whole, by module and place in it.
-        rows: of embeddings whose rows train, by module.
-        base: copies of the base's own weights, by module and name.
-        missing, unexpected: keys.
+        saved: tensors of modules that train whole, by module and name inside it.
+        rows: trained rows of embeddings, by module.
+        base: copies of the base's own weights, by (module, "weight" or "bias").
+        missing: keys that the file lacks.
+        unexpected: keys of the file that go nowhere.
     """
 
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -49,16 +50,16 @@ def place(
     *,
     marked: Iterable[str] | None,
 ) -> Placed:
-    """Find the place of each tensor, and what is missing.
+    """Find where each tensor goes, and which are missing.
 
     Args:
-        other: the file's tensors that are no adapter's.
-        adapted: layers with an adapter.
-        marked: the modules that train whole already; None for a model without adapters, which gets
-            those of the configuration.
+        other: the file's tensors that are not factors of an adapter.
+        adapted: names of the layers with an adapter.
+        marked: names of the modules that train whole already. None for a model without adapters:
+            those of the configuration will train.
 
     Raises:
-        ValueError, TypeError: a tensor does not fit its place; the message names the key.
+        ValueError, TypeError: a tensor does not fit; the message names the key.
     """
     made = Placed()
     named = match_modules(model, config.modules_to_save or ())
@@ -96,16 +97,16 @@ def place(
         else:
             _check(key, t, getattr(own, tensor))
             made.base[module, tensor] = t
-    # A model that has adapters, but trains none of these modules: what the file has of them is
-    # unexpected, what it lacks is missing all the same.
-    strangers = {m: tensors_of(get_module(model, m)) for m in named if not is_inside(m, modules)}
-    lacking = [k for m, of in strangers.items() for p in of if (k := saved_key(m, p)) not in other]
+    # A model with adapters may not train modules that the configuration names. Tensors of them are
+    # unexpected if the file has them, and missing if it has not.
+    frozen = {m: tensors_of(get_module(model, m)) for m in named if not is_inside(m, modules)}
+    lacking = [k for m, of in frozen.items() for p in of if (k := saved_key(m, p)) not in other]
     made.missing = [*expected, *lacking, *_missing_rows(model, tokens, made)]
     return made
 
 
 def _tokens(model: nn.Module, config: LoRAConfig, *, fresh: bool) -> dict[str, tuple[int, ...]]:
-    """The rows that train, by module."""
+    """The tokens whose rows train, by module."""
     wanted = {row.name: row.tokens for row in find_rows(model, config)}
     if fresh:
         return wanted
@@ -146,14 +147,14 @@ def _check_finite(key: str, t: Tensor) -> None:
 
 
 def _check_quantised(key: str, t: Tensor, own: NF4Weight) -> None:
-    """Raise unless a 4-bit weight is what this one becomes in 4 bits."""
+    """Raise ValueError unless a tensor, quantised, is the model's own 4-bit weight."""
     same = tuple(t.shape) == tuple(own.shape) and t.is_floating_point()
     if same:
         values = t.to(own.device, own.dtype)
         again = NF4Weight.quantize(values, own.block_size, own.is_nested, own.quant_type)
         codes = own.dequantize(torch.float32)
         same = torch.equal(again.dequantize(torch.float32), codes)
-        same = same or torch.equal(values, own.dequantize())  # saved as it was decoded
+        same = same or torch.equal(values, own.dequantize())  # a decoded copy was saved
     if not same:
         raise ValueError(
             f"{key}: is not the base weight that the model has in 4 bits, and cannot take its "

@@ -27,7 +27,7 @@ Factors = dict[str, Tensor]
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the file's name before the message of an error."""
+    """Put a file's name before the messages of errors raised inside the block."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -47,14 +47,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file of the weights: safetensors', else PEFT's older kind if that is there."""
+    """The path of the weights: the safetensors file, unless there is only PEFT's older kind."""
     pickled = folder / PICKLED_WEIGHTS_FILE
     whole = folder / WEIGHTS_FILE
     return pickled if pickled.is_file() and not whole.is_file() else whole
 
 
 def read_weights(path: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """({module: {"A": tensor, "B": tensor}}, tensors of any other kind by key)."""
+    """({module: {"A": tensor, "B": tensor}}, all other tensors by key)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     factors: dict[str, Factors] = {}
@@ -90,7 +90,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def drop_other_kinds(factors: dict[str, Factors], kinds: tuple[str, ...]) -> list[str]:
-    """Take out tensors that the configuration has no use for; return their keys."""
+    """Remove the tensors whose kind the configuration does not have; return their keys."""
     dropped = []
     for name in list(factors):
         for kind in set(factors[name]) - set(kinds):
@@ -102,7 +102,7 @@ def drop_other_kinds(factors: dict[str, Factors], kinds: tuple[str, ...]) -> lis
 
 
 def check_factors(config: LoRAConfig, factors: dict[str, Factors]) -> None:
-    """Check the tensors by themselves and against the configuration's ranks."""
+    """Check dtype, shape and values of each tensor, and the ranks that the configuration says."""
     for name, pair in factors.items():
         for factor in "AB":
             if factor not in pair:

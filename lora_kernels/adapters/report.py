@@ -1,4 +1,4 @@
-"""Tables of a model's layers: their size and format, and the backend that runs them."""
+"""Tables of a model's layers: size, format, and the backend that runs each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LayerRow:
         base: how the base weight is stored, such as "bfloat16" or "nf4/64 nested".
         r, alpha: of the adapter; None without one.
         use_dora: whether the adapter is DoRA.
-        path: the backend of the forward, "" where none was asked for; "-" when it is plain PyTorch.
+        path: the backend of the forward; "-" for plain PyTorch, "" if it was not asked for.
         count: how many layers the row stands for.
     """
 
@@ -61,7 +61,7 @@ def layer_row(name: str, layer: Any, path: str = "") -> LayerRow:
 
 
 def group_rows(rows: Iterable[LayerRow]) -> list[LayerRow]:
-    """Put layers with the same last name and the same everything else into one row."""
+    """Put layers into one row if they have the same last name and are alike in everything else."""
     groups: dict[LayerRow, int] = {}
     for row in rows:
         key = replace(row, name=row.name.rsplit(".", 1)[-1], count=1)
@@ -70,7 +70,7 @@ def group_rows(rows: Iterable[LayerRow]) -> list[LayerRow]:
 
 
 def table(rows: Sequence[LayerRow]) -> str:
-    """The rows as text, without the columns that say nothing."""
+    """The rows as text, without columns that hold no information."""
     header = ["layer", "count", "N x K", "base", "adapter", "r", "alpha", "path"]
     cells = [header] + [
         [
@@ -120,12 +120,12 @@ class LoRAReport:
     Attributes:
         modules: names of the layers that have an adapter now.
         quantized: names of the layers whose weight was quantised, with an adapter or without.
-        skipped: (name, reason) of linear layers that were left alone or left dense.
+        skipped: (name, reason) of linear layers without an adapter, or left dense.
         trainable_parameters, total_parameters: a 4-bit weight counts its elements.
         bytes_before, bytes_after: memory of all parameters and buffers.
         layers: one row per adapted layer.
         modules_to_save: names of the modules that train whole and are saved with the adapters.
-        trainable_tokens: rows that train by themselves, by the names of their modules.
+        trainable_tokens: the tokens whose rows train, by the names of their modules.
 
     Examples:
         >>> report = lk.apply_lora(model, r=8, target_modules=["q_proj", "v_proj"])
@@ -180,7 +180,7 @@ class ModelReport:
         layers: one row each, in the model's order.
         trainable_parameters, total_parameters: a 4-bit weight counts its elements.
         bytes: memory of all parameters and buffers.
-        rows: the number of rows of x (M) and `dtype` its dtype, for which the path was asked.
+        rows, dtype: the rows (M) and the dtype of x for which the path was asked.
 
     Examples:
         >>> _ = lk.apply_lora(model, target_modules=["q_proj"], dropout=0.0)
@@ -234,7 +234,7 @@ def model_report(
 
     Args:
         model: any model.
-        rows: the number of rows of x (batch times sequence) to ask about.
+        rows: the number of rows of x (batch times sequence) that the path is for.
         dtype: x's dtype; the base weight's by default.
 
     Raises:

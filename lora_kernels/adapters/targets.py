@@ -29,11 +29,11 @@ class Targets:
 
 
 def find_targets(model: nn.Module, config: LoRAConfig, *, lenient: bool = False) -> Targets:
-    """Match `target_modules` and `exclude_modules` against the model's layers. What is inside
-    `modules_to_save` gets no adapter.
+    """Match `target_modules` and `exclude_modules` against the model's layers. Layers inside
+    `modules_to_save` get no adapter.
 
     Args:
-        lenient: pass over names in a list that the model lacks, as PEFT does, if it has another.
+        lenient: ignore names that fit no layer if another name does, as PEFT does.
 
     Raises:
         ValueError: a target names nothing, only excluded layers, or a layer that cannot be
@@ -97,19 +97,20 @@ def _is_other_linear(module: nn.Module) -> bool:
 
 
 def _is_read_linear(module: nn.Module, reads: Mapping[int, Read]) -> bool:
-    """A linear layer, else fit for an adapter, whose owner reads its weight."""
+    """Whether a linear layer that could have an adapter has its weight read by its owner."""
     return id(module) in reads and kind_of(module).refusal(module) is None
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """The output layers that "all-linear" leaves alone, as PEFT does, and what is in them."""
+    """ids of the output layers that "all-linear" leaves alone, as in PEFT, and of their parts."""
     model = unwrap(model)
     found = [output_layer(model), *(get_module(model, name) for name in task_heads(model))]
     return {id(m) for head in found if head is not None for m in head.modules()}
 
 
 def kept_dense(model: nn.Module, config: LoRAConfig) -> set[int]:
-    """ids of the layers that are quantised only as targets: heads, and what trains whole."""
+    """ids of the layers that are quantised only if they get an adapter: output layers and heads,
+    and modules that train whole."""
     trained = match_modules(model, config.modules_to_save or ())
     return _heads(model) | {id(m) for n, m in named_modules(model) if is_inside(n, trained)}
 
@@ -120,7 +121,7 @@ def is_excluded(config: LoRAConfig, name: str) -> bool:
 
 
 def _unknown(config: LoRAConfig, modules: Iterable[str], excluded: set[str]) -> list[str]:
-    """The entries of a target list that no layer, or only an excluded one, answers to."""
+    """The entries of a list of targets that match no layer, or only excluded ones."""
     if isinstance(config.target_modules, str):
         return []
     names = [name for name in modules if name not in excluded]
@@ -167,8 +168,8 @@ def _some(items: list[str], separator: str = ", ") -> str:
 def shortest_targets(model: nn.Module, adapted: Iterable[str]) -> str | tuple[str, ...]:
     """`target_modules` that PEFT matches to exactly these modules.
 
-    A last name stands for a layer where every module that bears it is adapted, the whole name
-    where not; a regular expression is made of the names where even those match too much.
+    A layer is named by the last part of its name if every module with that name is adapted, else
+    by its full name. If even full names match too much, a regular expression lists them.
     """
     wanted = set(adapted)
     names = {name for name, _ in named_modules(model) if name}

@@ -25,8 +25,9 @@ def vocabulary_layers(model: nn.Module) -> list[nn.Module]:
 
 def _asked(model: nn.Module, getter: str) -> nn.Module | None:
     """What a method of the model gives; None if it has no such method or no such layer."""
+    method = getattr(model, getter, None)
     try:
-        return getattr(model, getter)()
+        return None if method is None else method()
     except (AttributeError, NotImplementedError):
         return None
 
