@@ -1,4 +1,4 @@
-"""Many adapters on one model: a pool of them in bounded memory, each row of a batch its own."""
+"""Many adapters on one model: a pool in bounded memory, and one adapter for each row of a batch."""
 
 from lora_kernels.nn.multi_lora import MultiLoRALinear
 from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding

@@ -1,4 +1,4 @@
-"""AdapterPool: many adapters of one model in bounded memory, each row of a batch its own."""
+"""AdapterPool: many adapters of one model in bounded memory, one for each row of a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PoolSpec: what an adapter has to fit."""
+"""PoolSpec: the modules of a pool, which an adapter has to fit."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class PoolSpec:
 
     Attributes:
         modules: (in_features, out_features) by name.
-        all_linear: names that "all-linear" stands for; none where no model says so.
+        all_linear: the modules that "all-linear" means; none if the pool was made without a model.
         max_rank, dtype, device: of the pages.
-        embeddings: which modules are embeddings, in_features their vocabulary.
-        saved: weights of which PEFT puts a copy into an adapter's file, by key.
+        embeddings: the modules that are embeddings. Their in_features is the vocabulary's size.
+        saved: the model's own weights of which an adapter's file may hold a copy, by PEFT's key.
     """
 
     modules: Shapes
@@ -46,16 +46,16 @@ class PoolSpec:
 
     @property
     def columns(self) -> int:
-        """Pages that a slot has room for at each module."""
+        """The most pages of a module that an adapter can have."""
         return pages_of(self.max_rank)
 
     @property
     def page_bytes(self) -> int:
-        """One page of each module."""
+        """Bytes of one page of each module."""
         return sum(PAGE * (k + n) * self.dtype.itemsize for k, n in self.modules.values())
 
     def table_bytes(self, slots: int) -> int:
-        """Tables, ranks and scales of all modules."""
+        """Bytes of the page tables, ranks and scales of all modules."""
         return len(self.modules) * slots * (4 * self.columns + 4 + 4)
 
     def pages_in(self, memory: int, slots: int) -> int:
@@ -67,7 +67,7 @@ class PoolSpec:
         return (memory - tables) // self.page_bytes
 
     def modules_of(self, names: Iterable[str]) -> list[str]:
-        """The names that are modules here, in the pool's order."""
+        """The names that are modules of the pool, in the pool's order."""
         found = set(names)
         return [name for name in self.modules if name in found]
 
@@ -89,7 +89,7 @@ def make_spec(
     target_modules: Any,
     exclude_modules: Any,
 ) -> PoolSpec:
-    """Check what a pool is made from; a model is only looked at."""
+    """Check the arguments of a pool. A model is not changed."""
     positive("max_rank", max_rank)
     saved: dict[str, Tensor] = {}
     embeddings: frozenset[str] = frozenset()
@@ -129,7 +129,7 @@ def make_spec(
 
 
 def _copies(model: nn.Module, pooled: Container[str]) -> dict[str, Tensor]:
-    """The model's own weights of which PEFT may have put a copy into an adapter's file, by key."""
+    """The model's own weights of which an adapter's file may hold a copy, by PEFT's key."""
     ends = vocabulary_layers(model)
     copies: dict[str, Tensor] = {}
     for name, module in named_modules(model):
@@ -150,18 +150,18 @@ def _all_linear(model: nn.Module) -> frozenset[str]:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """Tensors on "cuda" say which one they are on, and are compared with the pool's device."""
+    """The device with its number: tensors on "cuda" have one, and are compared with the pool's."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def find_modules(model: nn.Module, config: LoRAConfig) -> tuple[frozenset[str], tuple[str, ...]]:
-    """(embeddings, linear layers) that a configuration names; "all-linear" names no embedding.
+    """(embeddings, linear layers) that a configuration names. "all-linear" names no embedding.
 
     Raises:
         ValueError: as `find_targets`.
-        TypeError: an embedding does more than to look up.
+        TypeError: an embedding does more than look up rows.
     """
     if config.all_linear:
         return frozenset(), find_targets(model, config).names

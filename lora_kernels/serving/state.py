@@ -1,4 +1,4 @@
-"""An adapter read and checked on the host, before a pool has any room for it."""
+"""Reading an adapter and checking it on the host, before a pool makes room for it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 
 class PagedFactors(NamedTuple):
-    """One module's adapter as its pages hold it: a [r, K], b [r, N] (rows of Bᵀ), scale."""
+    """One module's adapter as in its pages: a [r, K], b [r, N] (rows of Bᵀ), scale."""
 
     a: Tensor
     b: Tensor
@@ -52,7 +52,7 @@ class AdapterState:
     """An adapter that fits a pool, in the pool's dtype, on the host.
 
     Attributes:
-        factors: by module; a module that the adapter leaves alone is absent.
+        factors: by module, for the modules that the adapter adapts.
     """
 
     factors: Mapping[str, PagedFactors]
@@ -63,11 +63,11 @@ class AdapterState:
 
 
 def read_state(source: Source, config: object, spec: PoolSpec) -> AdapterState:
-    """Read an adapter and check all of it against the pool's spec; nothing is shared with it.
+    """Read an adapter and check it against the pool's spec. The result shares no memory with it.
 
     Args:
         source: a directory in PEFT's format, or a state dict with PEFT's keys.
-        config: of a state dict, PEFT's configuration: a mapping, `LoRAConfig` or PEFT's object.
+        config: PEFT's configuration of a state dict: a mapping, `LoRAConfig` or PEFT's object.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -103,7 +103,7 @@ def read_state(source: Source, config: object, spec: PoolSpec) -> AdapterState:
     where = "state" if isinstance(source, Mapping) else str(path)
     with naming(Path(where)):
         other = [key for key, t in rest.items() if not _is_base(key, t, spec)]
-        _name_alike(factors, spec)
+        _rename_factors(factors, spec)
         other += drop_other_kinds(factors, ("A", "B"))
         if other:
             raise ValueError(
@@ -129,7 +129,7 @@ def _options(config: object) -> dict[str, Any]:
 
 
 def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """As `read_weights`, of a state dict."""
+    """As `read_weights`, for a state dict."""
     factors: dict[str, Factors] = {}
     other: dict[str, Tensor] = {}
     for key, t in state.items():
@@ -145,8 +145,8 @@ def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, T
     return factors, other
 
 
-def _name_alike(factors: dict[str, Factors], spec: PoolSpec) -> None:
-    """Call an embedding's factors A and B too; ValueError for a linear layer's in their place."""
+def _rename_factors(factors: dict[str, Factors], spec: PoolSpec) -> None:
+    """Name an embedding's factors A and B too; ValueError if they are a linear layer's."""
     for name in spec.embeddings & set(factors):
         pair = factors[name]
         if not set(pair) <= set(EMBEDDING.values()):
@@ -159,8 +159,8 @@ def _name_alike(factors: dict[str, Factors], spec: PoolSpec) -> None:
 
 
 def _is_base(key: str, copy: Tensor, spec: PoolSpec) -> bool:
-    """Whether a tensor is the model's own weight, of which PEFT saves a copy with an adapted
-    output layer or a resized vocabulary; ValueError where it is another."""
+    """Whether a tensor is a copy of the model's own weight, as PEFT saves it with an adapted output
+    layer or a resized vocabulary. ValueError if it is a copy of another model's weight."""
     own = spec.saved.get(key)
     if own is None:
         return False
@@ -173,19 +173,19 @@ def _is_base(key: str, copy: Tensor, spec: PoolSpec) -> bool:
 def _check_modules(
     config: LoRAConfig, factors: Mapping[str, Factors], spec: PoolSpec, *, some_layers: bool
 ) -> None:
-    """Check that the adapter's modules are the pool's, and all that its configuration names."""
+    """Check that the adapter's modules are in the pool and are those that its configuration names."""
     if not factors:
         raise ValueError("holds no adapter, expected lora_A and lora_B of one module or more")
-    strangers = [key_of(name, "A") for name in factors if name not in spec.modules]
-    if strangers:
+    unknown = [key_of(name, "A") for name in factors if name not in spec.modules]
+    if unknown:
         raise ValueError(
-            f"{first_few(strangers)}: the pool has no such module, expected some of "
+            f"{first_few(unknown)}: the pool has no such module, expected some of "
             f"{first_few(list(spec.modules))}"
         )
     if config.all_linear:
         expected = set(spec.all_linear) or set(factors)
     else:
-        # Names that nothing answers to are passed over, as PEFT does.
+        # Names that fit no module are ignored, as in PEFT.
         expected = {n for n in spec.modules if named_by(config.target_modules, n)}
     expected = {n for n in expected if not is_excluded(config, n)}
     extra = sorted(set(factors) - expected)
@@ -224,7 +224,7 @@ def _paged(name: str, pair: Factors, config: LoRAConfig, spec: PoolSpec) -> Page
 
 
 def _host_copy(t: Tensor, spec: PoolSpec) -> Tensor:
-    """A copy of its own; in pinned memory where it is to travel without anyone's waiting."""
+    """A copy in the pool's dtype; in pinned memory for CUDA, so that the host need not wait."""
     with torch.inference_mode(False):
         pinned = spec.device.type == "cuda"
         own = torch.empty(t.shape, dtype=spec.dtype, device="cpu", pin_memory=pinned)
