@@ -160,7 +160,7 @@ class TrainableMultiLoRALinear(nn.Module):
     def _dropout(
         self, route: BatchRoute, here: Mapping[int, SlotAdapter], device: torch.device
     ) -> functional.SlotDropout | None:
-        """Dropout of each slot. A seed is drawn only if dropout > 0, as in a layer trained alone."""
+        """Dropout by slot. A seed is drawn only if dropout > 0, as in a layer trained alone."""
         dropping = {slot: a.dropout for slot, a in here.items() if a.dropout > 0}
         if not dropping:
             return None

@@ -173,7 +173,7 @@ def _is_base(key: str, copy: Tensor, spec: PoolSpec) -> bool:
 def _check_modules(
     config: LoRAConfig, factors: Mapping[str, Factors], spec: PoolSpec, *, some_layers: bool
 ) -> None:
-    """Check that the adapter's modules are in the pool and are those that its configuration names."""
+    """Check that the adapter's modules are in the pool and are those its configuration names."""
     if not factors:
         raise ValueError("holds no adapter, expected lora_A and lora_B of one module or more")
     unknown = [key_of(name, "A") for name in factors if name not in spec.modules]

@@ -47,11 +47,11 @@ def attach_adapters(
     """Freeze the model and put one adapter of each configuration on it, in slots 0, 1, ...
 
     The layers are those that `apply_lora` would adapt, and A is drawn in the same order from the
-    slot's generator. `quantize` stores in 4 bits what `apply_lora` would for any of the
+    slot's generator. `quantize` stores a layer in 4 bits if `apply_lora` would for any of the
     configurations. Everything is checked before the first layer is replaced.
 
     Returns:
-        The layers with an adapter by name, and where they look for the batch under way.
+        The layers with adapters by name, and the holder of the current batch's route.
 
     Raises:
         As `apply_lora`; ValueError for a model with adapters or a pool already.
@@ -95,7 +95,7 @@ def attach_adapters(
             base = layers[name] = TrainableMultiLoRALinear(base, len(configs), holder, name)
         replace_module(model, old, base)
     for slot, (config, names) in enumerate(zip(configs, targets, strict=True)):
-        for name in names:  # in apply_lora's order, in which A is drawn
+        for name in names:  # A is drawn in apply_lora's order
             layers[name].add(slot, _drawn(layers[name], config, generators[slot], adapter_dtype))
     leave_fast_path(model)
     return layers, holder
@@ -123,8 +123,10 @@ def _drawn(
 
 
 def detach_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Put the layers back that a `MultiLoRATrainer` adapted, in 4 bits where it quantised them;
-    their names.
+    """Put the layers back that a `MultiLoRATrainer` adapted. What it quantised stays in 4 bits.
+
+    Returns:
+        Their names.
 
     Examples:
         >>> ids = torch.tensor([[1, 2, 3, 4]])
@@ -141,7 +143,7 @@ def detach_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where all of a model is.
+    """The one device that a model is on.
 
     Raises:
         ValueError: the model is on several devices, on meta, or has no values at all.

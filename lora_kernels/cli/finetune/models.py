@@ -42,7 +42,7 @@ class Source:
     Attributes:
         name: a folder or a hub name, for transformers.
         gguf: the GGUF file inside it, if that is the model.
-        cached: take a hub's model from the local cache, and ask nobody.
+        cached: read a hub's model from the local cache, without using the network.
     """
 
     name: str
@@ -73,9 +73,9 @@ class Source:
         return cls(model)
 
     def located(self) -> Source:
-        """The same, after one question to the hub where it is no folder.
+        """This source, after one request to the hub if it is not a folder.
 
-        transformers would ask it again and again for most of a minute before it gives up.
+        transformers would retry for most of a minute before it gives up.
 
         Raises:
             UsageError: there is no such model, or no way to find out.
@@ -96,12 +96,12 @@ class Source:
         try:
             HfApi().model_info(self.name, timeout=HUB_SECONDS)
         except errors.GatedRepoError:
-            pass  # it is there; transformers says what to do
+            pass  # it exists; transformers' error says what to do
         except errors.RepositoryNotFoundError:
             raise UsageError(
                 f"{nothing}, and no model of that name on the hub (or a private one: log in)"
             ) from None
-        except Exception as error:  # the client below is not the same one in every release
+        except Exception as error:  # releases of the hub's client use different HTTP libraries
             if cached:
                 return replace(self, cached=True)
             raise UsageError(
@@ -110,8 +110,8 @@ class Source:
         return self
 
     def options(self) -> dict[str, Any]:
-        """What every `from_pretrained` is given besides the name."""
-        # transformers would ask on the terminal whether to run the folder's own code.
+        """The arguments of every `from_pretrained` besides the name."""
+        # Otherwise transformers asks on the terminal whether to run the folder's own code.
         options: dict[str, Any] = {"trust_remote_code": False}
         if self.cached:
             options["local_files_only"] = True
@@ -125,13 +125,13 @@ def load_tokenizer(source: Source, size: int | None) -> Any:
     """The tokenizer, with a padding token below `size`, the model's vocabulary.
 
     Raises:
-        UsageError: transformers cannot load it; its own message is kept.
+        UsageError: transformers cannot load it; the message quotes it.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **source.options())
-    except Exception as error:  # each format's reader has errors of its own
+    except Exception as error:  # each file format's reader raises other errors
         raise UsageError(
             f"--model: cannot load the tokenizer of {source}: {one_line(error)}"
         ) from error
@@ -147,7 +147,7 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
     """The model as a plain dense one in `dtype`, on the CPU, in evaluation mode.
 
     Raises:
-        UsageError: transformers cannot load it, its own message is kept; or weights are missing.
+        UsageError: transformers cannot load it (the message quotes it), or weights are missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -156,26 +156,26 @@ def load_model(source: Source, dtype: torch.dtype) -> Any:
         try:
             from transformers import GgufConfig
         except ImportError:
-            pass  # releases without it always give a dense model
+            pass  # releases without it always load a dense model
         else:
             options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        # The GGUF reader has a bar that no setting turns off.
+        # No setting turns off the GGUF reader's progress bar.
         with contextlib.redirect_stderr(io.StringIO()):
             model, info = AutoModelForCausalLM.from_pretrained(
                 source.name, dtype=dtype, output_loading_info=True, **options
             )
-    except Exception as error:  # each format's reader has errors of its own
+    except Exception as error:  # each file format's reader raises other errors
         raise UsageError(f"--model: cannot load {source}: {one_line(error)}") from error
     check_whole(info, source)
-    # What is saved or merged later is a plain model, wherever it came from.
+    # A model saved or merged later is a plain one, whatever file it came from.
     if hasattr(model.config, "quantization_config") and source.gguf:
         del model.config.quantization_config
     return model.eval()
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """The compute dtype: `auto` is bfloat16 where the hardware multiplies it, else float32."""
+    """The compute dtype: `auto` is bfloat16 if the hardware multiplies it, else float32."""
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if torch.cuda.is_available():
@@ -201,7 +201,7 @@ def cpu_multiplies_bf16() -> bool:
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' own bars and notes off the terminal, where ours are shown."""
+    """Turn off transformers' progress bars and notes; the command shows its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as transformers_logging
 
