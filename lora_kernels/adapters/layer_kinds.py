@@ -79,7 +79,7 @@ class LayerKind:
 
         Args:
             adapter: options as in `LoRALinear.from_linear`.
-            quantize: options as in `NF4Linear.from_linear`; empty where a dense weight stays dense.
+            quantize: options as in `NF4Linear.from_linear`; empty to leave a dense weight dense.
         """
         raise TypeError(f"layer: {self.refusal(layer)}")
 
@@ -100,8 +100,8 @@ class LayerKind:
         return layer
 
     def merged_layer(self, layer: Any, *, requantize: bool) -> nn.Module:
-        """A layer without adapter that computes the same: a plain nn.Linear, or with `requantize`
-        an NF4Linear where the base is in 4 bits."""
+        """A layer that computes the same without an adapter: a plain nn.Linear, or an NF4Linear if
+        the base is in 4 bits and `requantize` is set."""
         return layer
 
     # What the layer holds.
@@ -245,6 +245,10 @@ class Adapted(LayerKind):
 
     def refusal(self, layer: nn.Module) -> str | None:
         return "already has an adapter"
+
+    # Before the methods of NF4, from which Adapted4bit derives too.
+    check = LayerKind.check
+    with_adapter = LayerKind.with_adapter
 
     def base_layer(self, layer: Any) -> nn.Module:
         bias = whole_parameter(layer.bias)

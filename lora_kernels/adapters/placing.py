@@ -17,7 +17,7 @@ from lora_kernels.adapters.token_indices import find_rows, token_owners
 from lora_kernels.integrations.peft import plain_key, saved_key, tokens_key
 from lora_kernels.integrations.transformers import vocabulary_layers
 from lora_kernels.nn.common import fill, whole
-from lora_kernels.nn.token_rows import DELTA, TokenRows
+from lora_kernels.nn.token_rows import DELTA
 from lora_kernels.ops.nf4 import NF4Weight
 
 _COPY = ".modules_to_save."  # in the key of a second copy that PEFT may write
@@ -177,6 +177,4 @@ def fill_trained(model: nn.Module, placed: Placed) -> None:
         for inside, t in of.items():
             fill(own[inside], t)
     for module, t in placed.rows.items():
-        rows = get_module(model, module)
-        assert isinstance(rows, TokenRows)
-        fill(getattr(rows, DELTA), t)
+        fill(getattr(get_module(model, module), DELTA), t)

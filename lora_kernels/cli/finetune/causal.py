@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lora_kernels.cli.errors import UsageError, one_line
-
-if TYPE_CHECKING:
-    from lora_kernels.cli.finetune.models import Source
+from lora_kernels.cli.finetune.source import Source
 
 # Ends of the names of classes whose weights hold another head than a language model's.
 OTHER_TASKS = re.compile(

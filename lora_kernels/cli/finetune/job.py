@@ -29,7 +29,6 @@ from lora_kernels.cli.finetune.data import Dataset, load_chat, load_file
 from lora_kernels.cli.finetune.finite import NonFinite
 from lora_kernels.cli.finetune.meter import peak_bytes, reset_peak
 from lora_kernels.cli.finetune.models import (
-    Source,
     load_model,
     load_tokenizer,
     pick_dtype,
@@ -45,6 +44,7 @@ from lora_kernels.cli.finetune.progress import (
 )
 from lora_kernels.cli.finetune.records import check_file, pair
 from lora_kernels.cli.finetune.rundir import RunDir, Start
+from lora_kernels.cli.finetune.source import Source
 from lora_kernels.cli.finetune.trainer import (
     FinetuneTrainer,
     mean_token_loss,

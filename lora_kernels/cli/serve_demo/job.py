@@ -28,7 +28,6 @@ from lora_kernels.cli.finetune.causal import (
 from lora_kernels.cli.finetune.data import segments
 from lora_kernels.cli.finetune.generate import spread
 from lora_kernels.cli.finetune.models import (
-    Source,
     load_model,
     load_tokenizer,
     pick_dtype,
@@ -36,6 +35,7 @@ from lora_kernels.cli.finetune.models import (
 )
 from lora_kernels.cli.finetune.progress import plain_console, stderr_console
 from lora_kernels.cli.finetune.records import pair
+from lora_kernels.cli.finetune.source import Source
 from lora_kernels.cli.serve_demo import plot, report
 from lora_kernels.cli.serve_demo.adapters import Adapters, one_adapter, twin, voices
 from lora_kernels.cli.serve_demo.check import Checked, check_rows
