@@ -69,7 +69,7 @@ def test_no_private_name_is_imported_from_another_part():
     assert found == []
 
 
-def tested_classes(path: Path) -> Iterator[str]:
+def classes_tested(path: Path) -> Iterator[str]:
     """The names in the second argument of every isinstance."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "isinstance":
@@ -77,12 +77,12 @@ def tested_classes(path: Path) -> Iterator[str]:
 
 
 def test_only_the_table_tests_for_classes_of_layers():
-    assert set(tested_classes(KINDS)) >= LAYERS - {"LoRALinear", "QLoRALinear"}
+    assert set(classes_tested(KINDS)) >= LAYERS - {"LoRALinear", "QLoRALinear"}
     above = [p for p in FILES if part(module_name(p)).split(".")[-1] in ("adapters", "serving")]
     above += (PACKAGE / "training").glob("*.py")
     found = {
         str(path.relative_to(ROOT)): sorted(tested)
         for path in above
-        if path != KINDS and (tested := LAYERS & set(tested_classes(path)))
+        if path != KINDS and (tested := LAYERS & set(classes_tested(path)))
     }
     assert len(above) > 30 and found == {}
