@@ -28,6 +28,10 @@ from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding
 from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
 from lora_kernels.nn.token_rows import DELTA, TokenRows
 
+Options = Mapping[str, Any]
+Classes = tuple[Any, ...]
+PooledLayer = MultiLoRALinear | MultiLoRAEmbedding
+
 
 class LayerKind:
     """What the package has to know about one kind of layer, and any module of no kind below.
@@ -42,8 +46,10 @@ class LayerKind:
         in_training: `training.MultiLoRATrainer` has wrapped it.
         trains_rows: some rows of its weight train by themselves (`trainable_token_indices`).
         reported: `model_report` has a row for it.
+        classes: the layer is an instance of all of them.
     """
 
+    classes: Classes = ()
     ours = False
     linear = False
     embedding = False
@@ -56,7 +62,7 @@ class LayerKind:
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether a layer is of this kind, given that it is of none before it in `KINDS`."""
-        return True
+        return all(isinstance(layer, cls) for cls in self.classes)
 
     # Putting an adapter on the layer.
 
@@ -72,9 +78,7 @@ class LayerKind:
         """
         check_linear_layer(layer)
 
-    def with_adapter(
-        self, layer: Any, adapter: Mapping[str, Any], quantize: Mapping[str, Any]
-    ) -> LoRAMixin:
+    def with_adapter(self, layer: Any, adapter: Options, quantize: Options) -> LoRAMixin:
         """The layer with an adapter.
 
         Args:
@@ -83,13 +87,11 @@ class LayerKind:
         """
         raise TypeError(f"layer: {self.refusal(layer)}")
 
-    def to_nf4(self, layer: Any, quantize: Mapping[str, Any]) -> NF4Linear:
+    def to_nf4(self, layer: Any, quantize: Options) -> NF4Linear:
         """The layer with its weight in 4 bits, and without an adapter."""
         raise TypeError(f"layer: got {type(layer).__name__}, expected a dense linear layer")
 
-    def to_pooled(
-        self, layer: Any, router: Router, name: str
-    ) -> MultiLoRALinear | MultiLoRAEmbedding:
+    def to_pooled(self, layer: Any, router: Router, name: str) -> PooledLayer:
         """The layer wrapped, so that each row of a batch has its own adapter."""
         return MultiLoRALinear(layer, router, name)
 
@@ -139,10 +141,8 @@ class LayerKind:
 class Dense(LayerKind):
     """nn.Linear and subclasses of it that no other kind knows."""
 
+    classes: Classes = (nn.Linear,)
     linear = True
-
-    def fits(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear)
 
     def refusal(self, layer: nn.Module) -> str | None:
         try:
@@ -156,24 +156,20 @@ class Dense(LayerKind):
         if quantize:
             check_finite_weight(layer.weight)
 
-    def with_adapter(
-        self, layer: Any, adapter: Mapping[str, Any], quantize: Mapping[str, Any]
-    ) -> LoRAMixin:
+    def with_adapter(self, layer: Any, adapter: Options, quantize: Options) -> LoRAMixin:
         if quantize:
             return QLoRALinear.from_linear(layer, **adapter, **quantize)
         return LoRALinear.from_linear(layer, **adapter)
 
-    def to_nf4(self, layer: Any, quantize: Mapping[str, Any]) -> NF4Linear:
+    def to_nf4(self, layer: Any, quantize: Options) -> NF4Linear:
         return NF4Linear.from_linear(layer, **quantize)
 
 
 class NF4(LayerKind):
     """NF4Linear: a weight in 4 bits, without an adapter."""
 
+    classes: Classes = (NF4Linear,)
     ours = linear = four_bit = reported = True
-
-    def fits(self, layer: nn.Module) -> bool:
-        return isinstance(layer, NF4Linear)
 
     def refusal(self, layer: nn.Module) -> str | None:
         return None
@@ -181,9 +177,7 @@ class NF4(LayerKind):
     def check(self, layer: Any, *, quantize: bool) -> None:
         layer.weight.check()
 
-    def with_adapter(
-        self, layer: Any, adapter: Mapping[str, Any], quantize: Mapping[str, Any]
-    ) -> LoRAMixin:
+    def with_adapter(self, layer: Any, adapter: Options, quantize: Options) -> LoRAMixin:
         return QLoRALinear.from_weight(layer.weight, layer.bias, **adapter).train(layer.training)
 
     def merged_layer(self, layer: Any, *, requantize: bool) -> nn.Module:
@@ -217,12 +211,10 @@ class Linear4bit(Dense):
     def check(self, layer: Any, *, quantize: bool) -> None:
         check_linear4bit(layer)
 
-    def with_adapter(
-        self, layer: Any, adapter: Mapping[str, Any], quantize: Mapping[str, Any]
-    ) -> LoRAMixin:
+    def with_adapter(self, layer: Any, adapter: Options, quantize: Options) -> LoRAMixin:
         return QLoRALinear.from_linear4bit(layer, **adapter)
 
-    def to_nf4(self, layer: Any, quantize: Mapping[str, Any]) -> NF4Linear:
+    def to_nf4(self, layer: Any, quantize: Options) -> NF4Linear:
         return NF4Linear.from_linear4bit(layer)
 
     def uncounted_elements(self, layer: Any) -> int:
@@ -238,10 +230,8 @@ class Linear4bit(Dense):
 class Adapted(LayerKind):
     """A layer with an adapter over a dense base."""
 
+    classes: Classes = (LoRAMixin,)
     ours = linear = adapted = reported = True
-
-    def fits(self, layer: nn.Module) -> bool:
-        return isinstance(layer, LoRAMixin)
 
     def refusal(self, layer: nn.Module) -> str | None:
         return "already has an adapter"
@@ -267,8 +257,7 @@ class Adapted(LayerKind):
 class Adapted4bit(Adapted, NF4):
     """A layer with an adapter over a base in 4 bits."""
 
-    def fits(self, layer: nn.Module) -> bool:
-        return isinstance(layer, LoRAMixin) and isinstance(layer, NF4Linear)
+    classes: Classes = (LoRAMixin, NF4Linear)
 
     def base_layer(self, layer: Any) -> nn.Module:
         bias = whole_parameter(layer.bias)
@@ -290,19 +279,15 @@ class Wrapper(LayerKind):
 class Pooled(Wrapper):
     """A layer whose batch rows each use their own adapter of a pool."""
 
+    classes: Classes = (PooledLayer,)
     pooled = True
-
-    def fits(self, layer: nn.Module) -> bool:
-        return isinstance(layer, MultiLoRALinear | MultiLoRAEmbedding)
 
 
 class InTraining(Wrapper):
     """A layer under several adapters that train in one batch."""
 
+    classes: Classes = (TrainableMultiLoRALinear,)
     in_training = True
-
-    def fits(self, layer: nn.Module) -> bool:
-        return isinstance(layer, TrainableMultiLoRALinear)
 
     def own_weights(self, layer: Any) -> dict[str, Tensor]:
         return kind_of(layer.base).own_weights(layer.base)
@@ -323,32 +308,26 @@ class WithTokenRows(LayerKind):
 class TokenLinear(WithTokenRows, Dense):
     """An output layer some of whose rows train by themselves."""
 
-    def fits(self, layer: nn.Module) -> bool:
-        return isinstance(layer, TokenRows) and isinstance(layer, nn.Linear)
+    classes: Classes = (TokenRows, nn.Linear)
 
 
 class Embedding(LayerKind):
     """nn.Embedding and subclasses of it."""
 
+    classes: Classes = (nn.Embedding,)
     embedding = True
-
-    def fits(self, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Embedding)
 
     def features(self, layer: Any) -> tuple[int, int]:
         return layer.num_embeddings, layer.embedding_dim
 
-    def to_pooled(
-        self, layer: Any, router: Router, name: str
-    ) -> MultiLoRALinear | MultiLoRAEmbedding:
+    def to_pooled(self, layer: Any, router: Router, name: str) -> PooledLayer:
         return MultiLoRAEmbedding(layer, router, name)
 
 
 class TokenEmbedding(WithTokenRows, Embedding):
     """An embedding some of whose rows train by themselves."""
 
-    def fits(self, layer: nn.Module) -> bool:
-        return isinstance(layer, TokenRows)
+    classes: Classes = (TokenRows, nn.Embedding)
 
 
 class Conv1D(LayerKind):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -57,9 +57,16 @@ def read_weights(path: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
     """({module: {"A": tensor, "B": tensor}}, all other tensors by key)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    return split_weights(_tensors(path))
+
+
+def split_weights(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """As `read_weights`, for tensors by PEFT's keys."""
     factors: dict[str, Factors] = {}
     other: dict[str, Tensor] = {}
-    for key, tensor in _tensors(path).items():
+    for key, tensor in tensors.items():
         where = split_key(key)
         if where is None:
             other[key] = tensor

@@ -20,6 +20,7 @@ from lora_kernels.adapters.reading import (
     naming,
     read_config,
     read_weights,
+    split_weights,
     weights_file,
 )
 from lora_kernels.adapters.targets import is_excluded
@@ -78,7 +79,7 @@ def read_state(source: Source, config: object, spec: PoolSpec) -> AdapterState:
     if isinstance(source, Mapping):
         options = _options(config)
         where = "config"
-        factors, rest = _split(source)
+        factors, rest = split_weights(_checked(source))
     else:
         if config is not None:
             raise ValueError("config: was given beside a directory, expected None")
@@ -128,21 +129,13 @@ def _options(config: object) -> dict[str, Any]:
     return dict(config)
 
 
-def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """As `read_weights`, for a state dict."""
-    factors: dict[str, Factors] = {}
-    other: dict[str, Tensor] = {}
+def _checked(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     for key, t in state.items():
         if not isinstance(key, str) or not isinstance(t, Tensor):
             raise TypeError(f"{key!r}: got {type(t).__name__}, expected a name and its tensor")
-        where = split_key(key)
-        if where is None:
-            other[key] = t
-        elif t.is_meta:
+        if t.is_meta and split_key(key):
             raise ValueError(f"{key}: is on the meta device, expected values")
-        else:
-            factors.setdefault(where[0], {})[where[1]] = t.detach()
-    return factors, other
+    return state
 
 
 def _rename_factors(factors: dict[str, Factors], spec: PoolSpec) -> None:
@@ -228,4 +221,4 @@ def _host_copy(t: Tensor, spec: PoolSpec) -> Tensor:
     with torch.inference_mode(False):
         pinned = spec.device.type == "cuda"
         own = torch.empty(t.shape, dtype=spec.dtype, device="cpu", pin_memory=pinned)
-        return own.copy_(t)
+        return own.copy_(t.detach())
