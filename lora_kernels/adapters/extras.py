@@ -134,7 +134,7 @@ def _refuse_unsaved(
 ) -> None:
     """Raise ValueError for parameters that train and would not be saved."""
     saved = {id(t) for t in tensors.values()}
-    # By parameter the module that modules_to_save could name; "" where it has adapters inside.
+    # By parameter its module, which modules_to_save could name; "" if that has adapters inside.
     unsaved: dict[str, str] = {}
     for name, module in named_modules(model):
         for key, p in module._parameters.items():

@@ -236,7 +236,7 @@ class Adapted(LayerKind):
     def refusal(self, layer: nn.Module) -> str | None:
         return "already has an adapter"
 
-    # Before the methods of NF4, from which Adapted4bit derives too.
+    # Adapted4bit derives from NF4 too, and must not get NF4's methods.
     check = LayerKind.check
     with_adapter = LayerKind.with_adapter
 

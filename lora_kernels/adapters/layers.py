@@ -13,8 +13,8 @@ from lora_kernels.nn import LoRAMixin
 from lora_kernels.nn.common import device_hook
 from lora_kernels.ops.common.kinds import describe
 
-# Where torch.compile, activation checkpointing and offloading, and the first FSDP keep the module
-# that they wrap.
+# The attribute in which torch.compile, activation checkpointing and offloading, and the first FSDP
+# keep the module that they wrap.
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -131,7 +131,7 @@ def count_bytes(model: nn.Module) -> int:
     sizes: dict[object, int] = {}
     for t in _tensors(model):
         storage = t.untyped_storage()
-        # Meta tensors have no address; what shares one is the same object.
+        # Meta tensors have no address; shared ones are the same object.
         key = id(t) if t.is_meta else (t.device, storage.data_ptr())
         sizes[key] = max(sizes.get(key, 0), t.nbytes if t.is_meta else storage.nbytes())
     return sum(sizes.values())

@@ -28,7 +28,7 @@ def with_progress(names: Sequence[str], progress: bool | Progress | None) -> Ite
         if progress:
             raise
         return names
-    # disable=None: where standard error is no terminal
+    # disable=None disables it if standard error is not a terminal
     unasked = {} if progress else {"delay": BAR_AFTER, "disable": None}
     return tqdm(names, desc="adapters", unit="layer", **unasked)
 

@@ -138,7 +138,7 @@ def _host_copy(t: Tensor) -> Tensor:
 
 
 def _saved_task(model: nn.Module, config: LoRAConfig) -> str | None:
-    """PEFT's name of the task, or None where PEFT would expect a head that is not saved."""
+    """PEFT's name of the task; None if PEFT would expect a head that is not saved."""
     task = task_type(model)
     saved = match_modules(model, config.modules_to_save or ())
     expected = match_modules(model, modules_of_task(task))

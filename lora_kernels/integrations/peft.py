@@ -45,7 +45,7 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
 }
 # Initialisations that do not change the base weight. The others train against a changed one.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
-# Options that only matter where an adapter is made.
+# Options that only matter for making a new adapter.
 _ONLY_FOR_MAKING = (
     *("corda_config", "eva_config", "layers_pattern", "layers_to_transform", "loftq_config"),
     "lora_ga_config",

@@ -72,7 +72,7 @@ def check_finite_weight(weight: Tensor) -> None:
     It reads the weight once, and allocates memory only if it raises.
     """
     if weight.numel() > 0:
-        extremes = torch.stack(torch.aminmax(weight.detach()))  # of any NaN, both are NaN
+        extremes = torch.stack(torch.aminmax(weight.detach()))  # both are NaN if any value is
         if not bool(torch.isfinite(extremes.float()).all()):
             check_finite("weight", weight.detach().float())
 

@@ -229,7 +229,7 @@ class LoRAMixin(nn.Module):
         """scale·B·A [N, K] in fp32 (fp64 for fp64 adapters), not scaled by DoRA's magnitude."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         a, b = whole(self.lora_A), whole(self.lora_B)
-        # torch knows no autocast for meta, and turns none on there.
+        # torch has no autocast for the meta device.
         kind = "cpu" if a.is_meta else a.device.type
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             return (b.to(dtype) @ a.to(dtype)).mul_(self.scale)

@@ -31,7 +31,9 @@ class PageStore:
         self.spec, self.count = spec, pages
         m, device = len(spec.modules), spec.device
         self._pinned = device.type == "cuda"
-        with torch.inference_mode(False):  # what inference mode makes cannot be written outside it
+        with torch.inference_mode(
+            False
+        ):  # tensors made in inference mode cannot be written outside it
             self.tables = torch.zeros(
                 m, slots, spec.columns, dtype=torch.int32, device=device
             )  # [M, S, C]

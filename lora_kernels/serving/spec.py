@@ -186,7 +186,7 @@ def find_modules(model: nn.Module, config: LoRAConfig) -> tuple[frozenset[str], 
         rest: str | tuple[str, ...] = "|".join(map(re.escape, others))
     else:
         rest = tuple(t for t in targets if not any(matches([t], name) for name in embeddings))
-        if not rest and others:  # one name for both kinds
+        if not rest and others:  # one name fits embeddings and linear layers
             rest = tuple(others)
     return embeddings, find_targets(
         model, replace(config, target_modules=rest)

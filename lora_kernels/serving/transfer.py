@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-Events = dict[int, Any]  # by stream, an event after the work that it was given
+Events = dict[int, Any]  # by stream, the event after its work so far
 
 
 class Transfer:
