@@ -287,8 +287,8 @@ class AdapterPool:
 
         Args:
             rows: the adapter of each row (None or "" for no adapter). Or the slots of loaded
-                adapters, int32 [B], [B, T] or [B·T], −1 for no adapter; they are read from the
-                device, which waits for it.
+                adapters, int32 [B], [B, T] or [B·T], −1 for no adapter; the host reads them,
+                and so waits for the device.
 
         Yields:
             The slots. Raises as `acquire`; ValueError for a slot without an adapter.
