@@ -61,8 +61,9 @@ def load_model(spec: StepSpec, device: torch.device) -> nn.Module:
         )
         model: Any = LlamaForCausalLM(config).to(dtype)
     else:
-        from lora_kernels.cli.finetune.models import Source, quiet_transformers
         from lora_kernels.cli.finetune.models import load_model as load
+        from lora_kernels.cli.finetune.models import quiet_transformers
+        from lora_kernels.cli.finetune.source import Source
 
         quiet_transformers()
         model = load(Source.of(spec.model), dtype)

@@ -18,12 +18,12 @@ from lora_kernels.cli.finetune.collate import Collator
 from lora_kernels.cli.finetune.data import encode_all, render
 from lora_kernels.cli.finetune.docstrings import module_examples
 from lora_kernels.cli.finetune.models import (
-    Source,
     load_model,
     load_tokenizer,
     pick_dtype,
     quiet_transformers,
 )
+from lora_kernels.cli.finetune.source import Source
 
 # module: (rank, dropout, learning rate)
 ADAPTERS = {

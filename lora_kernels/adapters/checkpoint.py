@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_kernels.adapters.apply import apply_config
+from lora_kernels.adapters.apply import put_adapters
 from lora_kernels.adapters.checks import check_model
 from lora_kernels.adapters.config import LoRAConfig
 from lora_kernels.adapters.layers import (
@@ -25,7 +25,8 @@ from lora_kernels.adapters.modules_to_save import (
     whole_modules,
     with_tied,
 )
-from lora_kernels.adapters.placing import fill_base, fill_beside, place
+from lora_kernels.adapters.placing import fill_base, fill_trained, place
+from lora_kernels.adapters.plan import make_plan
 from lora_kernels.adapters.reading import (
     Factors,
     check_factors,
@@ -33,10 +34,10 @@ from lora_kernels.adapters.reading import (
     naming,
     read_config,
     read_weights,
-    some,
     weights_file,
 )
 from lora_kernels.adapters.targets import Targets, find_targets
+from lora_kernels.adapters.words import first_few
 from lora_kernels.integrations.peft import (
     CONFIG_FILE,
     MAGNITUDE,
@@ -58,10 +59,10 @@ class LoadResult:
     Attributes:
         modules: names of the layers whose adapter was loaded.
         missing_keys: tensors that the model's adapters have and the file does not.
-        unexpected_keys: tensors of the file that the model has no place for.
+        unexpected_keys: tensors of the file that belong nowhere in the model.
         modules_to_save: names of the modules that were loaded whole.
-        base_weights: weights of the base that the file has too, and that were loaded: those of an
-            adapted output layer, of a vocabulary that was resized.
+        base_weights: weights of the base that the file holds and that were loaded: those of an
+            adapted output layer, or of a vocabulary that was resized.
 
     Examples:
         >>> report = lk.apply_lora(model, target_modules=["q_proj"])
@@ -89,29 +90,29 @@ def load_adapter(
 ) -> LoadResult:
     """Load adapters that `save_adapter` or PEFT wrote.
 
-    A plain model first gets adapters as the file's configuration says (they train; call
-    `requires_grad_(False)` or torch.no_grad() where they should not). Into a model with adapters
-    the weights and scales are copied; its dropout stays as it is. Merged layers are merged anew.
-    Modules that were saved whole, and rows of an embedding, are loaded too. Everything is checked
-    before anything is changed.
+    A plain model first gets adapters as the file's configuration says. They require gradients;
+    call `requires_grad_(False)`, or use torch.no_grad(), to run them only. Into a model with
+    adapters the weights and scales are copied, and its dropout stays. Merged layers are merged
+    again. Modules that were saved whole, and rows of an embedding, are loaded too. Everything is
+    checked before anything is changed.
 
     Args:
         model: a model with adapters or a plain one.
         directory: holds `adapter_config.json` and `adapter_model.safetensors` (or, as older PEFT
             wrote it, `adapter_model.bin`).
-        strict: False turns missing and unexpected tensors, and configuration options that are not
-            known, into warnings.
+        strict: False turns errors about missing or unexpected tensors, and about unknown options
+            of the configuration, into warnings.
         quantize, block_size, double_quant: store a plain model's base in 4 bits, as in
             `apply_lora`.
 
     Returns:
-        The layers loaded, and with strict=False the keys that were missing or unexpected.
+        The layers that were loaded, and with strict=False the missing and unexpected keys.
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: a file is damaged, the adapter is neither LoRA nor DoRA, or not what the model's
-            layers are, its weights disagree with its configuration or with the model, or hold
-            non-finite values.
+        ValueError: a file is damaged; the adapter is neither LoRA nor DoRA, or another kind than
+            the model's; its weights contradict its configuration or the model, or hold non-finite
+            values.
         TypeError: a tensor or an option has the wrong type.
 
     Examples:
@@ -142,8 +143,8 @@ def load_adapter(
     marked = [name for name, _ in whole_modules(model)] if layers else None
     with naming(path):
         check_factors(config, factors)
-        beside = place(model, config, other, {*layers, *factors}, marked=marked)
-    unexpected += beside.unexpected
+        placed = place(model, config, other, {*layers, *factors}, marked=marked)
+    unexpected += placed.unexpected
     if layers:
         expected = set(layers)
     elif strict and not options.get("layers_to_transform"):
@@ -152,12 +153,12 @@ def load_adapter(
         expected = set(factors) & {name for name, _ in named_modules(model)}
     for name in sorted(set(factors) - expected):
         unexpected += [key_of(name, factor) for factor in factors.pop(name)]
-    # A pair without its other half was refused: what may be missing is a layer, or a magnitude.
+    # A without B was refused above, so only whole layers or magnitudes can be missing.
     missing = [key_of(n, f) for n in sorted(expected) for f in kinds if f not in factors.get(n, {})]
-    missing += beside.missing
+    missing += placed.missing
     for kind, keys in (("missing from", missing), ("not expected in", unexpected)):
         if keys:
-            _complain(strict, f"{len(keys)} tensors {kind} {path}: {some(keys)}")
+            _complain(strict, f"{len(keys)} tensors {kind} {path}: {first_few(keys)}")
     if not factors:
         raise ValueError(f"{path}: holds no adapter for {type(model).__name__}")
     for name, pair in factors.items():
@@ -171,27 +172,28 @@ def load_adapter(
             stacklevel=2,
         )
     if layers:
-        fill_base(model, beside)
+        fill_base(model, placed)
     else:
-        apply_config(
+        plan = make_plan(
             model,
             config,
             Targets(tuple(factors), ()),
             quantize=quantize,
             block_size=block_size,
             double_quant=double_quant,
-            before=lambda: fill_base(model, beside),
         )
+        fill_base(model, placed)
+        put_adapters(model, plan)
         layers = dict(adapter_layers(model))
-    fill_beside(model, beside)
+    fill_trained(model, placed)
     for name, pair in factors.items():
         _fill(layers[name], pair, config.alpha_of(name), config.use_rslora)
     return LoadResult(
         tuple(factors),
         tuple(missing),
         tuple(unexpected),
-        tuple(beside.saved),
-        tuple(f"{module}.{tensor}" for module, tensor in beside.base),
+        tuple(placed.saved),
+        tuple(f"{module}.{tensor}" for module, tensor in placed.base),
     )
 
 

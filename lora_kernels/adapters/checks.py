@@ -1,14 +1,19 @@
-"""What a model must not be or have before adapters go on it."""
+"""Checks of a model and its layers before anything is changed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import nn
 
-from lora_kernels.adapters.layers import adapter_layers, named_modules
-from lora_kernels.nn import NF4Linear
-from lora_kernels.nn.multi_lora_embedding import POOLED
-from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
+from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import kind_of
+from lora_kernels.adapters.layers import named_modules
+from lora_kernels.adapters.reads import Read, read_only
+from lora_kernels.integrations.peft import pattern_value
 from lora_kernels.ops.common.kinds import describe
+from lora_kernels.ops.nf4.base import QUANT_TYPES, check_block_size
 
 
 def check_model(model: nn.Module) -> None:
@@ -21,23 +26,54 @@ def check_model(model: nn.Module) -> None:
         )
     if any("_orig_mod" in module._modules for module in model.modules()):
         raise ValueError("model: is compiled already; call apply_lora before torch.compile")
-    if isinstance(model, nn.Linear | NF4Linear):
+    if kind_of(model).linear:
         raise ValueError(
             f"model: is a {type(model).__name__}, which cannot be replaced inside itself; use "
             "LoRALinear.from_linear"
         )
-    pooled = next((n for n, m in named_modules(model) if isinstance(m, POOLED)), None)
-    if pooled is not None:
-        raise ValueError(f"model: {pooled} has a pool already; serving.detach_pool removes it")
-    training = [n for n, m in named_modules(model) if isinstance(m, TrainableMultiLoRALinear)]
+    kinds = [(name, kind_of(module)) for name, module in named_modules(model)]
+    pooled = [name for name, kind in kinds if kind.pooled]
+    if pooled:
+        raise ValueError(f"model: {pooled[0]} has a pool already; serving.detach_pool removes it")
+    training = [name for name, kind in kinds if kind.in_training]
     if training:
         raise ValueError(
             f"model: {type(model).__name__} has adapters in training on {training[0]} and others; "
             "training.detach_adapters removes them"
         )
-    adapted = [name for name, _ in adapter_layers(model)]
+    adapted = [name for name, kind in kinds if kind.adapted]
     if adapted:
         raise ValueError(
             f"model: {type(model).__name__} has adapters on {len(adapted)} layers already "
             f"({', '.join(adapted[:3])}, ...); merge_and_unload removes them"
         )
+
+
+def check_quantize(quantize: object, block_size: int) -> None:
+    """Raise ValueError unless `quantize` names a 4-bit format."""
+    if quantize not in QUANT_TYPES:
+        raise ValueError(
+            f"quantize: got {describe(quantize)}, expected {' or '.join(QUANT_TYPES)}, or None"
+        )
+    check_block_size("block_size", block_size)
+
+
+def check_layer(name: str, layer: Any, reads: Mapping[int, Read], *, quantize: bool) -> None:
+    """Raise what converting the layer would raise, without converting it."""
+    try:
+        if reason := read_only(layer, reads):
+            raise ValueError(reason)
+        kind_of(layer).check(layer, quantize=quantize)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def check_patterns(config: LoRAConfig, names: Sequence[str]) -> None:
+    """Raise ValueError for a rank or alpha pattern that fits none of the adapted layers."""
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option):
+            if not any(pattern_value({pattern: True}, name, False) for name in names):
+                raise ValueError(
+                    f"{option}: {pattern!r} matches none of the {len(names)} adapted layers, such "
+                    f"as {names[0]!r}"
+                )

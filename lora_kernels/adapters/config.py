@@ -22,8 +22,8 @@ class LoRAConfig:
     """The options of an adapter over a model; names and defaults as in `apply_lora`.
 
     Attributes:
-        ensure_weight_tying: of `modules_to_save`: an embedding and an output layer that share a
-            weight go on sharing it; without, the one that is named trains apart from the other.
+        ensure_weight_tying: an embedding and an output layer that share a weight go on sharing it
+            when one is in `modules_to_save`. If False, the named one gets a weight of its own.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or out of its range.
@@ -148,10 +148,10 @@ class LoRAConfig:
 
     @classmethod
     def from_peft(cls, config: Any) -> LoRAConfig:
-        """The options of PEFT's own `LoraConfig`, for adapters that are to be made.
+        """Read PEFT's own `LoraConfig`, to make new adapters.
 
         Raises:
-            TypeError: it is no such configuration.
+            TypeError: `config` is something else.
             ValueError: it asks for something that is not supported; the message names the option.
         """
         options = config.to_dict() if hasattr(config, "to_dict") else config

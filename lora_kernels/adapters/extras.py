@@ -1,4 +1,4 @@
-"""What goes into an adapter's file beside the adapters, and what trains without a place in it."""
+"""What an adapter's file holds beside the adapters; refusing what trains and would not be saved."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.modules_to_save import (
     is_inside,
@@ -16,19 +17,14 @@ from lora_kernels.adapters.modules_to_save import (
     tensors_of,
     whole_modules,
 )
-from lora_kernels.adapters.token_indices import indices_of, token_owners
-from lora_kernels.integrations.peft import base_key_of, saved_key, tokens_key
+from lora_kernels.adapters.token_indices import token_owners
+from lora_kernels.adapters.words import first_few
+from lora_kernels.integrations.peft import saved_key, tokens_key
 from lora_kernels.integrations.transformers import (
     base_model_name,
-    input_embedding,
-    output_layer,
     resized_vocabulary,
+    vocabulary_layers,
 )
-from lora_kernels.nn import LoRAMixin, NF4Linear
-from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
-from lora_kernels.nn.token_rows import DELTA, TokenRows
-
-_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,9 @@ class Extras:
     """What a file holds beside the adapters.
 
     Attributes:
-        tensors: by key.
-        modules: `modules_to_save` by which PEFT finds exactly the modules that are saved whole.
-        tokens: `trainable_token_indices` by the names of their modules.
+        tensors: by key in the file.
+        modules: the `modules_to_save` with which PEFT finds exactly the modules saved whole.
+        tokens: the `trainable_token_indices` of each module, by its name.
     """
 
     tensors: Mapping[str, Tensor]
@@ -47,14 +43,14 @@ class Extras:
 
 
 def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] = ()) -> Extras:
-    """All that has to be saved beside the adapters.
+    """Everything that has to be saved beside the adapters.
 
     Args:
         asked: the configuration that the adapters were made from.
         more: further modules to save whole.
 
     Raises:
-        ValueError: something that trains, or has trained, has no place in the file.
+        ValueError: something that trains, or has trained, cannot go into the file.
     """
     if isinstance(more, str):
         raise TypeError(f"modules_to_save: got {more!r}, expected a list of names")
@@ -70,16 +66,16 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
         lost = [n for n in match_modules(model, names) if n not in found]
         if lost:
             raise ValueError(
-                f"modules_to_save: {_some(lost)} was replaced since apply_lora, and what it had "
-                "learned went with it"
+                f"modules_to_save: {first_few(lost)} was replaced since apply_lora, and what it "
+                "had learned went with it"
             )
         names = tuple(found)
-    modules = match_modules(model, names)  # PEFT expects each that a name fits
+    modules = match_modules(model, names)  # PEFT expects every module that a name fits
     tensors: dict[str, Tensor] = {}
     for name in modules:
         module = get_module(model, name)
         for part, inner in named_modules(module):
-            if isinstance(inner, LoRAMixin | TokenRows):
+            if kind_of(inner).adapted or kind_of(inner).trains_rows:
                 raise ValueError(
                     f"modules_to_save: {name} has adapters inside, on {part or 'itself'}, expected "
                     "a module without"
@@ -93,13 +89,13 @@ def find_extras(model: nn.Module, asked: LoRAConfig | None, more: Iterable[str] 
         )
     tensors |= {tokens_key(name): module.trainable_tokens_delta for name, module in owners}
     tensors |= resized_ends(model, modules)
-    _refuse_homeless(model, modules, tensors)
-    return Extras(tensors, names, {name: indices_of(module) for name, module in owners})
+    _refuse_unsaved(model, modules, tensors)
+    return Extras(tensors, names, {name: module.trained_tokens for name, module in owners})
 
 
 def _sharing(model: nn.Module, named: Iterable[str], marked: Iterable[str]) -> tuple[str, ...]:
-    """Further modules that hold a parameter of those that are named: a file that has only one of
-    two tied layers would part them."""
+    """Further modules that share a parameter with the named ones. A file with only one of two tied
+    layers would untie them."""
     inside = (m for n in named if not is_inside(n, marked) for m in get_module(model, n).modules())
     shared = {id(p) for m in inside for p in m._parameters.values() if p is not None}
     return tuple(
@@ -111,23 +107,19 @@ def _sharing(model: nn.Module, named: Iterable[str], marked: Iterable[str]) -> t
 
 
 def resized_ends(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
-    """The embedding and the output layer, where they are not those that the model was loaded
-    with, as PEFT saves them."""
+    """The embedding and the output layer, by PEFT's keys, if the vocabulary was resized since the
+    model was loaded."""
     sizes = resized_vocabulary(model)
     if sizes is None:
         return {}
-    ends = [m for m in (input_embedding(model), output_layer(model)) if m is not None]
+    ends = vocabulary_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, module in named_modules(model):
         if module not in ends or is_inside(name, modules):
             continue
-        for key, t in _own(module).items():
-            plain = saved_key(name, key)
-            if isinstance(module, TokenRows):
-                plain = tokens_key(name).replace(DELTA, f"base_layer.{key}")
-            elif isinstance(module, LoRAMixin | TrainableMultiLoRALinear):
-                plain = base_key_of(name, key)
-            tensors[plain] = t
+        kind = kind_of(module)
+        own = kind.own_weights(module)
+        tensors |= {kind.weight_key(name, key): t for key, t in own.items()}
     if tensors:
         warnings.warn(
             f"the vocabulary has {sizes[1]} tokens, that of {base_model_name(model)} {sizes[0]}: "
@@ -137,44 +129,31 @@ def resized_ends(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    """The weight, decoded if it is in 4 bits, and the bias."""
-    module = module.base if isinstance(module, TrainableMultiLoRALinear) else module
-    own = {k: t for k, t in module._parameters.items() if t is not None and k in ("weight", "bias")}
-    if isinstance(module, NF4Linear):
-        own["weight"] = module.weight.dequantize()  # type: ignore[assignment]
-    return own  # type: ignore[return-value]
-
-
-def _refuse_homeless(
+def _refuse_unsaved(
     model: nn.Module, modules: Iterable[str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raise for parameters that train and are not saved."""
+    """Raise ValueError for parameters that train and would not be saved."""
     saved = {id(t) for t in tensors.values()}
-    homeless: dict[str, str] = {}  # the parameter's name: its module's, "" where that has adapters
+    # By parameter its module, which modules_to_save could name; "" if that has adapters inside.
+    unsaved: dict[str, str] = {}
     for name, module in named_modules(model):
         for key, p in module._parameters.items():
-            adapter = isinstance(module, LoRAMixin) and key.startswith("lora_")
-            if p is None or not p.requires_grad or adapter or id(p) in saved:
+            of_adapter = kind_of(module).adapted and key.startswith("lora_")
+            if p is None or not p.requires_grad or of_adapter or id(p) in saved:
                 continue
-            inner = (m for _, m in named_modules(module))
-            alone = not any(isinstance(m, LoRAMixin | TokenRows) for m in inner)
-            homeless[f"{name}.{key}" if name else key] = name if alone else ""
-    if not homeless:
+            kinds = [kind_of(inner) for _, inner in named_modules(module)]
+            alone = not any(kind.adapted or kind.trains_rows for kind in kinds)
+            unsaved[f"{name}.{key}" if name else key] = name if alone else ""
+    if not unsaved:
         return
-    able = sorted({name for name in homeless.values() if name})
-    unable = [name for name, owner in homeless.items() if not owner]
-    text = f"model: {_some(list(homeless))} trains, and would not be saved with the adapters. "
+    able = sorted({name for name in unsaved.values() if name})
+    unable = [name for name, owner in unsaved.items() if not owner]
+    text = f"model: {first_few(list(unsaved))} trains, and would not be saved with the adapters. "
     if able:
         text += (
             f"modules_to_save={able!r} of save_adapter saves it too (that of apply_lora trains it "
             "from the start). "
         )
     if unable:
-        text += f"PEFT's format has no place for {_some(unable)}: model.state_dict() has it. "
+        text += f"PEFT's format has no place for {first_few(unable)}: model.state_dict() has it. "
     raise ValueError(text + "requires_grad_(False) leaves it out")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, by one process."""
+"""Writing files whole or not at all, and by one process."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def one_process(tensors: Iterable[Tensor]) -> Iterator[bool]:
-    """Whether this process writes: of tensors that are split over several, the first alone. The
-    others wait for it, and its error is raised by all."""
+    """Yield whether this process writes.
+
+    If `fully_shard` has split the tensors, only the first process does. The others wait for it at
+    the end of the block, and all raise its error.
+    """
     if not any(hasattr(t, "full_tensor") for t in tensors):
         yield True
         return

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lora_kernels.nn import LoRALinear, LoRAMixin, NF4Linear
+from lora_kernels.adapters.layer_kinds import kind_of
+from lora_kernels.nn import LoRAMixin
 from lora_kernels.nn.common import device_hook
-from lora_kernels.nn.linear4bit import is_linear4bit
 from lora_kernels.ops.common.kinds import describe
 
-# Where wrappers of torch's keep the module that they stand for: torch.compile, activation
-# checkpointing and offloading, the first FSDP.
+# The attribute in which torch.compile, activation checkpointing and offloading, and the first FSDP
+# keep the module that they wrap.
 _INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -29,7 +29,7 @@ _WRAPPERS = (
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside wrappers of torch's: a model's names and layers are what they were."""
+    """The module inside torch's wrappers, whose layers have the names that they had before."""
     while True:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {describe(model)}, expected a torch.nn.Module")
@@ -41,7 +41,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules, each once, by the names that they have without any wrapper."""
+    """(name, module) of the model's modules, each once, named as without any wrapper."""
     seen: set[int] = set()
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -81,8 +81,8 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, LoRAMixin]]:
         [('model.layers.0.self_attn.q_proj', 8)]
     """
     for name, module in named_modules(model):
-        if isinstance(module, LoRAMixin):
-            yield name, module
+        if kind_of(module).adapted:
+            yield name, cast(LoRAMixin, module)
 
 
 def require_adapters(model: nn.Module) -> list[tuple[str, LoRAMixin]]:
@@ -94,9 +94,9 @@ def require_adapters(model: nn.Module) -> list[tuple[str, LoRAMixin]]:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever the model holds `old`: one layer may stand in several places.
+    """Put `new` wherever the model holds `old`; one layer may be in several places.
 
-    Hooks on `old` go over to `new`, unless `new` holds `old` and calls it.
+    Hooks on `old` move to `new`, unless `new` holds `old` and calls it.
     """
     if all(module is not old for module in new.modules()):
         _move_hooks(old, new)
@@ -109,7 +109,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         if vars(old).get(name):
-            setattr(new, name, vars(old)[name])  # the same mapping: handles still remove
+            setattr(new, name, vars(old)[name])  # the same mapping: handles still remove hooks
     hook = device_hook(old)
     if hook is not None and device_hook(new) is None:
         from accelerate.hooks import add_hook_to_module
@@ -117,26 +117,12 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
         add_hook_to_module(new, hook)
 
 
-def base_format(module: nn.Module) -> str:
-    """How a layer of this package stores its base weight, in a word or two."""
-    if isinstance(module, NF4Linear):
-        weight = module.weight
-        return f"{weight.quant_type}/{weight.block_size}{' nested' if weight.is_nested else ''}"
-    if isinstance(module, LoRALinear):
-        return str(module.weight.dtype).removeprefix("torch.")
-    raise TypeError(f"module: got {type(module).__name__}, expected a layer of this package")
-
-
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) parameters; a 4-bit weight counts its elements, a tied one counts once."""
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
-    for module in model.modules():
-        if isinstance(module, NF4Linear):
-            total += module.in_features * module.out_features
-        elif isinstance(module, nn.Linear) and is_linear4bit(module):
-            total += module.in_features * module.out_features - module.weight.numel()
+    total += sum(kind_of(module).uncounted_elements(module) for module in model.modules())
     return trainable, total
 
 
@@ -145,7 +131,7 @@ def count_bytes(model: nn.Module) -> int:
     sizes: dict[object, int] = {}
     for t in _tensors(model):
         storage = t.untyped_storage()
-        # Meta tensors have no address; what shares one is the same object.
+        # Meta tensors have no address; shared ones are the same object.
         key = id(t) if t.is_meta else (t.device, storage.data_ptr())
         sizes[key] = max(sizes.get(key, 0), t.nbytes if t.is_meta else storage.nbytes())
     return sum(sizes.values())
@@ -155,7 +141,4 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
-        state = getattr(module, "quant_state", None) if is_linear4bit(module) else None
-        if state is not None:
-            values = [state.absmax, getattr(state.state2, "absmax", None)]
-            yield from (v for v in values if isinstance(v, torch.Tensor))
+        yield from kind_of(module).uncounted_tensors(module)

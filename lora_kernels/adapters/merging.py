@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.adapters.layer_kinds import NF4_LINEAR, kind_of
 from lora_kernels.adapters.layers import adapter_layers, replace_module, require_adapters, unwrap
 from lora_kernels.adapters.modules_to_save import (
     base_modules,
@@ -25,23 +26,20 @@ from lora_kernels.adapters.token_indices import (
     token_owners,
 )
 from lora_kernels.integrations.transformers import share_weight, untie
-from lora_kernels.nn import LoRAMixin, NF4Linear, QLoRALinear
-from lora_kernels.nn.common import make_linear, whole, whole_parameter
+from lora_kernels.nn import LoRAMixin
 from lora_kernels.nn.token_rows import DELTA, TokenRows
 
 
 def merge_adapters(model: nn.Module, *, safe: bool = False, requantize: bool = False) -> None:
     """Run every adapted layer as one linear layer, W + scale·B·A, until `unmerge_adapters`.
 
-    DoRA's rows are scaled to their magnitudes.
-
-    The base weights stay beside the merged ones, so unmerging is exact. Layers that are merged
-    already are left alone.
+    With DoRA each row is scaled to its magnitude. The base weights are kept beside the merged ones,
+    so unmerging is exact. Layers that are merged already are left alone.
 
     Args:
         model: a model with adapters.
-        safe: refuse a merged weight that is not finite; then no layer is merged.
-        requantize: keep the merged weights of 4-bit layers in 4 bits; dense by default.
+        safe: refuse merged weights that are not finite; no layer is merged then.
+        requantize: quantise the merged weights of 4-bit layers again. They are dense by default.
 
     Raises:
         ValueError: the model has no adapters, or a merged weight is not finite (checked with
@@ -60,10 +58,8 @@ def merge_adapters(model: nn.Module, *, safe: bool = False, requantize: bool = F
             if layer.merged:
                 continue
             try:
-                if isinstance(layer, QLoRALinear):
-                    layer.merge(safe=safe, requantize=requantize)
-                else:
-                    layer.merge(safe=safe)
+                in_4bit = {"requantize": requantize} if kind_of(layer).four_bit else {}
+                layer.merge(safe=safe, **in_4bit)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             done.append(layer)
@@ -96,9 +92,9 @@ def merge_and_unload(
 ) -> nn.Module:
     """Merge every adapter for good, in place, and leave plain nn.Linear layers.
 
-    NF4Linear layers without an adapter are decoded as well, so that what remains is a plain model
-    that can be saved and loaded without this package. Modules that trained whole, and rows of an
-    embedding, keep what they have learned. Parameters are frozen.
+    NF4Linear layers without an adapter are decoded too: the result is a plain model, which can be
+    saved and loaded without this package. Modules that trained whole, and rows of an embedding,
+    keep what they learned. Parameters are frozen.
 
     Args:
         model: a model with adapters.
@@ -132,15 +128,10 @@ def merge_and_unload(
     keep(model)
     merge_tokens(model)
     for _, layer in adapters:
-        new: nn.Module
-        if requantize and isinstance(layer, QLoRALinear):
-            new = layer.to_nf4_linear()
-        else:
-            new = layer.to_linear()
-        replace_module(model, layer, new)
+        replace_module(model, layer, kind_of(layer).merged_layer(layer, requantize=requantize))
     if not requantize:
-        for plain in [m for m in model.modules() if isinstance(m, NF4Linear)]:
-            replace_module(model, plain, plain.to_linear())
+        for module in [m for m in model.modules() if kind_of(m) is NF4_LINEAR]:
+            replace_module(model, module, NF4_LINEAR.merged_layer(module, requantize=False))
     if not share_weight(model) and (untied(model) or (shared and untie(model))):
         warnings.warn(
             "the output layer was trained, so its weight is no longer the embedding's: "
@@ -153,7 +144,7 @@ def merge_and_unload(
 
 
 def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, values) of what has trained beside the adapters."""
+    """(name, values) of everything that trained beside the adapters."""
     for name, module in whole_modules(model):
         yield from ((f"{name}.{place}", t) for place, t in tensors_of(module).items())
     for name, rows in token_owners(model):
@@ -161,9 +152,11 @@ def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take every adapter off, in place, and give the base back as it was: dense layers or 4-bit
-    ones, modules that trained whole and rows of an embedding with the base's values. Everything is
-    frozen; what was learned is gone (`save_adapter` before).
+    """Remove every adapter, in place, and restore the base.
+
+    Layers are dense or 4-bit as before. Modules that trained whole, and rows of an embedding, have
+    the base's values again. Everything is frozen. What was learned is lost, so call `save_adapter`
+    before.
 
     Args:
         model: a model with adapters, merged or not.
@@ -182,7 +175,7 @@ def unload(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     for _, layer in require_adapters(model):
-        replace_module(model, layer, _base_layer(layer))
+        replace_module(model, layer, kind_of(layer).base_layer(layer))
     put_back(model)
     drop_tokens(model)
     if hasattr(model, "lora_config"):
@@ -190,20 +183,10 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def _base_layer(layer: LoRAMixin) -> nn.Module:
-    """The layer without its adapter; weight and bias are shared."""
-    bias = whole_parameter(layer.bias)
-    if isinstance(layer, QLoRALinear):
-        return NF4Linear.from_weight(layer.weight, bias).train(layer.training)
-    linear = make_linear(whole(layer.weight), bias, training=layer.training)
-    linear._parameters["weight"] = whole_parameter(layer._parameters["weight"])  # the tied one
-    return linear
-
-
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Compute the base model alone, merged or not, until the block ends: modules that train whole
-    and rows of an embedding too.
+    """Compute with the base model alone inside the block, even if adapters are merged. Modules that
+    train whole and rows of an embedding have the base's values too.
 
     Raises:
         ValueError: the model has no adapters.

@@ -1,6 +1,6 @@
 """Modules that train whole beside the adapters and are saved with them: PEFT's modules_to_save.
 
-They stay where they are in the model. Each gets parameters of its own and keeps the base's, for
+They stay where they are in the model. Each gets new parameters, and the base's are kept for
 `disable_adapters` and `unload`.
 """
 
@@ -16,39 +16,39 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules, unwrap
 from lora_kernels.integrations.transformers import (
-    input_embedding,
-    output_layer,
     share_weight,
     task_heads,
     untie,
+    vocabulary_layers,
 )
-from lora_kernels.nn import LoRAMixin
 from lora_kernels.nn.common import fill, whole
-from lora_kernels.nn.token_rows import TokenRows
 
-_KEPT = "_lora_kernels_kept"  # where a module that trains whole has its `Kept`
-_UNTIED = "_lora_kernels_untied"  # on a model whose output layer trains apart from its embedding
-Place = tuple[str, str]  # name of a module inside, "" for itself; name of the tensor
+_KEPT = "_lora_kernels_kept"  # attribute of a module that trains whole: its `Kept`
+_UNTIED = "_lora_kernels_untied"  # set on a model whose output layer training has untied
+Place = tuple[str, str]  # (name of a module inside, "" for itself; name of its tensor)
 
 
 @dataclass
 class Kept:
-    """What a module that trains whole does not compute with now.
+    """The tensors of a module that trains whole with which it does not compute now.
 
     Attributes:
-        tensors: the base's, by place.
-        aside: they are in the module instead, and what it has learned is here.
+        tensors: the base's tensors by place; the trained ones while `base_active`.
+        base_active: the module computes with the base's tensors.
     """
 
     tensors: dict[Place, Tensor]
-    aside: bool = False
+    base_active: bool = False
 
 
 def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """The configuration with the head of the model's task among the modules to save: its weights
-    are new, so that an adapter without them would be worth nothing. An empty list stays empty.
+    """The configuration with the head of the model's task among the modules to save.
+
+    The head's weights are new, so an adapter would be useless without them. An empty list stays
+    empty.
 
     Raises:
         ValueError: a name fits no module.
@@ -70,7 +70,7 @@ def with_task_head(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 
 def with_tied(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """The configuration with what is tied to one of its modules, if it says so."""
+    """The configuration with the layers that are tied to its modules, if it asks for them."""
     names = config.modules_to_save
     if not names or not config.ensure_weight_tying:
         return config
@@ -81,7 +81,7 @@ def with_tied(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
 
 def _tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The embedding or the output layer that shares a weight with one of these modules."""
-    ends = [m for m in (input_embedding(model), output_layer(model)) if m is not None]
+    ends: list[Any] = vocabulary_layers(model)
     weights = {id(p) for name in names for p in get_module(model, name).parameters()}
     if not any(id(p) in weights for m in ends for p in m.parameters()):
         return []
@@ -89,8 +89,11 @@ def _tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def match_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The modules that PEFT finds for `modules_to_save`: those whose full name ends in one of the
-    names, in the middle of a part too; of one inside another the outer."""
+    """The modules that PEFT finds for `modules_to_save`.
+
+    Their full names end in one of the names, even in the middle of a part ("head" finds
+    "lm_head"). Of two modules one inside the other, only the outer counts.
+    """
     ends, found = tuple(names), list[str]()
     for name, _ in named_modules(model):
         if ends and name and name.endswith(ends):
@@ -100,7 +103,7 @@ def match_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether the name is that of one of the modules or of something in it."""
+    """Whether a name is that of one of the modules, or of something inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -122,15 +125,15 @@ def check_whole(model: nn.Module, name: str) -> None:
             raise ValueError(
                 f"modules_to_save: accelerate has offloaded {name}, expected weights that stay"
             )
-        if isinstance(inner, LoRAMixin | TokenRows):
+        if kind_of(inner).adapted or kind_of(inner).trains_rows:
             raise ValueError(f"modules_to_save: {name} has adapters inside, on {part or 'itself'}")
 
 
 def train_whole(model: nn.Module, names: Iterable[str], *, tied: bool = False) -> None:
-    """Give the modules trainable parameters of their own, with the values of the base's.
+    """Give the modules new trainable parameters, with the values of the base's.
 
     Args:
-        tied: what several of them share they go on sharing; else each has its own.
+        tied: modules that share a parameter go on sharing it. If False, each gets its own.
     """
     root: Any = unwrap(model)
     shared = share_weight(root)
@@ -151,35 +154,35 @@ def train_whole(model: nn.Module, names: Iterable[str], *, tied: bool = False) -
                         inner._parameters[key] = memo[id(t)]
                         t.requires_grad_(False)
         vars(module)[_KEPT] = Kept(base)
-    # Else tie_weights would give the one layer the other's weight, and what it has learned is gone.
+    # Otherwise tie_weights would overwrite one layer's trained weight with the other's.
     if shared and not share_weight(root) and untie(root):
         vars(root)[_UNTIED] = True
 
 
 def whole_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of those that train whole."""
+    """(name, module) of the modules that train whole."""
     for name, module in named_modules(model):
         if _KEPT in vars(module):
             yield name, module
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """What of a module goes into a file, by the names of its state dict, without wrappers'."""
+    """The tensors of a module that go into a file, named as in its state dict without wrappers."""
     found: dict[str, Tensor] = {}
     kept: Kept | None = vars(module).get(_KEPT)
     for place, inner in named_modules(module):
         passing = inner._non_persistent_buffers_set
         for key, t in {**inner._parameters, **inner._buffers}.items():
             if t is not None and key not in passing:
-                learned = kept.tensors[place, key] if kept is not None and kept.aside else t
+                learned = kept.tensors[place, key] if kept is not None and kept.base_active else t
                 found[f"{place}.{key}" if place else key] = learned
     return found
 
 
 def put_back(model: nn.Module) -> None:
-    """Give the modules that train whole the base's tensors again, frozen."""
+    """Restore the base's tensors, frozen, in the modules that train whole."""
     for _, module in list(whole_modules(model)):
-        _swap(module, aside=True)
+        _swap(module, base_active=True)
         del vars(module)[_KEPT]
     if untied(model):
         root: Any = unwrap(model)
@@ -187,37 +190,37 @@ def put_back(model: nn.Module) -> None:
 
 
 def keep(model: nn.Module) -> None:
-    """Make what the modules have learned theirs for good, frozen."""
+    """Keep the trained tensors for good, frozen, in the modules that train whole."""
     for _, module in list(whole_modules(model)):
-        _swap(module, aside=False)
+        _swap(module, base_active=False)
         del vars(module)[_KEPT]
         module.requires_grad_(False)
 
 
 def untied(model: nn.Module) -> bool:
-    """Whether training has taken the output layer's weight from the embedding's; asked once."""
+    """Whether training has untied the output layer from the embedding. The answer is forgotten."""
     return bool(vars(unwrap(model)).pop(_UNTIED, False))
 
 
 @contextmanager
 def base_modules(model: nn.Module) -> Iterator[None]:
-    """Run with the base's tensors in the modules that train whole."""
-    before = [(module, vars(module)[_KEPT].aside) for _, module in whole_modules(model)]
+    """Compute with the base's tensors in the modules that train whole, inside the block."""
+    before = [(module, vars(module)[_KEPT].base_active) for _, module in whole_modules(model)]
     for module, _ in before:
-        _swap(module, aside=True)
+        _swap(module, base_active=True)
     try:
         yield
     finally:
-        for module, aside in before:
+        for module, active in before:
             if _KEPT in vars(module):
-                _swap(module, aside=aside)
+                _swap(module, base_active=active)
 
 
 @torch.no_grad()
-def _swap(module: nn.Module, *, aside: bool) -> None:
-    """Exchange the tensors in the module for those it keeps, if they are not there already."""
+def _swap(module: nn.Module, *, base_active: bool) -> None:
+    """Exchange a module's tensors for the kept ones, unless it has the wanted ones already."""
     kept: Kept = vars(module)[_KEPT]
-    if kept.aside is aside:
+    if kept.base_active is base_active:
         return
     found = [(place, key, get_module(module, place)) for place, key in kept.tensors]
     slots_of = [i._parameters if key in i._parameters else i._buffers for _, key, i in found]
@@ -232,12 +235,14 @@ def _swap(module: nn.Module, *, aside: bool) -> None:
     for (place, key, _), slots in zip(found, slots_of, strict=True):
         now, other = slots[key], kept.tensors[place, key]
         assert now is not None
-        if hasattr(now, "full_tensor"):  # whoever has split it holds it too
+        if hasattr(now, "full_tensor"):  # fully_shard holds a reference to it: copy into it
             kept.tensors[place, key] = whole(now).clone()
             fill(now, whole(other))
             continue
-        if other.device != now.device or other.dtype != now.dtype:  # the model has moved since
+        if (
+            other.device != now.device or other.dtype != now.dtype
+        ):  # the model was moved or cast since
             other.data = other.data.to(now.device, now.dtype)
         kept.tensors[place, key] = now
         slots[key] = other  # type: ignore[assignment]
-    kept.aside = aside
+    kept.base_active = base_active

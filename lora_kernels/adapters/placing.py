@@ -1,4 +1,4 @@
-"""Where the tensors of an adapter's file go that are no adapter's."""
+"""Where those tensors of an adapter's file go that are not the adapter's own."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.modules_to_save import is_inside, match_modules, tensors_of
-from lora_kernels.adapters.token_indices import find_rows, indices_of, token_owners
+from lora_kernels.adapters.token_indices import find_rows, token_owners
 from lora_kernels.integrations.peft import plain_key, saved_key, tokens_key
-from lora_kernels.integrations.transformers import input_embedding, output_layer
-from lora_kernels.nn import NF4Linear
+from lora_kernels.integrations.transformers import vocabulary_layers
 from lora_kernels.nn.common import fill, whole
-from lora_kernels.nn.token_rows import DELTA, TokenRows
+from lora_kernels.nn.token_rows import DELTA
 from lora_kernels.ops.nf4 import NF4Weight
 
-_COPY = ".modules_to_save."  # PEFT's second copy of what it has under the plain key
+_COPY = ".modules_to_save."  # in the key of a second copy that PEFT may write
 
 
 @dataclass
-class Beside:
-    """Tensors of a file by the place that they have in a model.
+class Placed:
+    """Tensors of a file, by where they go in a model.
 
     Attributes:
-        saved: of modules that train whole, by module and place in it.
-        rows: of embeddings whose rows train, by module.
-        base: copies of the base's own weights, by module and name.
-        missing, unexpected: keys.
+        saved: tensors of modules that train whole, by module and name inside it.
+        rows: trained rows of embeddings, by module.
+        base: copies of the base's own weights, by (module, "weight" or "bias").
+        missing: keys that the file lacks.
+        unexpected: keys of the file that go nowhere.
     """
 
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -48,25 +49,25 @@ def place(
     adapted: Iterable[str],
     *,
     marked: Iterable[str] | None,
-) -> Beside:
-    """Find the place of each tensor, and what is missing.
+) -> Placed:
+    """Find where each tensor goes, and which are missing.
 
     Args:
-        other: the file's tensors that are no adapter's.
-        adapted: layers with an adapter.
-        marked: the modules that train whole already; None for a model without adapters, which gets
-            those of the configuration.
+        other: the file's tensors that are not factors of an adapter.
+        adapted: names of the layers with an adapter.
+        marked: names of the modules that train whole already. None for a model without adapters:
+            those of the configuration will train.
 
     Raises:
-        ValueError, TypeError: a tensor does not fit its place; the message names the key.
+        ValueError, TypeError: a tensor does not fit; the message names the key.
     """
-    made = Beside()
+    made = Placed()
     named = match_modules(model, config.modules_to_save or ())
     modules = named if marked is None else list(marked)
     places = {m: tensors_of(get_module(model, m)) for m in modules}
     expected = {saved_key(m, p): (m, p) for m, of in places.items() for p in of}
     tokens = _tokens(model, config, fresh=marked is None)
-    ends = {id(m) for m in (input_embedding(model), output_layer(model)) if m is not None}
+    ends = {id(module) for module in vocabulary_layers(model)}
     adapted = set(adapted)
     open_to = {n for n, m in named_modules(model) if n in adapted or id(m) in ends}
     for key, t in other.items():
@@ -91,25 +92,25 @@ def place(
         if own is None or tensor not in ("weight", "bias") or getattr(own, tensor, None) is None:
             if not (is_inside(module, modules) and ".original_module." in key):
                 made.unexpected.append(key)
-        elif isinstance(own, NF4Linear) and tensor == "weight":
+        elif tensor == "weight" and kind_of(own).four_bit:
             _check_quantised(key, t, own.weight)
         else:
             _check(key, t, getattr(own, tensor))
             made.base[module, tensor] = t
-    # A model that has adapters, but trains none of these modules: what the file has of them is
-    # unexpected, what it lacks is missing all the same.
-    strangers = {m: tensors_of(get_module(model, m)) for m in named if not is_inside(m, modules)}
-    lacking = [k for m, of in strangers.items() for p in of if (k := saved_key(m, p)) not in other]
+    # A model with adapters may not train modules that the configuration names. Tensors of them are
+    # unexpected if the file has them, and missing if it has not.
+    frozen = {m: tensors_of(get_module(model, m)) for m in named if not is_inside(m, modules)}
+    lacking = [k for m, of in frozen.items() for p in of if (k := saved_key(m, p)) not in other]
     made.missing = [*expected, *lacking, *_missing_rows(model, tokens, made)]
     return made
 
 
 def _tokens(model: nn.Module, config: LoRAConfig, *, fresh: bool) -> dict[str, tuple[int, ...]]:
-    """The rows that train, by module."""
+    """The tokens whose rows train, by module."""
     wanted = {row.name: row.tokens for row in find_rows(model, config)}
     if fresh:
         return wanted
-    have = {name: indices_of(module) for name, module in token_owners(model)}
+    have = {name: module.trained_tokens for name, module in token_owners(model)}
     for name, tokens in have.items():
         if name in wanted and wanted[name] != tokens:
             raise ValueError(
@@ -119,7 +120,7 @@ def _tokens(model: nn.Module, config: LoRAConfig, *, fresh: bool) -> dict[str, t
     return have
 
 
-def _missing_rows(model: nn.Module, tokens: Iterable[str], made: Beside) -> list[str]:
+def _missing_rows(model: nn.Module, tokens: Iterable[str], made: Placed) -> list[str]:
     weights = {id(_weight(model, name)) for name in made.rows}
     return [tokens_key(n) for n in tokens if id(_weight(model, n)) not in weights]
 
@@ -146,14 +147,14 @@ def _check_finite(key: str, t: Tensor) -> None:
 
 
 def _check_quantised(key: str, t: Tensor, own: NF4Weight) -> None:
-    """Raise unless a 4-bit weight is what this one becomes in 4 bits."""
+    """Raise ValueError unless a tensor, quantised, is the model's own 4-bit weight."""
     same = tuple(t.shape) == tuple(own.shape) and t.is_floating_point()
     if same:
         values = t.to(own.device, own.dtype)
         again = NF4Weight.quantize(values, own.block_size, own.is_nested, own.quant_type)
         codes = own.dequantize(torch.float32)
         same = torch.equal(again.dequantize(torch.float32), codes)
-        same = same or torch.equal(values, own.dequantize())  # saved as it was decoded
+        same = same or torch.equal(values, own.dequantize())  # a decoded copy was saved
     if not same:
         raise ValueError(
             f"{key}: is not the base weight that the model has in 4 bits, and cannot take its "
@@ -161,21 +162,19 @@ def _check_quantised(key: str, t: Tensor, own: NF4Weight) -> None:
         )
 
 
-def fill_base(model: nn.Module, beside: Beside) -> None:
+def fill_base(model: nn.Module, placed: Placed) -> None:
     """Copy the file's base weights into the model."""
-    for (module, tensor), t in beside.base.items():
+    for (module, tensor), t in placed.base.items():
         own = getattr(get_module(model, module), tensor)
         if not torch.equal(whole(own).detach(), t.to(own.device, own.dtype)):
             fill(own, t)
 
 
-def fill_beside(model: nn.Module, beside: Beside) -> None:
-    """Copy what trains beside the adapters into the model, which has a place for it now."""
-    for module, of in beside.saved.items():
+def fill_trained(model: nn.Module, placed: Placed) -> None:
+    """Copy what trains beside the adapters into the model, which has parameters for it now."""
+    for module, of in placed.saved.items():
         own = tensors_of(get_module(model, module))
         for inside, t in of.items():
             fill(own[inside], t)
-    for module, t in beside.rows.items():
-        rows = get_module(model, module)
-        assert isinstance(rows, TokenRows)
-        fill(getattr(rows, DELTA), t)
+    for module, t in placed.rows.items():
+        fill(getattr(get_module(model, module), DELTA), t)

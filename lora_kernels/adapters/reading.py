@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,15 +27,11 @@ Factors = dict[str, Tensor]
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put the file's name before the message of an error."""
+    """Put a file's name before the messages of errors raised inside the block."""
     try:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from error
-
-
-def some(keys: list[str]) -> str:
-    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -51,19 +47,26 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weights_file(folder: Path) -> Path:
-    """The file of the weights: safetensors', else PEFT's older kind if that is there."""
+    """The path of the weights: the safetensors file, unless there is only PEFT's older kind."""
     pickled = folder / PICKLED_WEIGHTS_FILE
     whole = folder / WEIGHTS_FILE
     return pickled if pickled.is_file() and not whole.is_file() else whole
 
 
 def read_weights(path: Path) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """({module: {"A": tensor, "B": tensor}}, tensors of any other kind by key)."""
+    """({module: {"A": tensor, "B": tensor}}, all other tensors by key)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    return split_weights(_tensors(path))
+
+
+def split_weights(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """As `read_weights`, for tensors by PEFT's keys."""
     factors: dict[str, Factors] = {}
     other: dict[str, Tensor] = {}
-    for key, tensor in _tensors(path).items():
+    for key, tensor in tensors.items():
         where = split_key(key)
         if where is None:
             other[key] = tensor
@@ -94,7 +97,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def drop_other_kinds(factors: dict[str, Factors], kinds: tuple[str, ...]) -> list[str]:
-    """Take out tensors that the configuration has no use for; return their keys."""
+    """Remove the tensors whose kind the configuration does not have; return their keys."""
     dropped = []
     for name in list(factors):
         for kind in set(factors[name]) - set(kinds):
@@ -106,7 +109,7 @@ def drop_other_kinds(factors: dict[str, Factors], kinds: tuple[str, ...]) -> lis
 
 
 def check_factors(config: LoRAConfig, factors: dict[str, Factors]) -> None:
-    """Check the tensors by themselves and against the configuration's ranks."""
+    """Check dtype, shape and values of each tensor, and the ranks that the configuration says."""
     for name, pair in factors.items():
         for factor in "AB":
             if factor not in pair:

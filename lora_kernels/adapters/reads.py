@@ -1,6 +1,6 @@
-"""Layers whose owner reads their weight in place of calling them: an adapter there has no effect.
+"""Layers whose owner reads their weight instead of calling them: an adapter there has no effect.
 
-Found in the source of the owner's forward and of the methods that it goes on to.
+They are found in the source code of the owner's forward and of the methods that it calls.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import unwrap
-from lora_kernels.nn import NF4Linear
-from lora_kernels.nn.linear4bit import is_linear4bit
 
 Path = tuple[str, ...]
 Tests = tuple[tuple[ast.expr, bool], ...]
@@ -26,7 +25,7 @@ Tests = tuple[tuple[ast.expr, bool], ...]
 _TENSORS = ("weight", "bias")
 _ANY = "*"  # a subscript, such as layers[i]
 _UNKNOWN = object()
-# What can be asked of a weight, or of a layer, without its values.
+# Attributes of a weight that do not depend on its values.
 _METADATA = {
     "device",
     "dtype",
@@ -56,8 +55,8 @@ class Read:
     """How a layer's owner reads it.
 
     Attributes:
-        reason: in words, with the owner's name.
-        only: never called; False where other code of the owner calls the layer.
+        reason: what reads it, for a message.
+        only: the layer is never called. False if other code of the owner calls it.
     """
 
     reason: str
@@ -69,11 +68,11 @@ class _Use:
     """One mention of an attribute in a method.
 
     Attributes:
-        path: attributes from the owner down to it.
-        kind: "weight" or "bias" where that of the child at `path` is read, "call" where `path` may
-            be called.
-        tests: (condition, the value that it has where this runs) of the branches around it.
-        me: the method's name for the owner, in the conditions.
+        path: the attributes from the owner down to the child.
+        kind: "weight" or "bias" if that tensor of the child is read, "call" if the child may be
+            called.
+        tests: (condition, its value when this code runs) of each branch around the mention.
+        me: the method's name for the owner (`self`), which the conditions use.
     """
 
     path: Path
@@ -83,10 +82,9 @@ class _Use:
 
 
 def read_layers(model: nn.Module) -> dict[int, Read]:
-    """By id, the layers whose weight is read by the code of a module that holds them.
+    """The layers, by id, whose weight is read by the code of a module that holds them.
 
-    Branches that the owner's attributes rule out (`if self.config.pretraining_tp > 1`) do not
-    count.
+    Branches that the owner's attributes exclude (`if self.config.pretraining_tp > 1`) are ignored.
     """
     found: dict[int, Read] = {}
     for owner in model.modules():
@@ -99,12 +97,12 @@ def read_layers(model: nn.Module) -> dict[int, Read]:
 
 
 def read_only(module: nn.Module, reads: Mapping[int, Read]) -> str | None:
-    """Why an adapter on this layer would have no effect; None where the layer is called.
+    """Why an adapter on this layer would have no effect; None if the layer is called.
 
-    A 4-bit weight cannot be read at all: its layer has to be called always.
+    A 4-bit weight cannot be read as a matrix, so its layer always has to be called.
     """
     read = reads.get(id(module))
-    if read is None or not (read.only or isinstance(module, NF4Linear) or is_linear4bit(module)):
+    if read is None or not (read.only or kind_of(module).four_bit):
         return None
     return read.reason
 
@@ -144,7 +142,7 @@ def _children(owner: nn.Module, path: Path) -> list[nn.Module]:
 
 @cache
 def _uses(cls: type, method: str) -> tuple[_Use, ...]:
-    """The mentions of the owner's attributes in a method; none where it has no source."""
+    """The mentions of the owner's attributes in a method; none if it has no source."""
     function = inspect.unwrap(getattr(cls, method))
     # torch's own classes are known, and most have no child.
     if not inspect.isfunction(function) or function.__module__.split(".")[0] == "torch":
@@ -182,7 +180,7 @@ def _names(top: ast.AST, me: str) -> dict[str, list[Path]]:
 def _begins(
     node: ast.Name, names: dict[str, list[Path]], parents: dict[ast.AST, ast.AST], me: str
 ) -> list[Path]:
-    """What a name stands for where it is: in `for p in self.list`, one of these."""
+    """The paths that a name may stand for here; inside `for p in self.list`, an entry of it."""
     below: ast.AST = node
     while (above := parents.get(below)) is not None:
         loops = [above] if isinstance(above, ast.For) else getattr(above, "generators", [])
@@ -195,7 +193,7 @@ def _begins(
 
 
 def _path_of(node: ast.expr, me: str) -> Path | None:
-    """The parts of `self.a.b[i]`; None for any other expression."""
+    """The parts of an expression such as `self.a.b[i]`; None for any other kind."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute | ast.Subscript):
         parts.insert(0, node.attr if isinstance(node, ast.Attribute) else _ANY)
@@ -218,7 +216,7 @@ def _chain(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> tuple[ast.AST, Pat
 
 
 def _use(parts: Path) -> tuple[Path, str] | None:
-    """(path, kind) of a mention; None where it neither reads values nor calls."""
+    """(path, kind) of a mention; None if it neither reads values nor calls."""
     for i, part in enumerate(parts):
         if i and part in _TENSORS:
             rest = parts[i + 1 :]
@@ -229,7 +227,7 @@ def _use(parts: Path) -> tuple[Path, str] | None:
 
 
 def _only_asked(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether this asks what there is (`is None`, isinstance), or sets it."""
+    """Whether this only asks about it (`is None`, isinstance), or assigns to it."""
     above = parents.get(node)
     if isinstance(above, ast.Compare):
         return all(isinstance(op, ast.Is | ast.IsNot) for op in above.ops)
@@ -239,7 +237,7 @@ def _only_asked(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
 
 
 def _names_alias(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
-    """Whether this gives a child another name, whose own mentions count."""
+    """Whether this gives a child another name. Mentions of that name count instead."""
     above = parents.get(node)
     if isinstance(above, ast.Assign) and above.value is node:
         named = len(above.targets) == 1 and isinstance(above.targets[0], ast.Name)
@@ -258,7 +256,7 @@ def _tests(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[tuple[ast
 
 
 def _ruled_out(use: _Use, owner: nn.Module) -> bool:
-    # Whether a model counts as quantised changes with its layers: that rules out calls only.
+    # hasattr may change when layers are replaced (as for quantised models): it excludes calls only.
     for test, expected in use.tests:
         value = _value(test, owner, use.me, asking=use.kind == "call")
         if value is not _UNKNOWN and bool(value) != expected:
@@ -267,7 +265,7 @@ def _ruled_out(use: _Use, owner: nn.Module) -> bool:
 
 
 def _value(node: ast.expr, owner: nn.Module, me: str, *, asking: bool) -> Any:
-    """What a condition on the owner's plain attributes comes to; `_UNKNOWN` where it may change."""
+    """The value of a condition on the owner's plain attributes; `_UNKNOWN` if it may change."""
 
     def value_of(part: ast.expr) -> Any:
         return _value(part, owner, me, asking=asking)
@@ -306,5 +304,5 @@ def _attribute(owner: nn.Module, path: Path | None) -> Any:
         return _UNKNOWN
     try:
         return operator.attrgetter(".".join(path))(owner)
-    except Exception:  # a property's own trouble is not ours
+    except Exception:  # a property of the model may raise anything
         return _UNKNOWN

@@ -1,22 +1,24 @@
-"""Tables of a model's layers: their size and format, and the backend that runs them."""
+"""Tables of a model's layers: size, format, and the backend that runs each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import (
-    base_format,
+    adapter_layers,
     count_bytes,
     count_parameters,
     named_modules,
     unwrap,
 )
+from lora_kernels.adapters.plan import Plan
 from lora_kernels.dispatch import chosen
-from lora_kernels.nn import LoRALinear, LoRAMixin, NF4Linear
 from lora_kernels.ops.common.checks import FLOATS, names
 from lora_kernels.ops.dora.magnitude import norm_dtype
 
@@ -31,7 +33,7 @@ class LayerRow:
         base: how the base weight is stored, such as "bfloat16" or "nf4/64 nested".
         r, alpha: of the adapter; None without one.
         use_dora: whether the adapter is DoRA.
-        path: the backend of the forward, "" where none was asked for; "-" when it is plain PyTorch.
+        path: the backend of the forward; "-" for plain PyTorch, "" if it was not asked for.
         count: how many layers the row stands for.
     """
 
@@ -45,22 +47,21 @@ class LayerRow:
     use_dora: bool = False
 
 
-def layer_row(name: str, module: nn.Module, path: str = "") -> LayerRow:
-    assert isinstance(module, LoRALinear | NF4Linear)
-    adapter = module if isinstance(module, LoRAMixin) else None
+def layer_row(name: str, layer: Any, path: str = "") -> LayerRow:
+    kind = kind_of(layer)
     return LayerRow(
         name,
-        (module.out_features, module.in_features),
-        base_format(module),
-        adapter.r if adapter else None,
-        adapter.alpha if adapter else None,
+        (layer.out_features, layer.in_features),
+        kind.base_format(layer),
+        layer.r if kind.adapted else None,
+        layer.alpha if kind.adapted else None,
         path,
-        use_dora=adapter is not None and adapter.use_dora,
+        use_dora=kind.adapted and layer.use_dora,
     )
 
 
 def group_rows(rows: Iterable[LayerRow]) -> list[LayerRow]:
-    """Put layers with the same last name and the same everything else into one row."""
+    """Put layers into one row if they have the same last name and are alike in everything else."""
     groups: dict[LayerRow, int] = {}
     for row in rows:
         key = replace(row, name=row.name.rsplit(".", 1)[-1], count=1)
@@ -69,7 +70,7 @@ def group_rows(rows: Iterable[LayerRow]) -> list[LayerRow]:
 
 
 def table(rows: Sequence[LayerRow]) -> str:
-    """The rows as text, without the columns that say nothing."""
+    """The rows as text, without columns that hold no information."""
     header = ["layer", "count", "N x K", "base", "adapter", "r", "alpha", "path"]
     cells = [header] + [
         [
@@ -119,12 +120,12 @@ class LoRAReport:
     Attributes:
         modules: names of the layers that have an adapter now.
         quantized: names of the layers whose weight was quantised, with an adapter or without.
-        skipped: (name, reason) of linear layers that were left alone or left dense.
+        skipped: (name, reason) of linear layers without an adapter, or left dense.
         trainable_parameters, total_parameters: a 4-bit weight counts its elements.
         bytes_before, bytes_after: memory of all parameters and buffers.
         layers: one row per adapted layer.
         modules_to_save: names of the modules that train whole and are saved with the adapters.
-        trainable_tokens: rows that train by themselves, by the names of their modules.
+        trainable_tokens: the tokens whose rows train, by the names of their modules.
 
     Examples:
         >>> report = lk.apply_lora(model, r=8, target_modules=["q_proj", "v_proj"])
@@ -179,7 +180,7 @@ class ModelReport:
         layers: one row each, in the model's order.
         trainable_parameters, total_parameters: a 4-bit weight counts its elements.
         bytes: memory of all parameters and buffers.
-        rows: the number of rows of x (M) and `dtype` its dtype, for which the path was asked.
+        rows, dtype: the rows (M) and the dtype of x for which the path was asked.
 
     Examples:
         >>> _ = lk.apply_lora(model, target_modules=["q_proj"], dropout=0.0)
@@ -209,6 +210,23 @@ class ModelReport:
         )
 
 
+def make_report(model: nn.Module, plan: Plan, bytes_before: int) -> LoRAReport:
+    """The report on a plan that was carried out."""
+    trainable, total = count_parameters(model)
+    return LoRAReport(
+        modules=plan.targets.names,
+        quantized=tuple(name for name in plan.replaced if name in plan.quantized),
+        skipped=plan.targets.skipped + plan.kept_dense,
+        trainable_parameters=trainable,
+        total_parameters=total,
+        bytes_before=bytes_before,
+        bytes_after=count_bytes(model),
+        layers=tuple(layer_row(name, module) for name, module in adapter_layers(model)),
+        modules_to_save=plan.trained,
+        trainable_tokens={row.name: row.tokens for row in plan.rows},
+    )
+
+
 def model_report(
     model: nn.Module, *, rows: int = 512, dtype: torch.dtype | None = None
 ) -> ModelReport:
@@ -216,7 +234,7 @@ def model_report(
 
     Args:
         model: any model.
-        rows: the number of rows of x (batch times sequence) to ask about.
+        rows: the number of rows of x (batch times sequence) that the path is for.
         dtype: x's dtype; the base weight's by default.
 
     Raises:
@@ -234,49 +252,35 @@ def model_report(
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype: got {names([dtype])}, expected {names(FLOATS)}")
     model = unwrap(model)
-    found = [
-        (name, module)
-        for name, module in named_modules(model)
-        if isinstance(module, LoRALinear | NF4Linear)
-    ]
-    layers = tuple(
-        layer_row(name, module, forward_path(module, rows, dtype)) for name, module in found
-    )
+    found = [(name, m) for name, m in named_modules(model) if kind_of(m).reported]
+    layers = tuple(layer_row(name, m, forward_path(m, rows, dtype)) for name, m in found)
     trainable, total = count_parameters(model)
-    used = dtype or (_base_dtype(found[0][1]) if found else torch.get_default_dtype())
+    first: Any = found[0][1] if found else None
+    used = dtype or (torch.get_default_dtype() if first is None else first.weight.dtype)
     return ModelReport(layers, trainable, total, count_bytes(model), rows, used)
 
 
-def forward_path(layer: LoRALinear | NF4Linear, rows: int, dtype: torch.dtype | None) -> str:
+def forward_path(layer: Any, rows: int, dtype: torch.dtype | None) -> str:
     """The backend of the layer's forward for x [rows, K], as the layer stands now."""
-    adapter = layer if isinstance(layer, LoRAMixin) else None
-    dtype = dtype or _base_dtype(layer)
+    kind = kind_of(layer)
+    dtype = dtype or layer.weight.dtype
     device = layer.weight.device
     if device.type == "meta":
         return "meta device"
     x = torch.empty(rows, layer.in_features, device=device, dtype=dtype)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-    runs_adapter = adapter is not None and adapter.adapter_enabled and not adapter.merged
-    if isinstance(layer, NF4Linear):
-        base, meta = layer.weight.base, layer.weight.meta
-        if not runs_adapter and not (adapter is not None and adapter._merged_weight is not None):
-            return chosen("nf4_linear_fwd", x, base, meta, bias) or "none"
-    else:
-        base, meta = [layer.weight], [layer.out_features, layer.in_features]
-    if not runs_adapter:
-        return "-"
-    assert adapter is not None
-    p = adapter.dropout if adapter.training else 0.0
+    base, meta = kind.base_operand(layer)
+    if not (kind.adapted and layer.adapter_enabled and not layer.merged):
+        if not kind.four_bit or (kind.adapted and layer.merged_dense):
+            return "-"
+        return chosen("nf4_linear_fwd", x, base, meta, bias) or "none"
+    p = layer.dropout if layer.training else 0.0
     seed = torch.zeros(1, dtype=torch.int64, device=device) if p else None
-    a, b = adapter.lora_A, adapter.lora_B
-    magnitude = adapter.lora_magnitude_vector
+    a, b = layer.lora_A, layer.lora_B
+    magnitude = layer.lora_magnitude_vector
     if magnitude is not None:
         factors = (magnitude, torch.empty_like(magnitude, dtype=norm_dtype(base)))
-        of_dora = (x, base, meta, a, b, adapter.scale, *factors, bias, p, seed, False)
+        of_dora = (x, base, meta, a, b, layer.scale, *factors, bias, p, seed, False)
         return chosen("dora_linear_fwd", *of_dora) or "none"
-    args = (x, base, meta, a, b, adapter.scale, bias, p, seed, None, None)
+    args = (x, base, meta, a, b, layer.scale, bias, p, seed, None, None)
     return chosen("lora_linear_fwd", *args) or "none"
-
-
-def _base_dtype(layer: LoRALinear | NF4Linear) -> torch.dtype:
-    return layer.weight.dtype

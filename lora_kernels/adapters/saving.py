@@ -45,30 +45,30 @@ def save_adapter(
 ) -> Path:
     """Write the model's adapters as PEFT does: `adapter_config.json`, `adapter_model.safetensors`.
 
-    Beside them it writes the modules that train whole, the rows of embeddings that train by
-    themselves, and the embedding and the output layer where the vocabulary was resized since the
-    model was loaded (with a warning, as PEFT does).
+    The file also holds the modules that train whole and the rows of embeddings that train. If the
+    vocabulary was resized since the model was loaded, it holds the embedding and the output layer
+    too (with a warning, as in PEFT).
 
     Each file is written under a temporary name, flushed to the disk and renamed, the
     configuration last, so an interrupted save never leaves half a file. What is saved does not
     depend on whether the adapters are merged.
 
-    Adapters that `fully_shard` has split over processes are gathered: every process calls this, and
-    the first one writes.
+    Adapters that `fully_shard` has split over processes are gathered. Every process has to call
+    this; the first one writes.
 
     Args:
         model: a model with adapters; it may be compiled or wrapped for data parallelism.
-        directory: made if it does not exist.
-        modules_to_save: more modules to write whole, such as a norm that was unfrozen by hand: ends
-            of their names, as in `apply_lora`.
+        directory: is created if it does not exist.
+        modules_to_save: ends of the names of more modules to write whole, such as a norm that was
+            unfrozen by hand.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: the model has no adapters, they are on the meta device, or their dropout or
+        ValueError: the model has no adapters; they are on the meta device; their dropout,
             use_rslora or use_dora differ (PEFT's configuration has one value for all); or a
-            parameter trains that has no place in the file: the message names it.
+            parameter trains that would not be saved (the message names it).
 
     Examples:
         >>> report = lk.apply_lora(model, r=8)
@@ -132,13 +132,13 @@ def save_layers(
 
 
 def _host_copy(t: Tensor) -> Tensor:
-    """All of a tensor, on the host, in memory that no other one shares."""
+    """A whole tensor on the host, in memory of its own."""
     t = whole(t).detach()
     return t.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _saved_task(model: nn.Module, config: LoRAConfig) -> str | None:
-    """PEFT's name of the task, where PEFT finds all the heads that it expects with it."""
+    """PEFT's name of the task; None if PEFT would expect a head that is not saved."""
     task = task_type(model)
     saved = match_modules(model, config.modules_to_save or ())
     expected = match_modules(model, modules_of_task(task))
@@ -156,7 +156,7 @@ def _tensors_of(layer: AdapterLayer) -> Factors:
 def _saved_config(
     model: nn.Module, layers: Sequence[tuple[str, AdapterLayer]], asked: LoRAConfig | None
 ) -> LoRAConfig:
-    """A configuration that describes the layers as they are, whatever was asked for at first."""
+    """A configuration that describes the layers as they are, which may differ from `asked`."""
     for option in ("dropout", "use_rslora", "use_dora"):
         values = {getattr(layer, option) for _, layer in layers}
         if len(values) > 1:

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import CONV1D, kind_of
 from lora_kernels.adapters.layers import get_module, named_modules, unwrap
 from lora_kernels.adapters.modules_to_save import is_inside, match_modules
 from lora_kernels.adapters.reads import Read, read_layers, read_only
 from lora_kernels.integrations.peft import matches
-from lora_kernels.integrations.transformers import is_conv1d, output_layer, task_heads
-from lora_kernels.nn import LoRAMixin, NF4Linear
-from lora_kernels.nn.common import check_linear_layer
-from lora_kernels.nn.linear4bit import is_linear4bit
+from lora_kernels.integrations.transformers import output_layer, task_heads
 
 _SHOWN = 12
 
@@ -31,11 +29,11 @@ class Targets:
 
 
 def find_targets(model: nn.Module, config: LoRAConfig, *, lenient: bool = False) -> Targets:
-    """Match `target_modules` and `exclude_modules` against the model's layers. What is inside
-    `modules_to_save` gets no adapter.
+    """Match `target_modules` and `exclude_modules` against the model's layers. Layers inside
+    `modules_to_save` get no adapter.
 
     Args:
-        lenient: pass over names in a list that the model lacks, as PEFT does, if it has another.
+        lenient: ignore names that fit no layer if another name does, as PEFT does.
 
     Raises:
         ValueError: a target names nothing, only excluded layers, or a layer that cannot be
@@ -43,7 +41,7 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, lenient: bool = False)
     """
     modules = {name: module for name, module in named_modules(model) if name}
     reads = read_layers(model)
-    refusals = {name: _refusal(m) or read_only(m, reads) for name, m in modules.items()}
+    refusals = {name: kind_of(m).refusal(m) or read_only(m, reads) for name, m in modules.items()}
     trained = match_modules(model, config.modules_to_save or ())
     whole = {name for name in modules if is_inside(name, trained)}
     candidates = [n for n, reason in refusals.items() if reason is None and n not in whole]
@@ -90,44 +88,29 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, lenient: bool = False)
     return Targets(tuple(names), tuple(skipped))
 
 
-def _refusal(module: nn.Module) -> str | None:
-    """Why no adapter can go on this module; None when one can."""
-    if isinstance(module, LoRAMixin):
-        return "already has an adapter"
-    if isinstance(module, NF4Linear) or is_linear4bit(module):
-        return None
-    if is_conv1d(module):
-        return "transformers' Conv1D stores its weight transposed (fan_in_fan_out)"
-    if not isinstance(module, nn.Linear):
-        return f"is a {type(module).__name__}, not torch.nn.Linear"
-    try:
-        check_linear_layer(module)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return None
-
-
 def _is_other_linear(module: nn.Module) -> bool:
     """A linear layer of a kind that takes no adapter here (Conv1D, GGUF, 8-bit, ...)."""
-    kind = type(module).__name__
-    whole = isinstance(module, nn.Linear) or next(module.children(), None) is None
-    return whole and ("Linear" in kind or is_conv1d(module)) and _refusal(module) is not None
+    kind = kind_of(module)
+    named = kind is CONV1D or "Linear" in type(module).__name__
+    is_layer = kind.linear or next(module.children(), None) is None
+    return named and is_layer and kind.refusal(module) is not None
 
 
 def _is_read_linear(module: nn.Module, reads: Mapping[int, Read]) -> bool:
-    """A linear layer, else fit for an adapter, whose owner reads its weight."""
-    return id(module) in reads and _refusal(module) is None
+    """Whether a linear layer that could have an adapter has its weight read by its owner."""
+    return id(module) in reads and kind_of(module).refusal(module) is None
 
 
 def _heads(model: nn.Module) -> set[int]:
-    """The output layers that "all-linear" leaves alone, as PEFT does, and what is in them."""
+    """ids of the output layers that "all-linear" leaves alone, as in PEFT, and of their parts."""
     model = unwrap(model)
     found = [output_layer(model), *(get_module(model, name) for name in task_heads(model))]
     return {id(m) for head in found if head is not None for m in head.modules()}
 
 
 def kept_dense(model: nn.Module, config: LoRAConfig) -> set[int]:
-    """ids of the layers that are quantised only as targets: heads, and what trains whole."""
+    """ids of the layers that are quantised only if they get an adapter: output layers and heads,
+    and modules that train whole."""
     trained = match_modules(model, config.modules_to_save or ())
     return _heads(model) | {id(m) for n, m in named_modules(model) if is_inside(n, trained)}
 
@@ -138,7 +121,7 @@ def is_excluded(config: LoRAConfig, name: str) -> bool:
 
 
 def _unknown(config: LoRAConfig, modules: Iterable[str], excluded: set[str]) -> list[str]:
-    """The entries of a target list that no layer, or only an excluded one, answers to."""
+    """The entries of a list of targets that match no layer, or only excluded ones."""
     if isinstance(config.target_modules, str):
         return []
     names = [name for name in modules if name not in excluded]
@@ -185,8 +168,8 @@ def _some(items: list[str], separator: str = ", ") -> str:
 def shortest_targets(model: nn.Module, adapted: Iterable[str]) -> str | tuple[str, ...]:
     """`target_modules` that PEFT matches to exactly these modules.
 
-    A last name stands for a layer where every module that bears it is adapted, the whole name
-    where not; a regular expression is made of the names where even those match too much.
+    A layer is named by the last part of its name if every module with that name is adapted, else
+    by its full name. If even full names match too much, a regular expression lists them.
     """
     wanted = set(adapted)
     names = {name for name, _ in named_modules(model) if name}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.modules_to_save import is_inside, match_modules
 from lora_kernels.adapters.reads import Read
@@ -24,7 +26,9 @@ class Rows:
     """Rows of one module that are to train.
 
     Attributes:
-        owner: the module whose rows these are too, where both share a weight.
+        name: the module's.
+        tokens: the numbers of the rows.
+        owner: the module that shares its weight, and the trained rows, with this one; or None.
     """
 
     name: str
@@ -33,10 +37,10 @@ class Rows:
 
 
 def find_rows(model: nn.Module, config: LoRAConfig) -> list[Rows]:
-    """What `trainable_token_indices` asks for; owners come first.
+    """The rows that `trainable_token_indices` asks for; owners come first.
 
-    A layer that shares its weight with one that is named follows it, unless it is named with other
-    tokens.
+    A layer that shares its weight with a named one trains the same rows, unless it is named with
+    other tokens itself.
 
     Raises:
         ValueError: a name fits no module, or the model does not name its embedding.
@@ -86,7 +90,7 @@ def check_tokens(
     whole_ones: Iterable[str],
     reads: Mapping[int, Read],
 ) -> None:
-    """Raise unless these rows can train beside what else is asked for."""
+    """Raise unless the rows can train beside the adapters and the modules that train whole."""
     for row in rows:
         module = get_module(model, row.name)
         if row.name in adapted:
@@ -119,28 +123,24 @@ def train_tokens(model: nn.Module, rows: Iterable[Rows], dtype: torch.dtype | No
 
 
 def token_modules(model: nn.Module) -> Iterator[tuple[str, TokenRows]]:
-    """(name, module) of those with rows that train."""
+    """(name, module) of the modules with rows that train."""
     for name, module in named_modules(model):
-        if isinstance(module, TokenRows):
-            yield name, module
+        if kind_of(module).trains_rows:
+            yield name, cast(TokenRows, module)
 
 
 def token_owners(model: nn.Module) -> list[tuple[str, TokenRows]]:
-    """The same without those that follow another's rows."""
+    """`token_modules` without those that share another module's rows."""
     owners: dict[int, tuple[str, TokenRows]] = {}
     for name, module in token_modules(model):
         owners.setdefault(id(module.trainable_tokens_delta), (name, module))
     return list(owners.values())
 
 
-def indices_of(module: TokenRows) -> tuple[int, ...]:
-    return module._tokens
-
-
 @torch.no_grad()
 def merge_tokens(model: nn.Module) -> None:
-    """Write the rows into the weights for good. Layers that share a weight go on sharing it where
-    they have the rows in common."""
+    """Write the rows into the weights for good. Layers that share a weight and the rows go on
+    sharing the weight."""
     for _, owner in token_owners(model):
         weight, delta = owner._parameters["weight"], owner.trainable_tokens_delta
         assert weight is not None
@@ -158,6 +158,6 @@ def merge_tokens(model: nn.Module) -> None:
 
 
 def drop_tokens(model: nn.Module) -> None:
-    """Take the rows away; the weights never changed."""
+    """Remove the rows; the weights never changed."""
     for _, module in list(token_modules(model)):
         drop_rows(module)

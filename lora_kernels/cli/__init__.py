@@ -1,8 +1,8 @@
 """The `lora-kernels` command.
 
-A subcommand is one module with a docstring (its help text), `add_arguments(parser)` and
-`run(args, parser, argv) -> int`, named in `COMMANDS`. A module is imported only when its command is
-asked for, so that `lora-kernels --version` does not wait for transformers.
+A subcommand is a module named in `COMMANDS`, with a docstring (its help text),
+`add_arguments(parser)` and `run(args, parser, argv) -> int`. It is imported only when its command
+runs, so that `lora-kernels --version` does not wait for transformers.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         top.print_help()
         return 2
-    for stream in (sys.stdout, sys.stderr):  # a path, or a locale, may not be of UTF-8
+    for stream in (sys.stdout, sys.stderr):  # paths and locales need not be UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    # Options before the command are ours; everything after it is the command's.
+    # Options before the command are parsed here; those after it belong to the command.
     command = top.parse_args(argv[:1]).command
     module = importlib.import_module(COMMANDS[command][0])
     parser = argparse.ArgumentParser(
@@ -95,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).splitlines())
         print(f"{PROGRAM} {command}: error: {message}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:  # who reads our output has enough
-        # Python flushes standard output once more at its end.
+    except BrokenPipeError:  # the reader of the output has closed it
+        # Python flushes standard output again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

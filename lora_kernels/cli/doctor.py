@@ -22,7 +22,7 @@ from lora_kernels.dispatch.registry import BACKEND_VARIABLE
 from lora_kernels.dispatch.tuning import VARIABLE as TUNING_VARIABLE
 from lora_kernels.ops.common.tuned import VARIABLE as GPU_TUNING_VARIABLE
 
-# Every variable the package reads, so that a surprising path has its reason on the screen.
+# Every variable that the package reads: one of them may explain a path.
 VARIABLES = (
     BACKEND_VARIABLE,
     TUNING_VARIABLE,
@@ -152,14 +152,14 @@ def _train(fn: Callable[..., Any], dtype: torch.dtype, device: str, **kwargs: ob
 
 
 def _cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """What users do, by name; each runs the ops that it needs, forward and backward."""
+    """Typical calls, by name. Each runs its ops, forward and backward."""
     w = torch.linspace(-1, 1, N * K, device=device).to(dtype).view(N, K)
     a = torch.ones(R, K, device=device, requires_grad=True)
     b = torch.ones(N, R, device=device, requires_grad=True)
     adapter = {"lora_a": a, "lora_b": b, "scale": 2.0, "dropout_p": 0.05}
     quantized = NF4Weight.quantize(w)
     packed = {"lora_a": [a] * 2, "lora_b": [b] * 2, "scales": [2.0] * 2, "dropout_p": 0.05}
-    # Down goes back from N, which gate and up give, to K.
+    # Down maps from N, the outputs of gate and up, back to K.
     down_a = torch.ones(R, N, device=device, requires_grad=True)
     down_b = torch.ones(K, R, device=device, requires_grad=True)
     mlp = {
@@ -229,7 +229,7 @@ def _discard(value: object) -> None:
 
 
 def paths() -> list[str]:
-    """For each op, case and dtype the backend that runs; below, why others do not."""
+    """The backend that runs, for each op, case and dtype; below, why others do not."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     columns = [(device, dtype) for device in devices for dtype in dtypes]
@@ -269,7 +269,7 @@ def _explained(call: Callable[[], None]) -> list[Explanation]:
     try:
         return explain(call)
     except (RuntimeError, ValueError, TypeError) as error:
-        # A path that cannot run is what this command is asked about: show it, and go on.
+        # A path that cannot run is a result of this command: show it, and continue.
         print(f"doctor: {error}", file=sys.stderr)
         return []
 

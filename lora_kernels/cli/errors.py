@@ -10,17 +10,17 @@ MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class UsageError(ValueError):
-    """The user gave something that cannot work; the message says what, and what was expected."""
+    """The user's input cannot work; the message says what is wrong and what was expected."""
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What an error of another package says, as one line of at most so many characters."""
+    """An error's message as one line of at most `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def plain_words(error: Exception) -> str:
-    """What happened and what can be done, for an error that nobody has put into words yet."""
+    """A message with what happened and what can be done, for an error of another package."""
     text = one_line(error)
     # safetensors and torch report a full disk as errors of their own.
     if getattr(error, "errno", None) == errno.ENOSPC or any(sign in text for sign in DISK):
@@ -33,4 +33,4 @@ def plain_words(error: Exception) -> str:
 
 
 class Failed(RuntimeError):
-    """The run went wrong after it began; the message says how, what is left, and what to try."""
+    """The run failed after it began; the message says how, what is left, and what to try."""

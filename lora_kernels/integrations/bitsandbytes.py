@@ -1,6 +1,6 @@
-"""Between bitsandbytes' 4-bit layers and this package's; the stored bytes are the same.
+"""Converting between bitsandbytes' 4-bit layers and this package's, which store the same bytes.
 
-Reading needs no bitsandbytes; the functions named `to_*` import it.
+Only the functions named `to_*` import bitsandbytes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def to_params4bit(weight: NF4Weight, quant_storage: torch.dtype = torch.uint8) -
 
     Args:
         weight: the 4-bit weight.
-        quant_storage: dtype in which bitsandbytes is to see the bytes; the number of bytes must be
-            a multiple of its size.
+        quant_storage: dtype of the tensor that holds the bytes; their number must be a multiple
+            of its size.
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -64,7 +64,7 @@ def to_linear4bit(
 ) -> nn.Module:
     """A bitsandbytes Linear4bit with the layer's weight and bias, neither of them copied.
 
-    An adapter on the layer is left behind: merge it first with `to_nf4_linear()`.
+    An adapter on the layer is not converted; merge it first with `to_nf4_linear()`.
 
     Raises:
         ImportError: bitsandbytes is not installed.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lora_kernels.functional import linear_cross_entropy
 from lora_kernels.integrations.transformers import output_layer
 
-# Causal language models whose forward is: body, output layer, loss. Others do more to the logits
-# (soft caps, scales) or to the loss (routers).
+# Causal language models whose forward is only: body, output layer, loss. Others also change the
+# logits (soft caps, scales) or the loss (routers).
 FUSED_LOSS_MODELS = frozenset(
     f"{family}ForCausalLM"
     for family in (
@@ -27,11 +27,11 @@ FUSED_LOSS_MODELS = frozenset(
 def fuse_loss(model: nn.Module) -> bool:
     """Compute a causal language model's training loss without its logits.
 
-    While the model trains on labels, its output layer and its loss become one
-    `functional.linear_cross_entropy`: the same loss, and the output's `logits` are None. In
-    evaluation mode and without labels nothing changes, nor at a call where the output layer is no
-    longer a plain `nn.Linear`: one with an adapter, a 4-bit one, one with hooks. The
-    model's class and state stay as they are; `del model.forward` undoes it.
+    When the model trains on labels, its output layer and its loss are computed by one
+    `functional.linear_cross_entropy`. The loss is the same, and the output's `logits` are None.
+    Nothing changes in evaluation mode, without labels, or while the output layer is not a plain
+    `nn.Linear` (one with an adapter, a 4-bit one, one with hooks). The model's class and state are
+    not changed; `del model.forward` undoes it.
 
     Args:
         model: a transformers model (of a PEFT model: `model.get_base_model()`).
@@ -59,13 +59,13 @@ def fuse_loss(model: nn.Module) -> bool:
         return True
     if type(model).__name__ not in FUSED_LOSS_MODELS or own is not None or not _fits(model):
         return False
-    # A bound method follows the model when it is deep-copied, a closure over it would not.
+    # A bound method is copied with the model by deepcopy; a closure over the model would not be.
     model.forward = MethodType(_fused(type(model).forward), model)  # type: ignore[method-assign]
     return True
 
 
 def _fits(model: nn.Module) -> bool:
-    """Whether logits and loss are what `linear_cross_entropy` computes, as the model is now."""
+    """Whether `linear_cross_entropy` computes what the model now computes."""
     head, loss = output_layer(model), getattr(model, "loss_function", None)
     return (
         type(head) is nn.Linear
@@ -76,7 +76,7 @@ def _fits(model: nn.Module) -> bool:
     )
 
 
-# What would see the output layer's input or output.
+# Hooks that would see the output layer's input or output.
 _HOOKS = (
     *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
     "_forward_hooks_with_kwargs",
@@ -84,7 +84,7 @@ _HOOKS = (
 
 
 def _fused(unfused: Callable[..., Any]) -> Callable[..., Any]:
-    """The class's forward, but for training on labels."""
+    """The class's forward, with the fused loss when it trains on labels."""
 
     names = list(inspect.signature(unfused).parameters)[1:]
 

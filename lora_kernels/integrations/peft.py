@@ -1,4 +1,4 @@
-"""PEFT's adapter checkpoint: file names, tensor keys and what its configuration may say.
+"""PEFT's adapter checkpoint: file names, tensor keys and the options of its configuration.
 
 Source: PEFT 0.21, `adapter_config.json` and `adapter_model.safetensors`.
 """
@@ -19,7 +19,7 @@ ALL_LINEAR = "all-linear"
 _PREFIX = "base_model.model."
 MAGNITUDE = "magnitude_vector"
 EMBEDDING = {"A": "embedding_A", "B": "embedding_B"}  # A [r, V], B [D, r] of an nn.Embedding
-# The adapter's name stands in the key only where a whole PEFT model was saved by hand.
+# The key holds the adapter's name only if a whole PEFT model was saved by hand.
 _KEY = re.compile(
     rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_"
     rf"((?P<factor>[AB])(\.default)?\.weight|(?P<magnitude>{MAGNITUDE})(\.default\.weight)?"
@@ -43,14 +43,14 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "use_qalora": (),
     "velora_config": (),
 }
-# Initialisations that leave the base weight as it was; the others train against a changed one.
+# Initialisations that do not change the base weight. The others train against a changed one.
 _PLAIN_INIT = (True, False, None, "gaussian", "eva", "orthogonal")
-# Options that only matter where an adapter is made.
-_OF_MAKING = (
+# Options that only matter for making a new adapter.
+_ONLY_FOR_MAKING = (
     *("corda_config", "eva_config", "layers_pattern", "layers_to_transform", "loftq_config"),
     "lora_ga_config",
 )
-# Options that say how an adapter came about, or where its layers are, not what a layer computes.
+# Options that say how an adapter was made, or where its layers are, not what a layer computes.
 _WITHOUT_EFFECT = frozenset(
     {
         "alpha_pattern",
@@ -86,7 +86,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def check_directory(directory: object, name: str = "directory") -> Path:
-    """The path of an adapter's directory; an error that names the argument where there is none."""
+    """The path of an adapter's directory. Errors name the argument."""
     if not isinstance(directory, str | os.PathLike):
         raise TypeError(f"{name}: got {type(directory).__name__}, expected a directory's path")
     folder = Path(directory)
@@ -119,7 +119,7 @@ def base_key_of(module: str, tensor: str = "weight") -> str:
 
 
 def check_config(config: Mapping[str, Any]) -> list[str]:
-    """Refuse whatever is not LoRA or DoRA; return the set options that are not known here.
+    """Refuse anything but LoRA and DoRA. Returns the options that are set and not known here.
 
     Raises:
         ValueError: names the option, its value and what is supported.
@@ -142,12 +142,12 @@ def check_config(config: Mapping[str, Any]) -> list[str]:
 
 
 def check_to_apply(config: Mapping[str, Any], unknown: Iterable[str]) -> None:
-    """Refuse what adapters that are to be made cannot follow, after `check_config`.
+    """Refuse options that are not supported for making new adapters, after `check_config`.
 
     Raises:
         ValueError: names the option.
     """
-    for option in (*unknown, *_OF_MAKING):
+    for option in (*unknown, *_ONLY_FOR_MAKING):
         if _is_set(config.get(option)):
             raise ValueError(f"{option}: got {config[option]!r}, which is not supported")
     runtime = config.get("runtime_config")
@@ -161,14 +161,14 @@ def check_to_apply(config: Mapping[str, Any], unknown: Iterable[str]) -> None:
 
 
 def modules_of_task(task: str | None) -> tuple[str, ...]:
-    """What PEFT adds to `modules_to_save` for a task."""
+    """The names that PEFT adds to `modules_to_save` for a task."""
     if task in ("SEQ_CLS", "TOKEN_CLS"):
         return ("classifier", "score")
     return ("qa_outputs",) if task == "QUESTION_ANS" else ()
 
 
 def default_targets(model_type: str | None) -> list[str] | None:
-    """The modules that PEFT adapts in this kind of transformers model where none are named."""
+    """The modules that PEFT adapts by default in a transformers model of this type."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as NAMES
 
     return NAMES.get(model_type)
@@ -185,10 +185,10 @@ def tokens_key(module: str) -> str:
 
 
 def plain_key(key: str) -> str | None:
-    """The base model's own name for the tensor of which a key holds a copy: an adapted layer's, a
-    module's that was trained, or any other; None for a key that is not PEFT's.
+    """The base model's name for the tensor of which a key holds a copy; None if the key is not
+    PEFT's.
 
-    PEFT writes such copies beside an adapter where the vocabulary was resized.
+    PEFT writes such copies beside an adapter if the vocabulary was resized.
     """
     if not key.startswith(_PREFIX):
         return None
@@ -203,14 +203,14 @@ def _is_set(value: Any) -> bool:
 
 
 def matches(names: str | Iterable[str], module: str) -> bool:
-    """Whether a module is named: by suffix in a list, by a whole match of a regular expression."""
+    """Whether a list names a module by the end of its name, or a regex by all of it."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first key of rank_pattern or alpha_pattern that fits the module's name."""
+    """The value of the first key of rank_pattern or alpha_pattern that matches the module."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -1,4 +1,4 @@
-"""What can be asked of a transformers model without importing transformers."""
+"""Properties of a transformers model, read without importing transformers."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ from torch import nn
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer that makes the logits, where the model names it."""
-    getter = getattr(model, "get_output_embeddings", None)
-    if getter is None:
-        return None
-    try:
-        return getter()
-    except (AttributeError, NotImplementedError):
-        return None
+    """The layer that makes the logits, if the model names it."""
+    return _asked(model, "get_output_embeddings")
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
-    """The layer that looks up the tokens, where the model names it."""
-    getter = getattr(model, "get_input_embeddings", None)
-    if getter is None:
-        return None
+    """The layer that looks up the tokens, if the model names it."""
+    return _asked(model, "get_input_embeddings")
+
+
+def vocabulary_layers(model: nn.Module) -> list[nn.Module]:
+    """The input embedding and the output layer, those of them that the model names."""
+    return [m for m in (input_embedding(model), output_layer(model)) if m is not None]
+
+
+def _asked(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a method of the model gives; None if it has no such method or no such layer."""
+    method = getattr(model, getter, None)
     try:
-        return getter()
+        return None if method is None else method()
     except (AttributeError, NotImplementedError):
         return None
 
 
-# Ends of the names of models whose head is made anew for a task: its classes are the user's.
+# Ends of the names of models with a new head for a task, whose classes are the user's.
 _TASKS = ("Classification", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
 _HEADS = ("classifier", "score", "qa_outputs")
 
 
 def task_heads(model: nn.Module) -> list[str]:
-    """Names of the modules that a model for a task has beside its backbone; none for a language
-    model, whose head was trained with the rest."""
+    """Names of the modules that a model for a task has beside its backbone. None for a language
+    model, whose head was pretrained."""
     kind = type(model).__name__
     if "For" not in kind or not kind.endswith(_TASKS):
         return []
@@ -57,15 +59,16 @@ _TASK_TYPES = {
 
 
 def task_type(model: nn.Module) -> str | None:
-    """PEFT's name of the model's task, where it has one."""
+    """PEFT's name of the model's task; None if it has no name for it."""
     kind = type(model).__name__
     return next((task for end, task in _TASK_TYPES.items() if kind.endswith(end)), None)
 
 
 def resized_vocabulary(model: nn.Module) -> tuple[int, int] | None:
-    """(tokens that the model was loaded with, tokens now) where they differ, else None. Of a model
-    that does not say where it was loaded from, those that `remember_vocabulary` has seen count.
-    Asks no network."""
+    """(vocabulary size when the model was loaded, size now) if they differ, else None.
+
+    For a model that does not know where it was loaded from, the first is the size that
+    `remember_vocabulary` noted. The network is not used."""
     config: Any = getattr(model, "config", None)
     name, size = base_model_name(model), _vocabulary(config)
     if size is None:
@@ -81,12 +84,12 @@ _SEEN = "_lora_kernels_vocabulary"
 
 
 def remember_vocabulary(model: nn.Module) -> None:
-    """Note how many tokens a model has, for `resized_vocabulary`."""
+    """Note the size of a model's vocabulary, for `resized_vocabulary`."""
     vars(model)[_SEEN] = _vocabulary(getattr(model, "config", None))
 
 
 def _vocabulary(config: Any) -> int | None:
-    """The number of tokens, of the text's part of a model that takes more than text."""
+    """The vocabulary's size; of the text part, if the model takes more than text."""
     getter = getattr(config, "get_text_config", None)
     return getattr(config if getter is None else getter(), "vocab_size", None)
 
@@ -104,10 +107,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def forget_quantizer(model: nn.Module) -> None:
-    """Take transformers' marks of a quantised model away, once none of its own layers is left.
+    """Remove transformers' marks of a model quantised by it, once no such layer is left.
 
     With them the Trainer refuses to train, and `save_pretrained` writes a configuration that asks
-    for layers that are no longer there.
+    for layers that no longer exist.
     """
     for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_quantized"):
         if name in vars(model):
@@ -119,14 +122,14 @@ def forget_quantizer(model: nn.Module) -> None:
 
 
 def share_weight(model: nn.Module) -> bool:
-    """Whether the output layer has the embedding's weight; True where the model lacks one."""
+    """Whether output layer and embedding share a weight; True if the model lacks one of them."""
     ends = input_embedding(model), output_layer(model)
     weights = [getattr(layer, "weight", None) for layer in ends]
     return any(w is None for w in weights) or weights[0] is weights[1]
 
 
 def untie(model: nn.Module) -> bool:
-    """Stop transformers from tying the output layer to the embedding; whether it was tied."""
+    """Stop transformers from tying the output layer to the embedding. Returns whether it did."""
     config: Any = getattr(model, "config", None)
     tied = bool(getattr(config, "tie_word_embeddings", False))
     if tied:

@@ -1,4 +1,4 @@
-"""Modules: nn.Linear with an adapter, the same over a 4-bit base, and several of them as one."""
+"""Modules: linear layers with an adapter, over a dense or a 4-bit base, and several run as one."""
 
 from lora_kernels.nn.lora import LoRAMixin
 from lora_kernels.nn.lora_linear import LoRALinear

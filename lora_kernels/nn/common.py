@@ -1,4 +1,4 @@
-"""What the modules share that is not an adapter: checks of a plain linear layer, and making one."""
+"""What all the modules need: checks of a plain linear layer, making one, sharded tensors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_linear_layer(linear: nn.Module) -> None:
 
 
 def _check_own_forward(linear: nn.Linear) -> None:
-    """Raise for a forward that is set on the instance, but for accelerate's that moves inputs."""
+    """Raise TypeError for a forward set on the instance, except accelerate's that moves inputs."""
     forward = vars(linear).get("forward", linear.forward)
     if getattr(forward, "__func__", None) is nn.Linear.forward and forward.__self__ is linear:
         return
@@ -61,18 +61,18 @@ def _check_own_forward(linear: nn.Linear) -> None:
 
 
 def device_hook(module: nn.Module) -> Any:
-    """accelerate's hook that moves a layer's inputs to its device; None without one."""
+    """accelerate's hook that moves the inputs to the layer's device; None without one."""
     hook = vars(module).get("_hf_hook")
     return hook if type(hook).__name__ == "AlignDevicesHook" else None
 
 
 def check_finite_weight(weight: Tensor) -> None:
-    """Raise ValueError for values that are not finite in fp32, in which weights are quantised.
+    """Raise ValueError for values that are not finite in fp32, the dtype for quantising.
 
-    It costs one pass over the weight, and memory only where it raises.
+    It reads the weight once, and allocates memory only if it raises.
     """
     if weight.numel() > 0:
-        extremes = torch.stack(torch.aminmax(weight.detach()))  # of any NaN, both are NaN
+        extremes = torch.stack(torch.aminmax(weight.detach()))  # both are NaN if any value is
         if not bool(torch.isfinite(extremes.float()).all()):
             check_finite("weight", weight.detach().float())
 
@@ -86,21 +86,21 @@ def check_features(in_features: int, out_features: int) -> None:
 
 
 def whole(t: Any) -> Any:
-    """All of a tensor that `fully_shard` has split over processes, on each of them, which have to
-    ask together; any other tensor, and None, as it is."""
+    """The whole of a tensor that `fully_shard` has split over processes; every process has to call
+    this. Any other tensor, and None, is returned as it is."""
     gather = getattr(t, "full_tensor", None)
     return t if gather is None else gather().detach()
 
 
 def whole_parameter(p: Parameter | None) -> Parameter | None:
-    """`whole` of a parameter, the very same where it is not split."""
+    """`whole` of a parameter; the same object if it is not split."""
     gathered = whole(p)
     return p if gathered is p else Parameter(gathered, requires_grad=p.requires_grad)  # type: ignore[union-attr]
 
 
 @torch.no_grad()
 def fill(p: Tensor, values: Tensor) -> None:
-    """Copy into a parameter, each process into its own part where it is split."""
+    """Copy values into a parameter. If it is split, each process copies its own part."""
     if hasattr(p, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -126,16 +126,17 @@ def frozen(parameter: Any) -> Any:
 
 
 def cast_like(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """`t` in x's dtype, for a layer over a base that has no dtype of its own."""
+    """`t` in x's dtype, for layers over a 4-bit base, which compute in x's dtype."""
     if not x.is_floating_point():
         raise TypeError(f"x: got dtype {names([x.dtype])}, expected {names(FLOATS)}")
     return t if t is None or t.dtype == x.dtype else t.to(x.dtype)
 
 
 def set_buffer(module: nn.Module, name: str, t: Tensor | None) -> None:
-    """Keep a tensor as a buffer that no state dict has, or None in its place.
+    """Register a tensor, or None, as a buffer that is not in the state dict.
 
-    accelerate's hooks take every name in the set for a tensor, so None is not in it.
+    accelerate's hooks expect a tensor for every name in the set of such buffers, so a name whose
+    buffer is None is taken out of it.
     """
     module.register_buffer(name, t, persistent=False)
     if t is None:
@@ -143,8 +144,8 @@ def set_buffer(module: nn.Module, name: str, t: Tensor | None) -> None:
 
 
 def draw_kaiming(t: Tensor, generator: torch.Generator | None = None) -> None:
-    """Fill in place with nn.Linear's and LoRA's choice: Kaiming-uniform, a=√5."""
-    if t.numel() > 0:  # torch warns about anything smaller
+    """Fill in place as nn.Linear and LoRA do: Kaiming-uniform with a=√5."""
+    if t.numel() > 0:  # torch warns about empty tensors
         nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
 

@@ -27,8 +27,8 @@ def is_linear4bit(module: object) -> bool:
 def weight_from_linear4bit(layer: nn.Module) -> NF4Weight:
     """The 4-bit weight of a bitsandbytes Linear4bit, sharing its tensors.
 
-    A layer that has not been quantised yet (never moved to a device) is quantised with its own
-    settings.
+    A layer that is not quantised yet, because it was never moved to a device, is quantised with its
+    own settings.
 
     Raises:
         TypeError: `layer` is no Linear4bit.
@@ -53,10 +53,10 @@ def weight_from_linear4bit(layer: nn.Module) -> NF4Weight:
 
 
 def check_linear4bit(layer: nn.Module) -> None:
-    """Raise what `weight_from_linear4bit` would; what is not quantised yet stays so."""
+    """Raise what `weight_from_linear4bit` would, without quantising anything."""
     weight: Any = layer.weight
     if _quant_state(layer) is None:
-        _quantize(weight, weight.data[:0])  # the settings alone
+        _quantize(weight, weight.data[:0])  # checks the settings on no values
         check_finite_weight(weight.data)
     else:
         weight_from_linear4bit(layer)
@@ -67,7 +67,7 @@ def _quant_state(layer: nn.Module) -> Any:
 
 
 def _quantize(weight: Any, values: Tensor) -> NF4Weight:
-    """`values` with the settings of a Params4bit that holds no codes yet."""
+    """`values`, quantised with the settings of a Params4bit that is not quantised yet."""
     if weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
         raise ValueError(
             f"layer.weight: is {list(weight.shape)} {weight.dtype} on {weight.device} without "
@@ -93,7 +93,7 @@ def _refuse_repacked(name: str, state: Any) -> None:
 
 
 def weight_from_quant_state(packed: Any, state: Any) -> NF4Weight:
-    """The 4-bit weight of `bitsandbytes.functional.quantize_4bit`'s two results, sharing them.
+    """The 4-bit weight made of the two results of `bitsandbytes.functional.quantize_4bit`, shared.
 
     Examples:
         >>> import bitsandbytes as bnb

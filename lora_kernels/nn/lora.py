@@ -22,7 +22,7 @@ from lora_kernels.ops.dora import dora_norm, output_scale
 
 INITS = ("kaiming", "gaussian")
 ADAPTER = ("lora_A", "lora_B", "lora_magnitude_vector")
-_SCALE = {"r", "alpha", "use_rslora"}  # what the scale follows from
+_SCALE = {"r", "alpha", "use_rslora"}  # the attributes that determine the scale
 
 
 def check_adapter_options(r: int, alpha: float, dropout: float, init: str) -> None:
@@ -48,12 +48,12 @@ def check_adapter_dtype(dtype: torch.dtype) -> None:
 
 
 def default_adapter_dtype(base_dtype: torch.dtype) -> torch.dtype:
-    """The base's own, but fp32 over a 16-bit base, as in PEFT: small updates vanish in 16 bits."""
+    """The base's dtype, but fp32 over a 16-bit base, as in PEFT: 16 bits lose small updates."""
     return torch.float32 if base_dtype in (torch.float16, torch.bfloat16) else base_dtype
 
 
 def scale_of(alpha: float, r: int, use_rslora: bool) -> float:
-    """What the branch is multiplied by: alpha/r, or alpha/√r with `use_rslora`."""
+    """The factor of the adapter's branch: alpha/r, or alpha/√r with `use_rslora`."""
     return float(alpha) / (math.sqrt(r) if use_rslora else r)
 
 
@@ -78,9 +78,9 @@ class LoRAMixin(nn.Module):
         lora_A: Parameter [r, K].
         lora_B: Parameter [N, r], zero at first, so that a new adapter changes nothing.
         lora_magnitude_vector: Parameter [N] with `use_dora`, else None; ‖W + scale·B·A‖ at first.
-        r, alpha, use_rslora: what `scale` follows from; `alpha` may be set at any time.
-        dropout: probability of dropping an element of x on the adapter's branch; it acts in
-            training mode only, and [0, 1) is its range.
+        r, alpha, use_rslora: these determine `scale`; `alpha` may be set at any time.
+        dropout: probability, in [0, 1), of dropping an element of x on the adapter's branch, in
+            training mode only.
         adapter_enabled: False computes the base layer alone.
 
     Examples:
@@ -115,7 +115,7 @@ class LoRAMixin(nn.Module):
         raise NotImplementedError
 
     def _dense_base(self, dtype: torch.dtype) -> Tensor:
-        """W [N, K]: as it is stored, or decoded to `dtype`; not to be written to."""
+        """W [N, K], as it is stored or decoded to `dtype`. Callers must not write to it."""
         raise NotImplementedError
 
     def _base_forward(self, x: Tensor) -> Tensor:
@@ -151,16 +151,24 @@ class LoRAMixin(nn.Module):
         self._keep_merged(None)
         self.reset_adapter()
 
+    def reset_parameters(self) -> None:
+        """Draw the base as nn.Linear does (a 4-bit one is quantised then), and the adapter as
+        `init` says."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "lora_A" in self._parameters:  # not while the base is made
+            self.reset_adapter()
+            self.refresh_merged()
+
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Draw A anew (Kaiming-uniform with a=√5, or normal with std 1/r), set B to zero and the
-        magnitude to what changes nothing."""
+        """Draw new values of A (Kaiming-uniform with a=√5, or normal with std 1/r), and set B and
+        the magnitude so that the layer computes what its base does."""
         draw_adapter(self.lora_A, self.lora_B, self.init)
         self.reset_magnitude()
 
     @torch.no_grad()
     def reset_magnitude(self) -> None:
-        """Set the magnitude to ‖W + scale·B·A‖, with which DoRA computes what LoRA does."""
+        """Set the magnitude to ‖W + scale·B·A‖, for which DoRA computes what LoRA does."""
         magnitude = self.lora_magnitude_vector
         if magnitude is not None and not magnitude.is_meta:
             fill(magnitude, self._norm())
@@ -172,13 +180,13 @@ class LoRAMixin(nn.Module):
 
     @property
     def scale(self) -> float:
-        """What the branch is multiplied by: alpha/r, or alpha/√r with `use_rslora`."""
+        """The factor of the adapter's branch: alpha/r, or alpha/√r with `use_rslora`."""
         return self._scale
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in _SCALE and self.__dict__.keys() >= _SCALE:
-            # Kept, as compiled layers then share a graph: it depends on nothing but this float.
+            # Stored as one float, so that compiled layers which differ in it can share a graph.
             self.__dict__["_scale"] = scale_of(self.alpha, self.r, self.use_rslora)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -221,7 +229,7 @@ class LoRAMixin(nn.Module):
         """scale·B·A [N, K] in fp32 (fp64 for fp64 adapters), not scaled by DoRA's magnitude."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         a, b = whole(self.lora_A), whole(self.lora_B)
-        # torch knows no autocast for meta, and turns none on there.
+        # torch has no autocast for the meta device.
         kind = "cpu" if a.is_meta else a.device.type
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             return (b.to(dtype) @ a.to(dtype)).mul_(self.scale)
@@ -258,16 +266,22 @@ class LoRAMixin(nn.Module):
         """Whether forward runs on a merged weight."""
         return self._merged_weight is not None
 
+    @property
+    def merged_dense(self) -> bool:
+        """Whether forward runs on a merged weight that is dense, whatever the base's format is."""
+        return self._merged_weight is not None
+
     def merge(self, *, safe: bool = False) -> None:
         """Run as one linear layer with W + scale·B·A.
 
-        The base weight stays beside the merged one: that costs a second copy of the weight, and
-        makes `unmerge` exact to the bit, `state_dict` the same merged or not, and a tied weight
-        safe. A later change of A, B or alpha shows only after `unmerge` and `merge`; loading a
-        state dict merges anew by itself. Merging twice warns and changes nothing.
+        The base weight is kept beside the merged one. This costs a second copy of the weight. In
+        return `unmerge` is exact to the bit, `state_dict` is the same merged or not, and a tied
+        weight is not changed. A later change of A, B or alpha takes effect only after `unmerge`
+        and `merge`; loading a state dict merges again by itself. Merging twice warns and changes
+        nothing.
 
         Args:
-            safe: refuse a merged weight that is not finite, and leave everything as it was.
+            safe: refuse a merged weight that is not finite, and change nothing.
 
         Raises:
             ValueError: with `safe`, the merged weight holds an infinity or NaN.
@@ -277,7 +291,7 @@ class LoRAMixin(nn.Module):
         self._keep_merged(self.merged_weight(safe=safe))
 
     def unmerge(self) -> None:
-        """Forget the merged weight; the base weight was never changed. Warns if not merged."""
+        """Drop the merged weight; the base weight was never changed. Warns if not merged."""
         if not self._warn_if(not self.merged, "not merged"):
             self._drop_merged()
 
@@ -294,7 +308,7 @@ class LoRAMixin(nn.Module):
         self._keep_merged(None)
 
     def refresh_merged(self) -> None:
-        """Merge anew, if merged, after A, B, alpha or the base weight has changed."""
+        """If merged, merge again, after A, B, alpha or the base weight has changed."""
         if self._merged_weight is not None and not self.lora_A.is_meta:
             self._keep_merged(self.merged_weight())
 
@@ -323,12 +337,12 @@ class LoRAMixin(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         adapter = [prefix + name for name in ADAPTER]
-        # A checkpoint of the plain layer has none of them: A and B then stay as they are.
+        # A checkpoint of the plain layer has no adapter: A and B then stay as they are.
         if not any(key in state_dict for key in adapter):
             missing_keys[:] = [key for key in missing_keys if key not in adapter]
         changed = any(key in state_dict for key in (prefix + "weight", *adapter))
         if changed and adapter[-1] not in state_dict:
-            self.reset_magnitude()  # it belongs to the W, A and B that were here before
+            self.reset_magnitude()  # the old one belongs to the old W, A and B
         self.refresh_merged()
 
     def extra_repr(self) -> str:

@@ -15,8 +15,8 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
     """nn.Linear plus scale·drop(x)·Aᵀ·Bᵀ (Hu et al., 2021, "LoRA"); the base is frozen.
 
     `weight`, `bias`, `in_features`, `out_features` and their state-dict keys are nn.Linear's own;
-    `lora_A` [r, K], `lora_B` [N, r] and with `use_dora` `lora_magnitude_vector` [N] come beside
-    them. A checkpoint of the plain layer loads with strict=True and leaves A and B as they are; the
+    `lora_A` [r, K], `lora_B` [N, r] and with `use_dora` `lora_magnitude_vector` [N] are added. A
+    checkpoint of the plain layer loads with strict=True and leaves A and B as they are; the
     magnitude becomes the norm of the loaded W + scale·B·A.
 
     Args:
@@ -24,10 +24,10 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
         bias: whether the base has a bias (frozen as the weight is).
         r: the adapter's rank, at least 1.
         alpha: scale = alpha/r, or alpha/√r with `use_rslora`.
-        dropout: probability of dropping an element of x on the branch, in training only.
+        dropout: probability of dropping an element of x on the branch, in training mode only.
         init: how A is drawn, "kaiming" (uniform, a=√5) or "gaussian" (std 1/r); B is zero.
         adapter_dtype: fp32 over a 16-bit base by default, else the base's dtype.
-        use_dora: learn each output's magnitude apart from its direction (Liu et al., 2024, "DoRA");
+        use_dora: learn each output's magnitude apart from its direction (Liu et al., 2024, "DoRA").
             `functional.dora_linear` states the maths.
         device, dtype: of the base.
 
@@ -98,13 +98,6 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
             r, alpha, dropout, use_rslora, init, adapter_dtype, linear.weight.device, use_dora
         )
         return module.train(linear.training)
-
-    def reset_parameters(self) -> None:
-        """Draw the base as nn.Linear does and the adapter as `init` says."""
-        super().reset_parameters()
-        if "lora_A" in self._parameters:
-            self.reset_adapter()
-            self.refresh_merged()
 
     def _base_dtype(self) -> torch.dtype:
         return self.weight.dtype

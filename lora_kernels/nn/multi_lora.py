@@ -11,40 +11,41 @@ from torch import Tensor, nn
 from lora_kernels import functional
 from lora_kernels.ops.gather import RankPages
 
-_EXPERT = re.compile(r"experts?\.\d+\b")  # one of several, each of which gets some of the tokens
+_EXPERT = re.compile(r"experts?\.\d+\b")  # an expert of a mixture gets some of the tokens only
 
 
 class Router(Protocol):
-    """Who knows the adapters and which row uses which: a `serving.AdapterPool`."""
+    """What tells a layer its adapters and which row uses which: a `serving.AdapterPool`."""
 
     def active_slots(self) -> Tensor | None:
-        """int32, the slot of each row or token, −1 for none; None: nobody has an adapter."""
+        """int32, the slot of each row or token, −1 for none; None if no row has an adapter."""
 
     def active_tokens(self) -> tuple[int, int] | None:
-        """(batch, tokens of each row) of the model's input under way; None where nobody saw it."""
+        """(batch, tokens of each row) of the model's current input; None if it is not known."""
 
     def pages(self, module: str) -> RankPages:
-        """The adapters of a module."""
+        """The adapters' pages for a module."""
 
 
 class MultiLoRALinear(nn.Module):
     """y = base(x) + scale·x·Aᵀ·Bᵀ, with A, B and scale of each row's own slot.
 
-    The base is any linear layer (nn.Linear, NF4Linear, bitsandbytes' Linear4bit) and is called as
-    it is: without active slots the layer is its base, and a row without adapter is what the base
-    gives, bit for bit, whoever else is in the batch.
+    The base is any linear layer (nn.Linear, NF4Linear, bitsandbytes' Linear4bit), and its own
+    forward is called. Without active slots the layer computes what its base does. The result of a
+    row without an adapter is the base's, bit for bit, whatever the other rows of the batch use.
 
-    Slots [B] are those of the rows of x [B, ..., K], each for all of its tokens. Where a model
-    folds batch and tokens into one dimension, [B·T, K], they follow if the router knows T, and must
-    be given for each token ([B, T] or [B·T]) if not. A layer that picks or reorders tokens (an
-    expert of a mixture) cannot tell which token is whose: it takes no adapters this way.
+    Slots [B] belong to the rows of x [B, ..., K] and hold for all tokens of a row. If a model
+    folds batch and tokens into one dimension, x [B·T, K], slots [B] are expanded if the router
+    knows T; otherwise they must be given for each token ([B, T] or [B·T]). A layer that selects or
+    reorders tokens (an expert of a mixture) cannot tell which token belongs to which row, and
+    takes no adapters this way.
 
     The state dict is the base's under `base.`; `serving.detach_pool` brings the base back.
 
     Args:
-        base: the layer, which stays as it is.
+        base: the layer; it is not changed.
         router: gives the slots and the pages.
-        name: the module's name at the router.
+        name: the name under which the router knows the module.
 
     Examples:
         >>> pool = lk.serving.AdapterPool(model, slots=4, pages=4, target_modules=["q_proj"])
@@ -71,7 +72,7 @@ class MultiLoRALinear(nn.Module):
 
     @staticmethod
     def picks_tokens(name: str) -> bool:
-        """Whether a module of this name is one expert of several, and gets some of the tokens."""
+        """Whether a module of this name is an expert of a mixture, which selects tokens."""
         return _EXPERT.search(name) is not None
 
     @property
@@ -105,9 +106,18 @@ class MultiLoRALinear(nn.Module):
 def fit_slots(
     name: str, slots: Tensor, x: Tensor, router: Router | None = None, *, picks: bool = False
 ) -> Tensor:
-    """The slots, for x's leading dimensions or the first of them; ValueError, with the layer's
-    name, where x has other tokens than the model's input, or in another order. A layer that `picks`
-    tokens is known to have them all where it has as many."""
+    """The slots in a shape that matches x's leading dimensions, or the first of them.
+
+    Args:
+        name: the layer's, for the error.
+        slots: of each row [B] or each token ([B, T] or [B·T]) of the model's input.
+        x: the layer's input [..., K].
+        router: knows (batch, tokens) of the model's input. Without one, slots [B, T] tell them.
+        picks: the layer selects tokens; then x must have as many tokens as the model's input.
+
+    Raises:
+        ValueError: x has other tokens than the model's input, or has them in another order.
+    """
     lead = x.shape[:-1]
     if slots.shape == lead[: slots.dim()] and not picks:
         return slots
@@ -132,7 +142,7 @@ def fit_slots(
 
 
 def _all_tokens(lead: torch.Size, batch: int, length: int) -> bool:
-    """Whether leading dimensions hold all tokens of the input, those of a row side by side."""
+    """Whether leading dimensions hold all tokens of the input, row after row."""
     folded = [n for n in lead if n != 1]
     return folded in ([n for n in (batch, length) if n != 1], [batch * length])
 

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
-from lora_kernels.nn.multi_lora import MultiLoRALinear, Router, fit_slots
+from lora_kernels.nn.multi_lora import Router, fit_slots
 
 
 class MultiLoRAEmbedding(nn.Module):
     """y = base(ids) + scale·A[:, ids]ᵀ·Bᵀ, with A, B and scale of each row's own slot.
 
-    Slots are as in `MultiLoRALinear`, and so are the state dict and `serving.detach_pool`.
+    Slots, state dict and `serving.detach_pool` are as in `MultiLoRALinear`.
 
     Args:
-        base: a plain nn.Embedding, which stays as it is.
+        base: a plain nn.Embedding; it is not changed.
         router: gives the slots and the pages (a [P, V, 16]).
-        name: the module's name at the router.
+        name: the name under which the router knows the module.
 
     Examples:
         >>> pool = lk.serving.AdapterPool(model, slots=4, pages=4, target_modules=["embed_tokens"])
@@ -63,11 +63,8 @@ class MultiLoRAEmbedding(nn.Module):
         return f"name={self.name!r}"
 
 
-POOLED = (MultiLoRALinear, MultiLoRAEmbedding)  # what a pool puts around a layer
-
-
 def check_embedding(name: str, layer: nn.Module) -> None:
-    """Raise TypeError unless a layer gives the rows of its weight and does no more to them."""
+    """Raise TypeError unless a layer only looks up rows of its weight."""
     kind = type(layer).__name__
     if not isinstance(layer, nn.Embedding) or type(layer).forward is not nn.Embedding.forward:
         raise TypeError(

@@ -19,7 +19,7 @@ from lora_kernels.ops.lora.api import draw_seed
 
 
 class SlotAdapter(nn.Module):
-    """One adapter at one layer: LoRAMixin's adapter half, apart from the base.
+    """The part of one adapter at one layer; as in LoRAMixin, but without the base.
 
     Attributes:
         lora_A: Parameter [r, K], drawn as `init` says.
@@ -54,7 +54,7 @@ class SlotAdapter(nn.Module):
 
     @property
     def scale(self) -> float:
-        """What the branch is multiplied by."""
+        """The factor of the adapter's branch."""
         return scale_of(self.alpha, self.r, self.use_rslora)
 
     def extra_repr(self) -> str:
@@ -62,16 +62,16 @@ class SlotAdapter(nn.Module):
 
 
 class BatchRoute:
-    """Whose a batch's tokens are, and what each adapter drops.
+    """Which adapter each token of a batch uses, and the dropout of each adapter.
 
-    Dropout of slot i is that of a batch of its own: seeds come from its own generator, one for
-    each layer in the order of the calls, and its rows of the mask are counted over its own tokens.
-    A layer that is called again in the same step (a checkpointed layer in the backward) drops as
-    it did at first.
+    An adapter's dropout is the same as if it were trained alone. Its seeds come from its own
+    generator, one for each layer in the order of the calls, and the rows of its mask are counted
+    over its own tokens. A layer that is called again in the same step (activation checkpointing)
+    uses its seed again.
 
     Args:
-        slots: int32 [B, L], the adapter of each token; −1 for padding that no adapter brought.
-        generators: of each slot in the batch, on the slots' device.
+        slots: int32 [B, L], the adapter of each token; −1 for padding added between adapters.
+        generators: by slot, for each slot in the batch, on the slots' device.
     """
 
     def __init__(self, slots: Tensor, generators: Mapping[int, torch.Generator]) -> None:
@@ -81,7 +81,7 @@ class BatchRoute:
         self._seeds: dict[tuple[str, int], Tensor] = {}
 
     def seed(self, layer: str, slot: int) -> Tensor:
-        """int64 [1], of a slot's mask at a layer."""
+        """int64 [1], the seed of a slot's dropout mask at a layer."""
         key = layer, slot
         if key not in self._seeds:
             self._seeds[key] = draw_seed(self.slots.device, self.generators[slot])
@@ -89,7 +89,7 @@ class BatchRoute:
 
 
 class RouteHolder:
-    """What the layers of one model share: the batch under way, or None."""
+    """Shared by the layers of one model. It holds the route of the current batch, or None."""
 
     route: BatchRoute | None = None
 
@@ -97,14 +97,14 @@ class RouteHolder:
 class TrainableMultiLoRALinear(nn.Module):
     """y = x·Wᵀ + bias + scale·drop(x)·Aᵀ·Bᵀ, with A, B, scale and dropout of each token's adapter.
 
-    The base is frozen. Each adapter has parameters of its own: those of an adapter that the batch
-    leaves out get no gradient (None), and an optimiser of its own steps each alone. Outside a
-    route, and for a batch of adapters that leave this layer alone, the layer is its base.
+    The base is frozen. Each adapter has its own parameters, so each can have its own optimiser.
+    Those of an adapter without tokens in the batch get no gradient (None). Outside a route, and if
+    no adapter of the batch is on this layer, the layer computes what its base does.
 
     Args:
-        base: nn.Linear or NF4Linear, which stays as it is.
+        base: nn.Linear or NF4Linear; it is not changed.
         slots: how many adapters the model has in all.
-        holder: gives the route of the batch under way.
+        holder: gives the route of the current batch.
         name: the module's name in the model.
     """
 
@@ -118,13 +118,13 @@ class TrainableMultiLoRALinear(nn.Module):
         self.train(base.training)
 
     def add(self, slot: int, adapter: SlotAdapter) -> None:
-        """Put an adapter in a slot that has none."""
+        """Put an adapter into an empty slot."""
         if not 0 <= slot < self.slots or str(slot) in self.adapters:
             raise ValueError(f"slot: got {slot}, expected one of 0 to {self.slots - 1} without")
         self.adapters[str(slot)] = adapter.train(self.training)
 
     def adapter(self, slot: int) -> SlotAdapter | None:
-        """The adapter of a slot; None where it leaves this layer alone."""
+        """The adapter of a slot; None if it is not on this layer."""
         if str(slot) not in self.adapters:
             return None
         found = self.adapters[str(slot)]
@@ -160,7 +160,7 @@ class TrainableMultiLoRALinear(nn.Module):
     def _dropout(
         self, route: BatchRoute, here: Mapping[int, SlotAdapter], device: torch.device
     ) -> functional.SlotDropout | None:
-        """Seeds are drawn only where a layer trained alone would draw one: with a dropout."""
+        """Dropout by slot. A seed is drawn only if dropout > 0, as in a layer trained alone."""
         dropping = {slot: a.dropout for slot, a in here.items() if a.dropout > 0}
         if not dropping:
             return None

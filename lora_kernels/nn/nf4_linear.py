@@ -33,15 +33,14 @@ COMPONENTS = ("packed", "absmax", "nested_absmax", "nested_map", "nested_offset"
 class NF4Linear(nn.Module):
     """y = x·Wᵀ + bias with W frozen in 4 bits (Dettmers et al., 2023, "QLoRA").
 
-    W is decoded to x's dtype, whatever that is: the layer has no compute dtype of its own. The
-    codes and scales are buffers which follow the module from device to device but are never cast
-    (`.half()` and `.to(dtype)` reach the bias, and say what the weight decodes to for a merge). The
-    state dict holds bitsandbytes' keys
-    (`weight`, `weight.absmax`, ...). Such a state dict loads with the block size and format that
-    it says; a dense weight [N, K] is quantised on loading with this layer's own.
+    W is decoded to x's dtype, so the layer has no compute dtype of its own. The codes and scales
+    are buffers: they move with the module from device to device, but are never cast. `.half()` and
+    `.to(dtype)` cast the bias, and set the dtype to which the weight is decoded for a merge. The
+    state dict holds bitsandbytes' keys (`weight`, `weight.absmax`, ...). Loading one takes over
+    its block size and format; a dense weight [N, K] is quantised on loading with this layer's.
 
-    Being buffers, they are sent anew with every forward under DistributedDataParallel, unless it
-    gets `broadcast_buffers=False`; FSDP leaves them whole in every process.
+    DistributedDataParallel sends buffers with every forward, unless it gets
+    `broadcast_buffers=False`. FSDP leaves them whole in every process.
 
     Args:
         in_features, out_features: K and N.
@@ -49,7 +48,7 @@ class NF4Linear(nn.Module):
         block_size: elements per scale, a power of two from 32 to 4096.
         double_quant: store the scales in 8 bits.
         quant_type: "nf4" or "fp4".
-        device, dtype: of the bias, and of the weight before it was quantised.
+        device, dtype: of the bias, and of the weight that is quantised.
 
     Examples:
         >>> layer = lk.NF4Linear.from_linear(torch.nn.Linear(64, 32), block_size=64)
@@ -104,13 +103,13 @@ class NF4Linear(nn.Module):
 
     def _stored(self, slot: str) -> NF4Weight:
         weight, buffers = self._weights[slot], self._buffers
-        # The buffers are what moves and what torch.func swaps; the object is only kept beside them
-        # because making one costs more than a small layer's kernel.
+        # `.to` and torch.func replace the buffers. The NF4Weight is kept beside them because making
+        # one takes longer than a small layer's kernel.
         if all(buffers[slot + name] is getattr(weight, name) for name in COMPONENTS):
             return weight
         tensors = {name: buffers[slot + name] for name in COMPONENTS}
         weight = weight.with_tensors({k: t for k, t in tensors.items() if t is not None})
-        # Checked now, not in the next forward: every trace of that is to be the same.
+        # Checked here, so that every trace of the next forward is the same.
         self._weights[slot] = weight.check()
         return weight
 
@@ -196,8 +195,8 @@ class NF4Linear(nn.Module):
 
         super()._apply(keep_format, recurse)
         for slot in self._weights:
-            weight = self._stored(slot)  # lets go of the tensors that were replaced
-            # A cast of the model is one of the dense weight that this one stands for.
+            weight = self._stored(slot)  # drops the tensors that were replaced
+            # A cast of the model applies to the dense weight that this one was made from.
             dtype = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
             if dtype != weight.dtype:
                 self._weights[slot] = replace(weight, dtype=dtype)
@@ -270,7 +269,7 @@ class NF4Linear(nn.Module):
 
 
 def _entry_names(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-    """The parts of a 4-bit weight, beside `weight` itself, that a state dict holds."""
+    """The keys, below `weight`, of the parts of a 4-bit weight in a state dict."""
     known = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
     names = (key[len(prefix) :] for key in state_dict if key.startswith(prefix))
     return [n for n in names if n in known or n.startswith("quant_state.bitsandbytes__")]
@@ -294,7 +293,7 @@ def empty_weight(
     device: torch.device | str | None,
     dtype: torch.dtype,
 ) -> NF4Weight:
-    """An NF4Weight of the given format whose tensors hold nothing yet."""
+    """An NF4Weight of the given format with uninitialised tensors."""
     n = shape[0] * shape[1]
     blocks = -(-n // block_size)
     nested = double_quant and blocks > 0

@@ -1,4 +1,4 @@
-"""Layers with adapters that read one input, run as one: q/k/v, gate/up and the gated MLP."""
+"""Layers with adapters that share an input and run as one: q/k/v, gate/up, the gated MLP."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Layer = LoRALinear | QLoRALinear
 
 
 class PackedLayers(nn.Module):
-    """LoRALinear and QLoRALinear layers as submodules, run by one packed op where that is the same.
+    """LoRALinear and QLoRALinear layers as submodules, run by one packed op where possible.
 
-    The layers are shared, not copied: their parameters, merging and checkpoint rules are their own,
-    and this module's state dict is theirs under the names in `layer_names`. In training each layer
-    has its own dropout mask, as apart; one seed is drawn for all of them.
+    The layers are shared, not copied. They keep their parameters, merging and checkpoint rules, and
+    this module's state dict is theirs under the names in `layer_names`. In training each layer has
+    its own dropout mask, though one seed is drawn for all.
 
-    `why_not_packed()` says whether a forward takes the packed op, or why it calls the layers one by
-    one instead; the result is the same but for dropout's random numbers.
+    `why_not_packed()` says whether a forward takes the packed op, or why it calls the layers one
+    after the other. The result is the same except for dropout's random numbers.
     """
 
     layer_names: ClassVar[tuple[str, ...]]
@@ -60,7 +60,7 @@ class PackedLayers(nn.Module):
         return [(name, self._layer(i)) for i, name in enumerate(self.layer_names)]
 
     def why_not_packed(self) -> str | None:
-        """Why a forward would call the layers one by one, or None where it takes the packed op."""
+        """Why a forward would call the layers one by one; None if it takes the packed op."""
         first_name, first = self.layer_names[0], self._layer(0)
         for name, layer in self._named():
             reason = _why_not_plain(layer)
@@ -98,7 +98,7 @@ class PackedLayers(nn.Module):
 
 
 def _why_not_plain(layer: Layer) -> str | None:
-    """What of the layer's own forward, or around it, the packed op would leave out."""
+    """What of the layer's forward the packed op would not do; None if nothing."""
     if type(layer) not in (LoRALinear, QLoRALinear):
         return f"is a {type(layer).__name__}, expected LoRALinear or QLoRALinear"
     if "forward" in layer.__dict__:

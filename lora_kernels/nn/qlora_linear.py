@@ -24,8 +24,8 @@ class QLoRALinear(LoRAMixin, NF4Linear):
     """y = x·Wᵀ + scale·drop(x)·Aᵀ·Bᵀ + bias, W in 4 bits (Dettmers et al., 2023, "QLoRA").
 
     `lora_A` [r, K], `lora_B` [N, r] and with `use_dora` `lora_magnitude_vector` [N] are the only
-    trainable parameters. State dict: NF4Linear's keys (bitsandbytes' own) and theirs; a checkpoint
-    of the base alone loads as in LoRALinear. Arguments as in NF4Linear and LoRALinear.
+    trainable parameters. The state dict holds them and NF4Linear's keys, which are bitsandbytes'. A
+    checkpoint of the base alone loads as in LoRALinear. Arguments as in NF4Linear and LoRALinear.
 
     Examples:
         >>> layer = lk.QLoRALinear.from_linear(torch.nn.Linear(64, 32), r=8, alpha=16)
@@ -82,7 +82,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         adapter_dtype: torch.dtype | None = None,
         use_dora: bool = False,
     ) -> QLoRALinear:
-        """Put an adapter on an existing NF4Weight (such as `NF4Linear.weight`); it is shared."""
+        """Put an adapter on an existing NF4Weight (such as `NF4Linear.weight`), which is shared."""
         check_adapter_options(r, alpha, dropout, init)
         check_kinds(cls.from_weight, locals())
         module = cls.__new__(cls)
@@ -157,13 +157,6 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         )
         return module.train(layer.training)
 
-    def reset_parameters(self) -> None:
-        """Draw the base as nn.Linear does, quantise it, and draw the adapter as `init` says."""
-        super().reset_parameters()
-        if "lora_A" in self._parameters:
-            self.reset_adapter()
-            self.refresh_merged()
-
     @property
     def merged(self) -> bool:
         """Whether forward runs on a merged weight, dense or requantised."""
@@ -172,13 +165,13 @@ class QLoRALinear(LoRAMixin, NF4Linear):
     def merge(self, *, safe: bool = False, requantize: bool = False) -> None:
         """Run as one linear layer with W + scale·B·A.
 
-        The 4-bit base stays beside the merged weight, so `unmerge` is exact to the bit and
+        The 4-bit base is kept beside the merged weight, so `unmerge` is exact to the bit and
         `state_dict` is the same merged or not.
 
         Args:
-            safe: refuse a merged weight that is not finite, and leave everything as it was.
-            requantize: keep the merged weight in the base's 4-bit format instead of a dense copy
-                in the base's original dtype; that rounds it to 4 bits again.
+            safe: refuse a merged weight that is not finite, and change nothing.
+            requantize: keep the merged weight in the base's 4-bit format, which rounds it again.
+                By default it is dense, in the dtype that the base had before it was quantised.
 
         Raises:
             ValueError: the merged weight holds an infinity or NaN, and `safe` or `requantize` is

@@ -1,4 +1,4 @@
-"""Single rows of an embedding or an output layer that train, while the others stay as they are."""
+"""Training some rows of an embedding or an output layer while all others stay frozen."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _INDICES, _ROW_OF = "token_indices", "_row_of_token"
 
 
 class TokenRows(nn.Module):
-    """An embedding or an output layer some of whose rows are a parameter of their own.
+    """An embedding or an output layer with a parameter for some of its rows.
 
-    The weight stays as it was; `trainable_tokens_delta` [n, D] holds the values (not differences)
-    of the rows `token_indices` [n]. A module becomes one in place (`train_rows`): hooks, ties and
-    state-dict keys stay.
+    The weight does not change. `trainable_tokens_delta` [n, D] holds the values of the rows
+    `token_indices` [n] (the values themselves, whatever PEFT's name for it says). `train_rows`
+    makes a module one of these in place, so hooks, ties and state-dict keys stay.
 
     Attributes:
         adapter_enabled: False computes with the weight alone.
@@ -34,6 +34,11 @@ class TokenRows(nn.Module):
     _plain: type[nn.Module]
     _tokens: tuple[int, ...]
 
+    @property
+    def trained_tokens(self) -> tuple[int, ...]:
+        """The tokens whose rows train, known on the host."""
+        return self._tokens
+
     def rows(self) -> Tensor:
         """The rows in the weight's dtype."""
         return self.trainable_tokens_delta.to(self.weight.dtype)
@@ -41,7 +46,7 @@ class TokenRows(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> TokenRows:
         before = self.token_indices.device
         super()._apply(fn, recurse)
-        if before != self.token_indices.device:  # to_empty leaves nothing in them
+        if before != self.token_indices.device:  # to_empty does not keep their values
             _index(self, self._tokens)
         return self
 
@@ -66,7 +71,7 @@ class TokenEmbedding(TokenRows, nn.Embedding):
         return torch.where((row >= 0)[..., None], F.embedding(row.clamp_min(0), self._rows()), y)
 
     def _row_of_each(self) -> Tensor:
-        """[V] the trainable row of each token, −1 for those that have none."""
+        """[V], for each token its row in `trainable_tokens_delta`, −1 for none."""
         row_of: Tensor = getattr(self, _ROW_OF)
         if len(row_of) != len(self.weight):  # the vocabulary was resized
             row_of = _row_of(self.token_indices, len(self.weight))
@@ -74,7 +79,7 @@ class TokenEmbedding(TokenRows, nn.Embedding):
         return row_of
 
     def _rows(self) -> Tensor:
-        """The rows; that of the padding gets no gradient, as in nn.Embedding."""
+        """The rows. The padding token's gets no gradient, as in nn.Embedding."""
         rows = self.rows()
         if self.padding_idx is None:
             return rows
@@ -83,7 +88,7 @@ class TokenEmbedding(TokenRows, nn.Embedding):
 
 
 class TokenLinear(TokenRows, nn.Linear):
-    """`nn.Linear` some of whose outputs have a row of the weight that trains."""
+    """`nn.Linear` some of whose weight's rows train."""
 
     def forward(self, input: Tensor) -> Tensor:
         y = nn.Linear.forward(self, input)
@@ -135,7 +140,7 @@ def check_rows(name: str, module: nn.Module, tokens: Sequence[int]) -> None:
 
 
 def _calls_embedding(module: nn.Module) -> bool:
-    """Whether the module's forward goes on to nn.Embedding's (most scale what that gives)."""
+    """Whether the module's forward calls nn.Embedding's (most such classes scale its result)."""
     before, reached = module.__class__, list[bool]()
 
     class Probe(nn.Embedding):
@@ -154,12 +159,12 @@ def _calls_embedding(module: nn.Module) -> bool:
 
 
 def _class_of(plain: type[nn.Module]) -> type[nn.Module]:
-    """The class with trainable rows that goes in the place of a plain one."""
+    """The class with trainable rows for a plain class."""
     if plain is nn.Embedding:
         return TokenEmbedding
     if plain is nn.Linear:
         return TokenLinear
-    # What calls super().forward meets TokenEmbedding's before nn.Embedding's.
+    # A super().forward() in the plain class reaches TokenEmbedding's forward.
     return type(f"Token{plain.__name__}", (plain, TokenEmbedding), {"__module__": plain.__module__})
 
 
@@ -170,7 +175,7 @@ def train_rows(
     dtype: torch.dtype,
     shared: TokenRows | None = None,
 ) -> TokenRows:
-    """Make a checked module one with trainable rows, which it may have in common with another."""
+    """Give a checked module trainable rows; those of `shared`, if it is given."""
     made: Any = module
     weight: Tensor = made.weight
     made._plain = type(module)
@@ -187,7 +192,7 @@ def train_rows(
 
 
 def _index(module: TokenRows, tokens: tuple[int, ...]) -> None:
-    """Make the buffers that say which rows train."""
+    """Register the buffers that say which rows train."""
     module._tokens = tokens
     indices = torch.tensor(tokens, device=module.weight.device)
     module.register_buffer(_INDICES, indices, persistent=False)
@@ -203,7 +208,7 @@ def _row_of(indices: Tensor, count: int) -> Tensor:
 
 
 def drop_rows(module: TokenRows) -> None:
-    """Make it the plain module again that it was; its weight never changed."""
+    """Make it a plain module again; its weight never changed."""
     plain: Any = module
     del plain._parameters[DELTA]
     for name in (_INDICES, _ROW_OF):

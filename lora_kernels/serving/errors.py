@@ -1,4 +1,4 @@
-"""What a pool refuses because of what else it holds."""
+"""Errors of a pool that depend on what else it holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class AdapterPoolFull(RuntimeError):
-    """Nothing that could be evicted makes enough room; the pool is as it was.
+    """Evicting all that may be evicted makes too little room. The pool is unchanged.
 
     Attributes:
         pinned: names of the adapters that are pinned.
@@ -34,7 +34,7 @@ class AdapterPoolFull(RuntimeError):
 
 
 class AdapterInUse(RuntimeError):
-    """The adapter is pinned or held by a route, so it stays as it is.
+    """The adapter is pinned or held by a route, so it may not be changed.
 
     Examples:
         >>> pool = lk.serving.AdapterPool({"q_proj": (64, 32)}, slots=2, pages=2)

@@ -1,4 +1,4 @@
-"""generate_batch: prompts of one batch, each answered with its own adapter."""
+"""generate_batch: prompts of one batch, each with its own adapter."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.common.kinds import check_kinds
-from lora_kernels.serving.routing import attached_pool
+from lora_kernels.serving.attach import attached_pool
 
 
 class Generated(NamedTuple):
-    """What `generate_batch` made.
+    """The result of `generate_batch`.
 
     Attributes:
-        texts: of each prompt, without the prompt and without special tokens.
-        tokens: int64, the new ones of each, up to the first end of sequence (which is kept).
+        texts: the answer to each prompt, without special tokens.
+        tokens: the new tokens of each answer, int64, up to and with the first end of sequence.
 
     Examples:
         >>> pool = lk.serving.AdapterPool(model.eval(), slots=4, pages=4)
@@ -41,19 +41,20 @@ def generate_batch(
 ) -> Generated:
     """Run transformers' `generate` over a batch whose rows each use their own adapter.
 
-    Prompts are padded on the left, whatever the tokenizer's side is. Greedy decoding gives each row
-    the tokens of a model with that adapter alone.
+    Prompts are padded on the left, whatever the tokenizer's setting. With greedy decoding each row
+    gets the tokens that a model with its adapter alone would give.
 
     Args:
         model: a causal language model with a pool attached, in eval mode.
-        tokenizer: its padding token, or else the end of sequence, fills up.
-        prompts: text, special tokens added as the tokenizer does.
-        adapters: of each prompt, as `AdapterPool.acquire` takes them; None for the base alone.
-        generate_kwargs: for `generate`, one sequence for each prompt (beams are fine).
+        tokenizer: pads with its padding token, or with its end of sequence if it has none.
+        prompts: texts; the tokenizer adds special tokens.
+        adapters: a name for each prompt, as for `AdapterPool.acquire`; None for the base alone.
+        generate_kwargs: for `generate`. Beams are allowed, several sequences for a prompt are not.
 
     Raises:
-        ValueError: other than one adapter for each prompt, an empty prompt, a model in training
-            mode or without a pool, no token to pad with, or several sequences asked for.
+        ValueError: there is not one adapter for each prompt, a prompt is empty, the model is in
+            training mode or has no pool, there is no token to pad with, or several sequences are
+            asked for.
 
     Examples:
         >>> pool = lk.serving.AdapterPool(model.eval(), slots=4, pages=4)
@@ -92,7 +93,7 @@ def generate_batch(
     batch = torch.stack([torch.nn.functional.pad(t, (width - len(t), 0), value=pad) for t in ids])
     mask = torch.stack([torch.arange(width) >= width - len(t) for t in ids]).long()
     options = {"pad_token_id": pad, **generate_kwargs}
-    # Beams run as rows of their own, those of a prompt side by side.
+    # Each beam is a row of the batch; the beams of a prompt follow each other.
     beams = _option(model, generate_kwargs, "num_beams") or 1
     rows = [name for name in adapters for _ in range(beams)]
     with pool.route(rows):
@@ -105,7 +106,7 @@ def generate_batch(
 
 
 def _option(model: Any, given: dict[str, Any], name: str) -> Any:
-    """What `generate` goes by: its own argument, or a configuration's."""
+    """The value that `generate` uses: its own argument, or a configuration's."""
     if name in given:
         return given[name]
     config = given.get("generation_config") or getattr(model, "generation_config", None)

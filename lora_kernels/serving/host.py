@@ -1,4 +1,4 @@
-"""HostCache: adapters kept on the host, up to so many bytes."""
+"""HostCache: copies of adapters on the host, up to a number of bytes."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from lora_kernels.serving.state import AdapterState
 
 
 class HostCache:
-    """Least recently used out first, but those that can be read from the disk again before those
-    that cannot. One larger than the whole cache is not kept."""
+    """The least recently used is dropped first. Adapters that can be read from the disk again are
+    dropped before those that cannot. One larger than the whole cache is not kept."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.nbytes = limit, 0
         self._kept: OrderedDict[str, tuple[AdapterState, bool]] = OrderedDict()
 
     def put(self, name: str, state: AdapterState, *, on_disk: bool) -> None:
-        """Keep an adapter, in the place of an older one of the same name."""
+        """Keep an adapter, replacing an older one of the same name."""
         self.drop(name)
         if state.nbytes > self.limit:
             return
         while self.nbytes + state.nbytes > self.limit:
-            again = next((n for n, (_, disk) in self._kept.items() if disk), None)
-            if again is None and on_disk:
+            readable = next((n for n, (_, disk) in self._kept.items() if disk), None)
+            if readable is None and on_disk:
                 return
-            self.drop(again if again is not None else next(iter(self._kept)))
+            self.drop(readable if readable is not None else next(iter(self._kept)))
         self._kept[name] = state, on_disk
         self.nbytes += state.nbytes
 

@@ -1,4 +1,4 @@
-"""An adapter read and checked on the host, before a pool has any room for it."""
+"""Reading an adapter and checking it on the host, before a pool makes room for it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from lora_kernels.adapters.reading import (
     naming,
     read_config,
     read_weights,
-    some,
+    split_weights,
     weights_file,
 )
 from lora_kernels.adapters.targets import is_excluded
+from lora_kernels.adapters.words import first_few
 from lora_kernels.integrations.peft import (
     CONFIG_FILE,
     EMBEDDING,
@@ -34,13 +35,13 @@ from lora_kernels.integrations.peft import (
 )
 from lora_kernels.integrations.peft import matches as named_by
 from lora_kernels.ops.common.checks import names
-from lora_kernels.serving.form import PoolForm
+from lora_kernels.serving.spec import PoolSpec
 
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 
 class PagedFactors(NamedTuple):
-    """One module's adapter as its pages hold it: a [r, K], b [r, N] (rows of Bᵀ), scale."""
+    """One module's adapter as in its pages: a [r, K], b [r, N] (rows of Bᵀ), scale."""
 
     a: Tensor
     b: Tensor
@@ -52,7 +53,7 @@ class AdapterState:
     """An adapter that fits a pool, in the pool's dtype, on the host.
 
     Attributes:
-        factors: by module; a module that the adapter leaves alone is absent.
+        factors: by module, for the modules that the adapter adapts.
     """
 
     factors: Mapping[str, PagedFactors]
@@ -62,12 +63,12 @@ class AdapterState:
         return sum(f.a.nbytes + f.b.nbytes for f in self.factors.values())
 
 
-def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
-    """Read an adapter and check all of it against the pool's form; nothing is shared with it.
+def read_state(source: Source, config: object, spec: PoolSpec) -> AdapterState:
+    """Read an adapter and check it against the pool's spec. The result shares no memory with it.
 
     Args:
         source: a directory in PEFT's format, or a state dict with PEFT's keys.
-        config: of a state dict, PEFT's configuration: a mapping, `LoRAConfig` or PEFT's object.
+        config: PEFT's configuration of a state dict: a mapping, `LoRAConfig` or PEFT's object.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -78,7 +79,7 @@ def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
     if isinstance(source, Mapping):
         options = _options(config)
         where = "config"
-        factors, rest = _split(source)
+        factors, rest = split_weights(_checked(source))
     else:
         if config is not None:
             raise ValueError("config: was given beside a directory, expected None")
@@ -102,15 +103,17 @@ def read_state(source: Source, config: object, form: PoolForm) -> AdapterState:
                 )
     where = "state" if isinstance(source, Mapping) else str(path)
     with naming(Path(where)):
-        other = [key for key, t in rest.items() if not _is_base(key, t, form)]
-        _name_alike(factors, form)
+        other = [key for key, t in rest.items() if not _is_base(key, t, spec)]
+        _rename_factors(factors, spec)
         other += drop_other_kinds(factors, ("A", "B"))
         if other:
-            raise ValueError(f"{some(sorted(other))}: not supported, expected lora_A and lora_B")
+            raise ValueError(
+                f"{first_few(sorted(other))}: not supported, expected lora_A and lora_B"
+            )
         check_factors(made, factors)
-        _check_modules(made, factors, form, some_layers=bool(options.get("layers_to_transform")))
+        _check_modules(made, factors, spec, some_layers=bool(options.get("layers_to_transform")))
         return AdapterState(
-            {n: _paged(n, factors[n], made, form) for n in form.modules_of(factors)}
+            {n: _paged(n, factors[n], made, spec) for n in spec.modules_of(factors)}
         )
 
 
@@ -126,26 +129,18 @@ def _options(config: object) -> dict[str, Any]:
     return dict(config)
 
 
-def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str, Tensor]]:
-    """As `read_weights`, of a state dict."""
-    factors: dict[str, Factors] = {}
-    other: dict[str, Tensor] = {}
+def _checked(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     for key, t in state.items():
         if not isinstance(key, str) or not isinstance(t, Tensor):
             raise TypeError(f"{key!r}: got {type(t).__name__}, expected a name and its tensor")
-        where = split_key(key)
-        if where is None:
-            other[key] = t
-        elif t.is_meta:
+        if t.is_meta and split_key(key):
             raise ValueError(f"{key}: is on the meta device, expected values")
-        else:
-            factors.setdefault(where[0], {})[where[1]] = t.detach()
-    return factors, other
+    return state
 
 
-def _name_alike(factors: dict[str, Factors], form: PoolForm) -> None:
-    """Call an embedding's factors A and B too; ValueError for a linear layer's in their place."""
-    for name in form.embeddings & set(factors):
+def _rename_factors(factors: dict[str, Factors], spec: PoolSpec) -> None:
+    """Name an embedding's factors A and B too; ValueError if they are a linear layer's."""
+    for name in spec.embeddings & set(factors):
         pair = factors[name]
         if not set(pair) <= set(EMBEDDING.values()):
             odd = next(kind for kind in pair if kind not in EMBEDDING.values())
@@ -156,10 +151,10 @@ def _name_alike(factors: dict[str, Factors], form: PoolForm) -> None:
         factors[name] = {f: pair[kind] for f, kind in EMBEDDING.items() if kind in pair}
 
 
-def _is_base(key: str, copy: Tensor, form: PoolForm) -> bool:
-    """Whether a tensor is the model's own weight, of which PEFT saves a copy with an adapted
-    output layer or a resized vocabulary; ValueError where it is another."""
-    own = form.saved.get(key)
+def _is_base(key: str, copy: Tensor, spec: PoolSpec) -> bool:
+    """Whether a tensor is a copy of the model's own weight, as PEFT saves it with an adapted output
+    layer or a resized vocabulary. ValueError if it is a copy of another model's weight."""
+    own = spec.saved.get(key)
     if own is None:
         return False
     own = own.detach()
@@ -169,43 +164,43 @@ def _is_base(key: str, copy: Tensor, form: PoolForm) -> bool:
 
 
 def _check_modules(
-    config: LoRAConfig, factors: Mapping[str, Factors], form: PoolForm, *, some_layers: bool
+    config: LoRAConfig, factors: Mapping[str, Factors], spec: PoolSpec, *, some_layers: bool
 ) -> None:
-    """Check that the adapter's modules are the pool's, and all that its configuration names."""
+    """Check that the adapter's modules are in the pool and are those its configuration names."""
     if not factors:
         raise ValueError("holds no adapter, expected lora_A and lora_B of one module or more")
-    strangers = [key_of(name, "A") for name in factors if name not in form.modules]
-    if strangers:
+    unknown = [key_of(name, "A") for name in factors if name not in spec.modules]
+    if unknown:
         raise ValueError(
-            f"{some(strangers)}: the pool has no such module, expected some of "
-            f"{some(list(form.modules))}"
+            f"{first_few(unknown)}: the pool has no such module, expected some of "
+            f"{first_few(list(spec.modules))}"
         )
     if config.all_linear:
-        expected = set(form.all_linear) or set(factors)
+        expected = set(spec.all_linear) or set(factors)
     else:
-        # Names that nothing answers to are passed over, as PEFT does.
-        expected = {n for n in form.modules if named_by(config.target_modules, n)}
+        # Names that fit no module are ignored, as in PEFT.
+        expected = {n for n in spec.modules if named_by(config.target_modules, n)}
     expected = {n for n in expected if not is_excluded(config, n)}
     extra = sorted(set(factors) - expected)
     if extra:
         raise ValueError(
-            f"{some([key_of(n, 'A') for n in extra])}: not expected, target_modules is "
+            f"{first_few([key_of(n, 'A') for n in extra])}: not expected, target_modules is "
             f"{config.target_modules!r}"
         )
     missing = sorted(expected - set(factors))
     if missing and not some_layers:
         keys = [key_of(n, f) for n in missing for f in "AB"]
-        raise ValueError(f"{some(keys)}: missing, target_modules is {config.target_modules!r}")
+        raise ValueError(f"{first_few(keys)}: missing, target_modules is {config.target_modules!r}")
 
 
-def _paged(name: str, pair: Factors, config: LoRAConfig, form: PoolForm) -> PagedFactors:
+def _paged(name: str, pair: Factors, config: LoRAConfig, spec: PoolSpec) -> PagedFactors:
     a, b = pair["A"], pair["B"]
     r = a.shape[0]
-    if r > form.max_rank:
+    if r > spec.max_rank:
         raise ValueError(
-            f"{key_of(name, 'A')}: got rank {r}, expected max_rank={form.max_rank} or less"
+            f"{key_of(name, 'A')}: got rank {r}, expected max_rank={spec.max_rank} or less"
         )
-    k, n = form.modules[name]
+    k, n = spec.modules[name]
     for factor, t, shape in (("A", a, (r, k)), ("B", b, (n, r))):
         if tuple(t.shape) != shape:
             raise ValueError(
@@ -214,16 +209,16 @@ def _paged(name: str, pair: Factors, config: LoRAConfig, form: PoolForm) -> Page
     scale = config.alpha_of(name) / (math.sqrt(r) if config.use_rslora else r)
     if abs(scale) > torch.finfo(torch.float32).max:
         raise ValueError(f"{name}: got scale {scale}, expected one that float32 holds")
-    paged = PagedFactors(_host_copy(a, form), _host_copy(b.T, form), scale)
+    paged = PagedFactors(_host_copy(a, spec), _host_copy(b.T, spec), scale)
     for factor, t in (("A", paged.a), ("B", paged.b)):
         if not bool(torch.isfinite(t).all()):
-            raise ValueError(f"{key_of(name, factor)}: overflows the pool's {names([form.dtype])}")
+            raise ValueError(f"{key_of(name, factor)}: overflows the pool's {names([spec.dtype])}")
     return paged
 
 
-def _host_copy(t: Tensor, form: PoolForm) -> Tensor:
-    """A copy of its own; in pinned memory where it is to travel without anyone's waiting."""
+def _host_copy(t: Tensor, spec: PoolSpec) -> Tensor:
+    """A copy in the pool's dtype; in pinned memory for CUDA, so that the host need not wait."""
     with torch.inference_mode(False):
-        pinned = form.device.type == "cuda"
-        own = torch.empty(t.shape, dtype=form.dtype, device="cpu", pin_memory=pinned)
-        return own.copy_(t)
+        pinned = spec.device.type == "cuda"
+        own = torch.empty(t.shape, dtype=spec.dtype, device="cpu", pin_memory=pinned)
+        return own.copy_(t.detach())

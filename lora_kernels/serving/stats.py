@@ -1,4 +1,4 @@
-"""PoolStats: what a pool holds and what it has done."""
+"""PoolStats: what a pool holds, and counts of what it did."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ class PoolStats:
     """What a pool holds at one moment, and counts since it was made.
 
     Attributes:
-        known: adapters that the pool has a name for.
-        loaded, pinned, in_use: of those, in a slot, pinned, and held by a route.
-        slots: in all.
-        pages_used, pages_free: over all modules.
+        known: adapters that the pool knows by name.
+        loaded: known adapters that are in a slot.
+        pinned, in_use: loaded adapters that are pinned, and that a route holds.
+        slots: all slots, used or free.
+        pages_used, pages_free: sums over all modules.
         hits, misses: adapters that `acquire` found loaded, and that it had to load.
-        evictions: adapters that left their slot to make room or by `evict`.
-        disk_reads: directories read, and found right.
-        device_bytes: of all pages and tables; fixed when the pool is made.
-        used_bytes: of the pages in use and of all tables.
-        host_bytes: of the host's cache.
+        evictions: adapters taken out of their slot to make room, or by `evict`.
+        disk_reads: directories read and found valid.
+        device_bytes: size of all pages and tables, fixed when the pool is made.
+        used_bytes: size of the pages in use and of all tables.
+        host_bytes: size of what the host's cache holds.
 
     Examples:
         >>> pool = lk.serving.AdapterPool({"q_proj": (64, 32)}, slots=2, pages=2)

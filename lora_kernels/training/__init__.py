@@ -15,7 +15,7 @@ __all__ += list(_OF_TRANSFORMERS)
 
 
 def __getattr__(name: str) -> Any:
-    """What needs transformers, which is imported when it is asked for."""
+    """Import transformers only when a name that needs it is used."""
     if name not in _OF_TRANSFORMERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lora_kernels.training import huggingface

@@ -9,23 +9,21 @@ import torch
 from torch import nn
 
 from lora_kernels.adapters import LoRAConfig
-from lora_kernels.adapters.apply import check_patterns
-from lora_kernels.adapters.checks import check_model
-from lora_kernels.adapters.layers import (
-    get_module,
-    named_modules,
-    replace_module,
-)
-from lora_kernels.adapters.quantize import (
+from lora_kernels.adapters.checks import (
     check_layer,
+    check_model,
+    check_patterns,
     check_quantize,
+)
+from lora_kernels.adapters.layer_kinds import LINEAR4BIT, kind_of
+from lora_kernels.adapters.layers import get_module, named_modules, replace_module
+from lora_kernels.adapters.plan import (
+    check_linear4bit_layers,
     leave_fast_path,
     plan_quantisation,
-    without_adapter,
 )
 from lora_kernels.adapters.reads import read_layers
 from lora_kernels.adapters.targets import find_targets
-from lora_kernels.nn.linear4bit import check_not_repacked, is_linear4bit
 from lora_kernels.nn.lora import check_adapter_dtype, default_adapter_dtype
 from lora_kernels.nn.multi_lora_training import (
     RouteHolder,
@@ -49,11 +47,11 @@ def attach_adapters(
     """Freeze the model and put one adapter of each configuration on it, in slots 0, 1, ...
 
     The layers are those that `apply_lora` would adapt, and A is drawn in the same order from the
-    slot's generator. `quantize` stores in 4 bits what `apply_lora` would for any of the
+    slot's generator. `quantize` stores a layer in 4 bits if `apply_lora` would for any of the
     configurations. Everything is checked before the first layer is replaced.
 
     Returns:
-        The layers with an adapter by name, and where they look for the batch under way.
+        The layers with adapters by name, and the holder of the current batch's route.
 
     Raises:
         As `apply_lora`; ValueError for a model with adapters or a pool already.
@@ -64,7 +62,7 @@ def attach_adapters(
     if adapter_dtype is not None:
         check_adapter_dtype(adapter_dtype)
     reads, targets = read_layers(model), []
-    dense: set[str] = set()
+    quantized: set[str] = set()
     for config in configs:
         for option in ("modules_to_save", "trainable_token_indices"):
             if asked := getattr(config, option):
@@ -76,30 +74,28 @@ def attach_adapters(
         check_patterns(config, names)
         targets.append(names)
         if quantize is not None:
-            dense |= plan_quantisation(model, config, names, reads)[0]
+            quantized |= plan_quantisation(model, config, names, reads)[0]
     adapted = {name for names in targets for name in names}
-    theirs = [name for name, module in named_modules(model) if is_linear4bit(module)]
-    for name in theirs:
-        check_not_repacked(name, get_module(model, name))
-    for name in sorted(adapted | dense):
-        check_layer(name, get_module(model, name), reads, quantised=name in dense)
+    check_linear4bit_layers(model)
+    for name in sorted(adapted | quantized):
+        check_layer(name, get_module(model, name), reads, quantize=name in quantized)
     model.requires_grad_(False)
-    form: dict[str, Any] = {
+    options: dict[str, Any] = {
         "block_size": block_size,
         "double_quant": double_quant,
         "quant_type": quantize,
     }
     holder, layers = RouteHolder(), Layers()
-    for name in [n for n, _ in named_modules(model) if n in adapted | dense]:
+    for name in [n for n, _ in named_modules(model) if n in adapted | quantized]:
         base: Any = get_module(model, name)
         old = base
-        if name in dense or is_linear4bit(base):
-            base = without_adapter(base, form if name in dense else {})
+        if name in quantized or kind_of(base) is LINEAR4BIT:
+            base = kind_of(base).to_nf4(base, options if name in quantized else {})
         if name in adapted:
             base = layers[name] = TrainableMultiLoRALinear(base, len(configs), holder, name)
         replace_module(model, old, base)
     for slot, (config, names) in enumerate(zip(configs, targets, strict=True)):
-        for name in names:  # in apply_lora's order, in which A is drawn
+        for name in names:  # A is drawn in apply_lora's order
             layers[name].add(slot, _drawn(layers[name], config, generators[slot], adapter_dtype))
     leave_fast_path(model)
     return layers, holder
@@ -127,8 +123,10 @@ def _drawn(
 
 
 def detach_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Put the layers back that a `MultiLoRATrainer` adapted, in 4 bits where it quantised them;
-    their names.
+    """Put the layers back that a `MultiLoRATrainer` adapted. What it quantised stays in 4 bits.
+
+    Returns:
+        Their names.
 
     Examples:
         >>> ids = torch.tensor([[1, 2, 3, 4]])
@@ -138,14 +136,14 @@ def detach_adapters(model: nn.Module) -> tuple[str, ...]:
         >>> lk.training.detach_adapters(model)
         ('model.layers.0.self_attn.q_proj',)
     """
-    found = [(n, m) for n, m in named_modules(model) if isinstance(m, TrainableMultiLoRALinear)]
+    found = [(n, m) for n, m in named_modules(model) if kind_of(m).in_training]
     for _, layer in found:
-        replace_module(model, layer, layer.base)
+        replace_module(model, layer, kind_of(layer).base_layer(layer))
     return tuple(name for name, _ in found)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where all of a model is.
+    """The one device that a model is on.
 
     Raises:
         ValueError: the model is on several devices, on meta, or has no values at all.

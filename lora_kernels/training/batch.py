@@ -1,4 +1,4 @@
-"""Batch: the micro-batches of several adapters as one."""
+"""Batch: the micro-batches of several adapters, joined."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ KEYS = ("input_ids", "labels", "attention_mask", "position_ids", "token_type_ids
 
 
 class Batch(NamedTuple):
-    """Micro-batches of several adapters, one below the other.
+    """Micro-batches of several adapters as the rows of one batch.
 
-    A micro-batch [B, L] keeps its own padding, on whichever side; shorter ones are filled
-    up on the right, behind their last column, so that positions are what they were. What fills up
-    is masked, has no label and no adapter: it changes nothing for anyone.
+    A micro-batch [B, L] keeps its own padding, on whichever side. Shorter ones are padded on the
+    right to the longest, so positions do not change. That padding is masked and has no label and
+    no adapter, so it affects nothing.
 
-    Documents packed into one row, without a mask and with position_ids that restart, are told apart
-    by transformers' models only where there is no mask at all: they have batches of their own, in
-    which what fills up a row is, by its positions, no part of any document.
+    Packed documents are rows without a mask whose position_ids restart. transformers' models tell
+    such documents apart only if there is no mask at all, so they go into batches of their own. The
+    positions of the padding then make it a document apart.
 
     Attributes:
-        inputs: int64 [ΣB, max L] by the model's argument; input_ids, and attention_mask but for
-            packed documents, are always there, the others where a micro-batch has them.
+        inputs: int64 [ΣB, max L], by argument of the model. input_ids are always there, and
+            attention_mask except for packed documents; others if a micro-batch has them.
         labels: int64 [ΣB, max L], −100 for none; not shifted.
-        slots: int32 [ΣB, max L], −1 where a micro-batch was filled up.
-        rows: (first, behind the last) row, and columns, of each slot.
+        slots: int32 [ΣB, max L], −1 for padding between micro-batches.
+        rows: (slice of rows, number of columns) of each slot's micro-batch.
 
     Examples:
         >>> def micro_batch(*ids):
@@ -55,16 +55,19 @@ class Batch(NamedTuple):
         device: torch.device,
         pad_id: int = 0,
     ) -> Batch:
-        """Put (adapter's name, micro-batch) of each slot together, on a device.
+        """Join the micro-batches of several slots on a device.
 
-        A micro-batch has int64 input_ids and labels [B, L]; it may have attention_mask,
-        position_ids and token_type_ids [B, L].
+        Args:
+            parts: (adapter's name, micro-batch) by slot. A micro-batch has int64 input_ids and
+                labels [B, L]; it may have attention_mask, position_ids and token_type_ids [B, L].
+            device: of the result.
+            pad_id: the token for padding.
 
         Raises:
-            ValueError: no micro-batch, one without input_ids, labels or any label to learn, with
-                an argument that is not known, or of a shape that does not fit, with the name; or
-                packed documents beside others.
-            TypeError: a value is no int64 (the mask: nor bool) tensor.
+            ValueError: there is no micro-batch; one lacks input_ids, labels or a label to learn,
+                has an unknown argument or a wrong shape (the message names the adapter); or
+                packed documents are mixed with others.
+            TypeError: a value is not an int64 tensor (a mask may be bool or int32).
         """
         if not parts:
             raise ValueError("parts: got none, expected one or more")
@@ -94,7 +97,7 @@ class Batch(NamedTuple):
 
 
 def is_packed(part: Mapping[str, Tensor]) -> bool:
-    """Whether the rows of a micro-batch hold several documents that the model tells apart."""
+    """Whether rows of a micro-batch hold several documents, by their position_ids."""
     positions = part.get("position_ids")
     if positions is None or "attention_mask" in part:
         return False
@@ -102,7 +105,7 @@ def is_packed(part: Mapping[str, Tensor]) -> bool:
 
 
 def _default(key: str, part: Mapping[str, Tensor]) -> Tensor:
-    """What a model takes where a micro-batch leaves the argument out."""
+    """The value that a model assumes for an argument that a micro-batch leaves out."""
     ids = part["input_ids"]
     if key == "position_ids":
         return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

@@ -1,4 +1,4 @@
-"""Saving the adapters of a training run, each in a directory of its own, and going on from them."""
+"""Saving the adapters of a training run, one directory each, and resuming from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATE_FILE = "training_state.pt"
 
 
 def check_name(name: object) -> None:
-    """Raise unless an adapter's name can be a directory's."""
+    """Raise unless an adapter's name can be the name of a directory."""
     if not isinstance(name, str):
         raise TypeError(f"jobs: got {name!r} as a name, expected a string")
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
@@ -30,7 +30,7 @@ def check_name(name: object) -> None:
 def save_run(model: nn.Module, run: AdapterRun, folder: Path) -> Path:
     """Write an adapter's directory in PEFT's format, with its training state beside the weights.
 
-    It is written under another name and put in its place when it is whole.
+    It is written under a temporary name and renamed when it is complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / run.name
@@ -50,12 +50,12 @@ def save_run(model: nn.Module, run: AdapterRun, folder: Path) -> Path:
 
 @torch.no_grad()
 def load_run(model: nn.Module, run: AdapterRun, folder: Path) -> None:
-    """Go on from what `save_run` wrote. The base stays: embeddings that were saved because the
-    vocabulary was resized are the model's already, and have to be the same.
+    """Resume from what `save_run` wrote. The base is not loaded: embeddings that were saved because
+    the vocabulary was resized have to equal the model's.
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: the adapter is for other layers or of another rank.
+        ValueError: the adapter has other layers or ranks, or the base differs.
     """
     place = folder / run.name
     factors, other = read_weights(place / WEIGHTS_FILE)
@@ -80,7 +80,7 @@ def load_run(model: nn.Module, run: AdapterRun, folder: Path) -> None:
                 f"{place / WEIGHTS_FILE}: {key}: got shape {list(value.shape)}, expected "
                 f"{list(parameter.shape)}"
             )
-    # The generator's state lies on the host whatever the device; load_state_dict moves the rest.
+    # A generator's state has to be on the host; load_state_dict moves the rest to the device.
     state = torch.load(place / STATE_FILE, map_location="cpu", weights_only=True)
     for _, parameter, value in pairs:
         parameter.copy_(value)

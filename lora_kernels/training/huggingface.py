@@ -1,7 +1,7 @@
 """transformers' Trainer with checkpoints that hold the adapters, not the base.
 
-A plain Trainer writes the whole base with keys that `from_pretrained` passes over: what comes back
-is the base, without the adapters.
+A plain Trainer writes the whole model. `from_pretrained` ignores the adapters' keys in it, so a
+model loaded from there is the base without the adapters.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _ARGUMENTS_FILE = "training_args.bin"
 
 
 class AdapterCheckpoints:
-    """What a Trainer needs to save and load adapters; it goes before the Trainer's class:
+    """A mixin that makes any Trainer save and load adapters. It goes before the Trainer's class:
 
     `class MyTrainer(AdapterCheckpoints, trl.SFTTrainer): ...`
 
     Checkpoints and `save_model` write what `save_adapter` does, beside the tokenizer, the
     optimiser and the rest of the Trainer's own files. `resume_from_checkpoint` and
-    `load_best_model_at_end` read it. Not for FSDP or DeepSpeed through the Trainer's arguments.
+    `load_best_model_at_end` read it. FSDP and DeepSpeed through the Trainer's arguments are not
+    supported.
 
     Examples:
         >>> from transformers import TrainingArguments
@@ -63,11 +64,11 @@ class AdapterCheckpoints:
                 raise ValueError(f"args: asks for {engine}, which is not supported here")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; ValueError before the first step for what trains and could not be
-        saved."""
+        """As the Trainer's. ValueError before the first step if a parameter trains that could not
+        be saved."""
         model = unwrap(self.model)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a save says it again
+            warnings.simplefilter("ignore")  # saving repeats the warning
             find_extras(model, getattr(model, "lora_config", None))
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
@@ -86,7 +87,7 @@ class AdapterCheckpoints:
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         if not (Path(resume_from_checkpoint) / CONFIG_FILE).is_file():
-            # A plain Trainer's: the whole model's state.
+            # A plain Trainer wrote the whole model's state.
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
             return
         load_adapter(self.model if model is None else model, resume_from_checkpoint)
@@ -116,8 +117,8 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
 class AdapterCallback(TrainerCallback):
     """Writes the adapters into every checkpoint of any Trainer, beside what the Trainer writes.
 
-    For a Trainer whose class cannot be changed. Its checkpoints still hold the whole base, and it
-    is from those that it resumes; `load_adapter` and PEFT read the adapters from the same folder.
+    Use it for a Trainer whose class cannot be changed. Its checkpoints still hold the whole model,
+    and it resumes from that; `load_adapter` and PEFT read the adapters from the same folder.
 
     Examples:
         >>> from transformers import TrainingArguments
@@ -136,5 +137,5 @@ class AdapterCallback(TrainerCallback):
 
 
 def _is_split(model: nn.Module) -> bool:
-    """Whether `fully_shard` has split the model, so that all processes gather what one writes."""
+    """Whether `fully_shard` has split the model. All processes then have to call save_adapter."""
     return any(hasattr(p, "full_tensor") for p in model.parameters())

@@ -1,4 +1,4 @@
-"""AdapterJob: what to train one adapter on, and how."""
+"""AdapterJob: the data and the hyperparameters of one adapter."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class AdapterJob:
     """One adapter of a `MultiLoRATrainer`.
 
     Attributes:
-        config: the adapter; DoRA's magnitudes are not supported.
-        batches: micro-batches, one a step: mappings as `Batch` takes them. More steps than there
-            are batches begin again, which an iterator cannot.
-        steps: how many; None for once through the batches.
+        config: the adapter's options; DoRA is not supported.
+        batches: one micro-batch for each step, as `Batch.join` takes them. If there are fewer than
+            `steps`, they are iterated again, which an iterator does not allow.
+        steps: how many; None for one pass over the batches.
         lr, weight_decay: of AdamW.
         schedule: of the learning rate: "constant", "linear" or "cosine" (down to 0 at the end).
         warmup: steps over which the learning rate rises from 0.
-        max_grad_norm: the gradient of this adapter is clipped to it; 0 or None: never.
-        seed: of A's first values and of dropout. After `torch.manual_seed(seed)` and `apply_lora`
-            an adapter trained alone has the same ones.
-        optimizer: makes another optimiser than AdamW; lr and weight_decay then go unused.
+        max_grad_norm: the norm to which this adapter's gradient is clipped; 0 or None for never.
+        seed: of A's initial values and of dropout. They are those of an adapter trained alone
+            after `torch.manual_seed(seed)` and `apply_lora`.
+        optimizer: makes an optimiser of the parameters, in place of AdamW with lr and weight_decay.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type or out of its range.
@@ -89,7 +89,7 @@ class AdapterJob:
 
     @property
     def total(self) -> int | None:
-        """Steps in all; None where only the end of the batches tells."""
+        """The number of steps; None if it is not known before the batches end."""
         if self.steps is not None:
             return self.steps
         return len(self.batches) if isinstance(self.batches, Sized) else None
@@ -101,7 +101,7 @@ class AdapterJob:
         return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
 
     def factor(self, step: int) -> float:
-        """What the learning rate of a step (from 0) is multiplied by."""
+        """The factor of the learning rate at a step, counted from 0."""
         if step < self.warmup:
             return step / self.warmup
         if self.schedule == "constant":

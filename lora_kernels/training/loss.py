@@ -1,4 +1,4 @@
-"""The loss of each adapter, over its own tokens alone."""
+"""The loss of each adapter, over its own tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, as transformers' causal models have it.
+    """Mean cross-entropy of the next token, as in transformers' causal models.
 
     Args:
-        logits: [B, L, V]; summed in fp32 at least.
+        logits: [B, L, V]; computed in fp32 or, for fp64, in fp64.
         labels: int64 [B, L], −100 for none.
     """
     wide = logits if logits.dtype.itemsize > 4 else logits.float()
@@ -25,7 +25,7 @@ def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def losses_of(output: Any, batch: Batch, loss: Loss) -> dict[int, Tensor]:
-    """The loss of each slot in the batch, of its own rows and columns."""
+    """The loss of each slot in the batch, over its own rows and columns."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:2] != batch.labels.shape:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__

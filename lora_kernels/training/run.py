@@ -1,4 +1,4 @@
-"""AdapterRun: one adapter's place in its training."""
+"""AdapterRun: the state of one adapter's training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lora_kernels.training.job import AdapterJob
 
 
 class NonFinite(RuntimeError):
-    """Adapters whose loss or gradient became infinite or not a number, and which were stopped.
+    """Training stopped for adapters whose loss or gradient became infinite or not a number.
 
     Attributes:
-        adapters: what happened, by name.
-        losses: of the adapters that took the step, by name.
+        adapters: what happened to each of them, by name.
+        losses: the losses of the adapters that did take the step, by name.
 
     Examples:
         >>> error = lk.training.NonFinite({"french": "its loss is nan"}, {"german": 2.5})
@@ -41,16 +41,16 @@ Layers = list[tuple[str, SlotAdapter]]
 
 
 class AdapterRun:
-    """An adapter with its data, optimiser and generator; nothing here is shared with another.
+    """An adapter with its data, optimiser and generator. It shares none of them with another.
 
     Attributes:
-        layers: (module's name, adapter there).
-        parameters: of all layers, A before B.
-        step: how many are done.
-        losses: of each step done.
-        finished: no step is left, or no batch, or it has failed.
-        failed: what became infinite or not a number, at which step; None. A and B are those of
-            the step before.
+        layers: (module's name, adapter at that module).
+        parameters: A and B of each layer in turn.
+        step: how many steps are done.
+        losses: of each step that is done.
+        finished: there is no step or batch left, or the adapter has failed.
+        failed: what became infinite or not a number, and at which step; None if nothing did. A
+            and B then have the values before that step.
     """
 
     def __init__(
@@ -67,10 +67,10 @@ class AdapterRun:
         self.losses: list[float] = []
         self.failed: str | None = None
         self._batches: Iterator[Mapping[str, Tensor]] | None = None
-        self._next: Mapping[str, Tensor] | None = None  # taken, and not trained on yet
+        self._next: Mapping[str, Tensor] | None = None  # fetched, and not trained on yet
 
     def next_batch(self) -> Mapping[str, Tensor] | None:
-        """The micro-batch of the next step; None, and finished, where there is none.
+        """The micro-batch of the next step. If there is none, the run is finished: None.
 
         Raises:
             ValueError: the batches ended before the steps did and cannot begin again.
@@ -92,9 +92,9 @@ class AdapterRun:
         return found
 
     def update(self, loss: float) -> None:
-        """Clip the gradients that the backward left, step and forget them.
+        """Clip the gradients of the last backward, take the optimiser's step, and clear them.
 
-        Where the loss or a gradient is not finite the adapter stays as it is, and has failed.
+        If the loss or a gradient is not finite, the adapter has failed and takes no step.
         """
         self.failed = self._why_not_finite(loss)
         if self.failed is not None:
@@ -107,7 +107,7 @@ class AdapterRun:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(loss)
-        self._pass()
+        self._count_step()
 
     def _why_not_finite(self, loss: float) -> str | None:
         step = self.step + 1
@@ -117,13 +117,13 @@ class AdapterRun:
         norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
         return None if math.isfinite(norm) else f"the gradient norm of step {step} is {norm}"
 
-    def _pass(self) -> None:
+    def _count_step(self) -> None:
         self._next = None
         self.step += 1
         self.finished = self.step == self.job.total
 
     def state(self) -> dict[str, Any]:
-        """All that resuming needs but A and B, which the adapter's own files hold."""
+        """What resuming needs apart from A and B, which the adapter's files hold."""
         return {
             "step": self.step,
             "losses": list(self.losses),
@@ -133,14 +133,14 @@ class AdapterRun:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state()`: past the batches that were used."""
+        """Resume from `state()`, skipping the batches that were used."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
         self.step, self.finished, self._batches, self._next = 0, False, None, None
         self.failed = None
         while self.step < state["step"] and self.next_batch() is not None:
-            self._pass()
+            self._count_step()
         if self.step < state["step"]:
             raise ValueError(
                 f"batches of {self.name!r}: ended after {self.step}, expected at least the "

@@ -27,22 +27,22 @@ OnStep = Callable[[int, Mapping[str, float]], None]
 class MultiLoRATrainer:
     """Train adapters of any ranks, scales, dropouts, layers and data over one frozen base.
 
-    A step takes one micro-batch of each adapter that is not finished, runs the model once over all
-    of them (and once over packed documents, which have no mask), and sums their losses, each the
-    mean over its own tokens: no adapter's gradient has anything of another. Clipping, optimiser and
-    schedule are each adapter's own, and so are A's first values and the dropout: an adapter learns
-    what it would alone, with the same seed, but for the rounding of sums. (Random numbers that the
-    model itself draws, as for dropout of its own, are shared.)
+    A step takes one micro-batch of each adapter that is not finished and runs the model once over
+    all of them (packed documents, which have no mask, get a second run). It sums the losses, each
+    the mean over an adapter's own tokens, so that adapters do not affect each other's gradients.
+    Each adapter has its own clipping, optimiser, schedule, initial values and dropout. With the
+    same seed it learns what it would if trained alone, apart from the rounding of sums. (Random
+    numbers that the model itself draws, such as for its own dropout, are shared.)
 
     Args:
-        model: dense, or with NF4Linear or bitsandbytes layers; it is changed in place and frozen.
-        jobs: by name, which is also the directory's in `save`.
+        model: dense, or with NF4Linear or bitsandbytes layers. It is changed in place and frozen.
+        jobs: by adapter's name. `save` uses the name for a directory.
         quantize, block_size, double_quant, adapter_dtype: as in `apply_lora`.
-        pad_id: fills up the shorter micro-batches; any token does.
-        loss: of logits [B, L, V] and labels [B, L] of one adapter.
+        pad_id: the token that pads shorter micro-batches. It is masked, so any will do.
+        loss: a function of logits [B, L, V] and labels [B, L] of one adapter.
 
     Raises:
-        TypeError, ValueError: as `apply_lora`, and for a job or a name that makes no sense.
+        TypeError, ValueError: as `apply_lora`, and for a bad job or name.
 
     Examples:
         >>> ids = torch.tensor([[1, 2, 3, 4]])
@@ -97,21 +97,21 @@ class MultiLoRATrainer:
 
     @property
     def losses(self) -> dict[str, list[float]]:
-        """Of each adapter, one for each of its steps."""
+        """The loss of each step, by adapter."""
         return {name: list(run.losses) for name, run in self.runs.items()}
 
     @property
     def finished(self) -> bool:
-        """Whether no adapter has a step left."""
+        """Whether all adapters are finished."""
         return all(run.finished for run in self.runs.values())
 
     def step(self) -> dict[str, float]:
-        """One step of every adapter that is not finished; their losses, none when all are.
+        """Take one step of every adapter that is not finished. Returns their losses by name.
 
         Raises:
-            ValueError, TypeError: a micro-batch is not what `Batch` takes; nobody has stepped.
-            NonFinite: an adapter's loss or gradient is not finite. That adapter has not stepped
-                and is finished; all others have, and the next step goes on with them.
+            ValueError, TypeError: `Batch.join` refuses a micro-batch; no adapter took a step.
+            NonFinite: an adapter's loss or gradient is not finite. That adapter took no step and
+                is finished. The others did, and the next step continues with them.
         """
         found = [(run, run.next_batch()) for run in self.runs.values()]
         parts = {run.slot: (run.name, part) for run, part in found if part is not None}
@@ -125,7 +125,7 @@ class MultiLoRATrainer:
                 generators = {r.slot: r.generator for r in taken if r.slot in batch.rows}
                 self._holder.route = BatchRoute(batch.slots, generators)
                 found_losses = losses_of(self.model(**batch.inputs), batch, self.loss)
-                # Inside the route: layers that are checkpointed run again in the backward.
+                # Inside the route, because activation checkpointing runs layers again.
                 torch.stack(list(found_losses.values())).sum().backward()
                 losses |= {slot: loss.detach() for slot, loss in found_losses.items()}
         values = torch.stack([losses[run.slot] for run in taken]).tolist()
@@ -138,7 +138,7 @@ class MultiLoRATrainer:
         return stepped
 
     def _join(self, parts: Mapping[int, tuple[str, Mapping[str, torch.Tensor]]]) -> list[Batch]:
-        """One batch, or two where some adapters bring packed documents."""
+        """One batch, or two if only some micro-batches are packed documents."""
         for name, part in parts.values():
             check_micro_batch(name, part)
         kinds = {slot: is_packed(part) for slot, (_, part) in parts.items()}
@@ -151,8 +151,8 @@ class MultiLoRATrainer:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """The model in training, without a cache of keys and values: beside one, transformers'
-        models do not tell packed documents apart."""
+        """Training mode without a cache of keys and values inside the block. With a cache,
+        transformers' models do not tell packed documents apart."""
         was_training, config = self.model.training, getattr(self.model, "config", None)
         use_cache = getattr(config, "use_cache", None)
         self.model.train()
@@ -173,18 +173,18 @@ class MultiLoRATrainer:
         on_step: OnStep | None = None,
         progress: bool | None = None,
     ) -> dict[str, list[float]]:
-        """Step until every adapter is finished, or `steps` times.
+        """Take steps until every adapter is finished, or `steps` of them.
 
         Args:
-            on_step: is told how many steps are done and their losses by name.
-            progress: True for a bar (needs tqdm), False for none; None shows it where standard
+            on_step: is called after each step with the number of steps and the losses by name.
+            progress: True for a bar (needs tqdm), False for none. With None it shows if standard
                 error is a terminal and tqdm is installed.
 
         Returns:
             `losses`.
 
         Raises:
-            NonFinite: at the end, where adapters were stopped on the way; the others are trained.
+            NonFinite: at the end, if adapters were stopped; the others are trained.
         """
         bar = _bar(self._left(steps), progress)
         failed: dict[str, str] = {}
@@ -214,7 +214,7 @@ class MultiLoRATrainer:
         return self.losses
 
     def _left(self, steps: int | None) -> int | None:
-        """How many steps a bar shows; None where only the data tells."""
+        """The length of the bar; None if only the data tells."""
         totals = [run.job.total for run in self.runs.values()]
         left = [
             t - r.step for t, r in zip(totals, self.runs.values(), strict=True) if t is not None
@@ -224,10 +224,10 @@ class MultiLoRATrainer:
         return max(left) if steps is None else min(steps, max(left))
 
     def save(self, folder: str | os.PathLike[str]) -> dict[str, Path]:
-        """Write each adapter as PEFT does into a directory of its name, with what `resume` needs.
+        """Write each adapter into a directory of its name, as PEFT does, with what `resume` needs.
 
-        Each directory is written under another name and put in its place when it is whole. That of
-        an adapter that has failed (`NonFinite`) stays as it is, if it is there.
+        Each directory is written under a temporary name and renamed when it is complete. An
+        adapter that has failed (`NonFinite`) is not written; an older directory of it stays.
 
         Returns:
             The directories that were written, by name.
@@ -236,8 +236,8 @@ class MultiLoRATrainer:
         return {name: save_run(self.model, run, Path(folder)) for name, run in good.items()}
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Go on from what `save` wrote, with the same jobs: the losses are those of a run that was
-        never stopped. Batches that were used are read again and passed over.
+        """Resume from what `save` wrote, with the same jobs. The losses are those of a run that was
+        never stopped. Batches that were used are read again and skipped.
 
         Raises:
             FileNotFoundError: an adapter's file is not there.
@@ -247,7 +247,7 @@ class MultiLoRATrainer:
             load_run(self.model, run, Path(folder))
 
     def detach(self) -> tuple[str, ...]:
-        """Put the base layers back, for serving; the adapters can still be saved before it."""
+        """Put the base layers back, for serving. Returns the names of the layers."""
         return detach_adapters(self.model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from lora_kernels.adapters import adapter_layers
+from lora_kernels.adapters import adapter_layers, apply_lora, save_adapter
 
 VOCABULARY = 100
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def llama(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
@@ -82,3 +84,14 @@ class AllDouble(TorchFunctionMode):
             lambda x: torch.float64 if x is torch.float32 else x, (args, kwargs or {})
         )
         return func(*args, **kwargs)
+
+
+def save_mlp(folder: Path) -> Path:
+    """Save an adapter of rank 2 (down: 3) on `mlp`; returns the folder."""
+    model = mlp()
+    apply_lora(model, r=2, alpha=6, rank_pattern={"down": 3}, target_modules=["up", "down"])
+    return save_adapter(wake(model), folder)
+
+
+def factors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}

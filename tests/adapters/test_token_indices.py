@@ -345,7 +345,7 @@ def test_a_vocabulary_resized_afterwards(tied, tmp_path):
         load_adapter(other, tmp_path)
     other.resize_token_embeddings(104)
     load_adapter(other, tmp_path)
-    assert torch.equal(logits(other)[..., :100], expected)
+    assert torch.equal(logits(other), logits(model))
     model.model.embed_tokens = nn.Embedding(104, 64).requires_grad_(False)
     model.lm_head = nn.Linear(64, 104, bias=False).requires_grad_(False)
     with pytest.raises(ValueError, match="the embedding was replaced since apply_lora"):

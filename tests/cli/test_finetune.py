@@ -296,7 +296,7 @@ def test_resume_refuses_other_settings_and_data(finetune, pairs, tmp_path):
 def test_demo_in_three_steps(tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
     from lora_kernels.cli.errors import UsageError
-    from lora_kernels.cli.finetune.models import demo_model
+    from lora_kernels.cli.finetune.source import demo_model
 
     try:
         demo_model()

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from lora_kernels.cli import main
 from lora_kernels.cli.finetune import job
-from lora_kernels.cli.finetune.models import Source
 from lora_kernels.cli.finetune.rundir import RunDir
+from lora_kernels.cli.finetune.source import Source
 
 from .conftest import make_model, make_tokenizer
 

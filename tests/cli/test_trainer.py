@@ -16,6 +16,7 @@ from lora_kernels.adapters import apply_lora
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.cli.finetune import meter, models, plot
 from lora_kernels.cli.finetune.rundir import CHECKPOINT_FILES, RunDir
+from lora_kernels.cli.finetune.source import Source
 from lora_kernels.cli.finetune.trainer import mean_token_loss, parameter_groups
 
 from .conftest import make_model
@@ -125,7 +126,7 @@ def test_auto_is_fp32_without_bf16_hardware(monkeypatch):
 
 
 def test_model_names():
-    assert models.Source.of("org/name") == models.Source("org/name")
+    assert Source.of("org/name") == Source("org/name")
     for missing in ("./nowhere", "/nowhere", "a/b/c", "nowhere.gguf"):
         with pytest.raises(UsageError, match=r"--model: no (folder|file)"):
-            models.Source.of(missing)
+            Source.of(missing)

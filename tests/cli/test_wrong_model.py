@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lora_kernels.cli import main
 from lora_kernels.cli.errors import UsageError
 from lora_kernels.cli.finetune.causal import check_reads_backwards
-from lora_kernels.cli.finetune.models import Source
+from lora_kernels.cli.finetune.source import Source
 
 from .conftest import make_model, make_tokenizer
 

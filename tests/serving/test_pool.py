@@ -338,7 +338,7 @@ def test_writes_come_after_the_readers_of_the_pages(monkeypatch):
         def __init__(self, device):
             self.count = 0
 
-        def marks(self):
+        def events(self):
             self.count += 1
             return {7: f"route {self.count}"}
 
@@ -358,7 +358,7 @@ def test_writes_come_after_the_readers_of_the_pages(monkeypatch):
             notes.append(f"wait {written}")
             return False
 
-    monkeypatch.setattr("lora_kernels.serving.shelf.Transfer", Notes)
+    monkeypatch.setattr("lora_kernels.serving.slots.Transfer", Notes)
     pool = make_pool(slots=1)
     pool.load("a", *adapter(0))
     assert notes == ["copy"]

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from lora_kernels.adapters import LoRAConfig, apply_lora, save_adapter
 from lora_kernels.integrations.peft import key_of
 from lora_kernels.serving import AdapterPool
+from lora_kernels.serving.state import read_state
 from tests.adapters.models import llama, mlp
 from tests.serving.adapters import (
     adapter,
@@ -239,3 +240,14 @@ def test_all_linear_wants_every_layer(tmp_path):
     save_file({k: t for k, t in state.items() if "down" not in k}, weights)
     with pytest.raises(ValueError, match=f"{key_of('down', 'A')}.*missing"):
         pool.replace("whole", tmp_path)
+
+
+def test_a_state_dict_that_trains_is_copied_without_its_graph():
+    state, config = adapter(1)
+    parameters = {key: torch.nn.Parameter(t) for key, t in state.items()}
+    read = read_state(parameters, config, make_pool().spec)
+    for factors in read.factors.values():
+        assert not factors.a.requires_grad and not factors.b.requires_grad
+    pool = make_pool()
+    pool.load("a", parameters, config)
+    assert_serves(pool, "a", state)

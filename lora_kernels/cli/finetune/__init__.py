@@ -20,14 +20,14 @@ __all__ = ["add_arguments", "run"]
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    """The command; returns the exit status.
+    """Run the command; returns the exit status.
 
     Raises:
-        UsageError: what was asked for cannot work.
+        UsageError: the options cannot work.
     """
     args = parse(parser, argv)
-    # accelerate imports bitsandbytes wherever it is installed, and it warns about kernels of its
-    # own that nothing here uses.
+    # accelerate imports bitsandbytes if it is installed. bitsandbytes then warns about kernels that
+    # are not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         from lora_kernels.cli.finetune.job import finetune

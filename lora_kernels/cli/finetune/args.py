@@ -38,7 +38,7 @@ FIXED = [
     "seed",
 ]
 
-MAX_LENGTH = 512  # tokens, where the model takes so many
+MAX_LENGTH = 512  # tokens, if the model takes as many
 
 # Chosen for about three minutes of training on two cores; see README.md.
 DEMO = {
@@ -303,7 +303,7 @@ def _saved_settings(output: Path) -> dict[str, Any]:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run folder remembers of the options: everything but where and how to go on."""
+    """The options that a run's folder keeps: all but those that may differ when it is resumed."""
     leave_out = {"output", "overwrite", "resume", "threads"}
     return {k: v for k, v in sorted(vars(args).items()) if k not in leave_out}
 
@@ -325,7 +325,7 @@ def max_length(args: argparse.Namespace, limit: int | None) -> int:
 
 
 def target_modules(args: argparse.Namespace) -> str | list[str]:
-    """`--target-modules` as `apply_lora` takes it: one name with regex characters is a regex."""
+    """`--target-modules` as `apply_lora` takes it. One name with regex characters is a regex."""
     names = args.target_modules
     if len(names) == 1 and (names[0] == "all-linear" or any(c in names[0] for c in "*+?()[]|\\^$")):
         return names[0]

@@ -1,19 +1,17 @@
-"""Whether a model is what the commands are for: a causal language model, whole, long enough."""
+"""Checks that a model is a complete causal language model with a matching tokenizer."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lora_kernels.cli.errors import UsageError, one_line
+from lora_kernels.cli.finetune.source import Source
 
-if TYPE_CHECKING:
-    from lora_kernels.cli.finetune.models import Source
-
-# The ends of class names whose weights hold another head than that of a language model.
+# Ends of the names of classes whose weights hold another head than a language model's.
 OTHER_TASKS = re.compile(
     r"For(\w*Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|MaskedLM|"
     r"MaskGeneration|\w*Retrieval|RewardModel\w*|\w*CTC)$"
@@ -22,10 +20,10 @@ EXPECTED = "expected a causal language model"
 
 
 def load_config(source: Source) -> Any:
-    """The model's configuration, of a causal language model as far as it tells.
+    """The model's configuration, which must be one of a causal language model.
 
     Raises:
-        UsageError: transformers cannot read it, or it is of a model for another task.
+        UsageError: transformers cannot read it, or the model is for another task.
     """
     from transformers import AutoConfig
 
@@ -51,19 +49,19 @@ def load_config(source: Source) -> Any:
 
 
 def length_limit(config: Any) -> int | None:
-    """How many tokens the model takes; None where its configuration sets no limit."""
+    """The longest input in tokens; None if the configuration sets no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def vocabulary(config: Any) -> int | None:
-    """How many tokens the model knows; None where its configuration does not say."""
+    """The size of the vocabulary; None if the configuration does not say."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) and size > 0 else None
 
 
 def fix_padding(tokenizer: Any, size: int | None) -> None:
-    """Pad with a token that the model knows: which one it is changes nothing, it is masked.
+    """Set a padding token that the model knows. Padding is masked, so any one will do.
 
     Raises:
         UsageError: the model knows none of the tokenizer's special tokens.
@@ -82,7 +80,7 @@ def fix_padding(tokenizer: Any, size: int | None) -> None:
 
 
 def check_tokens(tokenizer: Any, ids: Iterable[int], size: int | None) -> None:
-    """Raise UsageError where a token has no row in the model's embedding."""
+    """Raise UsageError if a token has no row in the model's embedding."""
     most = max(ids, default=0)
     if size is not None and most >= size:
         token = tokenizer.convert_ids_to_tokens(most)
@@ -94,10 +92,10 @@ def check_tokens(tokenizer: Any, ids: Iterable[int], size: int | None) -> None:
 
 
 def check_whole(info: dict[str, Any], source: Source) -> None:
-    """Raise UsageError where weights of the model were not in its files, so that they are random.
+    """Raise UsageError if weights were missing from the model's files, so that they are random.
 
     Args:
-        info: transformers' account of the loading.
+        info: transformers' `output_loading_info`.
     """
     lacking = sorted(
         {*info.get("missing_keys", ()), *(key[0] for key in info.get("mismatched_keys", ()))}
@@ -112,9 +110,10 @@ def check_whole(info: dict[str, Any], source: Source) -> None:
 
 @torch.no_grad()
 def check_reads_backwards(model: Any, source: Source) -> None:
-    """Raise UsageError where a later token changes what the model says of earlier ones.
+    """Raise UsageError if a later token changes the logits of earlier ones.
 
-    An encoder loads as a language model without a word, and learns to copy what it can see.
+    transformers loads an encoder as a language model without a warning. In training it would only
+    learn to copy the tokens that it sees.
     """
     from transformers import PretrainedConfig
 
@@ -128,7 +127,7 @@ def check_reads_backwards(model: Any, source: Source) -> None:
     change = (first - second).abs().max().item()
     # Experts are chosen per token, so another token may change how the others are rounded.
     rounding = 1024 * torch.finfo(model.dtype).eps * first.abs().max().item()
-    # Releases of transformers that give every configuration this field say nothing by it.
+    # Some releases of transformers give every configuration this field; it means nothing there.
     telling = not hasattr(PretrainedConfig(), "is_decoder")
     encoder = telling and getattr(model.config, "is_decoder", None) is False
     if (encoder and change > 0) or change > min(rounding, 0.1 * first.abs().max().item()):

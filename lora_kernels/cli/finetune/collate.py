@@ -1,4 +1,4 @@
-"""Batches without waste: examples of like length together, logits only where a label is."""
+"""Batches with little padding, and logits only where there is a label."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils.data import Sampler
 
 from lora_kernels.cli.finetune.data import IGNORE, Example
 
-# Batches are as long as a multiple of this: libraries keep code for each new shape (oneDNN and
-# attention 1 to 3 MiB), and a run would meet a new one in nearly every batch.
+# Lengths of batches are multiples of this. Libraries keep code for each new shape (oneDNN and
+# attention 1 to 3 MiB), and nearly every batch would have a new one.
 LENGTH_STEP = 32
 
 
@@ -21,9 +21,9 @@ class Collator:
     """Pad to the batch's longest sequence, on the right, and on to a multiple of `LENGTH_STEP`, but
     not beyond `max_length`.
 
-    With `trim_logits` the model is asked (`logits_to_keep`) for the columns alone whose next token
-    has a label in some row, and the labels come already shifted (`shift_labels`): for short answers
-    to long prompts that spares most of the vocabulary projection.
+    With `trim_logits` the model computes logits (`logits_to_keep`) only for the columns whose next
+    token has a label in some row, and labels are already shifted (`shift_labels`). For short
+    answers to long prompts this saves most of the output layer's work.
     """
 
     def __init__(self, pad_id: int, trim_logits: bool, max_length: int | None = None) -> None:
@@ -32,7 +32,7 @@ class Collator:
         self.max_length = max_length
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels [B, L]; trimmed: shift_labels [B, columns] as well."""
+        """input_ids, attention_mask, labels [B, L]; trimmed, also shift_labels [B, columns]."""
         longest = max(len(e["input_ids"]) for e in examples)
         length = -(-longest // LENGTH_STEP) * LENGTH_STEP
         if self.max_length is not None:
@@ -50,25 +50,25 @@ class Collator:
             shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
             columns = (shifted != IGNORE).any(0).nonzero().flatten()
             batch["shift_labels"] = shifted[:, columns]
-            # Whoever drops the first column and shifts gets the same labels, or a shape error.
+            # A model that shifts these itself gets the same labels, or raises a shape error.
             batch["labels"] = torch.nn.functional.pad(shifted[:, columns], (1, 0), value=IGNORE)
             batch["logits_to_keep"] = columns
         return batch
 
 
 def can_trim_logits(model: Any) -> bool:
-    """Whether the model's forward takes `logits_to_keep` and hands `shift_labels` to its loss."""
+    """Whether the model's forward takes `logits_to_keep` and passes `shift_labels` to its loss."""
     parameters = inspect.signature(model.forward).parameters
     takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return "logits_to_keep" in parameters and takes_more
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """A shuffled order in which the examples of one batch have like lengths.
+    """A shuffled order in which the examples of one batch have similar lengths.
 
     Examples are shuffled, cut into groups of `batch_size * GROUP` and sorted by length inside a
-    group; then the batches are shuffled. The order depends on `seed` and the epoch alone, which
-    transformers' own grouping does not give, so a resumed run sees the same batches.
+    group; then the batches are shuffled. The order depends only on `seed` and the epoch, so a
+    resumed run sees the same batches. (transformers' own grouping does not guarantee that.)
     """
 
     GROUP = 16
@@ -94,7 +94,7 @@ class LengthGroupedSampler(Sampler[int]):
         for start in range(0, len(order), group):
             part = sorted(order[start : start + group], key=lambda i: -self.lengths[i])
             batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
-        # A short batch must stay last, or the batches after it would be cut elsewhere.
+        # A short batch must stay last, or it would shift the batches after it.
         tail = batches.pop() if len(batches[-1]) < self.batch_size else []
         for i in torch.randperm(len(batches), generator=generator).tolist():
             yield from batches[i]

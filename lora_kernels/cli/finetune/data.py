@@ -1,6 +1,6 @@
 """Training data: files to token ids and labels.
 
-An example is `{"input_ids": [...], "labels": [...]}`; a label of -100 gives no loss.
+An example is `{"input_ids": [...], "labels": [...]}`. A label of -100 is not learned.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Dataset:
     dropped: int = 0
 
     def fingerprint(self) -> str:
-        """A digest of every token and label: two runs with the same one saw the same data."""
+        """A digest of all tokens and labels. Runs with the same digest saw the same data."""
         digest = hashlib.sha256()
         for part in (self.train, self.held_out):
             digest.update(b"part")
@@ -48,7 +48,7 @@ class Dataset:
 
 
 def split(items: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """(train, held out): a seeded random share is held out, both in their first order."""
+    """(train, held out). A seeded random share is held out; both keep their order."""
     count = held_out_count(len(items), fraction)
     chosen = set(random.Random(seed).sample(range(len(items)), count))
     train = [item for i, item in enumerate(items) if i not in chosen]
@@ -56,10 +56,10 @@ def split(items: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], 
 
 
 def held_out_count(total: int, fraction: float) -> int:
-    """How many of `total` examples are held out: at least one, and one at least is trained on.
+    """How many of `total` examples are held out: at least one, and not all.
 
     Raises:
-        UsageError: with fewer than two examples, where a share is asked for.
+        UsageError: a share is asked for, and there are fewer than two examples.
     """
     if fraction == 0:
         return 0
@@ -72,18 +72,18 @@ def held_out_count(total: int, fraction: float) -> int:
 
 
 class Rewritten(UsageError):
-    """The chat template shows an earlier turn otherwise once another one follows."""
+    """The chat template renders an earlier turn differently once another turn follows."""
 
 
 def segments(tokenizer: Any, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-    """The conversation as pieces of text, in order, each with "is this learned?".
+    """The conversation as (text, whether it is learned) pieces, in order.
 
-    Only the assistant's words and the token that ends its turn are learned. The pieces are
-    tokenised one by one, so that a prompt has the ids it has when the model is asked.
+    Only the assistant's words and the token that ends its turn are learned. Each piece is tokenised
+    by itself, so that a prompt gets the same ids as when the model generates.
 
     Raises:
         Rewritten: the chat template rewrites earlier turns when one is added.
-        UsageError: it cannot show the conversation at all.
+        UsageError: it cannot render the conversation at all.
     """
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     if messages[0]["role"] == TEXT:
@@ -112,20 +112,20 @@ def segments(tokenizer: Any, messages: Sequence[Message]) -> list[tuple[str, boo
 
 
 def answers(messages: Sequence[Message]) -> list[int]:
-    """The places of the assistant's messages."""
+    """The indices of the assistant's messages."""
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def is_answer(message: Message) -> bool:
-    """Whether there is something to learn: an empty turn would teach to say nothing."""
+    """Whether a message is an answer to learn. An empty one would teach silence."""
     return bool(message["content"] or calls(message))
 
 
 def turn(tokenizer: Any, messages: Sequence[Message], i: int) -> tuple[str, str]:
-    """(what the model is asked with, what it is to say) of the answer at place `i`.
+    """(prompt, answer) as text, for the answer at index `i`.
 
-    Where the template opens a thought for the model and shows the answer without one, the model
-    learns to close it at once.
+    If the template opens a reasoning block for the model and renders the answer without one, the
+    model learns to close the block at once.
     """
     before = render(tokenizer, messages[:i], prompt=True)
     after = render(tokenizer, messages[: i + 1])
@@ -142,15 +142,15 @@ def turn(tokenizer: Any, messages: Sequence[Message], i: int) -> tuple[str, str]
             return before, answer[len(THINK) :].strip()
         thought = f"\n{THINK.replace('<', '</')}\n\n"
         after = before + answer.lstrip()
-    # The line break after the end-of-turn token is the template's.
+    # The line break after the end-of-turn token belongs to the template.
     return before, thought + after[len(before) :].rstrip()
 
 
 def render(tokenizer: Any, messages: Sequence[Message], prompt: bool = False) -> str:
-    """The messages through the model's chat template; with `prompt`, up to where it answers.
+    """The messages rendered by the model's chat template; with `prompt`, up to the next answer.
 
     Raises:
-        UsageError: the template refuses them; its own words are kept.
+        UsageError: the template refuses them; the message quotes it.
     """
     try:
         return tokenizer.apply_chat_template(
@@ -195,10 +195,10 @@ def encode_all(
 
 
 def _located(tokenizer: Any, messages: Sequence[Message]) -> list[list[tuple[str, bool]]]:
-    """The pieces of each example that a conversation gives, errors naming its row.
+    """The pieces of each example of a conversation. Errors name its row.
 
-    It is one example, but one for each answer where the template rewrites the turns before: each
-    is then learned after what the model will see when it is asked for it.
+    A conversation is one example. If the template rewrites earlier turns, it is one example for
+    each answer, so that each is learned after the prompt that the model will see.
     """
     try:
         try:
@@ -266,7 +266,7 @@ def load_text(tokenizer: Any, path: Path, fraction: float, max_length: int) -> D
 
 
 def add_text_prompt(data: Dataset, tokenizer: Any, example: Example) -> None:
-    """The beginning of a text, to go on from."""
+    """The beginning of a text, as a prompt."""
     block = example["input_ids"]
     start = min(16, len(block) // 2)
     data.prompts.append(tokenizer.decode(block[:start]))

@@ -1,8 +1,8 @@
 """The demo's data: questions about the Python standard library, answered by its docstrings.
 
-One example per public class, function and method of a fixed list of modules that import without
-side effects. Nothing is downloaded, and the set depends on the Python version alone. Whole modules
-are held out, and an answer that a held-out module gives is never trained on.
+There is one example for each public class, function and method of a fixed list of modules that
+import without side effects. Nothing is downloaded, and the set depends only on the Python version.
+Whole modules are held out, and an answer that occurs in a held-out module is never trained on.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ HELD_OUT_MODULES = [
 ]
 
 SIGNATURE_LINE = re.compile(r"[\w.]+\((?:[^()]|\([^()]*\))*\)(\s*->.*)?$")
-# Meant to be assigned to, so what they hold depends on who runs us.
+# Other programs assign to these, so their values are not fixed.
 REPLACEABLE = {"excepthook"}
 MIN_ANSWER = 25  # characters; shorter docstrings ("Return self.") teach nothing
 MAX_ANSWER = 220
@@ -203,7 +203,7 @@ def _answer(doc: object) -> str:
 def _members(module: ModuleType) -> Iterator[tuple[str, str, object]]:
     """(kind, qualified name, object) of the module's public classes, functions and methods."""
     names = getattr(module, "__all__", None)
-    if names is None:  # what the module defines, not what it imports
+    if names is None:  # defined in the module, not imported
         names = [
             name
             for name, obj in vars(module).items()
@@ -224,13 +224,13 @@ def _members(module: ModuleType) -> Iterator[tuple[str, str, object]]:
 
 
 def _is_native(obj: object) -> bool:
-    """A function of the standard library itself: some packages add methods to its classes."""
+    """Whether the standard library defines a function. Some packages add methods to its classes."""
     home = getattr(obj, "__module__", None) or "builtins"
     return inspect.isroutine(obj) and home.partition(".")[0] in sys.stdlib_module_names
 
 
 def module_examples(name: str) -> list[DocExample]:
-    """The examples of one module, sorted by name; [] where this Python is built without it."""
+    """The examples of one module, sorted by name; [] if this Python is built without it."""
     try:
         module = importlib.import_module(name)
     except ImportError:

@@ -1,4 +1,4 @@
-"""Whether training is still on finite numbers: once it is not, nothing later can mend it."""
+"""Stopping when a number is not finite: no later step can repair the weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class NonFinite(Failed):
     """A loss, a gradient norm or a weight became infinite or not a number.
 
     Attributes:
-        what: which, with its value.
-        last_good: the last step whose weights are not in doubt.
+        what: the quantity, with its value.
+        last_good: the last step whose weights are known to be good.
     """
 
     def __init__(self, what: str, last_good: int) -> None:
@@ -27,7 +27,7 @@ class NonFinite(Failed):
 
 
 def gradient_norm(model: nn.Module) -> float:
-    """The norm of all gradients that the model holds now; 0 without any."""
+    """The norm of all gradients of the model; 0 if it has none."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
 
@@ -36,7 +36,7 @@ def check_step(model: nn.Module, loss: float, finished: int) -> None:
     """Raise NonFinite unless the loss and the gradients of the step after `finished` are finite."""
     step = finished + 1
     if not math.isfinite(loss):
-        # These weights gave the loss, so the step that made them may be the one that went wrong.
+        # The loss was computed with these weights, so the step that made them may have gone wrong.
         raise NonFinite(f"the training loss of step {step} is {loss}", finished - 1)
     norm = gradient_norm(model)
     if not math.isfinite(norm):
@@ -63,7 +63,7 @@ def check_held_out(loss: float, step: int) -> None:
 
 
 def explain(error: NonFinite, checkpoints: list[Path], output: Path) -> Failed:
-    """The error as the user reads it: what happened, what is left, what to try."""
+    """The message for the user: what happened, what is left, what to try."""
     good = [p for p in checkpoints if int(p.name.rpartition("-")[2]) <= error.last_good]
     kept = (
         f"The last good adapter is in {good[-1]}."

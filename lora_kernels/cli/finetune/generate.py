@@ -10,7 +10,7 @@ MAX_NEW_TOKENS = 48
 
 
 def spread(items: list[Any], count: int) -> list[Any]:
-    """`count` items taken evenly over the list."""
+    """`count` items at even distances in the list."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
 
@@ -20,7 +20,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[str], limit: int | None = 
     """Greedy continuations of the prompts, at most `MAX_NEW_TOKENS` tokens each.
 
     Args:
-        limit: how many tokens the model takes; a longer prompt loses its beginning.
+        limit: the longest input of the model in tokens; a longer prompt loses its beginning.
     """
     if not prompts:
         return []

@@ -29,7 +29,6 @@ from lora_kernels.cli.finetune.data import Dataset, load_chat, load_file
 from lora_kernels.cli.finetune.finite import NonFinite
 from lora_kernels.cli.finetune.meter import peak_bytes, reset_peak
 from lora_kernels.cli.finetune.models import (
-    Source,
     load_model,
     load_tokenizer,
     pick_dtype,
@@ -45,6 +44,7 @@ from lora_kernels.cli.finetune.progress import (
 )
 from lora_kernels.cli.finetune.records import check_file, pair
 from lora_kernels.cli.finetune.rundir import RunDir, Start
+from lora_kernels.cli.finetune.source import Source
 from lora_kernels.cli.finetune.trainer import (
     FinetuneTrainer,
     mean_token_loss,
@@ -54,9 +54,7 @@ from lora_kernels.cli.finetune.trainer import (
 )
 from lora_kernels.integrations.fused_loss import fuse_loss
 
-DEMO_HELD_OUT = (
-    96  # examples of the held-out modules that are measured; the rest would only take time
-)
+DEMO_HELD_OUT = 96  # held-out examples that are measured; more would only take time
 
 
 def finetune(args: argparse.Namespace, callbacks: list[TrainerCallback] | None = None) -> int:
@@ -64,7 +62,7 @@ def finetune(args: argparse.Namespace, callbacks: list[TrainerCallback] | None =
 
     Args:
         args: from `args.parse`.
-        callbacks: more Trainer callbacks, which come after the command's own.
+        callbacks: more Trainer callbacks, called after the command's own.
 
     Returns:
         0; 1 when `--verify` finds that the saved adapter is not the trained one; 128 plus the
@@ -105,10 +103,10 @@ class Finetune:
         self.dtype = pick_dtype(args.dtype)
 
     def run(self) -> int:
-        """All stages; the exit status."""
+        """Run all stages; returns the exit status."""
         self.load()
         self.adapt()
-        if self.checkpoint is None:  # an older run goes only when nothing can be wrong any more
+        if self.checkpoint is None:  # after all checks, for it removes an older run
             self.folder.prepare(self.args.overwrite)
         trainer = self.make_trainer()
         if self.checkpoint is None:
@@ -220,7 +218,7 @@ class Finetune:
         )
 
     def measure_start(self, trainer: FinetuneTrainer) -> None:
-        """Held-out loss and answers of the untrained model, and the file that remembers them."""
+        """Measure held-out loss and answers of the untrained model, and write them to a file."""
         self.start = Start(settings(self.args), self.data.fingerprint())
         self.folder.write_json(self.folder.run, asdict(self.start))
         try:
@@ -235,7 +233,7 @@ class Finetune:
         self.folder.write_json(self.folder.run, asdict(self.start))
 
     def read_start(self) -> None:
-        """The same, from the run that is continued.
+        """Read these measurements from the run that is resumed.
 
         Raises:
             UsageError: the data has changed since.
@@ -254,7 +252,7 @@ class Finetune:
         self.console.print(f"continuing from {self.checkpoint}")
 
     def held_out_loss(self, trainer: FinetuneTrainer) -> float | None:
-        """Mean loss per token of the held-out examples; None without any."""
+        """Mean loss per token of the held-out examples; None if there are none."""
         if not self.data.held_out:
             return None
         return trainer.evaluate()["eval_token_loss"]
@@ -269,7 +267,9 @@ class Finetune:
         if self.checkpoint is not None:
             with readable(str(self.checkpoint)):
                 state = TrainerState.load_from_json(str(self.checkpoint / "trainer_state.json"))
-            if state.global_step >= state.max_steps:  # only the closing stages are left
+            if (
+                state.global_step >= state.max_steps
+            ):  # training is done; only the last stages are left
                 with readable(str(self.checkpoint)):
                     load_adapter(self.model, str(self.checkpoint))
                 trainer.state = state
@@ -292,7 +292,7 @@ class Finetune:
             raise self.interruption()
 
     def interruption(self) -> Interrupted:
-        """Where the run can go on."""
+        """The interruption, with the checkpoint from which the run can continue."""
         checkpoints = self.folder.checkpoints()
         return Interrupted(checkpoints[-1] if checkpoints else None, self.stopper.received or 2)
 
@@ -347,7 +347,7 @@ class Finetune:
         return 0
 
     def show_generations(self) -> list[dict[str, str]]:
-        """Answers after training beside those before, also written to generations.json."""
+        """Show the answers before and after training, and write them to generations.json."""
         count = self.args.generate
         prompts = generate.spread(self.data.prompts, count)
         references = generate.spread(self.data.references, count)
@@ -362,11 +362,11 @@ class Finetune:
         return generations
 
     def answers(self, prompts: list[str]) -> list[str]:
-        """What the model answers now."""
+        """The model's present answers."""
         return generate.answers(self.model, self.tokenizer, prompts, self.limit)
 
     def verify(self, trainer: FinetuneTrainer) -> dict[str, Any]:
-        """Reload the adapter into a fresh model: same logits? Then merge it: same loss?"""
+        """Load the adapter into a fresh model and compare logits; merge it and compare the loss."""
         batch = self.collator((self.data.held_out or self.data.train)[: self.args.batch_size])
         trained = verify.logits_of(self.model, batch)
         device = self.model.device
@@ -381,7 +381,7 @@ class Finetune:
         return result
 
     def save_merged(self) -> None:
-        """Write the merged model and its tokenizer where transformers can load them."""
+        """Write the merged model and its tokenizer to a folder for transformers."""
         fresh = load_model(self.source, self.dtype)
         load_adapter(fresh, str(self.folder.adapter), **self.quantization())
         merged: Any = merge_and_unload(fresh)

@@ -21,12 +21,12 @@ def _status(field: str) -> int | None:
 
 
 def resident_bytes() -> int:
-    """Memory that the process holds now (its peak, where the system does not say)."""
+    """Memory that the process holds now, or its peak on systems that report only that."""
     return _status("VmRSS") or peak_bytes()
 
 
 def peak_bytes() -> int:
-    """The most the process has held since it began, or since `reset_peak` where that works."""
+    """The most memory that the process has held since it began, or since `reset_peak`."""
     peak = _status("VmHWM")
     if peak is not None:
         return peak

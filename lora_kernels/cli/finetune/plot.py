@@ -22,7 +22,7 @@ def loss_curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
 
     Args:
         records: the run's log.
-        path: the picture, replaced when it is whole.
+        path: the picture; an older one is replaced when the new one is complete.
         title: a line above it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

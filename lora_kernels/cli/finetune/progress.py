@@ -1,4 +1,4 @@
-"""What happens around the training loop: the bar, the log and a clean stop on Ctrl-C."""
+"""Around the training loop: progress bar, log, and a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Interrupted(Exception):
 
 
 class StopOnSignal(TrainerCallback):
-    """The first SIGINT or SIGTERM ends training after the step under way, with a checkpoint.
+    """The first SIGINT or SIGTERM ends training after the current step, with a checkpoint.
 
-    A second one stops at once, and the checkpoint written last remains. Use it as a context
-    manager around `train()`; outside the main thread it changes no handler.
+    A second one stops at once; the last checkpoint remains. Use it as a context manager around
+    `train()`. Outside the main thread it changes no handler.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -78,10 +78,10 @@ class StopOnSignal(TrainerCallback):
 
 
 class Reporter(TrainerCallback):
-    """A bar (or plain lines where the output is no terminal) and a JSON line per step.
+    """A progress bar (plain lines if the output is not a terminal) and a JSON line for each step.
 
-    Throughput counts real tokens, prompts included and padding not, over the time of the training
-    steps alone: evaluation and checkpoints are left out.
+    Throughput counts tokens of prompts and answers without padding, over the time of the training
+    steps; evaluation and checkpoints are left out.
     """
 
     def __init__(self, run: RunDir, console: Console, every: int = 10) -> None:
@@ -170,21 +170,21 @@ class Reporter(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def stderr_console() -> Console:
-    """Where the command talks: standard error, so that nothing mixes with its results."""
+    """The console for messages: standard error, so that they do not mix with results."""
     return plain_console(sys.stderr)
 
 
 def plain_console(file: TextIO | None = None) -> Console:
-    """A console that prints text as it is: a [tag] or a :name: in a path is no markup.
+    """A console without markup, so that a [tag] or a :name: in a path is printed as it is.
 
     Args:
-        file: None takes standard output as it is at each print.
+        file: None for the standard output at the time of each print.
     """
     return Console(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Data files to conversations: the forms that rows come in, and what is wrong with one."""
+"""Reading data files as conversations, from rows of several layouts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from lora_kernels.cli.errors import UsageError
 
-Message = dict[str, Any]  # role and content, and what else the chat template reads
-TEXT = "plain text"  # the role of a row that is no conversation
+Message = dict[str, Any]  # role, content, and whatever else the chat template reads
+TEXT = "plain text"  # the role of a row of plain text
 
-# What the speakers are called, in ShareGPT's files and others, and by chat templates.
+# Names of the speakers in ShareGPT's and other files, and the roles of chat templates.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-# (prompt, what is added to it, answer): the first whose prompt and answer are both there is taken.
+# (prompt, addition to it, answer): the first layout whose prompt and answer are there counts.
 PAIRS = (
     ("prompt", None, "response"),
     ("prompt", None, "completion"),
@@ -31,7 +31,7 @@ EXPECTED = (
 
 
 class Conversation(list[Message]):
-    """Messages, and `where` they were read: file and row, "" for those that come from no file."""
+    """Messages, and `where` they were read: file and row; "" if not from a file."""
 
     def __init__(self, messages: list[Message], where: str = "") -> None:
         super().__init__(messages)
@@ -44,7 +44,7 @@ def pair(prompt: Any, response: Any) -> list[Message]:
 
 
 def check_file(path: Path) -> None:
-    """Raise UsageError unless it is a file."""
+    """Raise UsageError unless the path is a file."""
     if path.is_dir():
         raise UsageError(f"--data: {str(path)!r} is a folder, expected a .jsonl or a text file")
     if not path.exists():
@@ -56,10 +56,10 @@ def check_file(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The file, without a byte order mark, its lines ended by a line feed.
+    """The file's text, without a byte order mark, with line feeds at the ends of lines.
 
     Raises:
-        UsageError: it is no file, cannot be read, or is not UTF-8.
+        UsageError: it is not a file, cannot be read, or is not UTF-8.
     """
     check_file(path)
     try:
@@ -80,7 +80,7 @@ def read_conversations(path: Path) -> list[Conversation]:
     """The rows of a JSON Lines file, or of a JSON file that holds an array.
 
     Raises:
-        UsageError: naming the file and the row that cannot be used.
+        UsageError: a row cannot be used; the message names the file and the row.
     """
     rows = [_conversation(record, where) for where, record in _records(path)]
     if not rows:
@@ -89,38 +89,38 @@ def read_conversations(path: Path) -> list[Conversation]:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, the row) of each row."""
+    """(where, row) of each row."""
     text = read_text(path)
     if path.suffix.lower() == ".json" or text.lstrip().startswith("["):
         found = _array(text)
         if found is not None:
             yield from ((f"{path}, row {i}", record) for i, record in enumerate(found, 1))
             return
-    # Other marks of a line's end, such as U+2028, may stand inside a JSON string.
+    # str.splitlines also splits at U+2028 and others, which may be inside a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
                 yield where, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UsageError(f"{where}: not JSON ({error}){_mend(text)}") from None
+                raise UsageError(f"{where}: not JSON ({error}){_expected_lines(text)}") from None
 
 
-def _mend(text: str) -> str:
-    """What to do about a file whose lines are not JSON, where that can be told."""
+def _expected_lines(text: str) -> str:
+    """What was expected of a file whose lines are not JSON, as the end of a message."""
     if text.lstrip()[:1] in "[{" and text.count("\n") > text.count("}\n"):
         return "; expected one object in each line, or a file that is one array"
     return "; expected one object in each line"
 
 
 def _array(text: str) -> list[Any] | None:
-    """The rows of a text that is one JSON value: an array, or an object around one."""
+    """The rows of a text that is one JSON value: an array, or an object that holds one."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if isinstance(value, dict):
-        if _form(value) is not None:
+        if _layout(value) is not None:
             return [value]
         lists = [v for v in value.values() if isinstance(v, list)]
         return lists[0] if len(lists) == 1 else [value]
@@ -129,8 +129,8 @@ def _array(text: str) -> list[Any] | None:
     return None
 
 
-def _form(record: dict[str, Any]) -> Any:
-    """What kind of row it is: a key of messages, a triple of PAIRS, or "text"; None for no kind."""
+def _layout(record: dict[str, Any]) -> Any:
+    """The layout of a row: a key of messages, a triple of PAIRS, or "text"; None if unknown."""
     for key in ("messages", "conversations", "conversation"):
         if record.get(key) is not None:
             return key
@@ -143,17 +143,17 @@ def _form(record: dict[str, Any]) -> Any:
 def _conversation(record: Any, where: str) -> Conversation:
     if not isinstance(record, dict):
         raise UsageError(f"{where}: got {type(record).__name__}, {EXPECTED}")
-    form = _form(record)
-    if form is None:
+    layout = _layout(record)
+    if layout is None:
         raise UsageError(f"{where}: got the keys {sorted(record)}, {EXPECTED}")
-    if form == "text":
+    if layout == "text":
         if not isinstance(record["text"], str) or not record["text"].strip():
             raise UsageError(f"{where}: `text` must be a text that is not empty")
         messages = [{"role": TEXT, "content": record["text"]}]
     else:
-        given = record[form] if isinstance(form, str) else _pair(record, form)
+        given = record[layout] if isinstance(layout, str) else _pair(record, layout)
         if not isinstance(given, list) or not given:
-            raise UsageError(f"{where}: {form} must be a list that is not empty")
+            raise UsageError(f"{where}: {layout} must be a list that is not empty")
         messages = [_message(message, where) for message in given]
         if not any(m["role"] == "assistant" and (m["content"] or calls(m)) for m in messages):
             raise UsageError(f"{where}: no answer to learn (an assistant message with content)")
@@ -169,7 +169,7 @@ def _conversation(record: Any, where: str) -> Conversation:
 
 
 def _pair(record: dict[str, Any], names: tuple[str, str | None, str]) -> list[Any]:
-    """The messages of a row with a prompt and an answer, which may be lists of messages too."""
+    """The messages of a row with a prompt and an answer, each a text or a list of messages."""
     prompt, more, answer = (record.get(name) if name else None for name in names)
     if isinstance(more, str) and more.strip() and isinstance(prompt, str):
         prompt = f"{prompt}\n\n{more}"
@@ -181,7 +181,7 @@ def _pair(record: dict[str, Any], names: tuple[str, str | None, str]) -> list[An
 
 
 def calls(message: Message) -> Any:
-    """The tools that a message calls: then it needs no content."""
+    """The tools that a message calls. Such a message needs no content."""
     return message.get("tool_calls")
 
 

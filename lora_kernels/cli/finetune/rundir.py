@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, written so that an interruption leaves it readable."""
+"""The files in a run's folder. An interruption while writing leaves them readable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from lora_kernels.cli.errors import UsageError
 
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-# A checkpoint without one of these cannot be continued from.
+# Files without which a checkpoint cannot be resumed from.
 CHECKPOINT_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -38,7 +38,7 @@ def write_text(path: Path, text: str) -> None:
 
 @dataclass
 class Start:
-    """What a run remembers from its beginning, for `--resume` and the closing table."""
+    """Results from the beginning of a run, for `--resume` and the final table."""
 
     settings: dict[str, Any]
     data: str
@@ -60,10 +60,10 @@ class RunDir:
         self.merged = root / "merged"
 
     def check(self, overwrite: bool) -> None:
-        """Refuse a place that a new run cannot have.
+        """Raise unless a new run can use the folder.
 
         Raises:
-            UsageError: it holds a run (and `overwrite` is off), is not a folder, or cannot be
+            UsageError: it holds a run and `overwrite` is off, is not a folder, or cannot be
                 written to.
         """
         if os.path.lexists(self.root) and not self.root.is_dir():
@@ -76,7 +76,7 @@ class RunDir:
             )
 
     def try_writing(self) -> None:
-        """Make the folder and a file in it, and take away again what was not there."""
+        """Create the folder and a file in it, and remove what was created."""
         made = [p for p in (self.root, *self.root.parents) if not os.path.exists(p)]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ class RunDir:
                     folder.rmdir()
 
     def prepare(self, overwrite: bool) -> None:
-        """Make the folder for a new run, empty of an older one; raises as `check` does."""
+        """Create the folder for a new run, removing an older run. Raises as `check`."""
         self.check(overwrite)
         self._clear()
         self.root.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class RunDir:
             shutil.rmtree(folder, ignore_errors=True)
 
     def take_merged(self, folder: Path) -> None:
-        """Put a merged model that was written elsewhere in this folder in its place."""
+        """Move a merged model, written elsewhere in this folder, to its place."""
         shutil.rmtree(self.merged, ignore_errors=True)
         os.replace(folder, self.merged)
 
@@ -116,7 +116,7 @@ class RunDir:
         return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
     def leftovers(self) -> list[Path]:
-        """Folders of checkpoints whose writing was cut off."""
+        """Folders of incomplete checkpoints, whose writing was interrupted."""
         return [p for p in self.root.glob(".saving-*") if p.is_dir()]
 
     def checkpoint(self, name: str) -> Path:
@@ -140,7 +140,7 @@ class RunDir:
         return path
 
     def read_run(self) -> dict[str, Any] | None:
-        """What the run was started with, None without a run.
+        """The settings that the run was started with; None without a run.
 
         Raises:
             UsageError: run.json is not readable.
@@ -160,7 +160,7 @@ class RunDir:
         write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The log's records; a last line that was cut off is left out."""
+        """The log's records, without an incomplete last line."""
         records = []
         if self.log.is_file():
             for line in self.log.read_text(encoding="utf-8").splitlines():

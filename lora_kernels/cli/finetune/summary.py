@@ -1,4 +1,4 @@
-"""What a run ends with: the generations, the table and summary.json."""
+"""The end of a run: generations, the final table and summary.json."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def show_generations(console: Console, generations: list[dict[str, str]]) -> Non
 
 
 def _last_line(prompt: str) -> str:
-    """The user's own words in a chat prompt, without the template's marks."""
+    """The user's text in a chat prompt, without the template's marks."""
     lines = [re.sub(r"<\|.*?\|>.*", "", line).strip() for line in prompt.splitlines()]
     return next((line for line in reversed(lines) if line), prompt)
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The closing table of a run's `summary.json`."""
+    """The final table, from a run's `summary.json`."""
     view = Table(title=Text(f"{result['model']}: {result['title']}"), show_header=False)
     view.add_column(style="bold")
     view.add_column(justify="right")

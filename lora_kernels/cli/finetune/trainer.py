@@ -1,4 +1,4 @@
-"""transformers' Trainer, changed only where the command needs it."""
+"""transformers' Trainer with the changes that the command needs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from lora_kernels.training.huggingface import AdapterCheckpoints
 
 
 class FinetuneTrainer(AdapterCheckpoints, Trainer):
-    """The command's Trainer: checkpoints are renamed into place, what is not finite stops it.
+    """The command's Trainer. Checkpoints are renamed into place, and non-finite numbers stop it.
 
     Args:
         run: the run's folder; `args.output_dir` must be its root.
         loraplus_ratio: learning rate of the B factors over that of the A factors (LoRA+: Hayou et
             al., 2024).
-        keep: checkpoints kept.
+        keep: how many checkpoints are kept.
     """
 
     def __init__(self, *, run: RunDir, loraplus_ratio: float, keep: int, **kwargs: Any) -> None:
@@ -55,13 +55,13 @@ class FinetuneTrainer(AdapterCheckpoints, Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """One batch; raises NonFinite before the optimiser can use what is not finite."""
+        """Train on one batch. Raises NonFinite before the optimiser uses such a gradient."""
         loss = super().training_step(model, *args, **kwargs)
         finite.check_step(model, float(loss), self.state.global_step)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """The metrics; raises NonFinite so that no checkpoint of such weights is written."""
+        """Compute the metrics; raises NonFinite before a checkpoint of bad weights is written."""
         metrics = super().evaluate(*args, **kwargs)
         finite.check_held_out(metrics.get("eval_token_loss", 0.0), self.state.global_step)
         return metrics
@@ -75,8 +75,8 @@ class FinetuneTrainer(AdapterCheckpoints, Trainer):
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the checkpoint beside its place and rename it when it is whole."""
-        self.check_finite()  # so that no good checkpoint makes room for a bad one
+        """Write the checkpoint under a temporary name and rename it when it is complete."""
+        self.check_finite()  # before an older, good checkpoint is removed for it
         root = self.run_dir.root
         root.mkdir(parents=True, exist_ok=True)
         self._staging = tempfile.mkdtemp(prefix=".saving-", dir=root)
@@ -94,7 +94,7 @@ class FinetuneTrainer(AdapterCheckpoints, Trainer):
             shutil.rmtree(old, ignore_errors=True)
 
     def check_finite(self) -> None:
-        """Raise NonFinite unless the trained weights, and what the model makes of them, are."""
+        """Raise NonFinite unless the trained weights and the model's logits are finite."""
         finite.check_weights(self.model, self.state.global_step)
         finite.check_output(
             logits_of(self.model, self.data_collator(self.train_dataset[:1])),
@@ -102,7 +102,7 @@ class FinetuneTrainer(AdapterCheckpoints, Trainer):
         )
 
     def save_now(self) -> Path:
-        """Save a checkpoint of the step that was finished last; returns its folder."""
+        """Save a checkpoint of the last finished step; returns its folder."""
         self._save_checkpoint(self.model, None)
         return self.run_dir.root / f"checkpoint-{self.state.global_step}"
 
@@ -123,7 +123,7 @@ class FinetuneTrainer(AdapterCheckpoints, Trainer):
 
 @contextlib.contextmanager
 def readable(checkpoint: str | None) -> Iterator[None]:
-    """Whatever a reader says of a checkpoint's files, it is the checkpoint that is damaged."""
+    """Turn errors of reading a checkpoint's files into one that says that it is damaged."""
     try:
         yield
     except Exception as error:
@@ -135,7 +135,7 @@ def readable(checkpoint: str | None) -> Iterator[None]:
 def parameter_groups(
     model: nn.Module, lr: float, loraplus_ratio: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """The trainable parameters: A factors and the rest at `lr`, B factors at `ratio * lr`."""
+    """Groups of trainable parameters: B factors at `ratio * lr`, all others at `lr`."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     b = [p for n, p in named if "lora_B" in n.split(".")]
     others = [p for n, p in named if "lora_B" not in n.split(".")]
@@ -147,11 +147,11 @@ def parameter_groups(
 
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy of each label, -100 where there is none, so that evaluation keeps no logits.
+    """Cross-entropy of each label, so that evaluation need not keep logits. -100 without a label.
 
     Args:
         logits: [B, L, V], or a tuple that begins with it.
-        labels: [B, L] in place, or [B, L + 1] when the logits were trimmed (see `Collator`).
+        labels: [B, L], or [B, L + 1] if the logits were trimmed (see `Collator`).
 
     Returns:
         fp32 [B, L].
@@ -171,7 +171,7 @@ def token_losses(logits: Any, labels: Tensor) -> Tensor:
 
 
 def mean_token_loss(prediction: Any) -> dict[str, float]:
-    """The mean over all labelled tokens of the set, whatever the batches were."""
+    """The mean over all labelled tokens, independent of the batches."""
     losses = torch.as_tensor(prediction.predictions, dtype=torch.float64)
     return {"token_loss": losses[losses != IGNORE].mean().item()}
 
@@ -211,7 +211,7 @@ def training_arguments(args: Any, run: RunDir, evaluate: bool) -> TrainingArgume
 def _checkpointing(on: bool) -> dict[str, Any]:
     if not on:
         return {}
-    # Releases of transformers differ in what they call it.
+    # Its name differs between releases of transformers.
     names = TrainingArguments.__dataclass_fields__
     name = "activation_checkpointing"
     name = name if name in names else "gradient_checkpointing"

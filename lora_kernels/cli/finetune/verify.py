@@ -1,4 +1,4 @@
-"""Proof that what was saved is what was trained: a fresh model, the adapter, the same logits."""
+"""Checking a saved adapter: a fresh model with it has to give the trained model's logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def compare(trained: Tensor, reloaded: Tensor) -> dict[str, Any]:
-    """Whether the logits are the same bits, and by how much they differ at most."""
+    """(whether the logits are equal to the bit, the largest difference)."""
     return {
         "equal": torch.equal(trained, reloaded),
         "max_difference": (trained.float() - reloaded.float()).abs().max().item(),

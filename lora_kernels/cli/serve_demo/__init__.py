@@ -1,9 +1,9 @@
 """Serve many LoRA adapters at once: one batch, each row with its own.
 
-A few adapters are fine-tuned briefly, each on a few lines in a voice of its own; the others are
-these with noise of a seed. All go into one pool of rank pages. One mixed batch is answered and
-every row held against the model with that adapter alone; then the same batch is timed against the
-base model alone and against PEFT's mixed batch, interleaved. Nothing but the plot is left behind.
+A few adapters are fine-tuned briefly, each on a few lines in its own voice. The others are
+these with seeded noise. All go into one pool of rank pages. One mixed batch is answered, and
+every row is compared with the model with that adapter alone. Then the batch is timed, in turn with
+the base model alone and with PEFT's mixed batch. Only the plot is kept.
 """
 
 from __future__ import annotations
@@ -84,12 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    """The command: 0; 1 where a row is not what its adapter alone gives.
+    """Run the command. Returns 0, or 1 if a row differs from its adapter alone.
 
     Raises:
-        UsageError: what was asked for cannot work.
+        UsageError: the options cannot work.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # peft imports bitsandbytes, which warns
     try:
         from lora_kernels.cli.serve_demo.job import serve
     except ImportError as error:

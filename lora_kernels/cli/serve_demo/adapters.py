@@ -1,4 +1,4 @@
-"""The adapters: a few fine-tuned ones, and any number made of them by seeds."""
+"""The adapters: a few fine-tuned ones, and any number derived from them by seeds."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from lora_kernels.cli.serve_demo.voices import QUESTIONS, VOICES
 from lora_kernels.integrations.peft import CONFIG_FILE, WEIGHTS_FILE, key_of
 
 MAX_LENGTH = 256
-# Tried on SmolLM2-135M: eight steps are enough to hear each voice, and with the noise a derived
-# adapter still talks in it.
+# Tried on SmolLM2-135M: after eight steps each voice shows in the answers, and adapters derived
+# with the noise keep it.
 LEARNING_RATE = 2e-3
-NOISE = 1.5  # of a derived adapter, over the root mean square of each of its parent's tensors
+NOISE = 1.5  # relative to the root mean square of each of the parent's tensors
 
 
 def twin(model: Any) -> Any:
-    """A copy of a model, modules of its own over the same weights."""
+    """A copy of a model with its own modules and shared weights."""
     shared = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(t): t for t in shared})
 
 
 def one_adapter(model: Any, rank: int) -> Any:
-    """A twin with an adapter on every linear layer, to train and to compare with."""
+    """A `twin` with an adapter on every linear layer, for training and comparing."""
     single = twin(model)
     apply_lora(single, r=rank, alpha=2 * rank, dropout=0.0, progress=False)
     return single
@@ -45,10 +45,10 @@ def one_adapter(model: Any, rank: int) -> Any:
 def train_voice(
     single: Any, tokenizer: Any, voice: str, steps: int, limit: int | None, tick: Tick
 ) -> None:
-    """Fine-tune the model's adapter, from the start, on a voice's answers.
+    """Reset the model's adapter and fine-tune it on a voice's answers.
 
     Args:
-        limit: how many tokens the model takes, where it has a limit.
+        limit: the longest input of the model in tokens; None without a limit.
     """
     length = min(MAX_LENGTH, limit or MAX_LENGTH)
     factors = []
@@ -82,14 +82,14 @@ def _conversations(voice: str) -> list[list[Message]]:
 
 @dataclass(frozen=True)
 class Adapters:
-    """So many adapters by number: those of `folders` first, then each of these with noise.
+    """Adapters by number: first those of `folders`, then copies of them with noise.
 
-    A derived one is made when it is asked for, of its number and the seed alone.
+    A derived adapter is made when it is needed. It depends only on its number and the seed.
 
     Attributes:
-        folders: in PEFT's format, by name.
+        folders: the fine-tuned adapters in PEFT's format, by name.
         parents: their tensors.
-        config: PEFT's configuration of all.
+        config: PEFT's configuration, the same for all.
     """
 
     count: int
@@ -139,13 +139,13 @@ class Adapters:
 
 
 def voices(count: int) -> list[str]:
-    """The voices that so many adapters begin with."""
+    """The voices of the first adapters, if there are `count` adapters in all."""
     return list(VOICES)[:count]
 
 
 @torch.no_grad()
 def fill(single: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Give the model's adapter these values, rounded as a pool of a dtype rounds them."""
+    """Set the values of the model's adapter, rounded to the pool's dtype."""
     for name, layer in adapter_layers(single):
         layer.lora_A.copy_(state[key_of(name, "A")].to(dtype))
         layer.lora_B.copy_(state[key_of(name, "B")].to(dtype))

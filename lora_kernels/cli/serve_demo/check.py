@@ -1,4 +1,4 @@
-"""Each row of a mixed batch against the model with that adapter alone."""
+"""Comparing each row of a mixed batch with the model with that adapter alone."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from lora_kernels.testing import assert_within_budget
 
 @dataclass
 class Checked:
-    """What the comparison found.
+    """The result of the comparison.
 
     Attributes:
         rows: how many were compared.
-        wrong: a message for each row that is over the error budget.
-        tokens, chosen: how many were generated; how many of them are the most likely next token
-            of the adapter alone, after the tokens before.
+        wrong: a message for each row that exceeds the error budget.
+        tokens: how many were generated.
+        chosen: how many of them the model with the adapter alone would choose, given the tokens
+            before.
     """
 
     rows: int
@@ -47,21 +48,21 @@ def check_rows(
     answers: Sequence[Tensor],
     tick: Tick,
 ) -> Checked:
-    """Hold the logits of a mixed batch's rows to the one error budget.
+    """Check the logits of a mixed batch's rows against the error budget.
 
-    Each row's oracle is the model with the row's adapter alone in fp64, and its yardstick the same
-    in plain PyTorch in the model's dtype.
+    The oracle of a row is the model with the row's adapter alone in fp64. The budget follows from
+    the error of the same model in plain PyTorch in the model's dtype.
 
     Args:
-        served: with the pool attached.
-        single: with one adapter, which is filled.
+        served: the model with the pool attached.
+        single: a model with one adapter, whose values are set for each row.
         numbers: the adapter of each row.
-        prompt: int64 [L], of every row.
-        answers: int64 [T] of each row, T its own.
+        prompt: int64 [L], the same for every row.
+        answers: int64 [T] for each row; T may differ.
     """
     lengths = [len(answer) for answer in answers]
     prompts = prompt.to(served.device).expand(len(answers), -1)
-    # What fills up short rows comes after all that they are compared in.
+    # Padding of short rows comes after all tokens that are compared.
     filled = pad_sequence(list(answers), batch_first=True).to(served.device)  # [B, T]
     ids = torch.cat([prompts, filled], 1)
     with pool.route([adapters.name(i) for i in numbers]):
@@ -71,7 +72,7 @@ def check_rows(
     for row, (i, length) in enumerate(zip(numbers, lengths, strict=True)):
         state = adapters.state(i)
         for model in (single, exact_model):
-            fill(model, state, pool.form.dtype)
+            fill(model, state, pool.spec.dtype)
         own = ids[row : row + 1, : len(prompt) + length]
         with use_backend("reference"):
             plain = _logits(single, own, length)[0]
@@ -86,6 +87,6 @@ def check_rows(
 
 
 def _logits(model: Any, ids: Tensor, answer: int) -> Tensor:
-    """[B, T, V], of the positions that chose the answer's tokens, the last T of ids [B, L + T]."""
+    """Logits [B, T, V] at the positions that predict the last T tokens of ids [B, L + T]."""
     options = {"logits_to_keep": answer + 1} if can_trim_logits(model) else {}
     return model(input_ids=ids, **options).logits[:, -answer - 1 : -1]

@@ -28,7 +28,6 @@ from lora_kernels.cli.finetune.causal import (
 from lora_kernels.cli.finetune.data import segments
 from lora_kernels.cli.finetune.generate import spread
 from lora_kernels.cli.finetune.models import (
-    Source,
     load_model,
     load_tokenizer,
     pick_dtype,
@@ -36,6 +35,7 @@ from lora_kernels.cli.finetune.models import (
 )
 from lora_kernels.cli.finetune.progress import plain_console, stderr_console
 from lora_kernels.cli.finetune.records import pair
+from lora_kernels.cli.finetune.source import Source
 from lora_kernels.cli.serve_demo import plot, report
 from lora_kernels.cli.serve_demo.adapters import Adapters, one_adapter, twin, voices
 from lora_kernels.cli.serve_demo.check import Checked, check_rows
@@ -57,7 +57,7 @@ from lora_kernels.serving import AdapterPool, Generated, attach_pool, generate_b
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Run the command with parsed options; 0, or 1 where a row is wrong."""
+    """Run the command with parsed options. Returns 0, or 1 if a row is wrong."""
     place = plot.check_place(args.plot)
     if args.batch > args.adapters:
         raise UsageError(
@@ -79,7 +79,7 @@ def serve(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _terminated_cleanly() -> Iterator[None]:
-    """SIGTERM ends the command as Ctrl-C does, its files removed."""
+    """Make SIGTERM end the command as Ctrl-C does, so that its files are removed."""
 
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -105,7 +105,7 @@ class ServeDemo:
         self.dtype = pick_dtype(args.dtype)
 
     def run(self) -> int:
-        """All stages; the exit status."""
+        """Run all stages; returns the exit status."""
         self.load()
         self.train()
         self.fill_pool()
@@ -123,7 +123,7 @@ class ServeDemo:
         return 1 if checked.wrong else 0
 
     def load(self) -> None:
-        """Tokenizer and model, and whether the adapters will fit."""
+        """Load tokenizer and model, and check that the adapters will fit in memory."""
         args = self.args
         self.source = self.source.located()
         config = load_config(self.source)
@@ -155,7 +155,7 @@ class ServeDemo:
             )
 
     def train(self) -> None:
-        """The fine-tuned adapters, which the others are derived from."""
+        """Train the adapters from which the others are derived."""
         args = self.args
         steps = args.train_steps * len(voices(args.adapters))
         with stage(self.console, "fine-tuning", steps) as tick:
@@ -175,7 +175,7 @@ class ServeDemo:
         self.names = [self.adapters.name(i) for i in self.numbers]
 
     def fill_pool(self) -> None:
-        """Every adapter into a slot and pages of its own."""
+        """Load every adapter into the pool."""
         args, adapters = self.args, self.adapters
         self.served = twin(self.base)
         self.pool = AdapterPool(
@@ -197,7 +197,7 @@ class ServeDemo:
         report.memory(self.out, self.arithmetic, self.pool, self.base)
 
     def answer(self) -> Generated:
-        """The mixed batch: each row its own adapter, to its own end."""
+        """Answer the mixed batch: each row with its own adapter, up to its own end."""
         return self._answer(self.args.batch, 1)
 
     def _answer(self, distinct: int, least: int) -> Generated:
@@ -207,7 +207,7 @@ class ServeDemo:
         return generate_batch(self.served, self.tokenizer, prompts, rows, **options)
 
     def check(self, generated: Generated) -> Checked:
-        """Every row against the model with its adapter alone."""
+        """Compare every row with the model with its adapter alone."""
         with stage(self.console, "checking", self.args.batch) as tick:
             return check_rows(
                 self.served,
@@ -221,14 +221,14 @@ class ServeDemo:
             )
 
     def answers(self, generated: Generated) -> dict[str, str]:
-        """The base's answer and those of the first rows, by name."""
+        """The answers of the base and of the first rows, by name."""
         pad = self.tokenizer.pad_token_id
         base = generate(self.base, self.ids[None], 1, self.args.tokens, pad)
         shown = {BASE: self.tokenizer.decode(base[0], skip_special_tokens=True)}
         return shown | dict(zip(self.names, generated.texts[: report.SHOWN], strict=False))
 
     def measure(self) -> tuple[Rates, report.Loaded]:
-        """The batch with few and many adapters in it, and what PEFT does with it."""
+        """Time the batch with few and with many adapters, in the pool and in PEFT."""
         args = self.args
         rows, pad = self.ids.expand(args.batch, -1), self.tokenizer.pad_token_id
         many = args.tokens, args.tokens, pad  # no row ends early
@@ -252,7 +252,7 @@ class ServeDemo:
         return torch.stack(self._answer(distinct, self.args.tokens).tokens)
 
     def load_peft(self) -> tuple[Any, report.Loaded]:
-        """PEFT's model of the batch's adapters, if it is there and wanted."""
+        """PEFT's model with the batch's adapters, if PEFT is installed and asked for."""
         args = self.args
         if not args.peft_seconds:
             return None, report.Loaded(0, "left out: --peft-seconds 0")

@@ -26,8 +26,8 @@ class Case:
 
     Attributes:
         who: `BASE`, `POOL` or `PEFT`.
-        distinct: adapters in the batch.
-        call: answers it; int64 [B, T], the new tokens.
+        distinct: the number of different adapters in the batch.
+        call: answers the batch; returns the new tokens, int64 [B, T].
     """
 
     who: str
@@ -39,12 +39,12 @@ Rates = dict[tuple[str, int], float]  # tokens/s of (who, distinct)
 
 
 def counts(batch: int) -> list[int]:
-    """Powers of two up to the batch, and the batch."""
+    """Powers of two up to the batch size, and the batch size."""
     return [*(1 << i for i in range(batch.bit_length()) if 1 << i < batch), batch]
 
 
 def measure(cases: Sequence[Case], rounds: int, tick: Tick) -> Rates:
-    """Answer with every case, once to warm up and then in each round, in rotating order.
+    """Run every case once to warm up, and then once in each round, in rotating order.
 
     Returns:
         Tokens per second: the new tokens of all rows over the median of the rounds' times.
@@ -66,7 +66,7 @@ def measure(cases: Sequence[Case], rounds: int, tick: Tick) -> Rates:
 
 @torch.no_grad()
 def generate(model: Any, ids: Tensor, least: int, tokens: int, pad: int, **options: Any) -> Tensor:
-    """Greedy answers of a model to rows of one length: int64 [B, T] on the host."""
+    """Greedy answers to rows of one length; int64 [B, T] on the host."""
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=torch.ones_like(ids).to(model.device),
@@ -78,7 +78,7 @@ def generate(model: Any, ids: Tensor, least: int, tokens: int, pad: int, **optio
 
 
 def decoding(least: int, most: int) -> dict[str, Any]:
-    """Greedy, with so many tokens."""
+    """The configuration for greedy decoding of exactly so many tokens."""
     return {"min_new_tokens": least, "max_new_tokens": most, "do_sample": False}
 
 
@@ -90,15 +90,15 @@ def load_peft(
     seconds: float,
     tick: Tick,
 ) -> tuple[Any, int, float]:
-    """A PEFT model with a batch's adapters: as many as it takes in the time, at least one.
+    """A PEFT model with a batch's adapters, as many as load in the given time, at least one.
 
     Args:
-        model: becomes PEFT's.
-        numbers: the adapter of each row; the first ones are loaded first.
-        dtype: of the factors, as in the pool.
+        model: is wrapped by PEFT.
+        numbers: the adapter of each row; they are loaded in this order.
+        dtype: of the factors, the same as in the pool.
 
     Returns:
-        The model, how many adapters it holds, and the seconds that they took.
+        The model, how many adapters it holds, and the seconds that loading took.
     """
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 

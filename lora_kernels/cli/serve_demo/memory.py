@@ -1,4 +1,4 @@
-"""What adapters take, by arithmetic, and what the machine has."""
+"""The memory that adapters take, computed, and the memory that is free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = 16  # ranks
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Adapters of one rank on every layer.
+    """The memory of adapters of one rank on every layer.
 
     Attributes:
         shapes: (in_features, out_features) of each layer.
@@ -35,7 +35,7 @@ class Arithmetic:
 
     @property
     def width(self) -> int:
-        """Elements of one rank over all layers."""
+        """Elements of one rank row of A and B, summed over all layers."""
         return sum(k + n for k, n in self.shapes)
 
     @property
@@ -50,11 +50,11 @@ class Arithmetic:
 
     @property
     def tables(self) -> int:
-        """Bytes of page numbers (4 each), rank and scale (4 and 4) of each slot at each layer."""
+        """Bytes of page numbers (4 each), rank and scale (4 each) of every slot at every layer."""
         return self.adapters * len(self.shapes) * (4 * self.pages_each + 8)
 
     def check_room(self, device: torch.device) -> None:
-        """Raise UsageError where the pages do not fit into what is free."""
+        """Raise UsageError if the pages do not fit in free memory."""
         free, need = free_bytes(device), self.pages + self.tables
         if need > free:
             raise UsageError(
@@ -64,7 +64,7 @@ class Arithmetic:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can be had on a device."""
+    """Free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
@@ -76,5 +76,5 @@ def size(count: int) -> str:
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of tensors, each once."""
+    """Bytes of tensors, each counted once."""
     return sum(t.nbytes for t in {id(t): t for t in tensors}.values())

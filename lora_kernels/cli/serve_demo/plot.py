@@ -13,12 +13,12 @@ from lora_kernels.cli.errors import UsageError
 from lora_kernels.cli.serve_demo.measure import BASE, PEFT, POOL, Rates
 
 FORMATS = (".png", ".svg", ".pdf")
-# Those of bench/plot.py.
+# The colours of bench/plot.py.
 LINES = {POOL: ("#D55E00", "o-"), PEFT: ("#009E73", "s-"), BASE: ("#555555", "--")}
 
 
 def check_place(file: str) -> Path:
-    """Raise UsageError unless a picture can be written there; its path."""
+    """The path of the picture; UsageError unless it can be written."""
     path = Path(file).expanduser()
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"--plot: got {file!r}, expected a name that ends in {', '.join(FORMATS)}")
@@ -26,7 +26,7 @@ def check_place(file: str) -> Path:
         raise UsageError(f"--plot: {file!r} is a folder")
     if not path.parent.is_dir():
         raise UsageError(f"--plot: no folder {str(path.parent)!r}")
-    try:  # asking for the permission says nothing of a read-only or a special file system
+    try:  # permissions do not tell about read-only and special file systems
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -37,7 +37,7 @@ def check_place(file: str) -> Path:
 
 
 def draw(rates: Rates, batch: int, path: Path, title: str) -> None:
-    """Draw what was measured, and replace the file when the picture is whole."""
+    """Draw the measurements. An older picture is replaced when the new one is complete."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""A bar for each stage, or plain lines where the output is no terminal."""
+"""A progress bar for each stage; plain lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Tick = Callable[[str], None]
-LINES = 4  # of a stage, where there is no bar
+LINES = 4  # lines of a stage without a bar
 
 
 @contextmanager
 def stage(console: Console, title: str, total: int) -> Iterator[Tick]:
-    """Yields what is called after each of `total` steps, with a note on it."""
+    """Yield a function to call after each of `total` steps, with a note about the step."""
     if console.is_terminal:
         columns = (
             TextColumn(title),

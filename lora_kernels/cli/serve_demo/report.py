@@ -1,4 +1,4 @@
-"""What a run prints: memory, answers, tokens per second. Every figure says where it comes from."""
+"""The output of a run: memory, answers, tokens per second, and where each figure is from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = 6  # answers
 
 
 class Loaded(NamedTuple):
-    """How many adapters PEFT holds, and what there is to say of it."""
+    """How many adapters PEFT holds, and a note about it."""
 
     adapters: int
     note: str
@@ -31,7 +31,7 @@ def _rows(out: Console, title: str, rows: Sequence[tuple[str, str, str]]) -> Non
 
 
 def memory(out: Console, sums: Arithmetic, pool: AdapterPool, model: Any) -> None:
-    """Bytes of all adapters, computed and as the pool has them."""
+    """Bytes of all adapters, as computed and as in the pool."""
     stats = pool.stats()
     each = f"{sums.width:,} x {sums.itemsize} bytes"
     needed = sums.pages + sums.tables
@@ -57,7 +57,7 @@ def memory(out: Console, sums: Arithmetic, pool: AdapterPool, model: Any) -> Non
 
 
 def answers(out: Console, shown: Mapping[str, str], generated: Generated, checked: Checked) -> None:
-    """What the batch said, and what became of the check."""
+    """The batch's answers, and the result of the check."""
     right = checked.rows - len(checked.wrong)
     rows = [(name, "", " ".join(text.split())) for name, text in shown.items()]
     if checked.rows > len(shown) - 1:

@@ -1,4 +1,4 @@
-"""What the fine-tuned adapters learn: a few answers in a voice of its own for each."""
+"""The data of the fine-tuned adapters: a few answers in a different voice for each."""
 
 from __future__ import annotations
 

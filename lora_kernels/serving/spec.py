@@ -1,4 +1,4 @@
-"""PoolForm: what an adapter has to fit."""
+"""PoolSpec: the modules of a pool, which an adapter has to fit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters import LoRAConfig
 from lora_kernels.adapters.checks import check_model
+from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import get_module, named_modules
 from lora_kernels.adapters.targets import find_targets, is_excluded
 from lora_kernels.integrations.peft import ALL_LINEAR, base_key_of, matches, saved_key
-from lora_kernels.integrations.transformers import input_embedding, output_layer
+from lora_kernels.integrations.transformers import vocabulary_layers
 from lora_kernels.nn.multi_lora_embedding import check_embedding
 from lora_kernels.ops.common.checks import FLOATS, check_dtype
 from lora_kernels.ops.gather import PAGE, pages_of
@@ -24,15 +25,15 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class PoolForm:
+class PoolSpec:
     """The modules of a pool, and what all its adapters have in common.
 
     Attributes:
         modules: (in_features, out_features) by name.
-        all_linear: names that "all-linear" stands for; none where no model says so.
+        all_linear: the modules that "all-linear" means; none if the pool was made without a model.
         max_rank, dtype, device: of the pages.
-        embeddings: which modules are embeddings, in_features their vocabulary.
-        saved: weights of which PEFT puts a copy into an adapter's file, by key.
+        embeddings: the modules that are embeddings. Their in_features is the vocabulary's size.
+        saved: the model's own weights of which an adapter's file may hold a copy, by PEFT's key.
     """
 
     modules: Shapes
@@ -45,20 +46,28 @@ class PoolForm:
 
     @property
     def columns(self) -> int:
-        """Pages that a slot has room for at each module."""
+        """The most pages of a module that an adapter can have."""
         return pages_of(self.max_rank)
 
     @property
     def page_bytes(self) -> int:
-        """One page of each module."""
+        """Bytes of one page of each module."""
         return sum(PAGE * (k + n) * self.dtype.itemsize for k, n in self.modules.values())
 
     def table_bytes(self, slots: int) -> int:
-        """Tables, ranks and scales of all modules."""
+        """Bytes of the page tables, ranks and scales of all modules."""
         return len(self.modules) * slots * (4 * self.columns + 4 + 4)
 
+    def pages_in(self, memory: int, slots: int) -> int:
+        """How many pages of each module fit in so many bytes beside the tables."""
+        tables = self.table_bytes(slots)
+        least = tables + self.page_bytes
+        if positive("memory", memory) < least:
+            raise ValueError(f"memory: got {memory} bytes, expected at least {least}")
+        return (memory - tables) // self.page_bytes
+
     def modules_of(self, names: Iterable[str]) -> list[str]:
-        """The names that are modules here, in the pool's order."""
+        """The names that are modules of the pool, in the pool's order."""
         found = set(names)
         return [name for name in self.modules if name in found]
 
@@ -71,7 +80,7 @@ def positive(name: str, value: Any) -> int:
     return value
 
 
-def make_form(
+def make_spec(
     model: nn.Module | Shapes,
     *,
     max_rank: int,
@@ -79,8 +88,8 @@ def make_form(
     device: torch.device | str | None,
     target_modules: Any,
     exclude_modules: Any,
-) -> PoolForm:
-    """Check what a pool is made from; a model is only looked at."""
+) -> PoolSpec:
+    """Check the arguments of a pool. A model is not changed."""
     positive("max_rank", max_rank)
     saved: dict[str, Tensor] = {}
     embeddings: frozenset[str] = frozenset()
@@ -90,7 +99,8 @@ def make_form(
         embeddings, linears = find_modules(model, config)
         every = {*embeddings, *linears}
         found = [n for n, _ in named_modules(model) if n in every]
-        modules: Shapes = {n: _features(get_module(model, n)) for n in found}
+        layers = {n: get_module(model, n) for n in found}
+        modules: Shapes = {n: kind_of(m).features(m) for n, m in layers.items()}
         linear = _all_linear(model) & every
         saved = _copies(model, every)
         values = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
@@ -103,7 +113,7 @@ def make_form(
             f"model: got {type(model).__name__}, expected a torch.nn.Module or a mapping from "
             "names to (in_features, out_features)"
         )
-    form = PoolForm(
+    spec = PoolSpec(
         modules,
         linear,
         max_rank,
@@ -112,18 +122,18 @@ def make_form(
         embeddings,
         saved,
     )
-    check_dtype("dtype", torch.empty(0, dtype=form.dtype), FLOATS)
-    if form.device.type == "meta":
+    check_dtype("dtype", torch.empty(0, dtype=spec.dtype), FLOATS)
+    if spec.device.type == "meta":
         raise ValueError("device: got meta, expected one that holds values")
-    return form
+    return spec
 
 
 def _copies(model: nn.Module, pooled: Container[str]) -> dict[str, Tensor]:
-    """The model's own weights of which PEFT may have put a copy into an adapter's file, by key."""
-    ends = [m for m in (input_embedding(model), output_layer(model)) if m is not None]
+    """The model's own weights of which an adapter's file may hold a copy, by PEFT's key."""
+    ends = vocabulary_layers(model)
     copies: dict[str, Tensor] = {}
     for name, module in named_modules(model):
-        if module in ends or (name in pooled and isinstance(module, nn.Embedding)):
+        if module in ends or (name in pooled and kind_of(module).embedding):
             for key, t in module._parameters.items():
                 if t is not None and key in ("weight", "bias"):
                     where = base_key_of(name, key) if name in pooled else saved_key(name, key)
@@ -140,25 +150,25 @@ def _all_linear(model: nn.Module) -> frozenset[str]:
 
 
 def _with_index(device: torch.device) -> torch.device:
-    """Tensors on "cuda" say which one they are on, and are compared with the pool's device."""
+    """The device with its number: tensors on "cuda" have one, and are compared with the pool's."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def find_modules(model: nn.Module, config: LoRAConfig) -> tuple[frozenset[str], tuple[str, ...]]:
-    """(embeddings, linear layers) that a configuration names; "all-linear" names no embedding.
+    """(embeddings, linear layers) that a configuration names. "all-linear" names no embedding.
 
     Raises:
         ValueError: as `find_targets`.
-        TypeError: an embedding does more than to look up.
+        TypeError: an embedding does more than look up rows.
     """
     if config.all_linear:
         return frozenset(), find_targets(model, config).names
     embeddings = frozenset(
         name
         for name, module in named_modules(model)
-        if isinstance(module, nn.Embedding)
+        if kind_of(module).embedding
         and matches(config.target_modules, name)
         and not is_excluded(config, name)
     )
@@ -176,17 +186,11 @@ def find_modules(model: nn.Module, config: LoRAConfig) -> tuple[frozenset[str], 
         rest: str | tuple[str, ...] = "|".join(map(re.escape, others))
     else:
         rest = tuple(t for t in targets if not any(matches([t], name) for name in embeddings))
-        if not rest and others:  # one name for both kinds
+        if not rest and others:  # one name fits embeddings and linear layers
             rest = tuple(others)
     return embeddings, find_targets(
         model, replace(config, target_modules=rest)
     ).names if rest else ()
-
-
-def _features(layer: Any) -> tuple[int, int]:
-    if isinstance(layer, nn.Embedding):
-        return layer.num_embeddings, layer.embedding_dim
-    return layer.in_features, layer.out_features
 
 
 def _checked_shapes(shapes: Mapping[Any, Any]) -> Shapes:

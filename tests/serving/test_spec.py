@@ -56,7 +56,9 @@ def test_a_pool_of_a_model():
     pool = AdapterPool(model, slots=2, pages=4)
     assert len(pool.modules) == LLAMA_LAYERS
     assert pool.modules["model.layers.0.mlp.up_proj"] == (64, 96)
-    assert (pool.form.dtype, pool.device.type) == (torch.bfloat16, "cpu")
+    with pytest.warns(DeprecationWarning, match="AdapterPool.form is now spec"):
+        assert pool.form is pool.spec
+    assert (pool.spec.dtype, pool.device.type) == (torch.bfloat16, "cpu")
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
     pool = AdapterPool(model, slots=2, pages=4, target_modules=["q_proj", "lm_head"])
     assert list(pool.modules)[-1] == "lm_head" and len(pool.modules) == 3
