@@ -41,7 +41,7 @@ struct Call : GatherCall {
         for (int64_t j = 0; g.rank > 0 && j < g.count; ++j)
           touched[size_t(entries.tokens[size_t(g.entries[j])])] = 1;
     }
-    gather_kernels().add(data<float>(sums), touched.data(), overwrite, out, parallel);
+    gather_table().add(data<float>(sums), touched.data(), overwrite, out, parallel);
   }
 
   // The adapters' part of y into `out`; s [E, Σ width] of x's rank_dtype where not null.
@@ -190,10 +190,10 @@ Grads gather_lora_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
                     want_weights ? mutable_data<float>(dweights) : nullptr);
     }
     if (want_x || want_a) scale_rows(p, mutable_data<float>(u));
-    if (want_a) call.outer(p, da[i], call.drops.of(i), call.view, u);
+    if (want_a) call.wgrad(p, da[i], call.drops.of(i), call.view, u);
     if (want_b)
-      gather_kernels().outer(call.pass(p, db[i], p.groups, scaled_sums(s, call, p), SlotDropout{}),
-                             dz, call.parallel);
+      gather_table().wgrad(call.pass(p, db[i], p.groups, scaled_sums(s, call, p), SlotDropout{}),
+                           dz, call.parallel);
   }
   Tensor dx = call.none(x.scalar_type()), dbias = call.none(x.scalar_type());
   if (want_x) {

@@ -2,7 +2,7 @@
 // what a slot, a token or a page table names is there before memory is touched.
 #pragma once
 
-#include "bindings/linear.h"
+#include "bindings/lora.h"
 #include "lora_kernels/gather.h"
 
 namespace lora_kernels {

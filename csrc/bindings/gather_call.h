@@ -72,19 +72,19 @@ struct GatherCall {
               const MatrixView& m, const Tensor& sums, void* s = nullptr,
               int64_t stride = 0) const {
     check_memory(
-        gather_kernels().shrink(pass(p, pages, p.groups, sums, dropout), m, s, stride, parallel));
+        gather_table().shrink(pass(p, pages, p.groups, sums, dropout), m, s, stride, parallel));
   }
 
   void expand(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
               const Tensor& sums, const float* factor, bool overwrite,
               const MatrixView& out) const {
-    check_memory(gather_kernels().expand(pass(p, pages, p.turns, sums, dropout), factor, overwrite,
-                                         out, parallel));
+    check_memory(gather_table().expand(pass(p, pages, p.turns, sums, dropout), factor, overwrite,
+                                       out, parallel));
   }
 
-  void outer(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
+  void wgrad(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
              const MatrixView& m, const Tensor& sums) const {
-    check_memory(gather_kernels().outer(pass(p, pages, p.groups, sums, dropout), m, parallel));
+    check_memory(gather_table().wgrad(pass(p, pages, p.groups, sums, dropout), m, parallel));
   }
 };
 

@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_lora_embed_bwd(const Tensor& any_dy, c
       product_grads(call, p, data<float>(u), data<float>(s), mutable_data<float>(dscales), nullptr);
     if (want_b) {
       scale_rows(p, mutable_data<float>(s));
-      call.outer(p, db, SlotDropout{}, view, s);
+      call.wgrad(p, db, SlotDropout{}, view, s);
     }
   }
   if (want_a) {

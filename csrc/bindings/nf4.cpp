@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& w, int64_t block_size, int
   const Meta meta = parse_meta({n, 1, block_size, quant_type, 0});
   Tensor packed = new_tensor(w, {(n + 1) / 2}, ScalarType::Byte);
   Tensor absmax = new_tensor(w, {(n + block_size - 1) / block_size}, ScalarType::Float);
-  const int64_t bad = nf4_kernels().quantize[static_cast<int>(dtype)](
+  const int64_t bad = nf4_table().quantize[static_cast<int>(dtype)](
       w.const_data_ptr(), n, meta.block_size, meta.quant_type, mutable_data<uint8_t>(packed),
       mutable_data<float>(absmax), torch_parallel());
   LK_CHECK(bad < 0, "w: element ", bad, " (flat index) is ", element(w, dtype, bad),
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_scales(const Tensor& absmax, const Tenso
   Tensor codes = new_tensor(absmax, {blocks}, ScalarType::Byte);
   Tensor nested_absmax = new_tensor(
       absmax, {blocks / nested_block_size + (blocks % nested_block_size > 0)}, ScalarType::Float);
-  const int64_t bad = nf4_kernels().quantize_scales(
+  const int64_t bad = nf4_table().quantize_scales(
       data<float>(absmax), blocks, nested_block_size, map, *data<float>(nested_offset),
       mutable_data<uint8_t>(codes), mutable_data<float>(nested_absmax), torch_parallel());
   LK_CHECK(bad < 0, "absmax: element ", bad, " is ", element(absmax, Dtype::f32, bad),
@@ -83,8 +83,8 @@ Tensor nf4_dequantize(const std::vector<Tensor>& base, const std::vector<int64_t
   const QuantView q = quant_view(base, meta);
   const Dtype out_dtype = kernel_dtype("dtype", dtype);
   Tensor out = new_tensor(base[0], {meta.n, meta.k}, dtype);
-  nf4_kernels().dequantize[static_cast<int>(out_dtype)](q, out.mutable_data_ptr(), has_pages(out),
-                                                        torch_parallel());
+  nf4_table().dequantize[static_cast<int>(out_dtype)](q, out.mutable_data_ptr(), has_pages(out),
+                                                      torch_parallel());
   return out;
 }
 

@@ -5,9 +5,9 @@
 // and y; so with an entry or two of each adapter the pages' bytes are the time.
 #include "lora_kernels/gather.h"
 
-#include "gather_amx_expand.h"
-#include "gather_amx_outer.h"
-#include "gather_vector.h"
+#include "amx/gather_expand.h"
+#include "amx/gather_wgrad.h"
+#include "vector/gather.h"
 
 namespace lora_kernels {
 
@@ -32,17 +32,17 @@ bool expand(const GatherPass& f, const float* factor, bool overwrite, const Matr
                      : vector::expand(f, factor, overwrite, out, parallel);
 }
 
-bool outer(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
-  return on_tiles(f) ? outer_tiles(f, m, parallel) : vector::outer(f, m, parallel);
+bool wgrad(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
+  return on_tiles(f) ? wgrad_tiles(f, m, parallel) : vector::wgrad(f, m, parallel);
 }
 
 }  // namespace
 
-LK_TABLE(GatherKernels, gather) = {shrink, expand, outer, vector::add};
+LK_TABLE(GatherKernels, gather) = {shrink, expand, wgrad, vector::add_sums};
 
 #else
 
-LK_TABLE(GatherKernels, gather) = {vector::shrink, vector::expand, vector::outer, vector::add};
+LK_TABLE(GatherKernels, gather) = {vector::shrink, vector::expand, vector::wgrad, vector::add_sums};
 
 #endif
 

@@ -2,7 +2,7 @@
 //
 // A tile row holds 32 consecutive reduction elements of one output row. B holds pairs: row q of the
 // tile has, for each of the 16 columns, the elements 2q and 2q + 1 of the reduction. Every tile of
-// this code is 1 KiB of consecutive memory, and the tiles of one strip (16 output rows or columns)
+// this code is 1 KiB of consecutive memory, and the tiles of one panel (16 output rows or columns)
 // follow each other along the reduction, so that loads never alias in the L1 cache.
 #pragma once
 
@@ -43,7 +43,7 @@ LK_INLINE void zero_accumulators() {
   _tile_zero(3);
 }
 
-// c: four tiles, (row strip 0 or 1) x (column strip 0 or 1).
+// c: four tiles, (row panel 0 or 1) x (column panel 0 or 1).
 LK_INLINE void load_accumulators(const float* c) {
   _tile_loadd(0, c, 64);
   _tile_loadd(1, c + 256, 64);
@@ -74,7 +74,7 @@ struct NoStep {
 
 // 2 x 2 accumulators over `depth` tiles: four loads for four products, the best ratio that eight
 // tile registers allow. Four loads from the L2 cache take 105 cycles, four products 64: where many
-// strips meet, one pair stays in L1 and the others stream past it (tuning.h says how deep).
+// panels meet, one pair stays in L1 and the others stream past it (tuning.h says how deep).
 // `step` does other work between the products.
 template <Stream stream = Stream::none, class Step = NoStep>
 LK_INLINE void multiply(const char* a0, const char* a1, const char* b0, const char* b1,

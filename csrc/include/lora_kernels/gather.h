@@ -10,7 +10,7 @@
 
 #include "lora_kernels/dtype.h"
 #include "lora_kernels/isa.h"
-#include "lora_kernels/linear.h"
+#include "lora_kernels/matrix.h"
 #include "lora_kernels/parallel.h"
 
 namespace lora_kernels {
@@ -58,7 +58,7 @@ struct GatherKernels {
                  const Parallel&);
   // page row j [c] of `pages` = Σ_e sums[e, j] · drop(m[token, c]); zeros past the rank. Every slot
   // in one group; pages that no group names are left alone. False: out of memory.
-  bool (*outer)(const GatherPass&, const MatrixView& m, const Parallel&);
+  bool (*wgrad)(const GatherPass&, const MatrixView& m, const Parallel&);
   // out[rows] = (overwrite ? 0 : out) + sums [rows, columns] contiguous fp32; rows that are not
   // `touched` keep their bits, or become zeros.
   void (*add)(const float* sums, const uint8_t* touched, bool overwrite, const MatrixView& out,

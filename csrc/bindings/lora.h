@@ -2,7 +2,7 @@
 #pragma once
 
 #include "bindings/common.h"
-#include "lora_kernels/linear.h"
+#include "lora_kernels/lora.h"
 
 namespace lora_kernels {
 

@@ -3,7 +3,7 @@
 // tiles, pairs of their rows interleaved into B tiles, for all pages of the adapter.
 #pragma once
 
-#include "gather_amx.h"
+#include "amx/gather_shrink.h"
 
 #if LK_AMX
 
@@ -55,12 +55,12 @@ inline void pack_rows(const GatherPass& f, const SlotGroup& g, const MatrixView&
   }
 }
 
-inline bool outer_tiles(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
+inline bool wgrad_tiles(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
   bool ok = true;
   const auto units = [&](const SlotGroup& g) {
-    return Units{ceil_div(f.columns, kWord), ceil_div(g.count, kTile) + pages_of(g)};
+    return Work{ceil_div(f.columns, kWord), ceil_div(g.count, kTile) + pages_of(g)};
   };
-  over_units(f, parallel, units, [&](const SlotGroup& g, int64_t from, int64_t to) {
+  for_each_unit(f, parallel, units, [&](const SlotGroup& g, int64_t from, int64_t to) {
     const int64_t depth = ceil_div(g.count, kTileDepth), pages = pages_of(g);
     char* left =
         static_cast<char*>(thread_scratch(kGatherTiles, size_t((pages + 4) * depth * kTileBytes)));

@@ -14,18 +14,12 @@
 
 #include "lora_kernels/dtype.h"
 #include "lora_kernels/isa.h"
+#include "lora_kernels/matrix.h"
 #include "lora_kernels/nf4.h"
 #include "lora_kernels/parallel.h"
 #include "lora_kernels/philox.h"
 
 namespace lora_kernels {
-
-// Row-major; rows lie `stride` elements apart. A vector is a matrix of one row. Null data: absent.
-struct MatrixView {
-  const void* data;
-  Dtype dtype;
-  int64_t rows, columns, stride;
-};
 
 struct BaseView {
   MatrixView dense;        // [N, K], or absent:
@@ -41,7 +35,7 @@ struct LoraView {
   int64_t r() const { return a.data != nullptr ? a.rows : 0; }
 };
 
-struct LinearForward {
+struct LoraForward {
   MatrixView x;  // [M, K]
   BaseView base;
   MatrixView bias;  // [N] or absent
@@ -50,7 +44,7 @@ struct LinearForward {
   void* s;  // [M, R] contiguous, rank_dtype
 };
 
-struct LinearBackward {
+struct LoraBackward {
   MatrixView dy;  // [M, N]
   BaseView base;
   LoraView lora;
@@ -59,33 +53,33 @@ struct LinearBackward {
 };
 
 // out[R, C] fp32 = leftᵀ · (keep ∘ right): the gradients of both adapters.
-struct OuterSum {
+struct Wgrad {
   MatrixView left;   // [M, R]
   MatrixView right;  // [M, C]
   Dropout dropout;
   float* out;
 };
 
-// From outer = sᵀ·dy [R, N] fp32 (OuterSum), each wanted where not null:
-//   db[N, R] = scale · g ∘ outerᵀ ∘ d, in B's type
-//   drank_diag[R] = scale · Σ_n g · B ∘ outerᵀ, dout_diag[N] = scale · Σ_r d · B ∘ outerᵀ, fp32
+// From s_dy = sᵀ·dy [R, N] fp32 (Wgrad), each wanted where not null:
+//   db[N, R] = scale · g ∘ s_dyᵀ ∘ d, in B's type
+//   drank_diag[R] = scale · Σ_n g · B ∘ s_dyᵀ, dout_diag[N] = scale · Σ_r d · B ∘ s_dyᵀ, fp32
 struct AdapterGrads {
-  const float* outer;
+  const float* s_dy;
   LoraView lora;
   void* db;
   float *drank_diag, *dout_diag;
 };
 
 // x and dy are of one type, any of the three, as are the adapters; a dense weight of any.
-struct LinearKernels {
-  bool (*forward)(const LinearForward&, const Parallel&);  // false: out of memory
-  bool (*backward)(const LinearBackward&, const Parallel&);
-  bool (*outer_sum)(const OuterSum&, const Parallel&);
+struct LoraKernels {
+  bool (*forward)(const LoraForward&, const Parallel&);  // false: out of memory
+  bool (*backward)(const LoraBackward&, const Parallel&);
+  bool (*wgrad)(const Wgrad&, const Parallel&);
   void (*adapter_grads)(const AdapterGrads&, const Parallel&);
   // out[i] = in[i] · factor in the type of out
   void (*scale_into)(const float* in, int64_t count, float factor, Dtype dtype, void* out);
 };
 
-LK_DECLARE_FAMILY(LinearKernels, linear)
+LK_DECLARE_FAMILY(LoraKernels, lora)
 
 }  // namespace lora_kernels

@@ -4,8 +4,8 @@
 // gives one long stream best.
 #pragma once
 
-#include "gather_units.h"
-#include "vector/rows.h"
+#include "gather_schedule.h"
+#include "vector/row_reader.h"
 
 namespace lora_kernels {
 namespace {
@@ -94,8 +94,8 @@ LK_INLINE void dot_row(const P* row, const float* x, int64_t count, Vec (*acc)[k
 
 // out[token] += Σ_row coefficient[row][token] · row over a block.
 template <int rows, int tokens, class P>
-LK_INLINE void spread(const P* const* page, const float (*coefficient)[kTokens], int64_t count,
-                      float* out, int64_t stride) {
+LK_INLINE void axpy(const P* const* page, const float (*coefficient)[kTokens], int64_t count,
+                    float* out, int64_t stride) {
   Vec by[rows][tokens];
   for (int r = 0; r < rows; ++r)
     for (int t = 0; t < tokens; ++t) by[r][t] = splat(coefficient[r][t]);
@@ -196,8 +196,8 @@ template <class P>
 void shrink_as(const GatherPass& f, const MatrixView& m, const Rounded& s,
                const Parallel& parallel) {
   const auto blocks = [](const SlotGroup& g) { return ceil_div(g.count, kTokens); };
-  over_units(
-      f, parallel, [&](const SlotGroup& g) { return Units{pages_of(g) * blocks(g), 1}; },
+  for_each_unit(
+      f, parallel, [&](const SlotGroup& g) { return Work{pages_of(g) * blocks(g), 1}; },
       [&](const SlotGroup& g, int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
           const int64_t at = i % blocks(g) * kTokens;
@@ -227,7 +227,7 @@ void expand_block(const GatherPass& f, const SlotGroup& g, const float* factor, 
       }
     }
     with_counts(rows, tokens, [&](auto a, auto b) {
-      spread<decltype(a)::value, decltype(b)::value>(page, by, count, sum, block);
+      axpy<decltype(a)::value, decltype(b)::value>(page, by, count, sum, block);
     });
   }
   for (int64_t t = 0; t < tokens; ++t) {
@@ -247,7 +247,7 @@ void expand_block(const GatherPass& f, const SlotGroup& g, const float* factor, 
 template <class P>
 void expand_as(const GatherPass& f, const float* factor, bool overwrite, const MatrixView& out,
                const Parallel& parallel) {
-  over_columns(f, parallel, [&](const SlotGroup& g, int64_t first, int64_t end) {
+  for_each_column_block(f, parallel, [&](const SlotGroup& g, int64_t first, int64_t end) {
     if (g.rank == 0 && !overwrite) return;
     for (int64_t at = 0; at < g.count; at += kTokens) {
       const int64_t tokens = min64(kTokens, g.count - at), block = block_of(tokens);
@@ -257,22 +257,22 @@ void expand_as(const GatherPass& f, const float* factor, bool overwrite, const M
   });
 }
 
-constexpr int64_t kOuterBlock = 256;  // columns whose sums of a page stay in the first cache
+constexpr int64_t kWgradColumns = 256;  // columns whose sums of a page stay in the first cache
 
 template <class P>
-void outer_block(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,
+void wgrad_block(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,
                  int64_t c, int64_t count) {
-  alignas(64) float x[kTokens * kOuterBlock];
-  alignas(64) float sum[kPage][kOuterBlock];
+  alignas(64) float x[kTokens * kWgradColumns];
+  alignas(64) float sum[kPage][kWgradColumns];
   const int64_t n = min64(kPage, g.rank - first);
   for (auto& row : sum)
     for (float& v : row) v = 0.0f;
   for (int64_t at = 0; at < g.count; at += kTokens) {
     const int64_t tokens = min64(kTokens, g.count - at);
     for (int64_t t = 0; t < tokens; ++t)
-      read_row(f, g, g.entries[at + t], m, c, count, x + t * kOuterBlock);
+      read_row(f, g, g.entries[at + t], m, c, count, x + t * kWgradColumns);
     for (int64_t t = tokens; t < kTokens; ++t)
-      for (int64_t i = 0; i < kOuterBlock; ++i) x[t * kOuterBlock + i] = 0.0f;
+      for (int64_t i = 0; i < kWgradColumns; ++i) x[t * kWgradColumns + i] = 0.0f;
     for (int64_t r = 0; r < n; ++r) {
       Vec by[kTokens];
       for (int64_t t = 0; t < kTokens; ++t)
@@ -280,7 +280,7 @@ void outer_block(const GatherPass& f, const SlotGroup& g, const MatrixView& m, i
       for (int64_t i = 0; i < count; i += kLanes) {
         Vec v = load(sum[r] + i);
         for (int64_t t = 0; t < tokens; ++t)
-          v = multiply_add(by[t], load(x + t * kOuterBlock + i), v);
+          v = multiply_add(by[t], load(x + t * kWgradColumns + i), v);
         put(sum[r] + i, v);
       }
     }
@@ -292,14 +292,14 @@ void outer_block(const GatherPass& f, const SlotGroup& g, const MatrixView& m, i
 }
 
 template <class P>
-void outer_as(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
-  const int64_t blocks = ceil_div(f.columns, kOuterBlock);
-  over_units(
-      f, parallel, [&](const SlotGroup& g) { return Units{pages_of(g) * blocks, g.count}; },
+void wgrad_as(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
+  const int64_t blocks = ceil_div(f.columns, kWgradColumns);
+  for_each_unit(
+      f, parallel, [&](const SlotGroup& g) { return Work{pages_of(g) * blocks, g.count}; },
       [&](const SlotGroup& g, int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
-          const int64_t c = i % blocks * kOuterBlock;
-          outer_block<P>(f, g, m, i / blocks * kPage, c, min64(kOuterBlock, f.columns - c));
+          const int64_t c = i % blocks * kWgradColumns;
+          wgrad_block<P>(f, g, m, i / blocks * kPage, c, min64(kWgradColumns, f.columns - c));
         }
       });
 }
@@ -330,13 +330,13 @@ inline bool expand(const GatherPass& f, const float* factor, bool overwrite, con
   return true;
 }
 
-inline bool outer(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
-  with_pages(f.dtype, [&](auto p) { outer_as<decltype(p)>(f, m, parallel); });
+inline bool wgrad(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
+  with_pages(f.dtype, [&](auto p) { wgrad_as<decltype(p)>(f, m, parallel); });
   return true;
 }
 
-inline void add(const float* sums, const uint8_t* touched, bool overwrite, const MatrixView& out,
-                const Parallel& parallel) {
+inline void add_sums(const float* sums, const uint8_t* touched, bool overwrite,
+                     const MatrixView& out, const Parallel& parallel) {
   parallel(0, out.rows, 8, [&](int64_t begin, int64_t end) {
     alignas(64) float row[kLine];
     void* data = const_cast<void*>(out.data);

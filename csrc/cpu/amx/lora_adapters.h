@@ -26,14 +26,14 @@ LK_INLINE __m512 scaled_b(const LoraView& lora, int64_t n, int64_t r) {
   return _mm512_maskz_mul_ps(mask, b, factor);
 }
 
-LK_INLINE int64_t rank_strips(const LoraView& lora) { return ceil_div(lora.r(), kTile); }
+LK_INLINE int64_t rank_panels(const LoraView& lora) { return ceil_div(lora.r(), kTile); }
 LK_INLINE int64_t rank_tiles(const LoraView& lora) { return ceil_div(lora.r(), kTileDepth); }
 
-// A strips of B for output rows [first, first + 16 * strips): the expand step of the forward.
-LK_INLINE void pack_b_for_expand(const LoraView& lora, int64_t first, int64_t strips, int64_t n_end,
+// A panels of B for output rows [first, first + 16 * panels): the expand step of the forward.
+LK_INLINE void pack_b_for_expand(const LoraView& lora, int64_t first, int64_t panels, int64_t n_end,
                                  char* to) {
   const int64_t depth = rank_tiles(lora);
-  for (int64_t row = 0; row < strips * kTile; ++row)
+  for (int64_t row = 0; row < panels * kTile; ++row)
     for (int64_t t = 0; t < depth; ++t) {
       __m512i v = _mm512_setzero_si512();
       if (first + row < n_end)
@@ -43,7 +43,7 @@ LK_INLINE void pack_b_for_expand(const LoraView& lora, int64_t first, int64_t st
     }
 }
 
-// B strip of B for ranks [r, r + 16), N as the reduction: ds of the backward.
+// B panel of B for ranks [r, r + 16), N as the reduction: ds of the backward.
 LK_INLINE void pack_b_for_ds(const LoraView& lora, int64_t r, int64_t n, int64_t pairs, char* to) {
   for (int64_t q = 0; q < pairs; ++q) {
     const __m512 zero = _mm512_setzero_ps();
@@ -56,7 +56,7 @@ LK_INLINE void pack_b_for_ds(const LoraView& lora, int64_t r, int64_t n, int64_t
   }
 }
 
-// s strip [16 ranks][columns] fp32 (rows 64 bytes apart), rounded: into s[M, R] and into the B
+// s panel [16 ranks][columns] fp32 (rows 64 bytes apart), rounded: into s[M, R] and into the B
 // tiles of the expand step (half of a tile: 16 of its 32 ranks).
 LK_INLINE void finish_s(const float* c, float factor, int64_t r, int64_t r_end, int64_t m,
                         int64_t m_end, int64_t columns, uint16_t* s, char* half_tile) {

@@ -12,7 +12,7 @@
 #if LK_AMX
 
 #include "lora_kernels/dtype.h"
-#include "lora_kernels/linear.h"
+#include "lora_kernels/lora.h"
 #include "lora_kernels/nf4.h"
 #include "lora_kernels/tuning.h"
 #include "nf4_decode.h"
@@ -73,28 +73,28 @@ LK_INLINE __m512 load_floats(const void* p, Dtype dtype, int64_t i, __mmask16 ma
 
 // How a long product (blocks.h) cuts a weight.
 struct Blocking {
-  int64_t depth;      // tiles of a part of the reduction
-  int64_t sum_bytes;  // rows whose sums fit meet a block together; others read the weight again
-  int64_t strips;     // of a block
-  bool ahead;         // whether a part is written beside the products of the part before
+  int64_t depth;         // tiles of a part of the reduction
+  int64_t sum_bytes;     // rows whose sums fit meet a block together; others read the weight again
+  int64_t panels;        // of a block
+  bool double_buffered;  // whether a part is written beside the products of the part before
 };
-LK_INLINE Blocking cheap_rows(const Tuning& t) {
-  return {t.cheap_depth, t.cheap_sum_bytes, t.block_strips, true};
+LK_INLINE Blocking nf4_blocking(const Tuning& t) {
+  return {t.nf4_k_tiles, t.nf4_sum_bytes, t.block_panels, true};
 }
-LK_INLINE Blocking dear_rows(const Tuning& t) {
-  return {t.dear_depth, t.dear_sum_bytes, t.block_strips, false};
+LK_INLINE Blocking dense_blocking(const Tuning& t) {
+  return {t.dense_k_tiles, t.dense_sum_bytes, t.block_panels, false};
 }
 
 // A row-major matrix of any float type, rounded to bf16 on the way.
 template <Order order>
-struct DenseRows {
+struct DenseReader {
   static constexpr Order kOrder = order;
   const void* data;
   Dtype dtype;
   int64_t stride, columns;
   int64_t row = 0;
 
-  static LK_INLINE Blocking blocking(const Tuning& t) { return dear_rows(t); }
+  static LK_INLINE Blocking blocking(const Tuning& t) { return dense_blocking(t); }
 
   LK_INLINE void begin(int64_t r, int64_t, int64_t) { row = r; }
 
@@ -124,9 +124,9 @@ struct DenseRows {
 
 // bf16 rows with a dropout mask applied; the factor 1 / (1 - p) is left to the caller.
 template <Order order>
-struct MaskedRows {
+struct MaskedReader {
   static constexpr Order kOrder = order;
-  DenseRows<Order::natural> rows;
+  DenseReader<Order::natural> rows;
   Dropout dropout;
 
   LK_INLINE void begin(int64_t r, int64_t first, int64_t last) { rows.begin(r, first, last); }
@@ -169,11 +169,11 @@ LK_INLINE void decode_half_chunk(const uint8_t* packed, __m512 codes, const floa
 }
 
 // A 4-bit weight whose rows are whole numbers of 64-element groups that share one scale.
-struct Nf4Rows {
+struct Nf4Reader {
   static constexpr Order kOrder = Order::strided;
   static constexpr int64_t kGroup = 64;
   static constexpr int64_t kMaxChunks = 128;
-  static_assert(kMostDepth <= kMaxChunks * kChunkTiles, "a part of a row");
+  static_assert(kMostKTiles <= kMaxChunks * kChunkTiles, "a part of a row");
   const QuantView* q;
   int64_t columns;
   int group_shift;                    // log2(block_size / 64)
@@ -185,9 +185,9 @@ struct Nf4Rows {
   static bool takes(const QuantView& q, int64_t columns) {
     return columns % kGroup == 0 && q.block_size % kGroup == 0;
   }
-  static LK_INLINE Blocking blocking(const Tuning& t) { return cheap_rows(t); }
+  static LK_INLINE Blocking blocking(const Tuning& t) { return nf4_blocking(t); }
 
-  Nf4Rows(const QuantView& view, int64_t k)
+  Nf4Reader(const QuantView& view, int64_t k)
       : q(&view), columns(k), group_shift(__builtin_ctzll(uint64_t(view.block_size / kGroup))) {}
 
   LK_INLINE void begin(int64_t row, int64_t first_chunk, int64_t last_chunk) {
@@ -222,19 +222,19 @@ struct Nf4Rows {
 };
 
 // Any other 4-bit weight, decoded a row piece at a time into natural order.
-struct AnyNf4Rows {
+struct AnyNf4Reader {
   static constexpr Order kOrder = Order::natural;
   static constexpr int64_t kMaxChunks = 18;
-  static_assert(kMostBlockStrips <= kMaxChunks * kChunk / kTile, "a row of a block");
+  static_assert(kMostBlockPanels <= kMaxChunks * kChunk / kTile, "a row of a block");
   const QuantView* q;
   int64_t columns;
   int64_t first = 0;
   alignas(64) BFloat16 decoded[kMaxChunks * kChunk];
 
-  AnyNf4Rows(const QuantView& view, int64_t k) : q(&view), columns(k) {}
+  AnyNf4Reader(const QuantView& view, int64_t k) : q(&view), columns(k) {}
 
   static LK_INLINE Blocking blocking(const Tuning& t) {
-    Blocking by = dear_rows(t);
+    Blocking by = dense_blocking(t);
     by.depth = min64(by.depth, kMaxChunks * kChunkTiles);
     return by;
   }

@@ -17,23 +17,23 @@ LK_INLINE const P* page_row(const GatherPass& f, const SlotGroup& g, int64_t ran
 }
 
 // How the work of a group is counted: `count` units that cost about `cost` each.
-struct Units {
+struct Work {
   int64_t count, cost;
 };
 
 // fn(group, first, end): units of each group, shared among the threads by their cost.
 template <class Of, class Fn>
-void over_units(const GatherPass& f, const Parallel& parallel, const Of& of, const Fn& fn) {
+void for_each_unit(const GatherPass& f, const Parallel& parallel, const Of& of, const Fn& fn) {
   int64_t total = 0;
   for (int64_t i = 0; i < f.group_count; ++i) {
-    const Units u = of(f.groups[i]);
+    const Work u = of(f.groups[i]);
     total += u.count * u.cost;
   }
   // A unit is its thread's in whose share it begins.
   parallel(0, total, 1, [&](int64_t begin, int64_t end) {
     int64_t first = 0;
     for (int64_t i = 0; i < f.group_count && first < end; ++i) {
-      const Units u = of(f.groups[i]);
+      const Work u = of(f.groups[i]);
       const int64_t next = first + u.count * u.cost;
       if (next > begin) {
         const int64_t from = begin > first ? (begin - first + u.cost - 1) / u.cost : 0;
@@ -48,7 +48,7 @@ void over_units(const GatherPass& f, const Parallel& parallel, const Of& of, con
 // fn(group, first column, end): all groups and all columns. Tokens that are in several groups get
 // theirs in the order of the groups, as then threads part columns alone.
 template <class Fn>
-void over_columns(const GatherPass& f, const Parallel& parallel, const Fn& fn) {
+void for_each_column_block(const GatherPass& f, const Parallel& parallel, const Fn& fn) {
   const auto upto = [&](int64_t c) { return c < f.columns ? c : f.columns; };
   if (f.repeats) {
     parallel(0, (f.columns + kWord - 1) / kWord, 1, [&](int64_t begin, int64_t end) {
@@ -58,8 +58,8 @@ void over_columns(const GatherPass& f, const Parallel& parallel, const Fn& fn) {
   }
   constexpr int64_t kPiece = 8 * kWord;
   const int64_t pieces = (f.columns + kPiece - 1) / kPiece;
-  over_units(
-      f, parallel, [&](const SlotGroup& g) { return Units{pieces, 2 * pages_of(g) + g.count}; },
+  for_each_unit(
+      f, parallel, [&](const SlotGroup& g) { return Work{pieces, 2 * pages_of(g) + g.count}; },
       [&](const SlotGroup& g, int64_t from, int64_t to) {
         fn(g, from * kPiece, upto(to * kPiece));
       });

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "amx/pack.h"
-#include "gather_units.h"
+#include "gather_schedule.h"
 
 #if LK_AMX
 
@@ -155,10 +155,10 @@ inline bool shrink_tiles(const GatherPass& f, const MatrixView& m, void* s, int6
   const auto pieces = [](const SlotGroup& g) { return ceil_div(pages_of(g), kPagesTogether); };
   bool ok = true;
   const auto units = [&](const SlotGroup& g) {
-    const int64_t strips = ceil_div(g.count, kTile);
-    return Units{strips * pieces(g), min64(pages_of(g), kPagesTogether)};
+    const int64_t panels = ceil_div(g.count, kTile);
+    return Work{panels * pieces(g), min64(pages_of(g), kPagesTogether)};
   };
-  over_units(f, parallel, units, [&](const SlotGroup& g, int64_t from, int64_t to) {
+  for_each_unit(f, parallel, units, [&](const SlotGroup& g, int64_t from, int64_t to) {
     TileShape shape;
     const int64_t tiles = ceil_div(f.columns, kTileDepth);
     char* x =
