@@ -1,7 +1,8 @@
-// lora_kernels_native::nf4_quantize, nf4_quantize_scales, nf4_dequantize on the CPU.
+// lora_kernels_native::nf4_quantize, nf4_quantize_scales, nf4_dequantize and nf4_linear_{fwd,bwd}
+// on the CPU. The last two run the kernels of the LoRA layer, without an adapter.
 #include "lora_kernels/nf4.h"
 
-#include "bindings/common.h"
+#include "bindings/lora.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -21,7 +22,8 @@ float element(const Tensor& t, Dtype dtype, int64_t i) {
   }
 }
 
-// Whether a large tensor lies in memory that was in use before, as far as a few pages tell.
+// Whether the system has already provided the memory of a large tensor, judged by a few of its
+// pages.
 bool has_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr size_t kLarge = 16 << 20, kPage = 4096, kSamples = 4;
@@ -88,12 +90,24 @@ Tensor nf4_dequantize(const std::vector<Tensor>& base, const std::vector<int64_t
   return out;
 }
 
+Tensor nf4_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,
+                      const std::vector<int64_t>& meta, const std::optional<Tensor>& bias) {
+  return linear_forward(x, Base(base_tensors, meta), bias);
+}
+
+Tensor nf4_linear_bwd(const Tensor& dy, const std::vector<Tensor>& base_tensors,
+                      const std::vector<int64_t>& meta) {
+  return linear_backward(dy, Base(base_tensors, meta));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
   m.impl("nf4_quantize_scales", TORCH_BOX(&nf4_quantize_scales));
   m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
+  m.impl("nf4_linear_fwd", TORCH_BOX(&nf4_linear_fwd));
+  m.impl("nf4_linear_bwd", TORCH_BOX(&nf4_linear_bwd));
 }
 
 }  // namespace lora_kernels

@@ -1,8 +1,8 @@
 // Passes over rank pages (gather.h): bf16 on AMX tiles where there are any, everything else on fp32
 // vectors.
 //
-// FLOPs: 2 r (K + N) of an entry. Bytes at least: the pages of the adapters in use, each once, x
-// and y; so with an entry or two of each adapter the pages' bytes are the time.
+// FLOPs: 2 r (K + N) an entry. Bytes it cannot avoid: the pages of the adapters in use, x and y,
+// once each. With one or two entries for each adapter the time is that of reading the pages.
 #include "lora_kernels/gather.h"
 
 #include "amx/gather_expand.h"
@@ -15,7 +15,7 @@ namespace lora_kernels {
 
 namespace {
 
-// The same for every number of entries: an entry's result must not depend on its company.
+// It does not ask for the number of entries: a result must not depend on what else is in the batch.
 bool on_tiles(const GatherPass& f) {
   return f.activations == Dtype::bf16 && f.dtype == Dtype::bf16;
 }

@@ -1,4 +1,4 @@
-// Scales of the blocks of a quantised weight, many at a time: decoding, and encoding in 8 bits.
+// The scales of the blocks of a quantised weight, many at a time: decoding, and encoding in 8 bits.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace lora_kernels {
 namespace {
 
-// QuantView::block_scales, with the look-ups gathered.
+// As QuantView::block_scales, with gather instructions.
 LK_INLINE void gather_scales(const QuantView& q, int64_t first, int64_t count, float* out) {
 #if LK_AVX2
   if (q.absmax == nullptr) {
@@ -64,8 +64,9 @@ inline QuantView decoded_scales(const QuantView& q, int slot, const Parallel& pa
   return decoded;
 }
 
-// The codes of 8 bits by bitsandbytes' grid: a scaled value is rounded to one of 65536 points on
-// [-1, 1] first, and the point's nearest entry of the map is its code.
+// 8-bit codes as bitsandbytes chooses them: a scaled value is first rounded to one of 65536 points
+// on [-1, 1]; its code is the entry of the map nearest to that point. The table has the code of
+// each point.
 struct ScaleGrid {
   static constexpr int kPoints = 65536;
   uint8_t code[kPoints];

@@ -35,9 +35,9 @@ struct Tile {
   static constexpr bool kTensor = sizeof(T) == 2;  // fp32 has no tensor core of its precision
   static constexpr int kTiles = kTiles_;
   static constexpr int kTokens = 8 * kTiles;
-  static constexpr bool kFew = kTiles <= 2;
-  static constexpr int kDepthWarps = kFew ? 4 : 2;
-  static constexpr int kRun = kFew && kTensor ? 32 : 16;  // codes of one load
+  static constexpr bool kNarrow = kTiles <= 2;
+  static constexpr int kDepthWarps = kNarrow ? 4 : 2;
+  static constexpr int kRun = kNarrow && kTensor ? 32 : 16;  // codes of one load
   static constexpr int kWarps = kRowWarps * kDepthWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kChunk = 4 * kRun;  // of K, of a warp

@@ -23,7 +23,7 @@ Plan plan(int64_t m, int64_t n, int64_t k) {
   p.groups = ceil_div(n, kRows);
   p.steps = ceil_div(k, S::kStep);
   const int64_t blocks = std::max<int64_t>(p.groups * ceil_div(m, S::kTokens), 1);
-  const int64_t splits = ceil_div(S::kFew ? 2 * cores : cores, blocks);
+  const int64_t splits = ceil_div(S::kNarrow ? 2 * cores : cores, blocks);
   p.steps_per_split = std::max<int64_t>(p.steps / splits, 1);
   p.splits = std::max<int64_t>(ceil_div(p.steps, p.steps_per_split), 1);
   return p;

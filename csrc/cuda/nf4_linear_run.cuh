@@ -56,15 +56,15 @@ cudaError_t run(Call& call, float* workspace, cudaStream_t stream) {
 
 template <class T>
 cudaError_t run_tokens(Call& call, float* workspace, cudaStream_t stream) {
-  using Few = Tile<T, 1>;
-  if constexpr (Few::kTensor) {
-    using Most = Tile<T, 8>;
+  using Narrow = Tile<T, 1>;
+  if constexpr (Narrow::kTensor) {
+    using Wide = Tile<T, 8>;
     const int64_t m = call.c.m;
-    if (m > 32) return run<Most, Most>(call, workspace, stream);
-    if (m > 16) return run<Tile<T, 4>, Most>(call, workspace, stream);
-    if (m > 8) return run<Tile<T, 2>, Most>(call, workspace, stream);
+    if (m > 32) return run<Wide, Wide>(call, workspace, stream);
+    if (m > 16) return run<Tile<T, 4>, Wide>(call, workspace, stream);
+    if (m > 8) return run<Tile<T, 2>, Wide>(call, workspace, stream);
   }
-  return run<Few, Few>(call, workspace, stream);
+  return run<Narrow, Narrow>(call, workspace, stream);
 }
 
 }  // namespace nf4_linear

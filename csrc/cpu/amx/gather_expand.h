@@ -1,4 +1,7 @@
-// The second product of the passes over rank pages on AMX tiles (gather_amx.h).
+// The expand step over rank pages on AMX tiles.
+//
+// C[token, 16 columns] += A[token, 32 ranks] · B[ranks, columns]. The sums of the shrink step are
+// rounded to bf16 as A tiles; the rows of a page, two interleaved, are packed as B tiles.
 #pragma once
 
 #include "amx/gather_shrink.h"
@@ -8,15 +11,15 @@
 namespace lora_kernels {
 namespace {
 
-// Columns [c, c + 32 halves) of an adapter's pages as B tiles of `pairs` rows, by panels of 16
-// columns: [2 halves][depth][pairs][64 bytes]. Interleaving two rows gives two panels: columns
+// Packs the columns [c, c + 32 halves) of an adapter's pages as B tiles of `pairs` rows, in panels
+// of 16 columns: [2 halves][depth][pairs][64 bytes]. Two interleaved rows give two panels: columns
 // 8 l .. 8 l + 3 of each 32, and the four after them, l = 0 .. 3.
 inline void pack_ranks(const GatherPass& f, const SlotGroup& g, int64_t c, int64_t halves,
                        int64_t depth, int64_t pairs, char* to) {
   for (int64_t d = 0; d < depth; ++d) {
     const char* row[kTileDepth];
     const int64_t there = min64(g.rank - 32 * d, 2 * pairs);
-    for (int64_t r = 0; r < 2 * pairs; ++r)  // past the rank any row, of which nothing is read
+    for (int64_t r = 0; r < 2 * pairs; ++r)  // past the rank any row does: it is masked
       row[r] =
           reinterpret_cast<const char*>(page_row<BFloat16>(f, g, 32 * d + min64(r, there - 1)) + c);
     for (int64_t h = 0; h < halves; ++h) {
@@ -40,7 +43,7 @@ inline void pack_ranks(const GatherPass& f, const SlotGroup& g, int64_t c, int64
   }
 }
 
-// As tiles sum: without denormals, whatever the caller's mode.
+// Tiles flush denormal numbers to zero. While this is alive, vectors do the same.
 class FlushDenormals {
  public:
   FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }
@@ -52,12 +55,12 @@ class FlushDenormals {
   unsigned before_;
 };
 
-// The adapter of a group and what it adds to.
+// The expand step of one group of entries.
 struct Expand {
-  // B tiles of a block and A tiles of a panel of tokens stay in the L1 cache beside their sums.
+  // Bytes of B tiles that stay in the L1 cache beside the A tiles of 16 tokens and their sums.
   static constexpr int64_t kBlockBytes = 24 << 10, kLongest = 512;
-  // So few entries take less time on vectors, where pages are not interleaved first. One of each of
-  // 64 adapters of rank 16, N = 4096, one thread: 0.42 ms against 0.64.
+  // Up to so many entries vectors are faster, as they need no packing. One token each for 64
+  // adapters of rank 16, N = 4096, one thread: 0.42 ms against 0.64.
   static constexpr int64_t kVectorEntries = 4, kVectorColumns = 1024;
   const GatherPass& f;
   const SlotGroup& g;
@@ -78,7 +81,7 @@ struct Expand {
            (f.tokens[entry] * out.stride + c) * size();
   }
 
-  // 32 ranks of an entry from `rank` on, rounded; zeros past the adapter's.
+  // The sums of an entry for 32 ranks from `rank` on, rounded; zeros past the adapter's rank.
   LK_INLINE __m512i sums32(int32_t entry, int64_t rank) const {
     const float* from = f.sums + entry * f.width + rank;
     const int64_t left = g.rank - rank;
@@ -86,7 +89,7 @@ struct Expand {
                       _mm512_maskz_loadu_ps(lanes16(left - 16), from + 16));
   }
 
-  // out (+)= factor · drop'(v): a word of columns, of which those before `end` are there.
+  // out (+)= factor · drop'(v) for 64 columns from c on, but none from `end` on.
   LK_INLINE void finish(int32_t entry, int64_t c, int64_t end, __m512 v[4]) const {
     const uint64_t keep =
         drops_tiles(f, g)
@@ -106,7 +109,7 @@ struct Expand {
       _mm512_mask_storeu_epi16(to + 32 * i, lanes32(end - c - 16 * i), round_pair(v[i], v[i + 1]));
   }
 
-  // A word of columns of the tokens [first, first + tokens) from the tiles of its four panels.
+  // 64 columns, four panels of B tiles, for the tokens [first, first + tokens).
   LK_INLINE void word(int64_t first, int64_t tokens, const char* sums, const char* tiles, int64_t c,
                       int64_t end) const {
     alignas(64) float sum[4][256];
@@ -149,8 +152,9 @@ struct Expand {
     }
   }
 
-  // sums[token, `halves` of 32 columns: even, odd ones] of all entries, as the tiles sum: of each
-  // 32 ranks a chain of the even and one of the odd, then their sum is added.
+  // The same sums on vectors: sums[token, halves, 16 even and 16 odd columns]. They are added in
+  // the order of the tiles, so that both give the same bits: for each 32 ranks one chain over the
+  // even and one over the odd ranks, whose sum is added to the total.
   template <int tokens>
   void vector_sums(int64_t c, int64_t halves, float* sums) const {
     const FlushDenormals mode;

@@ -1,5 +1,8 @@
-// ds = scale · d ∘ ((g ∘ dy)·B) and dx = dy·W + keep ∘ (ds·A) / (1 - p): rows of dy are A tiles,
-// and pairs of decoded rows of W, interleaved, are B tiles.
+// The backward of the LoRA layer. Rows of dy are packed as A tiles; decoded rows of W, two
+// interleaved, as B tiles.
+//
+//   ds = scale · d ∘ ((g ∘ dy) · B)
+//   dx = dy · W + keep ∘ (ds · A) / (1 - p)
 //
 // FLOPs 2MNK + 2MR(N + K); bytes at least: dy once, W once, dx once.
 #pragma once
@@ -20,7 +23,7 @@ struct BackwardPacked {
   int64_t panel_bytes() const { return depth() * kTileBytes; }
 };
 
-// Packs dy rows [m, m + 16) and computes their ds.
+// Packs the rows [m, m + 16) of dy and computes their ds.
 LK_INLINE void pack_dy(const LoraBackward& f, const BackwardPacked& p, int64_t panel, int64_t m,
                        int64_t m_end) {
   PanelReader<DenseReader<Order::natural>> dy_rows({f.dy.data, f.dy.dtype, f.dy.stride, f.base.n});
@@ -56,8 +59,8 @@ LK_INLINE void pack_dy(const LoraBackward& f, const BackwardPacked& p, int64_t p
   }
 }
 
-// dx[m .. m + 32) of one chunk. c, and c_lora where a mask applies: four pairs of panels, each
-// [row panel][column panel][16][16].
+// Writes dx[m .. m + 32) of one chunk from the sums c, and c_lora where a mask applies to the
+// branch: four pairs of panels, each [row panel][column panel][16][16].
 template <Order order>
 LK_INLINE void store_dx(const LoraBackward& f, const float* c, const float* c_lora, int64_t chunk,
                         int64_t m, int64_t m_end) {
@@ -124,8 +127,8 @@ bool backward_blocks(const Reader& prototype, const LoraBackward& f, const Paral
       PairPacker<Reader> packer(prototype, n);
       char* memory = static_cast<char*>(
           thread_scratch(kBlock, size_t(schedule.buffer_bytes() + 2 * expand_bytes)));
-      // After the sums, where a mask keeps a chunk's LoRA terms apart: these. Where a block has one
-      // k_block, the sums of a chunk.
+      // The sums, and behind them those of the LoRA branch of one chunk, where a mask keeps them
+      // apart. With one K block the sums of one chunk are enough.
       const int64_t chunk_bytes = kChunkPanels * 2 * kTileBytes;
       const int64_t sum_bytes = max64(schedule.sum_bytes(), chunk_bytes);
       float* sums = static_cast<float*>(

@@ -1,5 +1,5 @@
-// y = x·Wᵀ + (LoRA) + bias, as yᵀ = W·xᵀ: decoded rows of W are A tiles as they come, and x, packed
-// once a call, gives the B tiles.
+// The forward of the LoRA layer, as yᵀ = W·xᵀ + B·sᵀ: rows of W are A tiles as they are decoded; x
+// is packed as B tiles once a call.
 //
 // FLOPs 2MNK + 2MR(N + K); bytes at least: W once, x once, y once.
 #pragma once
@@ -12,13 +12,13 @@
 namespace lora_kernels {
 namespace {
 
-// Scratch of the calling thread: 0 packed activations, 1 packed adapters; of each worker: 2 the
-// block of W, 3 accumulators; of the calling thread: 4 decoded scales.
+// Slots of thread_scratch. The calling thread keeps packed activations, packed adapters and decoded
+// scales in its own; each worker keeps its block of W and its sums.
 enum Scratch { kActivations, kAdapters, kBlock, kAccumulators, kScales };
 
 LK_INLINE int64_t round_up(int64_t v, int64_t to) { return ceil_div(v, to) * to; }
 
-// Rows of activations in one piece, which takes so many bytes packed: a multiple of 32.
+// Rows of activations that are packed at a time, so that they take about `bytes`: a multiple of 32.
 LK_INLINE int64_t piece_rows(int64_t m, int64_t chunks, int64_t bytes) {
   const int64_t fit = bytes / (chunks * kChunk * 2) / 32 * 32;
   return min64(round_up(m, 32), max64(fit, 512));
@@ -45,7 +45,8 @@ LK_INLINE bool pack_adapters(const LoraForward& f, ForwardPacked* p) {
   return true;
 }
 
-// Packs the panel of x rows [m, m + 16) and computes its s. `dropped` is room for one more panel.
+// Packs the rows [m, m + 16) of x as a panel and computes their s. `dropped` is room for a panel of
+// masked rows.
 template <Order order>
 LK_INLINE void pack_x(const LoraForward& f, const ForwardPacked& p, int64_t panel, int64_t m,
                       int64_t m_end, char* dropped) {
@@ -83,7 +84,7 @@ LK_INLINE void pack_x(const LoraForward& f, const ForwardPacked& p, int64_t pane
   }
 }
 
-// Two A panels by one B panel: c[0], c[1] are [16 n][16 m] -> y[m][n .. n + 32).
+// Writes y[m .. m + 16)[n .. n + 32) from c0 and c1, of [16 n][16 m] each.
 LK_INLINE void store_y(const LoraForward& f, const float* c0, const float* c1, int64_t n, int64_t m,
                        int64_t m_end) {
   __m512i t0[16], t1[16];

@@ -1,6 +1,7 @@
-// The forward for at most 32 rows of x, where W is read once and every weight is used at once:
-// decode a chunk of 32 rows of W into the L1 cache while the tiles multiply the chunk before it.
-// Decoding sets the pace (about 0.1 instructions a weight), the tile unit works beside it.
+// The forward for a 4-bit weight and at most 32 rows of x (a skinny matrix product): W is read
+// once. A chunk of 32 rows of W is decoded into the L1 cache while the tiles multiply the chunk
+// before it. Its time is that of decoding, about 0.1 instructions a weight; the tile unit works
+// beside that.
 #pragma once
 
 #include "amx/lora_forward.h"
@@ -14,7 +15,8 @@ constexpr int64_t kSkinnyRows = 32;
 constexpr int64_t kStepRows = 2 * kTile;  // rows of W worked on together
 constexpr int64_t kStepChunkBytes = 2 * kChunkTiles * kTileBytes;
 
-// One panel of x: tiles 0, 1 take even and 2, 3 odd steps, so that no product waits for the last.
+// Two panels of W by one of x. Accumulators 0 and 1 take the even steps, 2 and 3 the odd ones, so
+// that no product waits for the one before.
 LK_INLINE void multiply_narrow(const char* w, const char* x, int64_t x_tile, int64_t depth) {
   const char* w1 = w + depth * kTileBytes;
   for (int64_t t = 0; t < depth; ++t) {
@@ -81,8 +83,8 @@ inline bool forward_skinny(const Nf4Reader& prototype, const LoraForward& f,
         lower.begin(row + kTile, n, c0, c1);
         for (int64_t i = c0; i < c1; ++i) {
           char* to = stage + i % 2 * kStepChunkBytes;
-          // As many lines of the next group, in the order they lie in memory, in which the
-          // hardware fetches along: 8 rows of x took 10 % longer when rows were fetched as used.
+          // Prefetches as many lines of the next 32 rows, in the order of their addresses, which
+          // the hardware follows: 8 rows of x took 10 % longer when each row was prefetched.
           upper.tiles(i, to, next);
           lower.tiles(i, to + kChunkTiles * kTileBytes, next + kTile * 64);
           next += kStepRows * 64;

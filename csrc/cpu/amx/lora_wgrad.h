@@ -1,5 +1,6 @@
-// out[R, C] = leftᵀ·(keep ∘ right), summed over M: the gradients of A (left = ds, right = x) and of
-// B (left = s, right = dy). right is read once; pairs of its rows, interleaved, are B tiles.
+// The gradients of the adapters (wgrad), summed over M: out[R, C] = leftᵀ·(keep ∘ right). For A
+// left is ds and right is x, for B left is s and right is dy. right is read once; its rows, two
+// interleaved, are packed as B tiles.
 #pragma once
 
 #include "amx/lora_forward.h"
@@ -9,10 +10,10 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t kWgradRows = 128;  // rows of `right` turned into tiles at a time
+constexpr int64_t kWgradRows = 128;  // rows of `right` that are packed at a time
 constexpr int64_t kWgradChunks = 4;  // columns of a task, in chunks
 
-// left[M, R] as A panels: row r of a tile holds 32 consecutive m.
+// left[M, R] as panels of A tiles: row r of a tile holds 32 consecutive m.
 LK_INLINE void pack_left(const MatrixView& left, int64_t depth, int64_t panels, char* to) {
   const uint16_t* data = static_cast<const uint16_t*>(left.data);
   for (int64_t s = 0; s < panels; ++s)
@@ -35,7 +36,7 @@ LK_INLINE void pack_left(const MatrixView& left, int64_t depth, int64_t panels, 
     }
 }
 
-// The fp32 rows of two neighbouring panels (tile order) as 32 columns in order.
+// Writes a row of two neighbouring panels of sums as 32 columns in order.
 LK_INLINE void store_columns(__m512 low, __m512 high, float* out, int64_t left) {
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
   const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);

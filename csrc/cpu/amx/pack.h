@@ -1,4 +1,6 @@
-// Rows (rows.h) into the panels of tiles that `multiply` (tiles.h) reads.
+// Packing: from readers (row_readers.h) to the panels of tiles that `multiply` (tiles.h) reads.
+//
+// A panel is 16 rows or columns of an operand, all tiles along the reduction in consecutive memory.
 #pragma once
 
 #include "amx/row_readers.h"
@@ -36,7 +38,7 @@ LK_INLINE void transpose16(__m512i r[16]) {
   }
 }
 
-// Sixteen rows of a matrix, read together: `tiles` writes the four A tiles of one chunk.
+// Reads sixteen rows of a matrix together: `tiles` writes the four A tiles of a chunk of them.
 template <class Reader>
 struct PanelReader {
   explicit PanelReader(const Reader& prototype) {
@@ -44,7 +46,7 @@ struct PanelReader {
   }
   ~PanelReader() {}
 
-  // Rows [first, first + kTile), of which those from `rows_end` on are zeros.
+  // The rows [first, first + kTile); those from `rows_end` on are zeros.
   LK_INLINE void begin(int64_t first, int64_t rows_end, int64_t c0, int64_t c1) {
     count = clamp64(rows_end - first, 0, kTile);
     for (int64_t r = 0; r < count; ++r) rows[r].begin(first + r, c0, c1);
@@ -54,7 +56,7 @@ struct PanelReader {
     for (int64_t r = 0; r < kTile; r += 4) four_rows(c, r, to);
   }
 
-  // The part of `tiles` that rows first .. first + 3 make.
+  // Writes only the rows first .. first + 3 of the tiles.
   LK_INLINE void four_rows(int64_t c, int64_t first, char* to) const {
     for (int64_t r = first; r < first + 4; ++r) {
       __m512i v[4] = {};
@@ -71,7 +73,8 @@ struct PanelReader {
   };
 };
 
-// The same for 4-bit weights, with nothing in the loop but the decoding.
+// The same for 4-bit weights: begin() finds the scales of all sixteen rows, so that the loop only
+// decodes.
 template <>
 struct PanelReader<Nf4Reader> {
   explicit PanelReader(const Nf4Reader& prototype) : q(prototype.q), columns(prototype.columns) {}
@@ -105,7 +108,7 @@ struct PanelReader<Nf4Reader> {
     for (int64_t r = 0; r < kTile; r += 4) four_rows(c, r, to);
   }
 
-  // Fetches a cache line a row as well, from `next` on.
+  // Also prefetches 16 cache lines from `next` on.
   LK_INLINE void tiles(int64_t c, char* to, const uint8_t* next) const {
     for (int64_t r = 0; r < kTile; r += 4) {
       for (int64_t i = r; i < r + 4; ++i) _mm_prefetch(next + i * 64, _MM_HINT_T1);
@@ -137,7 +140,7 @@ struct PanelReader<Nf4Reader> {
     }
   }
 
-  // The chunk of four rows of the next panel.
+  // Prefetches the chunk of the same four rows of the next panel.
   LK_INLINE void prefetch_four(int64_t c, int64_t first) const {
     const char* p = reinterpret_cast<const char*>(packed) + c * (kChunk / 2);
     for (int64_t r = kTile + first; r < kTile + first + 4; ++r)
@@ -152,7 +155,7 @@ struct PanelReader<Nf4Reader> {
   alignas(64) float decoded[kTile * kStride];
 };
 
-// Rows [first, first + 16) as a panel of A tiles, chunks [c0, c1).
+// A panel of A tiles: the chunks [c0, c1) of the rows [first, first + 16).
 template <class Reader>
 LK_INLINE void pack_a_panel(PanelReader<Reader>& rows, int64_t first, int64_t rows_end, int64_t c0,
                             int64_t c1, char* to) {
@@ -160,14 +163,14 @@ LK_INLINE void pack_a_panel(PanelReader<Reader>& rows, int64_t first, int64_t ro
   for (int64_t c = c0; c < c1; ++c, to += kChunkTiles * kTileBytes) rows.tiles(c, to);
 }
 
-// B panel: rows [first, first + count), count <= 16, as the tiles' columns. A tile takes
-// 64 * columns bytes: narrow tiles keep a few rows of a long x in the L1 cache.
+// A panel of B tiles: its columns are the rows [first, first + count), count <= 16. A tile takes 64
+// * columns bytes: narrow tiles keep a few long rows of x in the L1 cache.
 template <class Reader>
 LK_INLINE void pack_b_panel(Reader& rows, int64_t first, int64_t count, int64_t columns, int64_t c0,
                             int64_t c1, char* panel) {
   const __mmask16 mask = lanes16(columns);
   for (int64_t c = c0; c < c1; ++c) {
-    if (columns == 1) {  // the pairs of one row are the tile as they stand
+    if (columns == 1) {  // one row of x is the tile as it stands
       __m512i w[4];
       rows.begin(first, c, c + 1);
       rows.chunk(c, w);
@@ -192,12 +195,13 @@ LK_INLINE void pack_b_panel(Reader& rows, int64_t first, int64_t count, int64_t 
   }
 }
 
-// Interleaving rows 2p and 2p + 1 makes B tiles whose columns are the rows' elements. Of each
-// vector t of a chunk come two tiles: `unpacklo` takes elements 8 l .. 8 l + 3 of the vector,
-// `unpackhi` the four after them, l = 0 .. 3. eight_columns (below) and kept16 know this order.
+// B tiles whose columns are the elements of rows, and whose reduction runs over the rows (the
+// backward, wgrad): rows 2p and 2p + 1 are interleaved. Each vector t of a chunk gives two panels:
+// `unpacklo` takes the elements 8 l .. 8 l + 3 of the vector, `unpackhi` the four after them, l = 0
+// .. 3. eight_columns and kept16 (below) undo this order.
 constexpr int64_t kChunkPanels = kChunk / kTile;
 
-// A chunk of the rows 2p and 2p + 1 into its eight panels, `panel_bytes` apart.
+// Writes a chunk of the rows 2p and 2p + 1 to its eight panels, `panel_bytes` apart.
 LK_INLINE void store_pair(const __m512i v[4], const __m512i w[4], char* to, int64_t panel_bytes) {
   for (int t = 0; t < 4; ++t) {
     char* panel = to + 2 * t * panel_bytes;
@@ -206,17 +210,18 @@ LK_INLINE void store_pair(const __m512i v[4], const __m512i w[4], char* to, int6
   }
 }
 
-// Packers write the tiles of a part of a weight in steps small enough to hide between products.
-// Rows from `rows_end` on are zeros. They fetch ahead, as the rows' pieces are too short for the
-// hardware to do it.
+// Packers write the panels of a block of a weight in steps small enough to hide between two tile
+// products (blocked_gemm.h). Rows from `rows_end` on are zeros. They prefetch, as the hardware does
+// not for so short pieces of rows.
 constexpr int64_t kRowsAhead = 8;
 
-// Sixteen rows a panel, as A tiles; a step is one chunk of four rows. A tile is written to the end
-// before the next: a dense weight takes 68 ms instead of 72 then (4096 x 4096, 2048 rows).
+// Panels of A tiles, of sixteen rows each. A step is one chunk of four rows; the tiles of a chunk
+// are finished before the next chunk. (A dense weight takes 68 ms instead of 72 then: 4096 x 4096,
+// 2048 rows.)
 template <class Reader>
 class PanelPacker {
  public:
-  int64_t left = 0;  // steps
+  int64_t left = 0;  // steps to do
 
   PanelPacker(const Reader& prototype, int64_t end) : rows(prototype), rows_end(end) {}
 
@@ -255,7 +260,7 @@ class PanelPacker {
   char* to = nullptr;
 };
 
-// Pairs of rows, interleaved as B tiles; a step is one chunk of a pair.
+// Panels of B tiles from pairs of rows. A step is one chunk of a pair.
 template <class Reader>
 class PairPacker {
  public:
@@ -305,7 +310,7 @@ class PairPacker {
   char* to = nullptr;
 };
 
-// Eight B panels for the columns of each chunk, from rows [first, last) as the reduction.
+// The eight B panels of each chunk of columns, over the rows [first, last).
 template <class Reader>
 LK_INLINE void pack_b_pairs(const Reader& rows, int64_t first, int64_t last, int64_t rows_end,
                             int64_t c0, int64_t c1, char* panels, int64_t panel_bytes) {
@@ -314,7 +319,7 @@ LK_INLINE void pack_b_pairs(const Reader& rows, int64_t first, int64_t last, int
   packer.finish();
 }
 
-// The keep bits of the 16 columns of panel 2 t + half of a chunk, out of the chunk's 128.
+// The dropout mask of the 16 columns of panel 2 t + half, out of the 128 bits of a chunk.
 template <Order order>
 LK_INLINE __mmask16 kept16(uint64_t low, uint64_t high, int t, int half) {
   uint64_t of_vector;
@@ -327,11 +332,11 @@ LK_INLINE __mmask16 kept16(uint64_t low, uint64_t high, int t, int half) {
   return static_cast<__mmask16>(_pext_u64(of_vector, half ? 0xf0f0f0f0u : 0x0f0f0f0fu));
 }
 
-// One row's fp32 results of a chunk's eight panels, rounded to bf16 and put in order.
+// One row of the fp32 sums of a chunk's eight panels, rounded to bf16 and in the order of columns.
 template <Order order>
 LK_INLINE void eight_columns(const __m512 panels[8], __m512i out[4]) {
-  // round_pair(lo, hi) holds 16 of lo, then 16 of hi; vector element 8 l + i is lo[4 l + i],
-  // 8 l + 4 + i is hi[4 l + i].
+  // round_pair(lo, hi) holds 16 of lo, then 16 of hi; vector element 8 l + i is lo[4 l + i], 8 l +
+  // 4 + i is hi[4 l + i].
   const __m512i merge = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   __m512i v[4];
   for (int t = 0; t < 4; ++t)

@@ -1,7 +1,7 @@
-// Passes over rank pages on fp32 vectors: every pass streams four rows of a page at a time, over
-// blocks of columns that leave the other operand in the first cache, and serves up to four entries
-// with each row that it has loaded. A single entry takes row after row: it waits for memory, which
-// gives one long stream best.
+// The passes over rank pages on fp32 vectors. A pass streams four rows of a page at a time and uses
+// each element for up to four entries. It goes by blocks of columns, so that the other operand
+// stays in the L1 cache. With a single entry it streams one row after the other: the time is that
+// of reading memory, which is fastest in one long stream.
 #pragma once
 
 #include "gather_schedule.h"
@@ -13,9 +13,9 @@ namespace vector {
 
 constexpr int kTokens = 4;       // entries that share a row of a page
 constexpr int kRows = 4;         // of a page, streamed together for several entries
-constexpr int64_t kLine = 4096;  // columns of a block, over its entries; a multiple of 4 kWord
+constexpr int64_t kLine = 4096;  // columns of a block, times its entries; a multiple of 4 kWord
 
-// Rows of a block: as long as few entries allow, as long rows stream better.
+// Columns of a block. A single entry takes longer rows, which stream better.
 LK_INLINE int64_t block_of(int64_t tokens) { return tokens == 1 ? kLine : kLine / kTokens; }
 
 LK_INLINE int64_t rows_of(int64_t tokens) { return tokens == 1 ? 1 : kRows; }
@@ -24,7 +24,7 @@ LK_INLINE bool drops(const GatherPass& f, const SlotGroup& g) {
   return f.dropout.seeds != nullptr && f.dropout.thresholds[g.slot] != 0;
 }
 
-// values of columns first + i: times the mask's factor, zero where it drops.
+// Dropout of the columns from `first` on: zeros where it drops, the others times its factor.
 inline void mask_row(const GatherPass& f, const SlotGroup& g, int32_t entry, int64_t first,
                      int64_t count, float* values) {
   const uint32_t threshold = uint32_t(f.dropout.thresholds[g.slot]);
@@ -34,7 +34,8 @@ inline void mask_row(const GatherPass& f, const SlotGroup& g, int32_t entry, int
              f.dropout.rows[entry], first, count, values);
 }
 
-// Columns [first, first + count) of an entry's row of m as fp32, masked; zeros up to whole vectors.
+// The columns [first, first + count) of an entry's row of m as fp32, after dropout, and zeros up to
+// a whole vector.
 LK_INLINE void read_row(const GatherPass& f, const SlotGroup& g, int32_t entry, const MatrixView& m,
                         int64_t first, int64_t count, float* out) {
   widen(m.data, m.dtype, f.tokens[entry] * m.stride + first, count, out);
@@ -42,7 +43,7 @@ LK_INLINE void read_row(const GatherPass& f, const SlotGroup& g, int32_t entry, 
   for (int64_t i = count; i % kLanes != 0; ++i) out[i] = 0.0f;
 }
 
-// Products in one chain: a long one loses accuracy (product.h). A block is a multiple of it.
+// Products summed in one chain: a long one loses accuracy (gemm.h). It divides a block.
 constexpr int64_t kChain = 16 * kLanes;
 
 // acc[row][token] += row · x[token] over a block.
@@ -74,7 +75,7 @@ LK_INLINE void dots(const P* const* page, const float* x, int64_t stride, int64_
   }
 }
 
-// acc[0][0] += row · x over a block: the sums of `dots`, several chains at a time.
+// acc[0][0] += row · x over a block: the same sums as those of `dots`, several chains at once.
 template <class P>
 LK_INLINE void dot_row(const P* row, const float* x, int64_t count, Vec (*acc)[kTokens]) {
   constexpr int kChains = 8;
@@ -124,7 +125,8 @@ struct Count {
   static constexpr int value = n;
 };
 
-// fn(Count<rows>, Count<tokens>) of the numbers at run time, 1 to 4 each.
+// Calls fn(Count<rows>, Count<tokens>), so that both numbers, 1 to 4 each, are known when
+// compiling.
 template <class Fn>
 LK_INLINE void with_counts(int64_t rows, int64_t tokens, const Fn& fn) {
   const auto of_rows = [&](auto r) {
@@ -151,14 +153,14 @@ LK_INLINE void with_counts(int64_t rows, int64_t tokens, const Fn& fn) {
   }
 }
 
-// Where the sums go rounded as well.
+// The second output of the shrink step: its sums, rounded. Null data: none.
 struct Rounded {
   void* data;
   Dtype dtype;
   int64_t stride;
 };
 
-// Ranks [first, first + 16) of a group for its entries [at, at + tokens).
+// The sums of the ranks [first, first + 16) of a group for its entries [at, at + tokens).
 template <class P>
 void shrink_page(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,
                  int64_t at, int64_t tokens, const Rounded& s) {
@@ -206,7 +208,7 @@ void shrink_as(const GatherPass& f, const MatrixView& m, const Rounded& s,
       });
 }
 
-// One block of columns of up to kTokens entries of a group.
+// The expand step for one block of columns of up to kTokens entries of a group.
 template <class P>
 void expand_block(const GatherPass& f, const SlotGroup& g, const float* factor, bool overwrite,
                   const MatrixView& out, int64_t at, int64_t tokens, int64_t c, int64_t count) {
@@ -257,7 +259,7 @@ void expand_as(const GatherPass& f, const float* factor, bool overwrite, const M
   });
 }
 
-constexpr int64_t kWgradColumns = 256;  // columns whose sums of a page stay in the first cache
+constexpr int64_t kWgradColumns = 256;  // columns: the sums of a page stay in the L1 cache
 
 template <class P>
 void wgrad_block(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,

@@ -38,8 +38,8 @@ constexpr int64_t kShortChain = LK_AVX2 || LK_NEON ? 32 : 16;
 constexpr int64_t kLongChain = LK_AVX2 || LK_NEON ? kDepth : 16;
 constexpr int64_t kShortChainRows = 64;
 
-// A right operand [depth, columns]. `transposed`: it is stored, and its mask counted, as
-// [columns, depth].
+// A right operand [depth, columns]. `transposed`: it is stored, and its mask counted, as [columns,
+// depth].
 struct RightOperand {
   RowReader rows{};
   bool transposed = false;

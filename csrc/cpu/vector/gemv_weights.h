@@ -84,8 +84,8 @@ inline bool grouped(const BaseView& base) {
   return base.quant != nullptr && base.k % kGroup == 0 && base.quant->block_size % kGroup == 0;
 }
 
-// x in the order of the weights: lane i of vector t is element kLaneCodes i + (t ^ 1), as
-// the high nibble of a byte comes first.
+// x in the order of the weights: lane i of vector t is element kLaneCodes i + (t ^ 1), as the high
+// nibble of a byte comes first.
 inline void to_lane_order(const float* in, int64_t k, float* out) {
   for (int64_t g = 0; g < k; g += kGroup)
     for (int t = 0; t < kGroupVectors; ++t)

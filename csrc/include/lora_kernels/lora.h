@@ -1,5 +1,6 @@
-// Linear layers over a dense or a 4-bit base, with LoRA terms, forward and backward: views of the
-// operands and the table of fused CPU kernels.
+// The LoRA layer over a dense or a 4-bit base, forward and backward: views of its operands and the
+// table of its fused CPU kernels. Without an adapter it is the plain linear layer: nf4_linear uses
+// the same kernels.
 //
 //   s  = keep ∘ x · Aᵀ / (1 - p)                          [M, R]
 //   y  = x · Wᵀ + g ∘ (scale · (d ∘ s) · Bᵀ) + bias       [M, N]
@@ -28,7 +29,7 @@ struct BaseView {
 };
 
 struct LoraView {
-  MatrixView a, b;                 // [R, K], [N, R]; absent: no LoRA terms
+  MatrixView a, b;                 // [R, K], [N, R]; absent: no LoRA branch
   MatrixView rank_diag, out_diag;  // [R], [N]; absent: ones
   float scale;
   Dropout dropout;  // threshold 0: none
@@ -52,7 +53,8 @@ struct LoraBackward {
   void* ds;  // [M, R] contiguous, rank_dtype
 };
 
-// out[R, C] fp32 = leftᵀ · (keep ∘ right): the gradients of both adapters.
+// out[R, C] fp32 = leftᵀ · (keep ∘ right): the gradient of A (left = ds, right = x), and what that
+// of B is made from (left = s, right = dy).
 struct Wgrad {
   MatrixView left;   // [M, R]
   MatrixView right;  // [M, C]
@@ -60,7 +62,7 @@ struct Wgrad {
   float* out;
 };
 
-// From s_dy = sᵀ·dy [R, N] fp32 (Wgrad), each wanted where not null:
+// The gradients that s_dy = sᵀ·dy [R, N] fp32 (Wgrad) gives; each is wanted where it is not null:
 //   db[N, R] = scale · g ∘ s_dyᵀ ∘ d, in B's type
 //   drank_diag[R] = scale · Σ_n g · B ∘ s_dyᵀ, dout_diag[N] = scale · Σ_r d · B ∘ s_dyᵀ, fp32
 struct AdapterGrads {
@@ -70,7 +72,7 @@ struct AdapterGrads {
   float *drank_diag, *dout_diag;
 };
 
-// x and dy are of one type, any of the three, as are the adapters; a dense weight of any.
+// x and dy have one type, A and B have one, and a dense weight has one: any of the three.
 struct LoraKernels {
   bool (*forward)(const LoraForward&, const Parallel&);  // false: out of memory
   bool (*backward)(const LoraBackward&, const Parallel&);
