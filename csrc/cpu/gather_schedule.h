@@ -6,8 +6,8 @@
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t kWord =
-    64;  // columns of a word of the dropout mask; threads divide columns at its multiples
+// Columns of a word of the dropout mask. Threads divide columns at its multiples.
+constexpr int64_t kWord = 64;
 
 LK_INLINE int64_t pages_of(const SlotGroup& g) { return (g.rank + kPage - 1) / kPage; }
 

@@ -112,22 +112,22 @@ bool forward(const LoraForward& f, const Parallel& parallel) {
   const BaseView& base = f.base;
   if (f.x.rows <= kTileGemvRows && base.quant != nullptr && vector::grouped(base))
     return vector::forward(f, parallel);
-  if (base.quant == nullptr) return forward_blocks(dense_reader(base), f, parallel);
+  if (base.quant == nullptr) return forward_blocked(dense_reader(base), f, parallel);
   if (!Nf4Reader::takes(*base.quant, base.k))
-    return forward_blocks(AnyNf4Reader(*base.quant, base.k), f, parallel);
+    return forward_blocked(AnyNf4Reader(*base.quant, base.k), f, parallel);
   if (f.x.rows <= kSkinnyRows) return forward_skinny(Nf4Reader(*base.quant, base.k), f, parallel);
   const QuantView q = decoded_scales(*base.quant, kScales, parallel);
-  return forward_blocks(Nf4Reader(q, base.k), f, parallel);
+  return forward_blocked(Nf4Reader(q, base.k), f, parallel);
 }
 
 bool backward(const LoraBackward& f, const Parallel& parallel) {
   if (f.dy.dtype != Dtype::bf16) return vector::backward(f, parallel);
   const BaseView& base = f.base;
-  if (base.quant == nullptr) return backward_blocks(dense_reader(base), f, parallel);
+  if (base.quant == nullptr) return backward_blocked(dense_reader(base), f, parallel);
   if (!Nf4Reader::takes(*base.quant, base.k))
-    return backward_blocks(AnyNf4Reader(*base.quant, base.k), f, parallel);
+    return backward_blocked(AnyNf4Reader(*base.quant, base.k), f, parallel);
   const QuantView q = decoded_scales(*base.quant, kScales, parallel);
-  return backward_blocks(Nf4Reader(q, base.k), f, parallel);
+  return backward_blocked(Nf4Reader(q, base.k), f, parallel);
 }
 
 bool wgrad(const Wgrad& f, const Parallel& parallel) {

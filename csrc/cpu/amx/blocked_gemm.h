@@ -100,9 +100,9 @@ struct Panels {
 // which operand of the tile products the weight is.
 //   packer: packs a block of the weight, step by step (pack.h).
 //   load(stage, to): points the packer at the block of a stage.
-//   finish(stage, pair, panel, c): called with the sums over all of K of a pair of activation
-//   panels
-//     and two panels of the block, `panel` and the next, in the accumulators; c is room for them.
+//   finish(stage, pair, panel, c): called when the accumulators hold the sums over all of K of a
+//     pair of activation panels and two panels of the block, `panel` and the next; c is room for
+//     them.
 template <Stream stream, class Packer, class Load, class Finish>
 LK_INLINE void blocked_gemm(const BlockSchedule& schedule, const Panels& rows, int64_t begin,
                             int64_t end, char* memory, float* sums, Packer& packer,

@@ -89,7 +89,7 @@ LK_INLINE void store_dx(const LoraBackward& f, const float* c, const float* c_lo
 }
 
 template <class Reader>
-bool backward_blocks(const Reader& prototype, const LoraBackward& f, const Parallel& parallel) {
+bool backward_blocked(const Reader& prototype, const LoraBackward& f, const Parallel& parallel) {
   constexpr Order order = Reader::kOrder;
   const int64_t m_all = f.dy.rows, n = f.base.n, k_chunks = ceil_div(f.base.k, kChunk);
   const int64_t depth = rank_tiles(f.lora);

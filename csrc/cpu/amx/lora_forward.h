@@ -109,7 +109,7 @@ LK_INLINE void store_y(const LoraForward& f, const float* c0, const float* c1, i
 }
 
 template <class Reader>
-bool forward_blocks(const Reader& prototype, const LoraForward& f, const Parallel& parallel) {
+bool forward_blocked(const Reader& prototype, const LoraForward& f, const Parallel& parallel) {
   constexpr Order order = Reader::kOrder;
   const int64_t m_all = f.x.rows, n = f.base.n, chunks = ceil_div(f.base.k, kChunk);
   const int64_t depth = rank_tiles(f.lora);
