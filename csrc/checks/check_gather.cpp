@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "lora_kernels/gather.h"
+#include "lora_kernels/philox.h"
 
 using namespace lora_kernels;
 
