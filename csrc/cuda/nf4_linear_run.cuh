@@ -22,7 +22,7 @@ cudaError_t launch_linear(const Call& call, const Plan& p, cudaStream_t stream) 
   return launch(kernel, grid, S::kThreads, shared, stream, follows, call);
 }
 
-// Whether the kernel may load 16 bytes of codes and of x at a time, and finds scales by shifts.
+// Whether the kernel can load 16 bytes of codes and of x at a time, and find scales by shifts.
 template <class S>
 bool aligned(const Call& call) {
   const Nf4Linear& c = call.c;
@@ -33,7 +33,7 @@ bool aligned(const Call& call) {
          (c.q.absmax != nullptr || (nested & (nested - 1)) == 0);
 }
 
-// Ragged calls use the shapes `Ragged`, so that there are fewer kernels to compile.
+// Calls that are not aligned use the tile `Ragged`, so that there are fewer kernels to compile.
 template <class S, class Ragged>
 cudaError_t run(Call& call, float* workspace, cudaStream_t stream) {
   const bool fast = aligned<S>(call);
