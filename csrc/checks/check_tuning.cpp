@@ -21,9 +21,10 @@ void check_default(int64_t l2) {
           long(t.*knob.value), long(l2));
   constexpr int64_t kTileBytes = 1024;
   const int64_t part = t.block_panels * t.nf4_k_tiles * kTileBytes;
-  CHECK(t.nf4_sum_bytes + 2 * part <= l2, "cheap tiles do not fit %ld bytes", long(l2));
-  CHECK(t.block_panels * t.dense_k_tiles * kTileBytes <= l2, "dear tiles do not fit %ld bytes",
+  CHECK(t.nf4_sum_bytes + 2 * part <= l2, "the panels of a 4-bit weight do not fit %ld bytes",
         long(l2));
+  CHECK(t.block_panels * t.dense_k_tiles * kTileBytes <= l2,
+        "the panels of a dense weight do not fit %ld bytes", long(l2));
 }
 
 }  // namespace

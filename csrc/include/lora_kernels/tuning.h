@@ -57,7 +57,7 @@ constexpr Knob kKnobs[] = {
     {"nf4_sum_bytes", &Tuning::nf4_sum_bytes, 4096, int64_t(1) << 30, 4096},
     {"dense_k_tiles", &Tuning::dense_k_tiles, 4, kMostKTiles, 4},
     {"dense_sum_bytes", &Tuning::dense_sum_bytes, 4096, int64_t(1) << 30, 4096},
-    {"block_panels", &Tuning::block_panels, 8, kMostBlockPanels, 8},  // a chunk is eight strips
+    {"block_panels", &Tuning::block_panels, 8, kMostBlockPanels, 8},  // a chunk is eight panels
     {"activation_bytes", &Tuning::activation_bytes, 4096, int64_t(1) << 34, 4096},
     {"packed_bytes", &Tuning::packed_bytes, 4096, int64_t(1) << 34, 4096},
     {"packed_fewest_rows", &Tuning::packed_fewest_rows, 1, 1 << 16, 1},
