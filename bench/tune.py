@@ -62,11 +62,11 @@ class Knob:
 
 
 KNOBS = (
-    Knob("block_strips", (8, 16, 24, 32, 64)),
-    Knob("cheap_depth", (8, 12, 16, 20, 24, 32), quantised=True),
-    Knob("cheap_sum_bytes", tuple(n * KIB for n in (128, 256, 512, 1024, 2048)), quantised=True),
-    Knob("dear_depth", (24, 36, 48, 72, 128), quantised=False),
-    Knob("dear_sum_bytes", tuple(n * MIB for n in (1, 2, 4, 8, 16)), quantised=False),
+    Knob("block_panels", (8, 16, 24, 32, 64)),
+    Knob("nf4_k_tiles", (8, 12, 16, 20, 24, 32), quantised=True),
+    Knob("nf4_sum_bytes", tuple(n * KIB for n in (128, 256, 512, 1024, 2048)), quantised=True),
+    Knob("dense_k_tiles", (24, 36, 48, 72, 128), quantised=False),
+    Knob("dense_sum_bytes", tuple(n * MIB for n in (1, 2, 4, 8, 16)), quantised=False),
     Knob("activation_bytes", tuple(n * MIB for n in (4, 8, 16, 32))),
     Knob("packed_most_rows", (192, 384, 768, 1536), on_tiles=False),
     Knob("packed_bytes", tuple(n * MIB for n in (4, 8, 16, 32, 64)), on_tiles=False),

@@ -20,6 +20,7 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -30,8 +31,17 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parents[1]
 TOUCHED_TIMES = 4.0
-# Files whose names do not hold the family that they serve.
-SERVES = {"linear": ("nf4", "lora", "dora", "packed"), "lora_shrink": ("lora",)}
+# Files whose names do not hold every family that they serve: the C++ kernels of a linear layer.
+LINEAR = ("nf4", "lora", "dora", "packed")
+SERVES = {
+    "csrc/cpu/*lora*": LINEAR,
+    "csrc/cpu/*gem[mv]*": LINEAR,
+    "csrc/bindings/lora*": LINEAR,
+    "csrc/include/*/lora.h": LINEAR,
+    "csrc/*nf4_linear*": LINEAR,
+    "tests/native/*lora*": LINEAR,
+    "tests/native/*nf4_linear*": LINEAR,
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -178,7 +188,7 @@ def touched_families(files: Iterable[str]) -> set[str]:
             found.add(path.parts[2])
         elif path.parts[0] in ("csrc", "tests"):
             found |= {f for f in families() if f in path.stem}
-            found |= {f for part, names in SERVES.items() if part in path.stem for f in names}
+            found |= {f for like, names in SERVES.items() if fnmatch(file, like) for f in names}
     return found - {"common"}
 
 

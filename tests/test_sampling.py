@@ -80,7 +80,11 @@ def test_the_part_of_what_a_test_walks_by_itself():
     [
         ("lora_kernels/ops/dora/triton/gemm.py", {"dora"}),
         ("lora_kernels/ops/common/tiles.py", set()),
-        ("csrc/cpu/gather_amx.h", {"gather"}),
+        ("csrc/cpu/amx/gather_shrink.h", {"gather"}),
+        ("csrc/cpu/lora_gemv_f16.cpp", {"nf4", "lora", "dora", "packed"}),
+        ("csrc/cpu/amx/blocked_gemm.h", {"nf4", "lora", "dora", "packed"}),
+        ("csrc/bindings/lora.cpp", {"nf4", "lora", "dora", "packed"}),
+        ("csrc/bindings/nf4.cpp", {"nf4"}),
         ("csrc/cuda/nf4_linear.cu", {"nf4", "lora", "dora", "packed"}),
         ("csrc/cuda/lora_shrink.cu", {"lora"}),
         ("tests/ops/packed_inputs.py", {"packed"}),

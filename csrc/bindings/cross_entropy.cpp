@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& any_logits, const Tensor&
                           ignored,
                           mutable_data<float>(losses),
                           need_grad ? dlogits.mutable_data_ptr() : nullptr};
-  if (m > 0) cross_entropy_kernels().rows(call, torch_parallel());
+  if (m > 0) cross_entropy_table().rows(call, torch_parallel());
   return {losses, dlogits};
 }
 

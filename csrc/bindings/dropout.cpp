@@ -20,7 +20,7 @@ Tensor dropout_mask(const Tensor& seed, int64_t rows, int64_t cols, double p, in
   const Dropout dropout{static_cast<uint64_t>(*data<int64_t>(seed)), static_cast<uint32_t>(stream),
                         dropout_threshold(p)};
   Tensor keep = new_tensor(seed, {rows, cols}, ScalarType::Bool);
-  dropout_kernels().mask(dropout, rows, cols, mutable_data<uint8_t>(keep), torch_parallel());
+  dropout_table().mask(dropout, rows, cols, mutable_data<uint8_t>(keep), torch_parallel());
   return keep;
 }
 

@@ -12,7 +12,7 @@ MatrixView columns_of(const MatrixView& m, int64_t first, int64_t count) {
   return {data, m.dtype, m.rows, count, m.stride};
 }
 
-// What a call has in common.
+// The checked arguments of a call over linear layers.
 struct Call : GatherCall {
   Tensor x;
   MatrixView view;  // of x
@@ -25,8 +25,8 @@ struct Call : GatherCall {
 
   int64_t ranks() const { return projections.back().rank_column + projections.back().width; }
 
-  // out += what the `parts` calls of add(i, view, overwrite) give, or = it: rounded once, though a
-  // token may be added to more than once.
+  // out (+)= the results of add(i, view, overwrite) for `parts` projections from `first` on. They
+  // are rounded once, even where several are added to one token.
   template <class Add>
   void add_once(const MatrixView& out, size_t first, size_t parts, bool overwrite,
                 const Add& add) const {
@@ -41,10 +41,11 @@ struct Call : GatherCall {
         for (int64_t j = 0; g.rank > 0 && j < g.count; ++j)
           touched[size_t(entries.tokens[size_t(g.entries[j])])] = 1;
     }
-    gather_kernels().add(data<float>(sums), touched.data(), overwrite, out, parallel);
+    gather_table().add(data<float>(sums), touched.data(), overwrite, out, parallel);
   }
 
-  // The adapters' part of y into `out`; s [E, Σ width] of x's rank_dtype where not null.
+  // Adds the LoRA branches to `out`, or writes them there. Also gives s [E, Σ width] of rank_dtype,
+  // if it is not null.
   void branch(bool overwrite, const MatrixView& out, Tensor* s) const {
     for (size_t i = 0; i < projections.size(); ++i) {
       const Projection& p = projections[i];
@@ -72,7 +73,7 @@ struct Call : GatherCall {
         drops(dropout, entries) {}
 };
 
-// y = bias, without a base.
+// y where there is no base: the bias, or zeros.
 Tensor bias_rows(const Tensor& x, const std::optional<Tensor>& bias, int64_t n) {
   Tensor y = zeros(x, {x.size(0), n}, x.scalar_type());
   if (!bias.has_value()) return y;
@@ -84,8 +85,8 @@ Tensor bias_rows(const Tensor& x, const std::optional<Tensor>& bias, int64_t n) 
   return y;
 }
 
-// The base's part. A dense one is torch's own, the bits that nn.Linear gives: its time is that of a
-// batch without adapters.
+// y of the base. A dense one is computed by torch: it gives the bits and takes the time of
+// nn.Linear.
 Tensor base_forward(const Tensor& x, const Base& base, const Tensor& weight,
                     const std::optional<Tensor>& bias) {
   if (!base.meta.dense()) return linear_forward(x, base, bias);
@@ -127,7 +128,7 @@ void gather_lora_add(const Tensor& out, const Tensor& x, const std::vector<Tenso
   call.branch(overwrite, matrix_view("out", out, -1, -1), nullptr);
 }
 
-// s of one projection times weight and scale.
+// s of one projection, times the weight of the entry and the scale of its adapter.
 Tensor scaled_sums(const Tensor& s, const Call& call, const Projection& p) {
   const Tensor out = call.new_sums(p);
   float* to = mutable_data<float>(out);
@@ -166,7 +167,8 @@ Grads gather_lora_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
 
   Tensor dweights = want_weights ? zeros(x, {call.entries.count}, ScalarType::Float)
                                  : call.none(ScalarType::Float);
-  std::vector<Tensor> da, db, dscales, gradients;  // the last: of s, times weight and scale
+  std::vector<Tensor> da, db, dscales;
+  std::vector<Tensor> gradients;  // of s, times weight and scale
   for (size_t i = 0; i < count; ++i) {
     const Projection& p = call.projections[i];
     const bool want_a = needs[3 + i], want_b = needs[3 + count + i];
@@ -182,7 +184,7 @@ Grads gather_lora_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
     const bool want_products = want_scales || want_weights;
     if (want_x || want_a || want_products) call.shrink(p, *p.b, SlotDropout{}, dz, u);
     if (want_products) {
-      // s before it was rounded: its rounding would be most of the error of these few sums.
+      // From s before it was rounded, as that rounding would be most of the error of these sums.
       const Tensor exact = call.new_sums(p);
       call.shrink(p, *p.a, call.drops.of(i), call.view, exact);
       product_grads(call, p, data<float>(u), data<float>(exact),
@@ -190,10 +192,10 @@ Grads gather_lora_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
                     want_weights ? mutable_data<float>(dweights) : nullptr);
     }
     if (want_x || want_a) scale_rows(p, mutable_data<float>(u));
-    if (want_a) call.outer(p, da[i], call.drops.of(i), call.view, u);
+    if (want_a) call.wgrad(p, da[i], call.drops.of(i), call.view, u);
     if (want_b)
-      gather_kernels().outer(call.pass(p, db[i], p.groups, scaled_sums(s, call, p), SlotDropout{}),
-                             dz, call.parallel);
+      gather_table().wgrad(call.pass(p, db[i], p.groups, scaled_sums(s, call, p), SlotDropout{}),
+                           dz, call.parallel);
   }
   Tensor dx = call.none(x.scalar_type()), dbias = call.none(x.scalar_type());
   if (want_x) {

@@ -1,8 +1,8 @@
-// The multi-adapter ops' arguments (lora_kernels/ops/gather/schema.py), checked to their values:
-// what a slot, a token or a page table names is there before memory is touched.
+// The arguments of the multi-adapter ops (lora_kernels/ops/gather/schema.py). Their values are
+// checked too: every slot, token and page that they name exists before memory is touched.
 #pragma once
 
-#include "bindings/linear.h"
+#include "bindings/lora.h"
 #include "lora_kernels/gather.h"
 
 namespace lora_kernels {
@@ -13,12 +13,13 @@ inline void check_range(const std::string& name, int64_t value, const char* at, 
            low, " to ", end - 1);
 }
 
-// Entries by slot, and where a token has several also by turns: turn i holds the i-th entry of
-// every token, so that a token's are added in their own order, whatever the slots.
+// The entries (a token and a slot each), sorted by slot. Where tokens have several entries they are
+// also sorted by turn: turn i holds the i-th entry of every token, so that the entries of a token
+// are added in the order in which they are given, whatever their slots.
 struct Entries {
   int64_t count, slots, rows;
-  bool mixture;                    // tokens may have no entry, or several
-  bool repeats = false;            // a token has several entries with a slot
+  bool mixture;                    // tokens are given: one may have no entry, or several
+  bool repeats = false;            // some token has several entries with a slot
   std::vector<int32_t> tokens;     // by entry
   const float* weights = nullptr;  // by entry; null: ones
   struct Run {
@@ -26,9 +27,9 @@ struct Entries {
   };
   struct Order {
     std::vector<int32_t> entries;
-    std::vector<Run> runs;  // entries of a slot (in a turn) side by side, in their order
+    std::vector<Run> runs;  // the entries of a slot (of a turn) are consecutive, in their order
   };
-  Order by_slot, by_turn;  // the last: those with a slot, empty unless `repeats`
+  Order by_slot, by_turn;  // by_turn: those with a slot; empty unless `repeats`
 
   float weight(int64_t e) const { return weights != nullptr ? weights[e] : 1.0f; }
   const Order& in_order() const { return repeats ? by_turn : by_slot; }
@@ -89,7 +90,7 @@ struct Entries {
     if (!repeats) return;
     for (size_t i = 1; i < at.size(); ++i) at[i] += at[i - 1];
     by_turn.entries.resize(size_t(at.back()));
-    std::vector<int64_t> last(at.size(), -2);  // the slot of each turn's last run
+    std::vector<int64_t> last(at.size(), -2);  // by turn: the slot of its last run
     std::vector<std::vector<Run>> runs(at.size() - 1);
     for (const Run& run : by_slot.runs) {
       if (run.slot < 0) continue;
@@ -107,12 +108,12 @@ struct Entries {
   }
 };
 
-// The pages of one projection and the adapters of its groups of entries.
+// One projection: its pages, and the adapters that the groups of entries use.
 struct Projection {
   const Tensor *a, *b;
   Dtype dtype;
-  int64_t n, width;             // outputs, ranks that a slot has room for
-  int64_t column, rank_column;  // where its part of y, and of s, begins
+  int64_t n, width;             // outputs; the largest rank of a slot
+  int64_t column, rank_column;  // its first column in y and in s
   const int32_t *table, *ranks;
   const float* scales;
   std::vector<SlotGroup> groups, turns;  // of by_slot; of in_order
@@ -131,7 +132,7 @@ inline std::vector<SlotGroup> groups_of(const Projection& p, const Entries::Orde
   return groups;
 }
 
-// The values that a group's slot is used with.
+// Checks what the tensors hold for a slot that is used.
 inline void check_slot(const std::string& name, const Projection& p, int64_t slot) {
   check_range(name + ".ranks", p.ranks[slot], "slot ", slot, 0, p.width + 1);
   for (int64_t c = 0; c * kPage < p.ranks[slot]; ++c) {
@@ -150,7 +151,7 @@ inline int64_t slots_of(const std::vector<Tensor>& pages) {
   return pages[2].size(0);
 }
 
-// The adapters of the five tensors at `pages`, a of this shape (-1: any).
+// The projection that the five tensors at `pages` describe; a has this shape (-1: any).
 inline Projection projection_of(const std::string& name, const Tensor* pages,
                                 std::initializer_list<int64_t> a_shape, const Entries& entries) {
   const auto of = [&](const char* field) { return name + "." + field; };
@@ -212,7 +213,7 @@ inline std::vector<Projection> projections_of(const std::vector<Tensor>& pages, 
   return found;
 }
 
-// Each slot's own dropout.
+// The dropout of each slot.
 struct Drops {
   SlotDropout view{nullptr, nullptr, nullptr, 0};
 

@@ -1,5 +1,5 @@
-// What the calls of the multi-adapter ops have in common: passes over the pages of a projection,
-// and the gradients that are sums over its entries.
+// What the multi-adapter ops share: the passes over the pages of a projection, and the gradients
+// that are sums over its entries.
 #pragma once
 
 #include <stdexcept>
@@ -37,7 +37,7 @@ inline Tensor zeros_like(const Tensor& pages) {
 }
 
 struct GatherCall {
-  Tensor like;        // of the activations' type, on the device of what is made
+  Tensor like;        // has the activations' type; results are made on its device
   Dtype activations;  // of x, y and dy
   Entries entries;
   Parallel parallel = torch_parallel();
@@ -67,24 +67,25 @@ struct GatherCall {
             dropout};
   }
 
-  // Sums of m with the pages' rows; also to s where not null, rounded, rows `stride` apart.
+  // sums = the products of m with the pages' rows. Rounded they also go to s, rows `stride` apart,
+  // if it is not null.
   void shrink(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
               const MatrixView& m, const Tensor& sums, void* s = nullptr,
               int64_t stride = 0) const {
     check_memory(
-        gather_kernels().shrink(pass(p, pages, p.groups, sums, dropout), m, s, stride, parallel));
+        gather_table().shrink(pass(p, pages, p.groups, sums, dropout), m, s, stride, parallel));
   }
 
   void expand(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
               const Tensor& sums, const float* factor, bool overwrite,
               const MatrixView& out) const {
-    check_memory(gather_kernels().expand(pass(p, pages, p.turns, sums, dropout), factor, overwrite,
-                                         out, parallel));
+    check_memory(gather_table().expand(pass(p, pages, p.turns, sums, dropout), factor, overwrite,
+                                       out, parallel));
   }
 
-  void outer(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
+  void wgrad(const Projection& p, const Tensor& pages, const SlotDropout& dropout,
              const MatrixView& m, const Tensor& sums) const {
-    check_memory(gather_kernels().outer(pass(p, pages, p.groups, sums, dropout), m, parallel));
+    check_memory(gather_table().wgrad(pass(p, pages, p.groups, sums, dropout), m, parallel));
   }
 };
 
@@ -106,7 +107,7 @@ inline void product_grads(const GatherCall& call, const Projection& p, const flo
   }
 }
 
-// Sums times weight and scale.
+// Multiplies the sums with the weight of the entry and the scale of its adapter.
 inline void scale_rows(const Projection& p, float* sums) {
   for (const SlotGroup& g : p.groups)
     for (int64_t i = 0; i < g.count; ++i)
@@ -114,7 +115,7 @@ inline void scale_rows(const Projection& p, float* sums) {
         sums[g.entries[i] * p.width + j] *= p.factor[size_t(g.entries[i])];
 }
 
-// A page's gradient is written by the one slot that names it.
+// A page gets the gradient of one slot, so two slots must not share it.
 inline void check_unshared(const Projection& p) {
   std::vector<char> seen(size_t(p.a->size(0)), 0);
   for (const SlotGroup& g : p.groups)

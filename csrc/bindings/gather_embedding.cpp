@@ -1,5 +1,5 @@
-// lora_kernels_native::gather_lora_embed_{fwd,add,bwd} on the CPU: the passes of gather.cpp, but
-// that s is read from the pages, a [P, V, 16], where a linear layer's is a product.
+// lora_kernels_native::gather_lora_embed_{fwd,add,bwd} on the CPU. As gather.cpp, but s is no
+// product: it is read from the pages, a [P, V, 16].
 #include <algorithm>
 #include <cstring>
 
@@ -29,12 +29,12 @@ const std::vector<Tensor>& one_projection(const std::vector<Tensor>& pages) {
   return pages;
 }
 
-// The tokens are the entries.
+// The checked arguments of a call. Each token is an entry.
 struct EmbeddingCall : GatherCall {
   Projection p;
   std::vector<int64_t> ids;
 
-  // `rows` is the weight, out or dy, or where there is none of these the pages.
+  // `rows` is the weight, out or dy; the pages where there is none of these.
   EmbeddingCall(const char* name, const Tensor& rows, const Tensor& ids_given,
                 const std::vector<Tensor>& pages, const Tensor& slots)
       : GatherCall(name, rows, ids_given.numel(), {torch::stable::contiguous(slots)},
@@ -42,7 +42,7 @@ struct EmbeddingCall : GatherCall {
         p(projection_of("pages", pages.data(), {-1, -1, kPage}, entries)),
         ids(ids_of(ids_given, p.a->size(1))) {}
 
-  // Where a [P, V, 16] has the ranks of a token's id in a page of its slot.
+  // The offset in a [P, V, 16] of the 16 ranks of a token's id, in a page of its slot.
   int64_t at(const SlotGroup& g, int64_t entry, int64_t page) const {
     return (g.pages[page] * p.a->size(1) + ids[size_t(entry)]) * kPage;
   }
@@ -67,7 +67,7 @@ struct EmbeddingCall : GatherCall {
     return sums;
   }
 
-  // The adapters' part of y.
+  // Adds the LoRA branch to `out`, or writes it there.
   void branch(bool overwrite, const MatrixView& out) const {
     if (p.used || overwrite)
       expand(p, *p.b, SlotDropout{}, read_sums(), p.factor.data(), overwrite, out);
@@ -183,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> gather_lora_embed_bwd(const Tensor& any_dy, c
       product_grads(call, p, data<float>(u), data<float>(s), mutable_data<float>(dscales), nullptr);
     if (want_b) {
       scale_rows(p, mutable_data<float>(s));
-      call.outer(p, db, SlotDropout{}, view, s);
+      call.wgrad(p, db, SlotDropout{}, view, s);
     }
   }
   if (want_a) {

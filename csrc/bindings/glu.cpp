@@ -35,7 +35,7 @@ Tensor glu_fwd(const Tensor& any_g, const Tensor& any_u, int64_t activation) {
   Glu call = call_of(g, u, activation);
   Tensor h = new_tensor(g, {g.size(0), g.size(1)}, g.scalar_type());
   call.h = h.mutable_data_ptr();
-  glu_kernels().forward(call, torch_parallel());
+  glu_table().forward(call, torch_parallel());
   return h;
 }
 
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> glu_bwd(const Tensor& any_dh, const Tensor& a
   call.dg = dg.mutable_data_ptr();
   call.du = du.mutable_data_ptr();
   call.h = need_h ? h.mutable_data_ptr() : nullptr;
-  glu_kernels().backward(call, torch_parallel());
+  glu_table().backward(call, torch_parallel());
   return {dg, du, h};
 }
 

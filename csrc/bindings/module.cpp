@@ -55,9 +55,19 @@ py::dict as_dict(const lk::Tuning& tuning) {
   return values;
 }
 
+// Block sizes that had another name before; files made then are still read.
+constexpr const char* kFormerNames[][2] = {{"cheap_depth", "nf4_k_tiles"},
+                                           {"cheap_sum_bytes", "nf4_sum_bytes"},
+                                           {"dear_depth", "dense_k_tiles"},
+                                           {"dear_sum_bytes", "dense_sum_bytes"},
+                                           {"block_strips", "block_panels"}};
+
 const lk::Knob& knob_named(const py::handle& key) {
+  py::object name = py::reinterpret_borrow<py::object>(key);
+  for (const auto& [former, now] : kFormerNames)
+    if (py::str(former).equal(key)) name = py::str(now);
   for (const lk::Knob& knob : lk::kKnobs)
-    if (py::str(knob.name).equal(key)) return knob;
+    if (py::str(knob.name).equal(name)) return knob;
   std::string text = "tuning: got key " + std::string(py::repr(key)) + ", expected one of";
   for (const lk::Knob& knob : lk::kKnobs) text += std::string(" ") + knob.name;
   throw py::value_error(text);

@@ -1,7 +1,8 @@
-// lora_kernels_native::nf4_quantize, nf4_quantize_scales, nf4_dequantize on the CPU.
+// lora_kernels_native::nf4_quantize, nf4_quantize_scales, nf4_dequantize and nf4_linear_{fwd,bwd}
+// on the CPU. The last two run the kernels of the LoRA layer, without an adapter.
 #include "lora_kernels/nf4.h"
 
-#include "bindings/common.h"
+#include "bindings/lora.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -21,7 +22,8 @@ float element(const Tensor& t, Dtype dtype, int64_t i) {
   }
 }
 
-// Whether a large tensor lies in memory that was in use before, as far as a few pages tell.
+// Whether the system has already provided the memory of a large tensor, judged by a few of its
+// pages.
 bool has_pages(const Tensor& t) {
 #if defined(__linux__)
   constexpr size_t kLarge = 16 << 20, kPage = 4096, kSamples = 4;
@@ -46,7 +48,7 @@ std::tuple<Tensor, Tensor> nf4_quantize(const Tensor& w, int64_t block_size, int
   const Meta meta = parse_meta({n, 1, block_size, quant_type, 0});
   Tensor packed = new_tensor(w, {(n + 1) / 2}, ScalarType::Byte);
   Tensor absmax = new_tensor(w, {(n + block_size - 1) / block_size}, ScalarType::Float);
-  const int64_t bad = nf4_kernels().quantize[static_cast<int>(dtype)](
+  const int64_t bad = nf4_table().quantize[static_cast<int>(dtype)](
       w.const_data_ptr(), n, meta.block_size, meta.quant_type, mutable_data<uint8_t>(packed),
       mutable_data<float>(absmax), torch_parallel());
   LK_CHECK(bad < 0, "w: element ", bad, " (flat index) is ", element(w, dtype, bad),
@@ -69,7 +71,7 @@ std::tuple<Tensor, Tensor> nf4_quantize_scales(const Tensor& absmax, const Tenso
   Tensor codes = new_tensor(absmax, {blocks}, ScalarType::Byte);
   Tensor nested_absmax = new_tensor(
       absmax, {blocks / nested_block_size + (blocks % nested_block_size > 0)}, ScalarType::Float);
-  const int64_t bad = nf4_kernels().quantize_scales(
+  const int64_t bad = nf4_table().quantize_scales(
       data<float>(absmax), blocks, nested_block_size, map, *data<float>(nested_offset),
       mutable_data<uint8_t>(codes), mutable_data<float>(nested_absmax), torch_parallel());
   LK_CHECK(bad < 0, "absmax: element ", bad, " is ", element(absmax, Dtype::f32, bad),
@@ -83,9 +85,19 @@ Tensor nf4_dequantize(const std::vector<Tensor>& base, const std::vector<int64_t
   const QuantView q = quant_view(base, meta);
   const Dtype out_dtype = kernel_dtype("dtype", dtype);
   Tensor out = new_tensor(base[0], {meta.n, meta.k}, dtype);
-  nf4_kernels().dequantize[static_cast<int>(out_dtype)](q, out.mutable_data_ptr(), has_pages(out),
-                                                        torch_parallel());
+  nf4_table().dequantize[static_cast<int>(out_dtype)](q, out.mutable_data_ptr(), has_pages(out),
+                                                      torch_parallel());
   return out;
+}
+
+Tensor nf4_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,
+                      const std::vector<int64_t>& meta, const std::optional<Tensor>& bias) {
+  return linear_forward(x, Base(base_tensors, meta), bias);
+}
+
+Tensor nf4_linear_bwd(const Tensor& dy, const std::vector<Tensor>& base_tensors,
+                      const std::vector<int64_t>& meta) {
+  return linear_backward(dy, Base(base_tensors, meta));
 }
 
 }  // namespace
@@ -94,6 +106,8 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("nf4_quantize", TORCH_BOX(&nf4_quantize));
   m.impl("nf4_quantize_scales", TORCH_BOX(&nf4_quantize_scales));
   m.impl("nf4_dequantize", TORCH_BOX(&nf4_dequantize));
+  m.impl("nf4_linear_fwd", TORCH_BOX(&nf4_linear_fwd));
+  m.impl("nf4_linear_bwd", TORCH_BOX(&nf4_linear_bwd));
 }
 
 }  // namespace lora_kernels

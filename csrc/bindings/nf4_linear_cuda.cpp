@@ -1,5 +1,6 @@
 // lora_kernels_native::{nf4_linear,lora_linear}_fwd on CUDA: 4-bit weights, few tokens, no dropout.
-// What else there is, lora_kernels/ops/*/native.py leaves to other backends.
+// One kernel serves both ops. lora_kernels/ops/*/native.py leaves all other calls to other
+// backends.
 #include "lora_kernels/nf4_linear_cuda.h"
 
 #include "bindings/cuda.h"
@@ -22,7 +23,7 @@ Tensor rows_of(const Tensor& x) {
   return rows && wide ? x : torch::stable::contiguous(x);
 }
 
-// The part of a call that has no LoRA in it; `x` and `y` must outlive it.
+// A call without an adapter; `x` and `y` must outlive it.
 Nf4Linear linear_call(const Tensor& x, const std::vector<Tensor>& base, const Meta& meta,
                       const std::optional<Tensor>& bias, Tensor& y) {
   const int32_t device = cuda_device("x", x);

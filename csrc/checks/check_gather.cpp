@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "lora_kernels/gather.h"
+#include "lora_kernels/philox.h"
 
 using namespace lora_kernels;
 
@@ -154,11 +155,11 @@ struct Check {
     const double one = roundoff(type_of(X{}));
     using Kept = std::conditional_t<std::is_same_v<X, Half>, float, X>;  // rank_dtype
     std::vector<Kept> s = nans<Kept>(kTokens * (pool.width + 1));
-    CHECK(gather_kernels().shrink(pass(pool.pages.data()), x.view(), s.data(), pool.width + 1,
-                                  pieces(3)),
+    CHECK(gather_table().shrink(pass(pool.pages.data()), x.view(), s.data(), pool.width + 1,
+                                pieces(3)),
           "out of memory");
     std::vector<float> again = sums;
-    gather_kernels().shrink(pass(pool.pages.data()), x.view(), nullptr, 0, serial());
+    gather_table().shrink(pass(pool.pages.data()), x.view(), nullptr, 0, serial());
     for (size_t e = 0; e < size_t(kTokens); ++e) {
       const auto slot = size_t(slots[e]);
       for (int64_t j = 0; j < pool.width; ++j) {
@@ -191,8 +192,8 @@ struct Check {
     const Rows<X> before = out;
     if (overwrite)
       for (X& v : out.values) store(&v, kNan);
-    CHECK(gather_kernels().expand(pass(pool.pages.data()), factor.data(), overwrite, out.view(),
-                                  pieces(3)),
+    CHECK(gather_table().expand(pass(pool.pages.data()), factor.data(), overwrite, out.view(),
+                                pieces(3)),
           "out of memory");
     const double one = roundoff(type_of(X{}));
     for (size_t e = 0; e < size_t(kTokens); ++e) {
@@ -216,12 +217,12 @@ struct Check {
         CHECK(out.at(i, c) != out.at(i, c), "%s wrote between the rows", isa_name(isa));
   }
 
-  void outer() {
+  void wgrad() {
     for (size_t e = 0; e < size_t(kTokens); ++e)
       for (int64_t j = 0; j < pool.ranks[size_t(slots[e])]; ++j)
         sums[e * size_t(pool.width) + size_t(j)] = random.uniform();
     std::vector<P> grad = nans<P>(int64_t(pool.pages.size()));
-    CHECK(gather_kernels().outer(pass(grad.data()), x.view(), pieces(3)), "out of memory");
+    CHECK(gather_table().wgrad(pass(grad.data()), x.view(), pieces(3)), "out of memory");
     const double one = roundoff(type_of(P{}));
     for (size_t slot = 0; slot < 3; ++slot)
       for (int64_t j = 0; j < int64_t(pool.table[slot].size()) * kPage; ++j)
@@ -243,7 +244,7 @@ struct Check {
     shrink();
     expand(false);
     expand(true);
-    outer();
+    wgrad();
   }
 };
 
@@ -254,7 +255,7 @@ void check_add(Isa isa) {
   std::vector<float> sums(5 * 37, 0.5f);
   const uint8_t touched[] = {1, 0, 1, 0, 0};
   store(&out.values[size_t(out.stride)], -0.0f);
-  gather_kernels().add(sums.data(), touched, false, out.view(), pieces(2));
+  gather_table().add(sums.data(), touched, false, out.view(), pieces(2));
   CHECK(std::signbit(out.at(1, 0)), "%s: a row that nobody touched has changed", isa_name(isa));
   for (int64_t i = 0; i < 5; ++i)
     for (int64_t c = 1; c < 37; ++c) {

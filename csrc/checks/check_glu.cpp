@@ -55,11 +55,11 @@ void check(Isa isa, Activation activation, Dtype dtype, double roundoff, double 
     for (T& v : *t) store(&v, kNan);
   Glu call{activation, dtype, m, n,        g.data(), u.data(), dh.data(),
            stride,     n + 1, n, h.data(), nullptr,  nullptr};
-  glu_kernels().forward(call, serial());
+  glu_table().forward(call, serial());
   call.h = again.data();
   call.dg = dg.data();
   call.du = du.data();
-  glu_kernels().backward(call, serial());
+  glu_table().backward(call, serial());
   for (auto* t : {&h, &again, &dg, &du})
     CHECK(to_float(t->back()) != to_float(t->back()), "%s wrote past the end", isa_name(isa));
   for (int64_t i = 0; i < m; ++i) {
@@ -83,7 +83,7 @@ void check(Isa isa, Activation activation, Dtype dtype, double roundoff, double 
     }
   }
   call.h = nullptr;
-  glu_kernels().backward(call, serial());
+  glu_table().backward(call, serial());
 }
 
 void check_ends(Isa isa, Activation activation) {
@@ -91,7 +91,7 @@ void check_ends(Isa isa, Activation activation) {
   const float g[] = {huge, -huge, kNan, 0.0f, -0.0f}, u[] = {1, 1, 1, 1, 1};
   float h[5], dg[5], du[5];
   Glu call{activation, Dtype::f32, 1, 5, g, u, u, 5, 5, 5, h, dg, du};
-  glu_kernels().backward(call, serial());
+  glu_table().backward(call, serial());
   CHECK(h[0] == huge && std::fabs(h[1]) == 0, "%s: %g, %g", isa_name(isa), h[0], h[1]);
   CHECK(h[2] != h[2] && dg[2] != dg[2] && du[2] != du[2], "%s lost a NaN", isa_name(isa));
   CHECK(h[3] == 0 && h[4] == 0 && dg[3] == 0.5f && dg[4] == 0.5f, "%s at 0", isa_name(isa));

@@ -59,8 +59,8 @@ Quantised quantize(Isa isa, const std::vector<uint8_t>& x, Dtype dtype, int64_t 
   set_for_testing(isa);
   Quantised q{std::vector<uint8_t>((n + 1) / 2 + 1, kGuard),
               std::vector<float>((n + block - 1) / block + 1, -7.0f), 0};
-  q.bad = nf4_kernels().quantize[static_cast<int>(dtype)](x.data(), n, block, type, q.packed.data(),
-                                                          q.absmax.data(), parallel);
+  q.bad = nf4_table().quantize[static_cast<int>(dtype)](x.data(), n, block, type, q.packed.data(),
+                                                        q.absmax.data(), parallel);
   CHECK(q.packed.back() == kGuard && q.absmax.back() == -7.0f, "%s wrote past the end",
         isa_name(isa));
   return q;
@@ -73,7 +73,7 @@ std::vector<uint8_t> dequantize(Isa isa, const QuantView& q, Dtype dtype,
   const size_t bytes = q.n * kSize[static_cast<int>(dtype)];
   std::vector<uint8_t> out(bytes + 1, kGuard), room(bytes + 65, kGuard);
   uint8_t* aligned = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) % 64;
-  const auto kernel = nf4_kernels().dequantize[static_cast<int>(dtype)];
+  const auto kernel = nf4_table().dequantize[static_cast<int>(dtype)];
   kernel(q, out.data(), false, parallel);
   kernel(q, aligned, true, parallel);
   CHECK(out.back() == kGuard && aligned[bytes] == kGuard, "%s wrote past the end", isa_name(isa));

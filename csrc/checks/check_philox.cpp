@@ -37,7 +37,7 @@ int main() {
       for (const Isa isa : usable_isas()) {
         set_for_testing(isa);
         std::vector<uint8_t> keep(rows * cols + 1, 0xa5);
-        dropout_kernels().mask(d, rows, cols, keep.data(), serial());
+        dropout_table().mask(d, rows, cols, keep.data(), serial());
         CHECK(keep.back() == 0xa5, "%s wrote past the end", isa_name(isa));
         for (int64_t m = 0; m < rows; ++m) {
           for (int64_t k = 0; k < cols; ++k) {

@@ -1,5 +1,5 @@
 // The block sizes: every default is within its limits and fits the cache that it is for, and what
-// does not fit is refused. check_linear.cpp computes with the extremes.
+// does not fit is refused. check_lora.cpp computes with the extremes.
 #include "lora_kernels/tuning.h"
 
 #include "check.h"
@@ -20,10 +20,11 @@ void check_default(int64_t l2) {
     CHECK(knob.takes(t.*knob.value), "%s: %ld by default for %ld bytes", knob.name,
           long(t.*knob.value), long(l2));
   constexpr int64_t kTileBytes = 1024;
-  const int64_t part = t.block_strips * t.cheap_depth * kTileBytes;
-  CHECK(t.cheap_sum_bytes + 2 * part <= l2, "cheap tiles do not fit %ld bytes", long(l2));
-  CHECK(t.block_strips * t.dear_depth * kTileBytes <= l2, "dear tiles do not fit %ld bytes",
+  const int64_t part = t.block_panels * t.nf4_k_tiles * kTileBytes;
+  CHECK(t.nf4_sum_bytes + 2 * part <= l2, "the panels of a 4-bit weight do not fit %ld bytes",
         long(l2));
+  CHECK(t.block_panels * t.dense_k_tiles * kTileBytes <= l2,
+        "the panels of a dense weight do not fit %ld bytes", long(l2));
 }
 
 }  // namespace

@@ -1,9 +1,8 @@
 // Cross-entropy and its gradient, a row of logits at a time: the row stays in the private caches
 // through its three passes (maximum, sum, gradient), so memory is read once and written once.
 //
-// Bytes at least: the logits once, the gradient once. Exponentials are
-// computed twice, for the sum and for the gradient: kept, they would take fp32's room in the
-// caches.
+// Bytes it cannot avoid: the logits once, the gradient once. Exponentials are computed twice, for
+// the sum and for the gradient; kept as fp32 they would take too much of the caches.
 #include "lora_kernels/cross_entropy.h"
 
 #include <cmath>
@@ -33,7 +32,7 @@ LK_INLINE float largest(Vec v) {
   return most;
 }
 
-// Calls fn(i, v) for the row's vectors; missing elements of the last one are -inf.
+// Calls fn(i, v) for each vector of the row; lanes past its end are -inf.
 template <class T, class Fn>
 LK_INLINE void each(const T* row, int64_t count, const Fn& fn) {
   int64_t i = 0;

@@ -1,13 +1,13 @@
 // Passes over rank pages (gather.h): bf16 on AMX tiles where there are any, everything else on fp32
 // vectors.
 //
-// FLOPs: 2 r (K + N) of an entry. Bytes at least: the pages of the adapters in use, each once, x
-// and y; so with an entry or two of each adapter the pages' bytes are the time.
+// FLOPs: 2 r (K + N) an entry. Bytes it cannot avoid: the pages of the adapters in use, x and y,
+// once each. With one or two entries for each adapter the time is that of reading the pages.
 #include "lora_kernels/gather.h"
 
-#include "gather_amx_expand.h"
-#include "gather_amx_outer.h"
-#include "gather_vector.h"
+#include "amx/gather_expand.h"
+#include "amx/gather_wgrad.h"
+#include "vector/gather.h"
 
 namespace lora_kernels {
 
@@ -15,7 +15,7 @@ namespace lora_kernels {
 
 namespace {
 
-// The same for every number of entries: an entry's result must not depend on its company.
+// It does not ask for the number of entries: a result must not depend on what else is in the batch.
 bool on_tiles(const GatherPass& f) {
   return f.activations == Dtype::bf16 && f.dtype == Dtype::bf16;
 }
@@ -32,17 +32,17 @@ bool expand(const GatherPass& f, const float* factor, bool overwrite, const Matr
                      : vector::expand(f, factor, overwrite, out, parallel);
 }
 
-bool outer(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
-  return on_tiles(f) ? outer_tiles(f, m, parallel) : vector::outer(f, m, parallel);
+bool wgrad(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
+  return on_tiles(f) ? wgrad_tiles(f, m, parallel) : vector::wgrad(f, m, parallel);
 }
 
 }  // namespace
 
-LK_TABLE(GatherKernels, gather) = {shrink, expand, outer, vector::add};
+LK_TABLE(GatherKernels, gather) = {shrink, expand, wgrad, vector::add_sums};
 
 #else
 
-LK_TABLE(GatherKernels, gather) = {vector::shrink, vector::expand, vector::outer, vector::add};
+LK_TABLE(GatherKernels, gather) = {vector::shrink, vector::expand, vector::wgrad, vector::add_sums};
 
 #endif
 

@@ -1,7 +1,7 @@
 // Gated linear units (glu.h): one pass, in fp32, each result rounded once.
 //
-// Bytes at least: every operand once, every result once; a function costs 20 to 40 instructions a
-// vector, so a few cores are at the memory's speed.
+// Bytes it cannot avoid: every operand once, every result once. An activation costs 20 to 40
+// instructions a vector, so a few cores use all of the memory's bandwidth.
 #include "lora_kernels/glu.h"
 
 #include "vector/functions.h"

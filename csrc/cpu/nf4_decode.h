@@ -1,8 +1,9 @@
-// Decoding of NF4/FP4 blocks for the tier being compiled. A block's table is scaled by its absmax
-// and rounded to the output type once (16 products); elements are then table look-ups, so the
-// result is round(table[code] * absmax) exactly, on every tier.
+// Decoding of NF4/FP4 blocks for the tier being compiled. The 16 values of a block are multiplied
+// with its absmax and rounded to the output type once; elements are then table look-ups. So the
+// result is exactly round(table[code] * absmax), on every tier.
 //
-// Each tier has CodeTable<Out> (made by scaled_table) and decode32: 16 bytes -> 32 elements.
+// Each tier has scaled_table, which makes the table of a block, and decode32: 16 bytes -> 32
+// elements.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@ namespace {
 
 #if LK_AVX512
 
-// 32 words: the 16 of the table twice, as vpermw looks at five bits of an index.
+// 32 16-bit words: the 16 of the table twice, as vpermw takes five bits of an index.
 struct WordTable {
   __m512i words;
 };
@@ -44,8 +45,8 @@ LK_INLINE __m512 scaled_table(const float* table, float scale, const float*) {
   return _mm512_mul_ps(_mm512_loadu_ps(table), _mm512_set1_ps(scale));
 }
 
-// The 16 bytes as 32 words, each byte twice: its high nibble first, and rubbish from bit 8 - shift
-// up.
+// The 16 bytes as 32 words, each byte twice, its high nibble first. The look-up takes the lowest
+// bits; those above are arbitrary.
 LK_INLINE __m512i spread_words(const uint8_t* packed) {
   const __m512i pairs = _mm512_set_epi64(INT64_C(0x800f800f800e800e), INT64_C(0x800d800d800c800c),
                                          INT64_C(0x800b800b800a800a), INT64_C(0x8009800980088008),
@@ -56,7 +57,7 @@ LK_INLINE __m512i spread_words(const uint8_t* packed) {
   return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, pairs), _mm512_set1_epi32(4));
 }
 
-// 8 bytes as 16 32-bit lanes, likewise.
+// The same with 8 bytes as 16 32-bit lanes.
 LK_INLINE __m512i spread_lanes(const uint8_t* packed) {
   const __m512i pairs =
       _mm512_set_epi32(int(0x80808007), int(0x80808007), int(0x80808006), int(0x80808006),
@@ -89,7 +90,7 @@ struct FloatTable {
   __m256 first, second;
 };
 
-// 8 words in the low halves of 32-bit lanes.
+// Rounds to 8 words, in the low halves of 32-bit lanes.
 LK_INLINE __m256i round_words(__m256 v, BFloat16) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -233,7 +234,7 @@ LK_INLINE void decode32(const uint8_t* packed, const CodeTable<Out>& table, Out*
 
 #endif
 
-// `count` elements of one block, from an even position, with the block's table.
+// Decodes `count` elements of one block from an even position on, with the table of the block.
 template <class Table, class Out>
 LK_INLINE void decode(const uint8_t* packed, int64_t count, const Table& scaled, Out* out) {
   int64_t i = 0;

@@ -1,9 +1,10 @@
-// Encoding of NF4/FP4 blocks for the tier being compiled: the rank of x * (1 / absmax) among the 15
-// thresholds, found by four comparisons, then the code of that rank.
+// Encoding of NF4/FP4 blocks for the tier being compiled: four comparisons find between which of
+// the 15 thresholds x * (1 / absmax) lies, that is its rank among the 16 values; then the code of
+// that rank.
 //
 // Each tier has Encoder (the thresholds of a quant type), encode32: 32 elements -> 16 bytes, and
-// max_magnitude: the bits of max |x| as an unsigned integer, which orders finite numbers,
-// infinities and NaN alike, so the check for non-finite input costs nothing.
+// max_magnitude32: the bits of max |x| as an unsigned integer. Infinity and NaN are larger than
+// every finite number in that order, so the check for them costs nothing.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ LK_INLINE uint32_t magnitude_bits(float v) { return float_bits(v) & 0x7fffffffu;
 LK_INLINE uint32_t magnitude_bits(Half v) { return v.bits & 0x7fffu; }
 LK_INLINE uint32_t magnitude_bits(BFloat16 v) { return v.bits & 0x7fffu; }
 
-// The magnitude that infinity has; NaN are above it.
+// The magnitude bits of infinity; those of NaN are larger.
 LK_INLINE uint32_t infinity_bits(const float*) { return 0x7f800000u; }
 LK_INLINE uint32_t infinity_bits(const Half*) { return 0x7c00u; }
 LK_INLINE uint32_t infinity_bits(const BFloat16*) { return 0x7f80u; }

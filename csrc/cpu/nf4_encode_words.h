@@ -1,9 +1,10 @@
-// Encoding of runs of whole NF4/FP4 blocks with AVX-512, 16 blocks at a time so that no block waits
-// for the one before.
+// Encoding of many consecutive NF4/FP4 blocks with AVX-512, 16 blocks at a time so that no block
+// waits for the one before.
 //
-// x -> x * inverse, rounded, does not decrease, so a 16-bit x is above a threshold exactly where it
-// is above the largest 16-bit number that is not: the block's cut. With 15 cuts for each block the
-// search runs on 32 words at once, without converting x.
+// A 16-bit x is compared with the thresholds without converting it to fp32. As x * inverse,
+// rounded, never decreases with x, each threshold has a cut: the largest 16-bit number that is not
+// above it. An x is above the threshold exactly where it is above the cut. With the 15 cuts of a
+// block, 32 words are searched at once.
 #pragma once
 
 #include "nf4_encode.h"
@@ -16,8 +17,8 @@ namespace {
 constexpr int kXorAnd = 0x78;
 constexpr int kEncodeBlocks = 16;
 
-// A constant that stays in a register or on the stack: GCC would make it again for every block, and
-// broadcasts take the port that comparisons and look-ups need.
+// Keeps a constant in a register or on the stack. GCC would broadcast it again for every block,
+// which takes the execution port that comparisons and look-ups need.
 LK_INLINE __m512i kept(__m512i v) {
   __asm__("" : "+v"(v));
   return v;
@@ -25,14 +26,14 @@ LK_INLINE __m512i kept(__m512i v) {
 LK_INLINE __m512i kept_lanes(int v) { return kept(_mm512_set1_epi32(v)); }
 LK_INLINE __m512i kept_words(short v) { return kept(_mm512_set1_epi16(v)); }
 
-// first + stride * i in word i, doubled: the low words of 32-bit lanes.
+// Word i is 2 * (first + stride * i): the index of the low word of a 32-bit lane.
 LK_INLINE __m512i lane_index(int first, int stride) {
   alignas(64) uint16_t index[32];
   for (int i = 0; i < 32; ++i) index[i] = uint16_t(2 * (first + stride * i));
   return kept(_mm512_load_si512(index));
 }
 
-// 15 thresholds in order, and the constants of a search among them and of cuts.
+// The 15 thresholds in order, and the constants for making cuts and for searching.
 struct Thresholds {
   __m512 exact;  // one a lane, the last is not used
   __m512 above;  // by more than all roundings of a cut, by less than a 16-bit number
@@ -65,8 +66,8 @@ struct Thresholds {
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(kCodeOrder[quant_type]))));
   }
 
-  // The largest number of the 16-bit type not above each lane of v, of ordinary size: as a float,
-  // and as a lane whose order is that of the numbers.
+  // The largest number of the 16-bit type that is not above v, in each lane: as a float, and in
+  // *ordered as an integer that is ordered as the numbers are. v is neither subnormal nor huge.
   LK_INLINE __m512 floor16(__m512 v, __m512i* ordered, BFloat16) const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i negative = _mm512_srai_epi32(bits, 31);
@@ -83,7 +84,7 @@ struct Thresholds {
   }
 };
 
-// The cuts of one block as the ordered words that the steps of a search compare with.
+// The cuts of one block, arranged for the four steps of the search.
 struct Cuts {
   __m512i step8, step4_low, step4_high, step2, step1;
 
@@ -101,7 +102,7 @@ struct Cuts {
     step1 = _mm512_permutexvar_epi16(t.at1, cut);
   }
 
-  // The ranks of 32 words.
+  // The ranks of 32 elements.
   LK_INLINE __m512i ranks(const Thresholds& t, __m512i x) const {
     x = _mm512_ternarylogic_epi32(x, _mm512_srai_epi16(x, 15), t.word_magnitude, kXorAnd);
     const __mmask32 m8 = _mm512_cmpgt_epi16_mask(x, step8);
@@ -116,7 +117,7 @@ struct Cuts {
   }
 };
 
-// One block of 16-bit elements whose absmax is of ordinary size.
+// Encodes one block of 16-bit elements; ordinary_absmax(absmax).
 template <bool kSorted, class In>
 LK_INLINE void encode_words(const Thresholds& t, const In* x, int64_t count, float absmax,
                             float inverse, uint8_t* packed) {
@@ -129,7 +130,7 @@ LK_INLINE void encode_words(const Thresholds& t, const In* x, int64_t count, flo
   }
 }
 
-// Cuts are exact where t * absmax is normal, and x * inverse is not 0 for any other x.
+// Whether cuts are exact: threshold * absmax is normal, and x * inverse is 0 for x = 0 only.
 LK_INLINE bool ordinary_absmax(float absmax) { return absmax >= 0x1p-60f && absmax <= 0x1p15f; }
 
 LK_INLINE __m512i ranks_floats(const Thresholds& t, __m512 v) {
@@ -144,7 +145,7 @@ LK_INLINE __m512i ranks_floats(const Thresholds& t, __m512 v) {
   return _mm512_mask_add_epi32(p, m1, p, t.lane1);
 }
 
-// One block through fp32: any type, any absmax.
+// Encodes one block by way of fp32: any type, any absmax.
 template <bool kSorted, class In>
 LK_INLINE void encode_floats(const Thresholds& t, const In* x, int64_t count, float inverse,
                              uint8_t* packed) {
@@ -178,7 +179,8 @@ LK_INLINE void encode_block(const Thresholds& t, const In* x, int64_t count, flo
     encode_floats<kSorted>(t, x, count, inverse, packed);
 }
 
-// `count` whole blocks. The number of those before the first that holds a non-finite element.
+// Encodes `count` whole blocks; returns how many come before the first with an element that is not
+// finite.
 template <class In>
 LK_INLINE int64_t encode_blocks(int quant_type, const In* x, int64_t count, int64_t block_size,
                                 uint8_t* packed, float* absmax) {

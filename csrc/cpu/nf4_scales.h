@@ -1,4 +1,4 @@
-// Scales of the blocks of a quantised weight, many at a time: decoding, and encoding in 8 bits.
+// The scales of the blocks of a quantised weight, many at a time: decoding, and encoding in 8 bits.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace lora_kernels {
 namespace {
 
-// QuantView::block_scales, with the look-ups gathered.
+// As QuantView::block_scales, with gather instructions.
 LK_INLINE void gather_scales(const QuantView& q, int64_t first, int64_t count, float* out) {
 #if LK_AVX2
   if (q.absmax == nullptr) {
@@ -50,22 +50,23 @@ LK_INLINE void gather_scales(const QuantView& q, int64_t first, int64_t count, f
   q.block_scales(first, count, out);
 }
 
-// The same weight with its scales decoded, if they are quantised: where a weight is read in pieces,
-// a look-up per piece costs more than 4 bytes per block once. Without absmax: out of memory.
-inline QuantView plain_scales(const QuantView& q, int slot, const Parallel& parallel) {
+// The same weight with its scales decoded to fp32, if they are quantised. A kernel that reads a
+// weight in pieces would decode a scale again and again. Its absmax is null where memory runs out.
+inline QuantView decoded_scales(const QuantView& q, int slot, const Parallel& parallel) {
   if (q.absmax != nullptr) return q;
   float* scales = static_cast<float*>(thread_scratch(slot, sizeof(float) * size_t(q.blocks())));
-  QuantView plain = q;
-  plain.absmax = scales;
-  if (scales == nullptr) return plain;
+  QuantView decoded = q;
+  decoded.absmax = scales;
+  if (scales == nullptr) return decoded;
   parallel(0, q.blocks(), 1 << 14, [&](int64_t begin, int64_t end) {
     gather_scales(q, begin, end - begin, scales + begin);
   });
-  return plain;
+  return decoded;
 }
 
-// The codes of 8 bits by bitsandbytes' grid: a scaled value is rounded to one of 65536 points on
-// [-1, 1] first, and the point's nearest entry of the map is its code.
+// 8-bit codes as bitsandbytes chooses them: a scaled value is first rounded to one of 65536 points
+// on [-1, 1]; its code is the entry of the map nearest to that point. The table has the code of
+// each point.
 struct ScaleGrid {
   static constexpr int kPoints = 65536;
   uint8_t code[kPoints];

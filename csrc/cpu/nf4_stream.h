@@ -1,5 +1,5 @@
-// Decoding of runs of whole NF4/FP4 blocks. Where the tier looks words up among 32, two blocks at a
-// time: their tables share a register, and one rounding makes both.
+// Decoding of many consecutive NF4/FP4 blocks. AVX-512 looks up 16-bit words in a table of 32, so
+// it decodes two blocks at a time: their tables share a register and are rounded together.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,13 @@
 namespace lora_kernels {
 namespace {
 
-// Packed bytes are asked for this far ahead.
+// Bytes by which the packed codes are prefetched ahead.
 constexpr int64_t kDecodeAhead = 2048;
 
 #if LK_AVX512
 
-// Whether round_pair is exact for the 16 products of every scale: none may be subnormal, infinite
-// or NaN. The smallest nonzero code is above 2^-8.
+// Whether round_pair is exact for the 16 products of every scale: no product may be subnormal,
+// infinite or NaN. (The smallest nonzero value of a code is above 2^-8.)
 LK_INLINE bool ordinary(const float* scales, int64_t count, BFloat16) {
   const __m512i least = _mm512_set1_epi32((127 - 110) << 23);
   const __m512i infinity = _mm512_set1_epi32(0x7f800000);
@@ -55,7 +55,7 @@ LK_INLINE __m512i round_pair(__m512 first, __m512 second, Half) {
                             round_words(second, Half{}), 1);
 }
 
-// Past the caches (kPast: `p` is 64-byte aligned) or through them.
+// Stores past the caches (kPast; `p` is then 64-byte aligned) or through them.
 template <bool kPast, class Out>
 LK_INLINE void put64(Out* p, __m512i v) {
   if (kPast)
@@ -64,7 +64,7 @@ LK_INLINE void put64(Out* p, __m512i v) {
     _mm512_storeu_si512(p, v);
 }
 
-// kSteps: 32 elements each in a block, 0 for any number.
+// kSteps: block_size / 32 where it is known when compiling; 0: any.
 template <bool kPast, int kSteps, class Out>
 LK_INLINE void decode_pairs(const uint8_t* packed, const float* scales, int64_t count,
                             int64_t block_size, const float* table, Out* out) {
@@ -86,7 +86,7 @@ LK_INLINE void decode_pairs(const uint8_t* packed, const float* scales, int64_t 
   }
 }
 
-// Decodes as many of `count` blocks as it can; how many.
+// Decodes as many of the first of `count` blocks as this tier can; returns how many.
 template <bool kPast, class Out>
 LK_INLINE int64_t decode_most(const uint8_t* packed, const float* scales, int64_t count,
                               int64_t block_size, const float* table, Out* out) {
@@ -120,7 +120,7 @@ LK_INLINE int64_t decode_most(const uint8_t*, const float*, int64_t, int64_t, co
 
 #endif
 
-// `count` whole blocks; past the caches where kPast and the tier can.
+// Decodes `count` whole blocks; past the caches if kPast, where the tier can.
 template <bool kPast, class Out>
 LK_INLINE void decode_blocks(const uint8_t* packed, const float* scales, int64_t count,
                              int64_t block_size, const float* table, Out* out) {

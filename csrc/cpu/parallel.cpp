@@ -36,7 +36,7 @@ void* thread_scratch(int slot, size_t bytes) {
     buffer.data = std::aligned_alloc(unit, rounded);
     buffer.size = buffer.data != nullptr ? rounded : 0;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // Kernels stream through several strips of a large buffer at once: few pages, few TLB misses.
+    // Kernels stream through several parts of a large buffer at once: few pages, few TLB misses.
     if (unit == kHugePage && buffer.data != nullptr) madvise(buffer.data, rounded, MADV_HUGEPAGE);
 #endif
   }

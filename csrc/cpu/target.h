@@ -1,7 +1,7 @@
-// What the tier that a kernel file is being compiled for may use. Kernel files keep everything but
-// their table in an anonymous namespace: a function with external linkage would be shared between
-// the tiers, and the linker could keep the copy that the running machine cannot execute. For the
-// same reason they use no containers or algorithms of the standard library.
+// What the tier being compiled may use. Kernel files keep everything but their table in an
+// anonymous namespace: the linker keeps only one copy of a function with external linkage, which
+// could be that of a tier that the running machine cannot execute. For the same reason kernels use
+// no containers or algorithms of the standard library.
 #pragma once
 
 #if defined(LK_TIER_avx2) || defined(LK_TIER_avx512) || defined(LK_TIER_amx)

@@ -45,15 +45,15 @@ int64_t l2_bytes() {
 Tuning default_tuning(int64_t l2) {
   Tuning t;
   if (l2 == 0 || l2 >= 2 * kMiB) return t;
-  // Computed, not measured: as with 2 MiB, the sums and the two parts of cheap tiles take half of
-  // the cache, the one part of dear tiles 9/16 of it.
-  t.block_strips /= 2;
+  // Computed, not measured. As with 2 MiB, the sums and the two buffers of a 4-bit weight take half
+  // of the cache; the one buffer of a dense weight takes 9/16 of it.
+  t.block_panels /= 2;
   const int64_t smaller = l2 >= kMiB ? 2 : 4;
-  t.cheap_sum_bytes /= smaller;
-  t.dear_sum_bytes /= smaller;
+  t.nf4_sum_bytes /= smaller;
+  t.dense_sum_bytes /= smaller;
   if (smaller == 4) {
-    t.cheap_depth /= 2;
-    t.dear_depth /= 2;
+    t.nf4_k_tiles /= 2;
+    t.dense_k_tiles /= 2;
   }
   return t;
 }

@@ -54,8 +54,9 @@ __device__ void add_across(float (&sum)[32], int lane) {
 // s[M, R] = x[M, K] A[R, K]ᵀ, A rounded to x's type first, summed in fp32, rounded once to as many
 // bits as x has.
 //
-// Grid: 4 ranks x 8 tokens. Threads take 16 bytes of x each, every 512th one; then the 32 sums of a
-// warp are added across its lanes so that lane l ends with sum l, and the warps' in order.
+// Grid: blocks of 4 ranks x 8 tokens. Thread i takes every 512th unit of 16 bytes of x, from the
+// i-th on. The 32 sums are then added over the lanes of a warp, so that lane l ends with sum l, and
+// over the warps in order.
 template <class T, class Adapter>
 __global__ void __launch_bounds__(kThreads)
     shrink_kernel(const __grid_constant__ Nf4Linear c, bool vector_x, bool vector_a) {

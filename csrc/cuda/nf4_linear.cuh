@@ -1,10 +1,12 @@
-// The parts of the NF4/FP4 linear kernel: its tile, the decode table, the sums, the LoRA term.
-// nf4_linear_load.cuh brings codes and x in, nf4_linear_kernel.cuh puts all together.
+// The parts of the NF4/FP4 linear kernel: its tile, the decode table, the sums, the LoRA branch.
+// nf4_linear_load.cuh loads codes and x; nf4_linear_kernel.cuh is the kernel itself. It serves
+// nf4_linear and, with a branch, lora_linear.
 //
 // Weights are the A operand of mma.m16n8k16 (16 outputs x 16 of K), tokens are B's 8 columns, so
 // one decode serves all tokens and the multiply-adds cost next to no instructions. The sum over K
-// may run in any order, so lane (g, t) = (lane / 4, lane % 4) takes `kRun` consecutive codes of
-// rows g and g + 8, one wide load each, and x is laid out in shared memory to match.
+// may run in any order, so lane (g, t) = (lane / 4, lane % 4) takes a run of `kRun`
+// consecutive codes of rows g and g + 8, one wide load each; x is laid out in shared memory in the
+// same order.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,9 +37,9 @@ struct Tile {
   static constexpr bool kTensor = sizeof(T) == 2;  // fp32 has no tensor core of its precision
   static constexpr int kTiles = kTiles_;
   static constexpr int kTokens = 8 * kTiles;
-  static constexpr bool kFew = kTiles <= 2;
-  static constexpr int kDepthWarps = kFew ? 4 : 2;
-  static constexpr int kRun = kFew && kTensor ? 32 : 16;  // codes of one load
+  static constexpr bool kNarrow = kTiles <= 2;
+  static constexpr int kDepthWarps = kNarrow ? 4 : 2;
+  static constexpr int kRun = kNarrow && kTensor ? 32 : 16;  // codes of one load
   static constexpr int kWarps = kRowWarps * kDepthWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kChunk = 4 * kRun;  // of K, of a warp
@@ -56,9 +58,10 @@ struct Tile {
    kCodeTable[type][12], kCodeTable[type][13], kCodeTable[type][14], kCodeTable[type][15]}
 static __constant__ float device_codes[2][16] = {LK_CODE_ROW(kNf4), LK_CODE_ROW(kFp4)};
 
-// Line b of shared memory: 16 copies of the fp32 pair (code b >> 4, code b & 15), one for every
-// lane of the half-warp that an 8-byte access serves, so no look-up conflicts; then 128 bytes of x.
-// With lines of 256 bytes one PRMT makes the address of a look-up out of a byte of codes.
+// The decode table in shared memory: line b holds the two fp32 values of the byte b of codes, 16
+// times. An 8-byte access serves half a warp at a time, and each of its 16 lanes reads a copy of
+// its own, so there are no bank conflicts. The second half of each 256-byte line holds x. With
+// lines of 256 bytes one PRMT makes the address of a look-up from a byte of codes.
 template <int kWarps>
 __device__ void fill_table(uint8_t* smem, int quant_type) {
   const int lane = threadIdx.x & 31;
@@ -73,9 +76,10 @@ __device__ void fill_table(uint8_t* smem, int quant_type) {
   }
 }
 
-// The unscaled codes of byte i of a word. Two weights are then a PRMT, a load, two products and one
-// rounding to a pair: 2.5 instructions a weight. Tables of the 16 rounded products of a block, read
-// by PRMT, need 2.6 and 0.5 or more to build; products in 16-bit arithmetic would round twice.
+// The two values of byte i of a word of codes, not yet scaled. Two weights then take a PRMT, a
+// load, two products and one rounding to a pair: 2.5 instructions a weight. Tables of the 16
+// rounded products of a block, read by PRMT, need 2.6 and 0.5 or more to build; products in 16-bit
+// arithmetic would round twice.
 __device__ inline float2 look_up(const uint8_t* smem, uint32_t word, int i, uint32_t slot) {
   return *reinterpret_cast<const float2*>(smem + __byte_perm(word, slot, 0x5504 | i << 4));
 }
@@ -120,7 +124,7 @@ struct Math<__nv_bfloat16> {
 
 template <>
 struct Math<__half> {
-  // As many bits as fp16 has are what a tf32 product takes.
+  // s is fp32 rounded to the 11 significant bits of fp16, which is what a tf32 product takes.
   using Rank = float;
   __device__ static float round_rank(float v) {
     const uint32_t bits = __float_as_uint(v);
@@ -153,8 +157,8 @@ struct Math<float> {
   __device__ static float widen(float v) { return v; }
 };
 
-// The sums of a lane. Tensor cores: d[row tile][token tile] of mma's D. fp32: of four rows and
-// eight tokens, over the lane's own part of K.
+// The sums that a lane holds. On tensor cores: D of mma, by row tile and token tile. In fp32: those
+// of four rows and eight tokens, over the lane's own part of K.
 template <class S, bool kTensor = S::kTensor>
 struct Sums {
   float d[kRowTiles][S::kTiles][4];
@@ -187,7 +191,7 @@ __host__ __device__ inline bool quads_aligned(const void* p, int64_t ld) {
   return reinterpret_cast<uintptr_t>(p) % sizeof(Quad<T>) == 0 && ld % 4 == 0;
 }
 
-// The address, past the stage and the chunk, of a lane's unit of x: units of 16 bytes, 8 to a line.
+// The offset of a unit of x in its stage and chunk: units are 16 bytes, 8 to a line.
 __device__ inline int unit_offset(int unit) { return (unit >> 3) * kLine + (unit & 7) * 16; }
 
 // sums += W x over one chunk of a warp. Unit u of a run of token m, lane t, is unit
@@ -323,7 +327,7 @@ __device__ void lora_sums(Sums<S>& sums, const Nf4Linear& c, int64_t row, int64_
     for (int i = 0; i < kInner; ++i) reinterpret_cast<float*>(&d)[i] *= c.scale;
 }
 
-// Brings what lora_sums will read of B closer.
+// Prefetches into L2 what lora_sums will read of B.
 __device__ inline void prefetch_b(const Nf4Linear& c, int64_t row, int64_t r0, int step, int size) {
   for (int64_t at = r0 + 4 * (threadIdx.x & 3); at < c.rank; at += step)
 #pragma unroll

@@ -1,4 +1,4 @@
-// The NF4/FP4 linear kernel for few tokens, and the sum of its parts.
+// The NF4/FP4 linear kernel for few tokens, and the sum of its split-K parts.
 #pragma once
 
 #include "nf4_linear_load.cuh"

@@ -1,4 +1,4 @@
-// What the NF4/FP4 linear kernel brings in: codes with their scales, x.
+// What the NF4/FP4 linear kernel loads: codes with their scales, and x.
 #pragma once
 
 #include "nf4_linear.cuh"
@@ -16,14 +16,14 @@ struct Call {
   int nested_shift;     // log2 of the nested block size
 };
 
-// Codes and scales of a lane's four rows, kRun of K.
+// The run of codes of each of a lane's four rows, and their scales.
 template <class S, bool kNested>
 struct Runs {
   uint32_t code[kRunRows][S::kRun / 8];
   std::conditional_t<kNested, uint32_t, float> scale[kRunRows];  // nested: its code
 };
 
-// Makes a value opaque to the compiler, which would compute it anew in each step.
+// Makes a value opaque to the compiler, so that it is kept and not computed again in each step.
 __device__ inline void keep(int& v) { asm volatile("" : "+r"(v)); }
 __device__ inline void keep(unsigned& v) { asm volatile("" : "+r"(v)); }
 template <class T>
@@ -31,9 +31,10 @@ __device__ void keep(const T*& v) {
   asm volatile("" : "+l"(v));
 }
 
-// Reads runs where rows are whole blocks and every address suits a wide load, step after step.
-// Pointers stay and an index moves: an address is one multiply-add. Rows past N read the last one
-// again, which is not stored; past K a run stays as it was: x is zero there.
+// Loads the runs of one step after the other, where rows are whole quantisation blocks and all
+// addresses are aligned for wide loads. Pointers stay the same and an index moves, so an address is
+// one multiply-add. Rows past N read the last row again; their results are not stored. Past K
+// nothing is loaded: x is zero there.
 template <class S, bool kNested>
 class Loader {
  public:
@@ -73,7 +74,7 @@ class Loader {
           runs.scale[i] = __ldg(q_.absmax8 + at);
           const unsigned before =
               block_[i] + (static_cast<unsigned>(k_ - S::kStep) >> block_shift_);
-          if (first_ || (at ^ before) >> nested_shift_)  // another nested block than before
+          if (first_ || (at ^ before) >> nested_shift_)  // another group of nested scales
             nested_[i] = __ldg(q_.nested_absmax + (at >> nested_shift_));
         } else {
           runs.scale[i] = __ldg(scales_[i] + block);
@@ -98,7 +99,7 @@ class Loader {
   const Wide* codes_[kRunRows];
   const float* scales_[kRunRows];
   int block_[kRunRows];
-  float nested_[kRunRows];  // read anew where another begins
+  float nested_[kRunRows];  // loaded again where another group begins
   bool first_ = true;
   int block_shift_, nested_shift_;
   int k_, k_end_;
@@ -111,7 +112,7 @@ template <class S, bool kAligned>
 class Stager {
  public:
   using T = typename S::T;
-  // Steps at a time, so that a barrier serves them all; half of the ring at most.
+  // Steps that are fetched at a time, with one barrier for all of them; half of the ring at most.
   static constexpr int kFetch = kAligned && S::kStages > 2 ? 2 : 1;
   __device__ Stager(const T* x, int64_t ldx, int tokens, int k0, int k_end)
       : ldx_(ldx), k_end_(k_end) {
@@ -170,8 +171,8 @@ __device__ void wait_for_all_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
-// A run of any row: bytes one by one, the nibbles past K those of a zero, a second scale from
-// element `cut` on.
+// Runs of any rows, loaded byte by byte. Codes past K are those of zero. A run may have two scales:
+// the second from element `cut` on.
 template <class S>
 struct RaggedRuns {
   uint32_t code[kRunRows][S::kRun / 8];

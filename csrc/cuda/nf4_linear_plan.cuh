@@ -1,4 +1,4 @@
-// How the NF4/FP4 linear kernel is spread over a GPU, and the launches of each type.
+// The grid of the NF4/FP4 linear kernel, and its launches for each type.
 #pragma once
 
 #include <algorithm>
@@ -9,13 +9,13 @@
 namespace lora_kernels {
 namespace nf4_linear {
 
-// K is split into `splits` runs of `steps_per_split` steps; all but the last are full.
+// Split-K: K is cut into `splits` parts of `steps_per_split` steps each; the last may be shorter.
 struct Plan {
   int64_t groups, steps, steps_per_split, splits;
 };
 
-// At least two blocks for every core, or one of the larger ones, as long as there are steps: each
-// more part costs 8 bytes of workspace traffic per output.
+// At least two blocks for every multiprocessor, or one of the larger blocks, while there are steps
+// to share. Each more part costs 8 bytes of workspace traffic per output.
 template <class S>
 Plan plan(int64_t m, int64_t n, int64_t k) {
   const int64_t cores = std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);
@@ -23,7 +23,7 @@ Plan plan(int64_t m, int64_t n, int64_t k) {
   p.groups = ceil_div(n, kRows);
   p.steps = ceil_div(k, S::kStep);
   const int64_t blocks = std::max<int64_t>(p.groups * ceil_div(m, S::kTokens), 1);
-  const int64_t splits = ceil_div(S::kFew ? 2 * cores : cores, blocks);
+  const int64_t splits = ceil_div(S::kNarrow ? 2 * cores : cores, blocks);
   p.steps_per_split = std::max<int64_t>(p.steps / splits, 1);
   p.splits = std::max<int64_t>(ceil_div(p.steps, p.steps_per_split), 1);
   return p;

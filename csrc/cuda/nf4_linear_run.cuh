@@ -22,7 +22,7 @@ cudaError_t launch_linear(const Call& call, const Plan& p, cudaStream_t stream) 
   return launch(kernel, grid, S::kThreads, shared, stream, follows, call);
 }
 
-// Whether the kernel may load 16 bytes of codes and of x at a time, and finds scales by shifts.
+// Whether the kernel can load 16 bytes of codes and of x at a time, and find scales by shifts.
 template <class S>
 bool aligned(const Call& call) {
   const Nf4Linear& c = call.c;
@@ -33,7 +33,7 @@ bool aligned(const Call& call) {
          (c.q.absmax != nullptr || (nested & (nested - 1)) == 0);
 }
 
-// Ragged calls use the shapes `Ragged`, so that there are fewer kernels to compile.
+// Calls that are not aligned use the tile `Ragged`, so that there are fewer kernels to compile.
 template <class S, class Ragged>
 cudaError_t run(Call& call, float* workspace, cudaStream_t stream) {
   const bool fast = aligned<S>(call);
@@ -56,15 +56,15 @@ cudaError_t run(Call& call, float* workspace, cudaStream_t stream) {
 
 template <class T>
 cudaError_t run_tokens(Call& call, float* workspace, cudaStream_t stream) {
-  using Few = Tile<T, 1>;
-  if constexpr (Few::kTensor) {
-    using Most = Tile<T, 8>;
+  using Narrow = Tile<T, 1>;
+  if constexpr (Narrow::kTensor) {
+    using Wide = Tile<T, 8>;
     const int64_t m = call.c.m;
-    if (m > 32) return run<Most, Most>(call, workspace, stream);
-    if (m > 16) return run<Tile<T, 4>, Most>(call, workspace, stream);
-    if (m > 8) return run<Tile<T, 2>, Most>(call, workspace, stream);
+    if (m > 32) return run<Wide, Wide>(call, workspace, stream);
+    if (m > 16) return run<Tile<T, 4>, Wide>(call, workspace, stream);
+    if (m > 8) return run<Tile<T, 2>, Wide>(call, workspace, stream);
   }
-  return run<Few, Few>(call, workspace, stream);
+  return run<Narrow, Narrow>(call, workspace, stream);
 }
 
 }  // namespace nf4_linear

@@ -68,7 +68,7 @@ def test_every_value_fits(knob: tune.Knob) -> None:
 
 def sizes() -> tuple[int, int, int]:
     """Block sizes: the default of this machine, and two others."""
-    default = native.default_tuning()["block_strips"]
+    default = native.default_tuning()["block_panels"]
     one, other = [v for v in (8, 32, 64) if v != default][:2]
     return default, one, other
 
@@ -77,7 +77,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, samples: dict[int, tuple[float, ...]
     """Tune one size with these samples of its values, which are p20, p50 and p80 too; no samples
     are a wrong result. Others take `USUAL`, the tuned sizes 5 s throughout."""
     names = {"default": USUAL, "tuned": (5.0, 5.0, 5.0)}
-    names |= {f"block_strips={v}": times for v, times in samples.items()}
+    names |= {f"block_panels={v}": times for v, times in samples.items()}
 
     def run_case(case: Case, providers: Iterable[Provider], *args: object) -> list[Row]:
         rows = []
@@ -90,14 +90,14 @@ def chosen(monkeypatch: pytest.MonkeyPatch, samples: dict[int, tuple[float, ...]
 
     monkeypatch.setattr(tune, "run_case", run_case)
     on_tiles = native.current_isa() == "amx"
-    return tune.tune(Settings(), TINY, (tune.Knob("block_strips", sizes()[1:], on_tiles),))
+    return tune.tune(Settings(), TINY, (tune.Knob("block_panels", sizes()[1:], on_tiles),))
 
 
 def test_the_fastest_of_the_clearly_faster_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     default, one, other = sizes()
     found = chosen(monkeypatch, {one: (7.0, 8.0, 8.5), other: (7.0, 7.5, 8.0)})
-    assert found.values == {"block_strips": other}
-    assert found.gains == pytest.approx({"block_strips": 0.25, "all": 0.5})
+    assert found.values == {"block_panels": other}
+    assert found.gains == pytest.approx({"block_panels": 0.25, "all": 0.5})
     first, second = found.trials
     assert (first.base, first.chosen) == (default, other)
     assert (second.base, second.chosen) == (other, other)

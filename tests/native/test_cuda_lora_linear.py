@@ -9,9 +9,9 @@ import torch
 
 from lora_kernels.ops.lora.reference import shrink
 from lora_kernels.testing import assert_within_budget
-from tests.native import cuda_linear as cuda
-from tests.native.cuda_linear import DTYPES
-from tests.native.cuda_linear import Problem as P
+from tests.native import cuda_nf4_linear as cuda
+from tests.native.cuda_nf4_linear import DTYPES
+from tests.native.cuda_nf4_linear import Problem as P
 
 SHAPES = {
     "one token": P(1, 64, 512, rank=16),

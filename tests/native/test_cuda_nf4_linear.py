@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lora_kernels.testing import assert_within_budget
-from tests.native import cuda_linear as cuda
-from tests.native.cuda_linear import DTYPES, Problem
+from tests.native import cuda_nf4_linear as cuda
+from tests.native.cuda_nf4_linear import DTYPES, Problem
 
 BF16 = torch.bfloat16
 P = Problem

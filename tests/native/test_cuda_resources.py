@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed, and with it nvdisasm")
 
-from tests.native import cuda_linear as cuda
+from tests.native import cuda_nf4_linear as cuda
 from tools.gpu_proofs import cuda_resources
 from tools.gpu_proofs.compile import GPU_TARGETS
 

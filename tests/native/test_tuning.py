@@ -15,8 +15,8 @@ import torch
 
 from lora_kernels.dispatch import native
 from lora_kernels.dispatch.tuning import VARIABLE
-from tests.native import linear_cases
-from tests.native.linear_cases import DTYPES, Base, Branch, Case, check
+from tests.native import lora_cases
+from tests.native.lora_cases import DTYPES, Base, Branch, Case, check
 from tests.ops.variants import as_tuple, bits
 
 needs_extension = pytest.mark.skipif(
@@ -25,11 +25,11 @@ needs_extension = pytest.mark.skipif(
 
 # A tile or a row at a time, and the whole matrix.
 LIMITS = {
-    "cheap_depth": (4, 512),
-    "cheap_sum_bytes": (4096, 1 << 30),
-    "dear_depth": (4, 512),
-    "dear_sum_bytes": (4096, 1 << 30),
-    "block_strips": (8, 128),
+    "nf4_k_tiles": (4, 512),
+    "nf4_sum_bytes": (4096, 1 << 30),
+    "dense_k_tiles": (4, 512),
+    "dense_sum_bytes": (4096, 1 << 30),
+    "block_panels": (8, 128),
     "activation_bytes": (4096, 1 << 34),
     "packed_bytes": (4096, 1 << 34),
     "packed_fewest_rows": (1, 1 << 16),
@@ -51,7 +51,7 @@ SHAPES = (
 
 
 # Kept for a while: every tier is compared with the same expectation, which may take 200 MiB.
-expected = functools.lru_cache(maxsize=2)(linear_cases.expected)
+expected = functools.lru_cache(maxsize=2)(lora_cases.expected)
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
@@ -109,8 +109,8 @@ def test_every_size_has_its_limits() -> None:
 @pytest.mark.parametrize("key", ["ahead", "", 3, None])
 def test_an_unknown_size_is_refused_and_none_is_set(key) -> None:
     before = native.tuning()
-    message = rf"tuning: got key {key!r}, expected one of .*block_strips"
-    with pytest.raises(ValueError, match=message), native.use_tuning({"cheap_depth": 32, key: 1}):
+    message = rf"tuning: got key {key!r}, expected one of .*block_panels"
+    with pytest.raises(ValueError, match=message), native.use_tuning({"nf4_k_tiles": 32, key: 1}):
         pass
     assert native.tuning() == before
 
@@ -121,7 +121,7 @@ def test_the_default_goes_by_the_cache() -> None:
 
     big, middle, small = (_C.default_tuning(kib << 10) for kib in (2048, 1280, 512))
     assert _C.default_tuning(0) == _C.default_tuning(1 << 30) == big
-    assert big["cheap_sum_bytes"] == 2 * middle["cheap_sum_bytes"] == 4 * small["cheap_sum_bytes"]
+    assert big["nf4_sum_bytes"] == 2 * middle["nf4_sum_bytes"] == 4 * small["nf4_sum_bytes"]
     assert native.default_tuning() == _C.default_tuning(native.l2_bytes())
 
 
@@ -131,12 +131,12 @@ def test_the_doctor_names_what_differs_from_the_defaults() -> None:
 
     with native.use_tuning(native.default_tuning()):
         assert any(row.split(None, 2)[-1] == "the defaults" for row in extension())
-        with native.use_tuning({"cheap_depth": 32, "packed_most_rows": 5}):
-            assert any("cheap_depth 32, packed_most_rows 5" in row for row in extension())
+        with native.use_tuning({"nf4_k_tiles": 32, "packed_most_rows": 5}):
+            assert any("nf4_k_tiles 32, packed_most_rows 5" in row for row in extension())
 
 
 def document(**changes) -> dict:
-    return {**native.tuned_for(), "values": {"cheap_depth": 32}, **changes}
+    return {**native.tuned_for(), "values": {"nf4_k_tiles": 32}, **changes}
 
 
 def load_again() -> None:
@@ -149,7 +149,21 @@ def test_a_file_of_this_machine_is_taken(tmp_path: Path, monkeypatch) -> None:
     path.write_text(json.dumps(document()))
     monkeypatch.setenv(VARIABLE, str(path))
     load_again()
-    assert native.tuning() == {**native.default_tuning(), "cheap_depth": 32}
+    assert native.tuning() == {**native.default_tuning(), "nf4_k_tiles": 32}
+
+
+@needs_extension
+def test_former_names_are_still_read() -> None:
+    former = {
+        **{"cheap_depth": 32, "cheap_sum_bytes": 8192, "dear_depth": 36, "dear_sum_bytes": 4096},
+        "block_strips": 24,
+    }
+    now = ("nf4_k_tiles", "nf4_sum_bytes", "dense_k_tiles", "dense_sum_bytes", "block_panels")
+    with native.use_tuning(former):
+        assert {name: native.tuning()[name] for name in now} == dict(
+            zip(now, former.values(), strict=True)
+        )
+    assert not set(former) & set(native.tuning())
 
 
 @needs_extension
@@ -164,8 +178,8 @@ def test_a_file_of_this_machine_is_taken(tmp_path: Path, monkeypatch) -> None:
         ({"format": 2}, "format: got 2, expected 1"),
         ({"isa": "mmx"}, "isa: got 'mmx', expected "),
         ({"cpu": "Z80"}, "cpu: got 'Z80', expected "),
-        ({"values": {"cheap_depth": 32, "ahead": 1}}, "tuning: got key 'ahead', expected one of"),
-        ({"values": {"cheap_depth": 3}}, "cheap_depth: got 3, expected a multiple of 4"),
+        ({"values": {"nf4_k_tiles": 32, "ahead": 1}}, "tuning: got key 'ahead', expected one of"),
+        ({"values": {"nf4_k_tiles": 3}}, "nf4_k_tiles: got 3, expected a multiple of 4"),
     ],
 )
 def test_a_file_that_does_not_fit_is_warned_about(
@@ -189,7 +203,7 @@ def test_a_file_that_does_not_fit_is_warned_about(
 def test_the_variable_counts_when_the_extension_loads(tmp_path: Path) -> None:
     path = tmp_path / "tuning.json"
     path.write_text(json.dumps(document()))
-    program = "from lora_kernels.dispatch import native; print(native.tuning()['cheap_depth'])"
+    program = "from lora_kernels.dispatch import native; print(native.tuning()['nf4_k_tiles'])"
     for name, sizes, warns in ((path, "32", False), (tmp_path / "missing.json", "", True)):
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -203,5 +217,5 @@ def test_the_variable_counts_when_the_extension_loads(tmp_path: Path) -> None:
             timeout=120,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == (sizes or str(native.default_tuning()["cheap_depth"]))
+        assert done.stdout.strip() == (sizes or str(native.default_tuning()["nf4_k_tiles"]))
         assert (str(name) in done.stderr) == warns

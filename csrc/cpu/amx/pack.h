@@ -1,7 +1,9 @@
-// Rows (rows.h) into the strips of tiles that `multiply` (tiles.h) reads.
+// Packing: from readers (row_readers.h) to the panels of tiles that `multiply` (tiles.h) reads.
+//
+// A panel is 16 rows or columns of an operand, all tiles along the reduction in consecutive memory.
 #pragma once
 
-#include "amx/rows.h"
+#include "amx/row_readers.h"
 
 #if LK_AMX
 
@@ -36,15 +38,15 @@ LK_INLINE void transpose16(__m512i r[16]) {
   }
 }
 
-// Sixteen rows of a matrix, read together: `tiles` writes the four A tiles of one chunk.
-template <class Rows>
-struct Strip {
-  explicit Strip(const Rows& prototype) {
-    for (int64_t r = 0; r < kTile; ++r) new (rows + r) Rows(prototype);
+// Reads sixteen rows of a matrix together: `tiles` writes the four A tiles of a chunk of them.
+template <class Reader>
+struct PanelReader {
+  explicit PanelReader(const Reader& prototype) {
+    for (int64_t r = 0; r < kTile; ++r) new (rows + r) Reader(prototype);
   }
-  ~Strip() {}
+  ~PanelReader() {}
 
-  // Rows [first, first + kTile), of which those from `rows_end` on are zeros.
+  // The rows [first, first + kTile); those from `rows_end` on are zeros.
   LK_INLINE void begin(int64_t first, int64_t rows_end, int64_t c0, int64_t c1) {
     count = clamp64(rows_end - first, 0, kTile);
     for (int64_t r = 0; r < count; ++r) rows[r].begin(first + r, c0, c1);
@@ -54,7 +56,7 @@ struct Strip {
     for (int64_t r = 0; r < kTile; r += 4) four_rows(c, r, to);
   }
 
-  // The part of `tiles` that rows first .. first + 3 make.
+  // Writes only the rows first .. first + 3 of the tiles.
   LK_INLINE void four_rows(int64_t c, int64_t first, char* to) const {
     for (int64_t r = first; r < first + 4; ++r) {
       __m512i v[4] = {};
@@ -67,22 +69,23 @@ struct Strip {
 
   int64_t count = 0;
   union {
-    Rows rows[kTile];
+    Reader rows[kTile];
   };
 };
 
-// The same for 4-bit weights, with nothing in the loop but the decoding.
+// The same for 4-bit weights: begin() finds the scales of all sixteen rows, so that the loop only
+// decodes.
 template <>
-struct Strip<Nf4Rows> {
-  explicit Strip(const Nf4Rows& prototype) : q(prototype.q), columns(prototype.columns) {}
+struct PanelReader<Nf4Reader> {
+  explicit PanelReader(const Nf4Reader& prototype) : q(prototype.q), columns(prototype.columns) {}
 
   LK_INLINE void begin(int64_t first, int64_t rows_end, int64_t c0, int64_t c1) {
     count = clamp64(rows_end - first, 0, kTile);
     first_chunk = c0;
     row_bytes = columns / 2;
     packed = q->packed + first * row_bytes;
-    const int64_t groups = columns / Nf4Rows::kGroup;
-    if (q->absmax != nullptr && q->block_size == Nf4Rows::kGroup) {
+    const int64_t groups = columns / Nf4Reader::kGroup;
+    if (q->absmax != nullptr && q->block_size == Nf4Reader::kGroup) {
       scale_stride = groups;
       scales = q->absmax + first * groups + 2 * c0;
       return;
@@ -93,11 +96,11 @@ struct Strip<Nf4Rows> {
     for (int64_t r = 0; r < count; ++r) {
       const int64_t at = (first + r) * groups + 2 * c0;
       float* to = decoded + r * kStride;
-      if (q->block_size == Nf4Rows::kGroup)
+      if (q->block_size == Nf4Reader::kGroup)
         gather_scales(*q, at, here, to);
       else
         for (int64_t i = 0; i < here; ++i)
-          to[i] = q->block_scale((at + i) * Nf4Rows::kGroup / q->block_size);
+          to[i] = q->block_scale((at + i) * Nf4Reader::kGroup / q->block_size);
     }
   }
 
@@ -105,7 +108,7 @@ struct Strip<Nf4Rows> {
     for (int64_t r = 0; r < kTile; r += 4) four_rows(c, r, to);
   }
 
-  // Fetches a cache line a row as well, from `next` on.
+  // Also prefetches 16 cache lines from `next` on.
   LK_INLINE void tiles(int64_t c, char* to, const uint8_t* next) const {
     for (int64_t r = 0; r < kTile; r += 4) {
       for (int64_t i = r; i < r + 4; ++i) _mm_prefetch(next + i * 64, _MM_HINT_T1);
@@ -137,14 +140,14 @@ struct Strip<Nf4Rows> {
     }
   }
 
-  // The chunk of four rows of the next strip.
+  // Prefetches the chunk of the same four rows of the next panel.
   LK_INLINE void prefetch_four(int64_t c, int64_t first) const {
     const char* p = reinterpret_cast<const char*>(packed) + c * (kChunk / 2);
     for (int64_t r = kTile + first; r < kTile + first + 4; ++r)
       _mm_prefetch(p + r * row_bytes, _MM_HINT_T1);
   }
 
-  static constexpr int64_t kStride = 2 * Nf4Rows::kMaxChunks + 16;
+  static constexpr int64_t kStride = 2 * Nf4Reader::kMaxChunks + 16;
   const QuantView* q;
   int64_t columns, count = 0, first_chunk = 0, row_bytes = 0, scale_stride = 0;
   const uint8_t* packed = nullptr;
@@ -152,27 +155,27 @@ struct Strip<Nf4Rows> {
   alignas(64) float decoded[kTile * kStride];
 };
 
-// Rows [first, first + 16) as a strip of A tiles, chunks [c0, c1).
-template <class Rows>
-LK_INLINE void pack_a_strip(Strip<Rows>& rows, int64_t first, int64_t rows_end, int64_t c0,
+// A panel of A tiles: the chunks [c0, c1) of the rows [first, first + 16).
+template <class Reader>
+LK_INLINE void pack_a_panel(PanelReader<Reader>& rows, int64_t first, int64_t rows_end, int64_t c0,
                             int64_t c1, char* to) {
   rows.begin(first, rows_end, c0, c1);
   for (int64_t c = c0; c < c1; ++c, to += kChunkTiles * kTileBytes) rows.tiles(c, to);
 }
 
-// B strip: rows [first, first + count), count <= 16, as the tiles' columns. A tile takes
-// 64 * columns bytes: narrow tiles keep a few rows of a long x in the L1 cache.
-template <class Rows>
-LK_INLINE void pack_b_strip(Rows& rows, int64_t first, int64_t count, int64_t columns, int64_t c0,
-                            int64_t c1, char* strip) {
+// A panel of B tiles: its columns are the rows [first, first + count), count <= 16. A tile takes 64
+// * columns bytes: narrow tiles keep a few long rows of x in the L1 cache.
+template <class Reader>
+LK_INLINE void pack_b_panel(Reader& rows, int64_t first, int64_t count, int64_t columns, int64_t c0,
+                            int64_t c1, char* panel) {
   const __mmask16 mask = lanes16(columns);
   for (int64_t c = c0; c < c1; ++c) {
-    if (columns == 1) {  // the pairs of one row are the tile as they stand
+    if (columns == 1) {  // one row of x is the tile as it stands
       __m512i w[4];
       rows.begin(first, c, c + 1);
       rows.chunk(c, w);
       for (int t = 0; t < 4; ++t)
-        _mm512_store_si512(strip + ((c - c0) * kChunkTiles + t) * 64, w[t]);
+        _mm512_store_si512(panel + ((c - c0) * kChunkTiles + t) * 64, w[t]);
       continue;
     }
     __m512i v[4][16];
@@ -186,50 +189,52 @@ LK_INLINE void pack_b_strip(Rows& rows, int64_t first, int64_t count, int64_t co
     }
     for (int t = 0; t < 4; ++t) {
       transpose16(v[t]);
-      char* tile = strip + ((c - c0) * kChunkTiles + t) * 64 * columns;
+      char* tile = panel + ((c - c0) * kChunkTiles + t) * 64 * columns;
       for (int q = 0; q < 16; ++q) _mm512_mask_storeu_epi32(tile + q * 4 * columns, mask, v[t][q]);
     }
   }
 }
 
-// Interleaving rows 2p and 2p + 1 makes B tiles whose columns are the rows' elements. Of each
-// vector t of a chunk come two tiles: `unpacklo` takes elements 8 l .. 8 l + 3 of the vector,
-// `unpackhi` the four after them, l = 0 .. 3. eight_columns (below) and kept16 know this order.
-constexpr int64_t kChunkStrips = kChunk / kTile;
+// B tiles whose columns are the elements of rows, and whose reduction runs over the rows (the
+// backward, wgrad): rows 2p and 2p + 1 are interleaved. Each vector t of a chunk gives two panels:
+// `unpacklo` takes the elements 8 l .. 8 l + 3 of the vector, `unpackhi` the four after them, l = 0
+// .. 3. eight_columns and kept16 (below) undo this order.
+constexpr int64_t kChunkPanels = kChunk / kTile;
 
-// A chunk of the rows 2p and 2p + 1 into its eight strips, `strip_bytes` apart.
-LK_INLINE void store_pair(const __m512i v[4], const __m512i w[4], char* to, int64_t strip_bytes) {
+// Writes a chunk of the rows 2p and 2p + 1 to its eight panels, `panel_bytes` apart.
+LK_INLINE void store_pair(const __m512i v[4], const __m512i w[4], char* to, int64_t panel_bytes) {
   for (int t = 0; t < 4; ++t) {
-    char* strip = to + 2 * t * strip_bytes;
-    _mm512_store_si512(strip, _mm512_unpacklo_epi16(v[t], w[t]));
-    _mm512_store_si512(strip + strip_bytes, _mm512_unpackhi_epi16(v[t], w[t]));
+    char* panel = to + 2 * t * panel_bytes;
+    _mm512_store_si512(panel, _mm512_unpacklo_epi16(v[t], w[t]));
+    _mm512_store_si512(panel + panel_bytes, _mm512_unpackhi_epi16(v[t], w[t]));
   }
 }
 
-// Feeders write the tiles of a part of a weight in steps small enough to hide between products.
-// Rows from `rows_end` on are zeros. They fetch ahead, as the rows' pieces are too short for the
-// hardware to do it.
+// Packers write the panels of a block of a weight in steps small enough to hide between two tile
+// products (blocked_gemm.h). Rows from `rows_end` on are zeros. They prefetch, as the hardware does
+// not for so short pieces of rows.
 constexpr int64_t kRowsAhead = 8;
 
-// Sixteen rows a strip, as A tiles; a step is one chunk of four rows. A tile is written to the end
-// before the next: a dense weight takes 68 ms instead of 72 then (4096 x 4096, 2048 rows).
-template <class Rows>
-class StripFeeder {
+// Panels of A tiles, of sixteen rows each. A step is one chunk of four rows; the tiles of a chunk
+// are finished before the next chunk. (A dense weight takes 68 ms instead of 72 then: 4096 x 4096,
+// 2048 rows.)
+template <class Reader>
+class PanelPacker {
  public:
-  int64_t left = 0;  // steps
+  int64_t left = 0;  // steps to do
 
-  StripFeeder(const Rows& prototype, int64_t end) : rows(prototype), rows_end(end) {}
+  PanelPacker(const Reader& prototype, int64_t end) : rows(prototype), rows_end(end) {}
 
-  // Chunks [first, last) of the rows [first_row, first_row + 16 * strips).
-  LK_INLINE void begin(int64_t first_row, int64_t strips, int64_t first, int64_t last, char* memory,
+  // Chunks [first, last) of the rows [first_row, first_row + 16 * panels).
+  LK_INLINE void begin(int64_t first_row, int64_t panels, int64_t first, int64_t last, char* memory,
                        int64_t bytes) {
     row = first_row;
     c0 = c = first;
     c1 = last;
     to = memory;
-    strip_bytes = bytes;
+    panel_bytes = bytes;
     four = 0;
-    left = strips * (kTile / 4) * (c1 - c0);
+    left = panels * (kTile / 4) * (c1 - c0);
   }
 
   LK_INLINE void step() {
@@ -242,7 +247,7 @@ class StripFeeder {
     if (++c < c1) return;
     c = c0;
     row += kTile;
-    to += strip_bytes;
+    to += panel_bytes;
   }
 
   void finish() {
@@ -250,18 +255,19 @@ class StripFeeder {
   }
 
  private:
-  Strip<Rows> rows;
-  int64_t rows_end, row = 0, c0 = 0, c1 = 0, c = 0, four = 0, strip_bytes = 0;
+  PanelReader<Reader> rows;
+  int64_t rows_end, row = 0, c0 = 0, c1 = 0, c = 0, four = 0, panel_bytes = 0;
   char* to = nullptr;
 };
 
-// Pairs of rows, interleaved as B tiles; a step is one chunk of a pair.
-template <class Rows>
-class PairFeeder {
+// Panels of B tiles from pairs of rows. A step is one chunk of a pair.
+template <class Reader>
+class PairPacker {
  public:
   int64_t left = 0;
 
-  PairFeeder(const Rows& prototype, int64_t end) : even(prototype), odd(prototype), rows_end(end) {}
+  PairPacker(const Reader& prototype, int64_t end)
+      : even(prototype), odd(prototype), rows_end(end) {}
 
   // Chunks [first, last) of the rows [first_row, last_row).
   LK_INLINE void begin(int64_t first_row, int64_t last_row, int64_t first, int64_t last,
@@ -270,7 +276,7 @@ class PairFeeder {
     c0 = c = first;
     c1 = last;
     to = memory;
-    strip_bytes = bytes;
+    panel_bytes = bytes;
     left = (last_row - first_row) / 2 * (c1 - c0);
   }
 
@@ -286,8 +292,8 @@ class PairFeeder {
       even.prefetch(ahead, c);
     const int64_t pair = (row - row0) / 2;
     store_pair(v, w,
-               to + (c - c0) * kChunkStrips * strip_bytes + pair / 16 * kTileBytes + pair % 16 * 64,
-               strip_bytes);
+               to + (c - c0) * kChunkPanels * panel_bytes + pair / 16 * kTileBytes + pair % 16 * 64,
+               panel_bytes);
     --left;
     if (++c < c1) return;
     c = c0;
@@ -299,21 +305,21 @@ class PairFeeder {
   }
 
  private:
-  Rows even, odd;
-  int64_t rows_end, row0 = 0, row = 0, c0 = 0, c1 = 0, c = 0, strip_bytes = 0;
+  Reader even, odd;
+  int64_t rows_end, row0 = 0, row = 0, c0 = 0, c1 = 0, c = 0, panel_bytes = 0;
   char* to = nullptr;
 };
 
-// Eight B strips for the columns of each chunk, from rows [first, last) as the reduction.
-template <class Rows>
-LK_INLINE void pack_b_pairs(const Rows& rows, int64_t first, int64_t last, int64_t rows_end,
-                            int64_t c0, int64_t c1, char* strips, int64_t strip_bytes) {
-  PairFeeder<Rows> feeder(rows, rows_end);
-  feeder.begin(first, last, c0, c1, strips, strip_bytes);
-  feeder.finish();
+// The eight B panels of each chunk of columns, over the rows [first, last).
+template <class Reader>
+LK_INLINE void pack_b_pairs(const Reader& rows, int64_t first, int64_t last, int64_t rows_end,
+                            int64_t c0, int64_t c1, char* panels, int64_t panel_bytes) {
+  PairPacker<Reader> packer(rows, rows_end);
+  packer.begin(first, last, c0, c1, panels, panel_bytes);
+  packer.finish();
 }
 
-// The keep bits of the 16 columns of strip 2 t + half of a chunk, out of the chunk's 128.
+// The dropout mask of the 16 columns of panel 2 t + half, out of the 128 bits of a chunk.
 template <Order order>
 LK_INLINE __mmask16 kept16(uint64_t low, uint64_t high, int t, int half) {
   uint64_t of_vector;
@@ -326,15 +332,15 @@ LK_INLINE __mmask16 kept16(uint64_t low, uint64_t high, int t, int half) {
   return static_cast<__mmask16>(_pext_u64(of_vector, half ? 0xf0f0f0f0u : 0x0f0f0f0fu));
 }
 
-// One row's fp32 results of a chunk's eight strips, rounded to bf16 and put in order.
+// One row of the fp32 sums of a chunk's eight panels, rounded to bf16 and in the order of columns.
 template <Order order>
-LK_INLINE void eight_columns(const __m512 strips[8], __m512i out[4]) {
-  // round_pair(lo, hi) holds 16 of lo, then 16 of hi; vector element 8 l + i is lo[4 l + i],
-  // 8 l + 4 + i is hi[4 l + i].
+LK_INLINE void eight_columns(const __m512 panels[8], __m512i out[4]) {
+  // round_pair(lo, hi) holds 16 of lo, then 16 of hi; vector element 8 l + i is lo[4 l + i], 8 l +
+  // 4 + i is hi[4 l + i].
   const __m512i merge = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   __m512i v[4];
   for (int t = 0; t < 4; ++t)
-    v[t] = _mm512_permutexvar_epi64(merge, round_pair(strips[2 * t], strips[2 * t + 1]));
+    v[t] = _mm512_permutexvar_epi64(merge, round_pair(panels[2 * t], panels[2 * t + 1]));
   if (order == Order::natural) {
     for (int t = 0; t < 4; ++t) out[t] = v[t];
     return;

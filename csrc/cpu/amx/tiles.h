@@ -1,9 +1,9 @@
 // AMX-BF16 tiles: C[16, 16] fp32 += A[16, 32] bf16 · B[32, 16] bf16.
 //
-// A tile row holds 32 consecutive reduction elements of one output row. B holds pairs: row q of the
-// tile has, for each of the 16 columns, the elements 2q and 2q + 1 of the reduction. Every tile of
-// this code is 1 KiB of consecutive memory, and the tiles of one strip (16 output rows or columns)
-// follow each other along the reduction, so that loads never alias in the L1 cache.
+// A row of an A tile holds 32 consecutive elements along the reduction. A B tile holds pairs: its
+// row q has, for each of the 16 columns, the elements 2q and 2q + 1 along the reduction. Every tile
+// here is 1 KiB of consecutive memory. A panel is the tiles of 16 output rows or columns, one after
+// the other along the reduction, so that loads never compete for a set of the L1 cache.
 #pragma once
 
 #include "target.h"
@@ -43,7 +43,7 @@ LK_INLINE void zero_accumulators() {
   _tile_zero(3);
 }
 
-// c: four tiles, (row strip 0 or 1) x (column strip 0 or 1).
+// c: four tiles, (row panel 0 or 1) x (column panel 0 or 1).
 LK_INLINE void load_accumulators(const float* c) {
   _tile_loadd(0, c, 64);
   _tile_loadd(1, c + 256, 64);
@@ -65,17 +65,17 @@ LK_INLINE void store_accumulators(float* c) {
   else                                 \
     _tile_loadd(tile, p, 64)
 
-// An operand that passes through the L1 cache once: its loads leave the other one there.
+// The operand that is read once, by streaming loads, which leave the other one in the L1 cache.
 enum class Stream { none, a, b };
 
 struct NoStep {
   LK_INLINE void operator()(int64_t) const {}
 };
 
-// 2 x 2 accumulators over `depth` tiles: four loads for four products, the best ratio that eight
-// tile registers allow. Four loads from the L2 cache take 105 cycles, four products 64: where many
-// strips meet, one pair stays in L1 and the others stream past it (tuning.h says how deep).
-// `step` does other work between the products.
+// Adds two panels by two panels, over `depth` tiles, to the four accumulators: four loads for four
+// products, the best ratio that eight tile registers allow. Four loads from the L2 cache take 105
+// cycles, four products 64. So with many panels one pair stays in L1 and the others are streamed
+// (tuning.h says how deep). `step` is called between the products, for other work.
 template <Stream stream = Stream::none, class Step = NoStep>
 LK_INLINE void multiply(const char* a0, const char* a1, const char* b0, const char* b1,
                         int64_t depth, const Step& step = Step()) {

@@ -11,8 +11,8 @@ namespace lora_kernels {
 enum class Dtype : int { f32 = 0, f16, bf16 };
 constexpr int kDtypes = 3;
 
-// Of s = x · Aᵀ and ds = dy · B for activations of a type: a sum may leave fp16's range where the
-// output that it becomes does not.
+// The type of s = x · Aᵀ and ds = dy · B, by that of the activations. For fp16 it is fp32: they may
+// leave the range of fp16 where the output does not.
 constexpr Dtype rank_dtype(Dtype dtype) { return dtype == Dtype::f16 ? Dtype::f32 : dtype; }
 
 // Storage only; arithmetic is in fp32.

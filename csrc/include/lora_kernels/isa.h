@@ -42,7 +42,7 @@ bool set_for_testing(Isa isa);
     return family##_table_##tier;
 #define LK_DECLARE_FAMILY(Table, family)              \
   LK_FOR_EACH_TIER(LK_EXTERN_TABLE_, Table, family)   \
-  LK_INLINE const Table& family##_kernels() {         \
+  LK_INLINE const Table& family##_table() {           \
     switch (current()) {                              \
       LK_FOR_EACH_TIER(LK_TABLE_CASE_, Table, family) \
       default:                                        \

@@ -68,7 +68,8 @@ struct Nf4Kernels {
   int64_t (*quantize[kDtypes])(const void* x, int64_t n, int64_t block_size, int quant_type,
                                uint8_t* packed, float* absmax, const Parallel& parallel);
   // q -> out[q.n]. `past_caches` writes straight to memory where the tier can: twice as fast where
-  // the pages of `out` are there but not in a cache, much slower where they are yet to be made.
+  // the memory of `out` was used before but is in no cache, much slower where the system has yet to
+  // provide its pages.
   void (*dequantize[kDtypes])(const QuantView& q, void* out, bool past_caches,
                               const Parallel& parallel);
   // absmax[blocks] -> codes[blocks] into map[256], which ascends, of (absmax - offset) /

@@ -1,4 +1,5 @@
-// How a kernel runs on several threads without knowing whose threads they are.
+// Threads for the kernels: the caller says how to run a loop in parallel (torch's threads in the
+// extension, its own in the checks).
 #pragma once
 
 #include <cstddef>
@@ -29,9 +30,9 @@ struct Parallel {
 // One thread: the caller's.
 Parallel serial();
 
-// A buffer of the calling thread, 64-byte aligned, kept for the thread's life so that a kernel does
-// not pay page faults in every call. Content is not kept between calls with a larger size. Slots
-// are independent; null when memory runs out.
+// A 64-byte aligned buffer of the calling thread. It is kept until the thread ends, so that a
+// kernel has no page faults in every call. Its content is lost when a larger size is asked for.
+// Each slot is a buffer of its own. Null when memory runs out.
 constexpr int kScratchSlots = 5;
 void* thread_scratch(int slot, size_t bytes);
 

@@ -52,7 +52,7 @@ def refuse_dtypes(*tensors: Tensor | None) -> str | None:
 def refuse_linear(op: str, activations: Sequence[Tensor], *parameters: Tensor | None) -> str | None:
     """Why the linear kernels cannot take these activations (x, dy, s) and parameters, or None.
 
-    Which kernel runs is chosen in C++, by dtype, instruction set and shape (csrc/cpu/linear.cpp).
+    Which kernel runs is chosen in C++, by dtype, instruction set and shape (csrc/cpu/lora.cpp).
     """
     # Before every call of a small layer: plain loops take half the time of `any` over a generator.
     x = activations[0]

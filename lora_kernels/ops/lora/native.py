@@ -1,4 +1,4 @@
-"""What the compiled LoRA kernels take (csrc/bindings: linear, dropout, nf4_linear_cuda)."""
+"""What the compiled LoRA kernels take (csrc/bindings: lora, dropout, nf4_linear_cuda)."""
 
 from __future__ import annotations
 

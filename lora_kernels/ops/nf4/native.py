@@ -1,4 +1,4 @@
-"""What the compiled NF4 kernels take (csrc/bindings: nf4, linear, nf4_cuda, nf4_linear_cuda)."""
+"""What the compiled NF4 kernels take (csrc/bindings: nf4, nf4_cuda, nf4_linear_cuda)."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ A case prints as the Python that makes it again, and makes the same values every
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import implementation, ops
+from lora_kernels.dispatch import ops
 from lora_kernels.ops.common.rank import rank_value
 from lora_kernels.testing import assert_within_budget
 from tests.ops.variants import as_tuple
@@ -21,9 +22,16 @@ from tools.op_inputs.calls import oracle_args
 from tools.op_inputs.source import strided
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OPS = ("nf4_linear_fwd", "nf4_linear_bwd", "lora_linear_fwd", "lora_linear_bwd")
+
+
+def _reference(op: str, *args: Any) -> Any:
+    entry = ops()[op]
+    return entry.implementations["reference"].fn(entry.call(*args))
+
+
 REFERENCE = {
-    op: lambda *args, op=op: implementation(op, "reference")(ops()[op].call(*args)) for op in OPS
+    op: functools.partial(_reference, op)
+    for op in ("nf4_linear_fwd", "nf4_linear_bwd", "lora_linear_fwd", "lora_linear_bwd")
 }
 # A budget of few random elements is decided by luck: results are judged over this many.
 ELEMENTS = 256

@@ -7,8 +7,8 @@ import torch
 
 from lora_kernels.dispatch import native
 from lora_kernels.ops.nf4.base import BLOCK_SIZES
-from tests.native.linear_cases import DTYPES, REFERENCE, Case, check, expected
-from tests.native.linear_grid import ACTIVATIONS, CHUNKS, FEW, LONG, RANKS, ROWS, chunk, grid
+from tests.native.lora_cases import DTYPES, REFERENCE, Case, check, expected
+from tests.native.lora_grid import ACTIVATIONS, CHUNKS, FEW, LONG, RANKS, ROWS, chunk, grid
 
 
 def test_there_are_three_thousand_distinct_cases() -> None:

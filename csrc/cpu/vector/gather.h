@@ -1,11 +1,11 @@
-// Passes over rank pages on fp32 vectors: every pass streams four rows of a page at a time, over
-// blocks of columns that leave the other operand in the first cache, and serves up to four entries
-// with each row that it has loaded. A single entry takes row after row: it waits for memory, which
-// gives one long stream best.
+// The passes over rank pages on fp32 vectors. A pass streams four rows of a page at a time and uses
+// each element for up to four entries. It goes by blocks of columns, so that the other operand
+// stays in the L1 cache. With a single entry it streams one row after the other: the time is that
+// of reading memory, which is fastest in one long stream.
 #pragma once
 
-#include "gather_units.h"
-#include "vector/rows.h"
+#include "gather_schedule.h"
+#include "vector/row_reader.h"
 
 namespace lora_kernels {
 namespace {
@@ -13,9 +13,9 @@ namespace vector {
 
 constexpr int kTokens = 4;       // entries that share a row of a page
 constexpr int kRows = 4;         // of a page, streamed together for several entries
-constexpr int64_t kLine = 4096;  // columns of a block, over its entries; a multiple of 4 kWord
+constexpr int64_t kLine = 4096;  // columns of a block, times its entries; a multiple of 4 kWord
 
-// Rows of a block: as long as few entries allow, as long rows stream better.
+// Columns of a block. A single entry takes longer rows, which stream better.
 LK_INLINE int64_t block_of(int64_t tokens) { return tokens == 1 ? kLine : kLine / kTokens; }
 
 LK_INLINE int64_t rows_of(int64_t tokens) { return tokens == 1 ? 1 : kRows; }
@@ -24,7 +24,7 @@ LK_INLINE bool drops(const GatherPass& f, const SlotGroup& g) {
   return f.dropout.seeds != nullptr && f.dropout.thresholds[g.slot] != 0;
 }
 
-// values of columns first + i: times the mask's factor, zero where it drops.
+// Dropout of the columns from `first` on: zeros where it drops, the others times its factor.
 inline void mask_row(const GatherPass& f, const SlotGroup& g, int32_t entry, int64_t first,
                      int64_t count, float* values) {
   const uint32_t threshold = uint32_t(f.dropout.thresholds[g.slot]);
@@ -34,7 +34,8 @@ inline void mask_row(const GatherPass& f, const SlotGroup& g, int32_t entry, int
              f.dropout.rows[entry], first, count, values);
 }
 
-// Columns [first, first + count) of an entry's row of m as fp32, masked; zeros up to whole vectors.
+// The columns [first, first + count) of an entry's row of m as fp32, after dropout, and zeros up to
+// a whole vector.
 LK_INLINE void read_row(const GatherPass& f, const SlotGroup& g, int32_t entry, const MatrixView& m,
                         int64_t first, int64_t count, float* out) {
   widen(m.data, m.dtype, f.tokens[entry] * m.stride + first, count, out);
@@ -42,7 +43,7 @@ LK_INLINE void read_row(const GatherPass& f, const SlotGroup& g, int32_t entry, 
   for (int64_t i = count; i % kLanes != 0; ++i) out[i] = 0.0f;
 }
 
-// Products in one chain: a long one loses accuracy (product.h). A block is a multiple of it.
+// Products summed in one chain: a long one loses accuracy (gemm.h). It divides a block.
 constexpr int64_t kChain = 16 * kLanes;
 
 // acc[row][token] += row · x[token] over a block.
@@ -74,7 +75,7 @@ LK_INLINE void dots(const P* const* page, const float* x, int64_t stride, int64_
   }
 }
 
-// acc[0][0] += row · x over a block: the sums of `dots`, several chains at a time.
+// acc[0][0] += row · x over a block: the same sums as those of `dots`, several chains at once.
 template <class P>
 LK_INLINE void dot_row(const P* row, const float* x, int64_t count, Vec (*acc)[kTokens]) {
   constexpr int kChains = 8;
@@ -94,8 +95,8 @@ LK_INLINE void dot_row(const P* row, const float* x, int64_t count, Vec (*acc)[k
 
 // out[token] += Σ_row coefficient[row][token] · row over a block.
 template <int rows, int tokens, class P>
-LK_INLINE void spread(const P* const* page, const float (*coefficient)[kTokens], int64_t count,
-                      float* out, int64_t stride) {
+LK_INLINE void axpy(const P* const* page, const float (*coefficient)[kTokens], int64_t count,
+                    float* out, int64_t stride) {
   Vec by[rows][tokens];
   for (int r = 0; r < rows; ++r)
     for (int t = 0; t < tokens; ++t) by[r][t] = splat(coefficient[r][t]);
@@ -124,7 +125,8 @@ struct Count {
   static constexpr int value = n;
 };
 
-// fn(Count<rows>, Count<tokens>) of the numbers at run time, 1 to 4 each.
+// Calls fn(Count<rows>, Count<tokens>), so that both numbers, 1 to 4 each, are known when
+// compiling.
 template <class Fn>
 LK_INLINE void with_counts(int64_t rows, int64_t tokens, const Fn& fn) {
   const auto of_rows = [&](auto r) {
@@ -151,14 +153,14 @@ LK_INLINE void with_counts(int64_t rows, int64_t tokens, const Fn& fn) {
   }
 }
 
-// Where the sums go rounded as well.
+// The second output of the shrink step: its sums, rounded. Null data: none.
 struct Rounded {
   void* data;
   Dtype dtype;
   int64_t stride;
 };
 
-// Ranks [first, first + 16) of a group for its entries [at, at + tokens).
+// The sums of the ranks [first, first + 16) of a group for its entries [at, at + tokens).
 template <class P>
 void shrink_page(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,
                  int64_t at, int64_t tokens, const Rounded& s) {
@@ -196,8 +198,8 @@ template <class P>
 void shrink_as(const GatherPass& f, const MatrixView& m, const Rounded& s,
                const Parallel& parallel) {
   const auto blocks = [](const SlotGroup& g) { return ceil_div(g.count, kTokens); };
-  over_units(
-      f, parallel, [&](const SlotGroup& g) { return Units{pages_of(g) * blocks(g), 1}; },
+  for_each_unit(
+      f, parallel, [&](const SlotGroup& g) { return Work{pages_of(g) * blocks(g), 1}; },
       [&](const SlotGroup& g, int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
           const int64_t at = i % blocks(g) * kTokens;
@@ -206,7 +208,7 @@ void shrink_as(const GatherPass& f, const MatrixView& m, const Rounded& s,
       });
 }
 
-// One block of columns of up to kTokens entries of a group.
+// The expand step for one block of columns of up to kTokens entries of a group.
 template <class P>
 void expand_block(const GatherPass& f, const SlotGroup& g, const float* factor, bool overwrite,
                   const MatrixView& out, int64_t at, int64_t tokens, int64_t c, int64_t count) {
@@ -227,7 +229,7 @@ void expand_block(const GatherPass& f, const SlotGroup& g, const float* factor, 
       }
     }
     with_counts(rows, tokens, [&](auto a, auto b) {
-      spread<decltype(a)::value, decltype(b)::value>(page, by, count, sum, block);
+      axpy<decltype(a)::value, decltype(b)::value>(page, by, count, sum, block);
     });
   }
   for (int64_t t = 0; t < tokens; ++t) {
@@ -247,7 +249,7 @@ void expand_block(const GatherPass& f, const SlotGroup& g, const float* factor, 
 template <class P>
 void expand_as(const GatherPass& f, const float* factor, bool overwrite, const MatrixView& out,
                const Parallel& parallel) {
-  over_columns(f, parallel, [&](const SlotGroup& g, int64_t first, int64_t end) {
+  for_each_column_block(f, parallel, [&](const SlotGroup& g, int64_t first, int64_t end) {
     if (g.rank == 0 && !overwrite) return;
     for (int64_t at = 0; at < g.count; at += kTokens) {
       const int64_t tokens = min64(kTokens, g.count - at), block = block_of(tokens);
@@ -257,22 +259,22 @@ void expand_as(const GatherPass& f, const float* factor, bool overwrite, const M
   });
 }
 
-constexpr int64_t kOuterBlock = 256;  // columns whose sums of a page stay in the first cache
+constexpr int64_t kWgradColumns = 256;  // columns: the sums of a page stay in the L1 cache
 
 template <class P>
-void outer_block(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,
+void wgrad_block(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,
                  int64_t c, int64_t count) {
-  alignas(64) float x[kTokens * kOuterBlock];
-  alignas(64) float sum[kPage][kOuterBlock];
+  alignas(64) float x[kTokens * kWgradColumns];
+  alignas(64) float sum[kPage][kWgradColumns];
   const int64_t n = min64(kPage, g.rank - first);
   for (auto& row : sum)
     for (float& v : row) v = 0.0f;
   for (int64_t at = 0; at < g.count; at += kTokens) {
     const int64_t tokens = min64(kTokens, g.count - at);
     for (int64_t t = 0; t < tokens; ++t)
-      read_row(f, g, g.entries[at + t], m, c, count, x + t * kOuterBlock);
+      read_row(f, g, g.entries[at + t], m, c, count, x + t * kWgradColumns);
     for (int64_t t = tokens; t < kTokens; ++t)
-      for (int64_t i = 0; i < kOuterBlock; ++i) x[t * kOuterBlock + i] = 0.0f;
+      for (int64_t i = 0; i < kWgradColumns; ++i) x[t * kWgradColumns + i] = 0.0f;
     for (int64_t r = 0; r < n; ++r) {
       Vec by[kTokens];
       for (int64_t t = 0; t < kTokens; ++t)
@@ -280,7 +282,7 @@ void outer_block(const GatherPass& f, const SlotGroup& g, const MatrixView& m, i
       for (int64_t i = 0; i < count; i += kLanes) {
         Vec v = load(sum[r] + i);
         for (int64_t t = 0; t < tokens; ++t)
-          v = multiply_add(by[t], load(x + t * kOuterBlock + i), v);
+          v = multiply_add(by[t], load(x + t * kWgradColumns + i), v);
         put(sum[r] + i, v);
       }
     }
@@ -292,14 +294,14 @@ void outer_block(const GatherPass& f, const SlotGroup& g, const MatrixView& m, i
 }
 
 template <class P>
-void outer_as(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
-  const int64_t blocks = ceil_div(f.columns, kOuterBlock);
-  over_units(
-      f, parallel, [&](const SlotGroup& g) { return Units{pages_of(g) * blocks, g.count}; },
+void wgrad_as(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
+  const int64_t blocks = ceil_div(f.columns, kWgradColumns);
+  for_each_unit(
+      f, parallel, [&](const SlotGroup& g) { return Work{pages_of(g) * blocks, g.count}; },
       [&](const SlotGroup& g, int64_t from, int64_t to) {
         for (int64_t i = from; i < to; ++i) {
-          const int64_t c = i % blocks * kOuterBlock;
-          outer_block<P>(f, g, m, i / blocks * kPage, c, min64(kOuterBlock, f.columns - c));
+          const int64_t c = i % blocks * kWgradColumns;
+          wgrad_block<P>(f, g, m, i / blocks * kPage, c, min64(kWgradColumns, f.columns - c));
         }
       });
 }
@@ -330,13 +332,13 @@ inline bool expand(const GatherPass& f, const float* factor, bool overwrite, con
   return true;
 }
 
-inline bool outer(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
-  with_pages(f.dtype, [&](auto p) { outer_as<decltype(p)>(f, m, parallel); });
+inline bool wgrad(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
+  with_pages(f.dtype, [&](auto p) { wgrad_as<decltype(p)>(f, m, parallel); });
   return true;
 }
 
-inline void add(const float* sums, const uint8_t* touched, bool overwrite, const MatrixView& out,
-                const Parallel& parallel) {
+inline void add_sums(const float* sums, const uint8_t* touched, bool overwrite,
+                     const MatrixView& out, const Parallel& parallel) {
   parallel(0, out.rows, 8, [&](int64_t begin, int64_t end) {
     alignas(64) float row[kLine];
     void* data = const_cast<void*>(out.data);

@@ -1,5 +1,6 @@
-// Linear layers over a dense or a 4-bit base, with LoRA terms, forward and backward: views of the
-// operands and the table of fused CPU kernels.
+// The LoRA layer over a dense or a 4-bit base, forward and backward: views of its operands and the
+// table of its fused CPU kernels. Without an adapter it is the plain linear layer: nf4_linear uses
+// the same kernels.
 //
 //   s  = keep ∘ x · Aᵀ / (1 - p)                          [M, R]
 //   y  = x · Wᵀ + g ∘ (scale · (d ∘ s) · Bᵀ) + bias       [M, N]
@@ -14,18 +15,12 @@
 
 #include "lora_kernels/dtype.h"
 #include "lora_kernels/isa.h"
+#include "lora_kernels/matrix.h"
 #include "lora_kernels/nf4.h"
 #include "lora_kernels/parallel.h"
 #include "lora_kernels/philox.h"
 
 namespace lora_kernels {
-
-// Row-major; rows lie `stride` elements apart. A vector is a matrix of one row. Null data: absent.
-struct MatrixView {
-  const void* data;
-  Dtype dtype;
-  int64_t rows, columns, stride;
-};
 
 struct BaseView {
   MatrixView dense;        // [N, K], or absent:
@@ -34,14 +29,14 @@ struct BaseView {
 };
 
 struct LoraView {
-  MatrixView a, b;                 // [R, K], [N, R]; absent: no LoRA terms
+  MatrixView a, b;                 // [R, K], [N, R]; absent: no LoRA branch
   MatrixView rank_diag, out_diag;  // [R], [N]; absent: ones
   float scale;
   Dropout dropout;  // threshold 0: none
   int64_t r() const { return a.data != nullptr ? a.rows : 0; }
 };
 
-struct LinearForward {
+struct LoraForward {
   MatrixView x;  // [M, K]
   BaseView base;
   MatrixView bias;  // [N] or absent
@@ -50,7 +45,7 @@ struct LinearForward {
   void* s;  // [M, R] contiguous, rank_dtype
 };
 
-struct LinearBackward {
+struct LoraBackward {
   MatrixView dy;  // [M, N]
   BaseView base;
   LoraView lora;
@@ -58,34 +53,35 @@ struct LinearBackward {
   void* ds;  // [M, R] contiguous, rank_dtype
 };
 
-// out[R, C] fp32 = leftᵀ · (keep ∘ right): the gradients of both adapters.
-struct OuterSum {
+// out[R, C] fp32 = leftᵀ · (keep ∘ right): the gradient of A (left = ds, right = x), and what that
+// of B is made from (left = s, right = dy).
+struct Wgrad {
   MatrixView left;   // [M, R]
   MatrixView right;  // [M, C]
   Dropout dropout;
   float* out;
 };
 
-// From outer = sᵀ·dy [R, N] fp32 (OuterSum), each wanted where not null:
-//   db[N, R] = scale · g ∘ outerᵀ ∘ d, in B's type
-//   drank_diag[R] = scale · Σ_n g · B ∘ outerᵀ, dout_diag[N] = scale · Σ_r d · B ∘ outerᵀ, fp32
+// The gradients that s_dy = sᵀ·dy [R, N] fp32 (Wgrad) gives; each is wanted where it is not null:
+//   db[N, R] = scale · g ∘ s_dyᵀ ∘ d, in B's type
+//   drank_diag[R] = scale · Σ_n g · B ∘ s_dyᵀ, dout_diag[N] = scale · Σ_r d · B ∘ s_dyᵀ, fp32
 struct AdapterGrads {
-  const float* outer;
+  const float* s_dy;
   LoraView lora;
   void* db;
   float *drank_diag, *dout_diag;
 };
 
-// x and dy are of one type, any of the three, as are the adapters; a dense weight of any.
-struct LinearKernels {
-  bool (*forward)(const LinearForward&, const Parallel&);  // false: out of memory
-  bool (*backward)(const LinearBackward&, const Parallel&);
-  bool (*outer_sum)(const OuterSum&, const Parallel&);
+// x and dy have one type, A and B have one, and a dense weight has one: any of the three.
+struct LoraKernels {
+  bool (*forward)(const LoraForward&, const Parallel&);  // false: out of memory
+  bool (*backward)(const LoraBackward&, const Parallel&);
+  bool (*wgrad)(const Wgrad&, const Parallel&);
   void (*adapter_grads)(const AdapterGrads&, const Parallel&);
   // out[i] = in[i] · factor in the type of out
   void (*scale_into)(const float* in, int64_t count, float factor, Dtype dtype, void* out);
 };
 
-LK_DECLARE_FAMILY(LinearKernels, linear)
+LK_DECLARE_FAMILY(LoraKernels, lora)
 
 }  // namespace lora_kernels

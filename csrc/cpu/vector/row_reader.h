@@ -1,7 +1,8 @@
-// Matrices as pieces of fp32 rows, whatever they are stored as.
+// Rows of a matrix as fp32, whatever they are stored as: dense of any type or 4-bit codes, with the
+// factors and the dropout mask that a product wants.
 #pragma once
 
-#include "lora_kernels/linear.h"
+#include "lora_kernels/lora.h"
 #include "lora_kernels/philox.h"
 #include "nf4_scales.h"
 #include "philox_simd.h"
@@ -11,7 +12,7 @@ namespace lora_kernels {
 namespace {
 namespace vector {
 
-constexpr int64_t kMaxPiece = 256;
+constexpr int64_t kMaxRead = 256;
 
 // The 16 values of a block, round(code * scale) to T, as nf4_decode.h takes a table of fp32.
 #if LK_AVX512
@@ -35,32 +36,30 @@ LK_INLINE auto rounded_table(const float* codes, float scale, T type) {
 }
 #endif
 
-// The same for scales that `are_plain` (scale_maps.h). For bf16, which keeps 8 of 24 bits, two
-// operations instead of eight: 65536 p - round(65535 p) is p with its lower 16 bits rounded away,
-// as the products' last bit is worth 2^-7 of p's first one; ties go to even, as 65536 p is even
-// then.
+// The same values, faster, for scales that are in_safe_range (nf4_scale_maps.h). For bf16, which
+// keeps 8 of 24 bits, two operations instead of eight: 65536 p - round(65535 p) is p with its lower
+// 16 bits rounded away, as the products' last bit is worth 2^-7 of p's first one; ties go to even,
+// as 65536 p is even then.
 template <class T>
-LK_INLINE auto plain_table(const float* codes, float scale, T type) {
+LK_INLINE auto fast_table(const float* codes, float scale, T type) {
   return rounded_table(codes, scale, type);
 }
 #if LK_AVX2
-LK_INLINE Vec plain_round(Vec p) {
-  return multiply_add(p, splat(65536.0f), -(p * splat(65535.0f)));
-}
+LK_INLINE Vec fast_round(Vec p) { return multiply_add(p, splat(65536.0f), -(p * splat(65535.0f))); }
 #if LK_AVX512
-LK_INLINE __m512 plain_table(const float* codes, float scale, BFloat16) {
-  return plain_round(load(codes) * splat(scale));
+LK_INLINE __m512 fast_table(const float* codes, float scale, BFloat16) {
+  return fast_round(load(codes) * splat(scale));
 }
 #else
-LK_INLINE FloatTable plain_table(const float* codes, float scale, BFloat16) {
+LK_INLINE FloatTable fast_table(const float* codes, float scale, BFloat16) {
   const Vec s = splat(scale);
-  return {plain_round(load(codes) * s), plain_round(load(codes + 8) * s)};
+  return {fast_round(load(codes) * s), fast_round(load(codes + 8) * s)};
 }
 #endif
 #endif
 
-// Elements [first, first + count) of a 4-bit weight with plain scales, rounded to T. Divisions of
-// 64 bits would take longer than the decoding.
+// Elements [first, first + count) of a 4-bit weight with fp32 scales, rounded to T. It shifts, as
+// 64-bit divisions would take longer than the decoding.
 template <class T>
 void decode_range(const QuantView& q, int64_t first, int64_t count, float* out, T type) {
   const float* codes = kCodeTable[q.quant_type];
@@ -79,7 +78,7 @@ void decode_range(const QuantView& q, int64_t first, int64_t count, float* out, 
     if (i % 2 == 0) {
       decode(q.packed + i / 2, stop - i, table, out + (i - first));
     } else {  // from the middle of a byte
-      float shifted[kMaxPiece + 1];
+      float shifted[kMaxRead + 1];
       decode(q.packed + i / 2, stop - i + 1, table, shifted);
       __builtin_memcpy(out + (i - first), shifted + 1, sizeof(float) * (stop - i));
     }
@@ -120,18 +119,18 @@ LK_INLINE float at(const MatrixView& v, int64_t i) {
   return f;
 }
 
-// factor * row_diag[row] * element * column_diag[column], zero where `dropout` drops.
-struct Rows {
+// Reads factor * row_diag[row] * element * column_diag[column], zero where `dropout` drops.
+struct RowReader {
   MatrixView dense{};
-  const QuantView* quant = nullptr;  // instead of dense: flat, of `columns`, values rounded to
-  int64_t columns = 0;               // `dtype`
+  const QuantView* quant = nullptr;  // in place of dense; values are rounded to `dtype`
+  int64_t columns = 0;
   Dtype dtype = Dtype::f32;
   float factor = 1.0f;
   MatrixView row_diag{}, column_diag{};
   Dropout dropout{};
 
-  // `count` <= kMaxPiece elements of a row.
-  void piece(int64_t row, int64_t first, int64_t count, float* out) const {
+  // `count` <= kMaxRead elements of a row.
+  void read(int64_t row, int64_t first, int64_t count, float* out) const {
     if (quant != nullptr) return decoded(row * columns + first, count, out);
     widen(dense.data, dense.dtype, row * dense.stride + first, count, out);
     if (factor != 1.0f || row_diag.data != nullptr) {
@@ -139,15 +138,15 @@ struct Rows {
       for (int64_t i = 0; i < count; ++i) out[i] *= f;
     }
     if (column_diag.data != nullptr) {
-      float d[kMaxPiece];
+      float d[kMaxRead];
       widen(column_diag.data, column_diag.dtype, first, count, d);
       for (int64_t i = 0; i < count; ++i) out[i] *= d[i];
     }
     if (dropout.threshold != 0) apply_mask(dropout, row, first, count, out);
   }
 
-  // Asks for a piece that will be wanted a little later. (Inlined, or GCC takes a function without
-  // effects for one without use.)
+  // Prefetches what will be read a little later. (It must be inlined: GCC drops calls of a function
+  // that only prefetches, as it has no effects.)
   LK_INLINE void fetch(int64_t row, int64_t first, int64_t count) const {
     if (first + count > columns) return;
     if (quant != nullptr) return prefetch(quant->packed + (row * columns + first) / 2, count / 2);
@@ -168,10 +167,10 @@ struct Rows {
   }
 };
 
-// The adapters with the factors that they meet in both directions:
+// A and B with the factors that forward and backward share:
 //   s = (keep ∘ x) · aᵀ, y += s · bᵀ;  ds = dy · b, dx += keep ∘ (ds · a)
 struct Lora {
-  Rows a, b;  // A / (1 - p), [R, K];  scale · g ∘ B ∘ d, [N, R]
+  RowReader a, b;  // A / (1 - p), [R, K];  scale · g ∘ B ∘ d, [N, R]
 
   explicit Lora(const LoraView& lora) {
     a.dense = lora.a;

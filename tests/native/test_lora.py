@@ -11,8 +11,8 @@ import itertools
 import pytest
 import torch
 
-from tests.native import linear_cases
-from tests.native.linear_cases import DTYPES, REFERENCE, Base, Branch, Case, check
+from tests.native import lora_cases
+from tests.native.lora_cases import DTYPES, REFERENCE, Base, Branch, Case, check
 from tests.ops.variants import bits
 
 native_ops = torch.ops.lora_kernels_native
@@ -44,7 +44,7 @@ ALL = Branch(8, 0.1, rank_diag=True, out_diag=True, bias=True, adapters=torch.fl
 
 
 # Kept for a while: every tier is compared with the same expectation.
-expected = functools.lru_cache(maxsize=100)(linear_cases.expected)
+expected = functools.lru_cache(maxsize=100)(lora_cases.expected)
 
 
 def cases(op: str, dtype: torch.dtype):

@@ -1,10 +1,14 @@
-// Rows of a matrix as bf16 vectors, 128 elements ("a chunk") at a time, whatever they are stored
-// as.
+// Readers: they give the rows of a matrix as bf16 vectors, a chunk of 128 elements at a time,
+// whether the matrix is dense, masked or 4-bit. A reader has
+//   begin(row, c0, c1)    the chunks [c0, c1) of this row are read next
+//   chunk(c, v)           the four vectors of a chunk
+//   prefetch(row, c)      asks for a chunk of any row
+//   blocking(tuning)      the block sizes that suit it (blocked_gemm.h)
 //
-// A 64-byte load of packed codes yields its 128 weights as four vectors of every fourth element.
-// Putting them in order would cost more than decoding them, so the reduction runs in that order:
-// vector t of a chunk holds elements 4 j + t (strided) instead of 32 t + j (natural), j = 0 .. 31,
-// and everything that meets such a weight is packed in the same order.
+// 64 bytes of 4-bit codes decode to four vectors, each of every fourth element of the chunk. To put
+// them in order would cost more than to decode them, so they stay as they are: vector t holds the
+// elements 4 j + t (Order::strided) instead of 32 t + j (Order::natural), j = 0 .. 31. A sum over K
+// may run in any order as long as both operands have the same, so x is packed in strided order too.
 #pragma once
 
 #include "amx/tiles.h"
@@ -12,7 +16,7 @@
 #if LK_AMX
 
 #include "lora_kernels/dtype.h"
-#include "lora_kernels/linear.h"
+#include "lora_kernels/lora.h"
 #include "lora_kernels/nf4.h"
 #include "lora_kernels/tuning.h"
 #include "nf4_decode.h"
@@ -34,7 +38,7 @@ LK_INLINE int64_t clamp64(int64_t v, int64_t low, int64_t high) {
   return min64(max64(v, low), high);
 }
 
-// The lowest `count` of `lanes` bits.
+// Masks of the lowest `count` of 32 and of 16 lanes.
 LK_INLINE __mmask32 lanes32(int64_t count) {
   return count >= 32 ? 0xffffffffu : count <= 0 ? 0u : (1u << count) - 1u;
 }
@@ -46,7 +50,7 @@ LK_INLINE __m512i round_pair(__m512 low, __m512 high) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// natural -> strided
+// From natural to strided order.
 LK_INLINE void stride_by_four(__m512i v[4]) {
   alignas(64) static constexpr uint16_t kPick01[32] = {0,  4,  8,  12, 16, 20, 24, 28, 32, 36, 40,
                                                        44, 48, 52, 56, 60, 1,  5,  9,  13, 17, 21,
@@ -71,30 +75,30 @@ LK_INLINE __m512 load_floats(const void* p, Dtype dtype, int64_t i, __mmask16 ma
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 
-// How a long product (blocks.h) cuts a weight.
+// How blocked_gemm.h cuts a weight into blocks.
 struct Blocking {
-  int64_t depth;      // tiles of a part of the reduction
-  int64_t sum_bytes;  // rows whose sums fit meet a block together; others read the weight again
-  int64_t strips;     // of a block
-  bool ahead;         // whether a part is written beside the products of the part before
+  int64_t depth;         // tiles along K
+  int64_t sum_bytes;     // partial sums kept between K blocks; more rows read the weight again
+  int64_t panels;        // of 16 outputs
+  bool double_buffered;  // pack a block between the products of the one before
 };
-LK_INLINE Blocking cheap_rows(const Tuning& t) {
-  return {t.cheap_depth, t.cheap_sum_bytes, t.block_strips, true};
+LK_INLINE Blocking nf4_blocking(const Tuning& t) {
+  return {t.nf4_k_tiles, t.nf4_sum_bytes, t.block_panels, true};
 }
-LK_INLINE Blocking dear_rows(const Tuning& t) {
-  return {t.dear_depth, t.dear_sum_bytes, t.block_strips, false};
+LK_INLINE Blocking dense_blocking(const Tuning& t) {
+  return {t.dense_k_tiles, t.dense_sum_bytes, t.block_panels, false};
 }
 
 // A row-major matrix of any float type, rounded to bf16 on the way.
 template <Order order>
-struct DenseRows {
+struct DenseReader {
   static constexpr Order kOrder = order;
   const void* data;
   Dtype dtype;
   int64_t stride, columns;
   int64_t row = 0;
 
-  static LK_INLINE Blocking blocking(const Tuning& t) { return dear_rows(t); }
+  static LK_INLINE Blocking blocking(const Tuning& t) { return dense_blocking(t); }
 
   LK_INLINE void begin(int64_t r, int64_t, int64_t) { row = r; }
 
@@ -122,11 +126,11 @@ struct DenseRows {
   }
 };
 
-// bf16 rows with a dropout mask applied; the factor 1 / (1 - p) is left to the caller.
+// bf16 rows with a dropout mask applied, but without the factor 1 / (1 - p).
 template <Order order>
-struct MaskedRows {
+struct MaskedReader {
   static constexpr Order kOrder = order;
-  DenseRows<Order::natural> rows;
+  DenseReader<Order::natural> rows;
   Dropout dropout;
 
   LK_INLINE void begin(int64_t r, int64_t first, int64_t last) { rows.begin(r, first, last); }
@@ -143,7 +147,8 @@ struct MaskedRows {
   }
 };
 
-// 128 weights of two blocks. 3 shifts, 2 logic, 4 look-ups and 4 for the table: 0.1 per weight.
+// 128 weights of two quantisation blocks. 3 shifts, 2 logic operations, 4 look-ups, and 4 for the
+// table: 0.1 instructions a weight.
 LK_INLINE void decode_chunk(__m512i packed, __m512 codes, const float* first, const float* second,
                             __m512i v[4]) {
   const __m512i low_nibbles = _mm512_set1_epi16(0x0f0f);
@@ -160,7 +165,7 @@ LK_INLINE void decode_chunk(__m512i packed, __m512 codes, const float* first, co
   v[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(odd, 8), table);
 }
 
-// 64 weights at the end of a row; the missing half decodes to zeros (of either sign).
+// 64 weights at the end of a row, and zeros (of either sign) for the missing half of the chunk.
 LK_INLINE void decode_half_chunk(const uint8_t* packed, __m512 codes, const float* scale,
                                  __m512i v[4]) {
   static constexpr float kZero = 0.0f;
@@ -168,12 +173,12 @@ LK_INLINE void decode_half_chunk(const uint8_t* packed, __m512 codes, const floa
   decode_chunk(_mm512_zextsi256_si512(half), codes, scale, &kZero, v);
 }
 
-// A 4-bit weight whose rows are whole numbers of 64-element groups that share one scale.
-struct Nf4Rows {
+// A 4-bit weight whose rows are whole groups of 64 elements, each with one scale.
+struct Nf4Reader {
   static constexpr Order kOrder = Order::strided;
   static constexpr int64_t kGroup = 64;
   static constexpr int64_t kMaxChunks = 128;
-  static_assert(kMostDepth <= kMaxChunks * kChunkTiles, "a part of a row");
+  static_assert(kMostKTiles <= kMaxChunks * kChunkTiles, "a K block of a row");
   const QuantView* q;
   int64_t columns;
   int group_shift;                    // log2(block_size / 64)
@@ -185,9 +190,9 @@ struct Nf4Rows {
   static bool takes(const QuantView& q, int64_t columns) {
     return columns % kGroup == 0 && q.block_size % kGroup == 0;
   }
-  static LK_INLINE Blocking blocking(const Tuning& t) { return cheap_rows(t); }
+  static LK_INLINE Blocking blocking(const Tuning& t) { return nf4_blocking(t); }
 
-  Nf4Rows(const QuantView& view, int64_t k)
+  Nf4Reader(const QuantView& view, int64_t k)
       : q(&view), columns(k), group_shift(__builtin_ctzll(uint64_t(view.block_size / kGroup))) {}
 
   LK_INLINE void begin(int64_t row, int64_t first_chunk, int64_t last_chunk) {
@@ -221,20 +226,21 @@ struct Nf4Rows {
   }
 };
 
-// Any other 4-bit weight, decoded a row piece at a time into natural order.
-struct AnyNf4Rows {
+// Any other 4-bit weight: begin() decodes the chunks to memory, in natural order. As slow to make
+// as a dense weight is to read, it takes the block sizes of one.
+struct AnyNf4Reader {
   static constexpr Order kOrder = Order::natural;
   static constexpr int64_t kMaxChunks = 18;
-  static_assert(kMostBlockStrips <= kMaxChunks * kChunk / kTile, "a row of a block");
+  static_assert(kMostBlockPanels <= kMaxChunks * kChunk / kTile, "a row of a block");
   const QuantView* q;
   int64_t columns;
   int64_t first = 0;
   alignas(64) BFloat16 decoded[kMaxChunks * kChunk];
 
-  AnyNf4Rows(const QuantView& view, int64_t k) : q(&view), columns(k) {}
+  AnyNf4Reader(const QuantView& view, int64_t k) : q(&view), columns(k) {}
 
   static LK_INLINE Blocking blocking(const Tuning& t) {
-    Blocking by = dear_rows(t);
+    Blocking by = dense_blocking(t);
     by.depth = min64(by.depth, kMaxChunks * kChunkTiles);
     return by;
   }

@@ -1,19 +1,19 @@
-// Weights as the product with few rows reads them: a group of 64 consecutive elements at a time, as
-// vectors.
+// W as the GEMV (lora_gemv.h) reads it: groups of 64 consecutive elements, as vectors.
 //
-// 64 codes are 32 bytes. Widened to 32-bit lanes of 16 (AVX-512) or all 32 (AVX2) bits, a lane
-// holds 4 or 8 neighbouring codes; shifting brings one code after the other to where the look-up
-// reads it. So vector t of a group holds every 4th or 8th element.
+// The 64 codes of a group are 32 bytes. They are loaded so that each 32-bit lane holds 4 (AVX-512)
+// or 8 (AVX2) neighbouring codes. Shifting the lanes right then brings one code after the other to
+// the lowest bits, where the table look-up reads it. So vector t of a group holds every 4th or 8th
+// element, and x is put in the same order (to_lane_order) once a call.
 #pragma once
 
-#include "scale_maps.h"
-#include "vector/rows.h"
+#include "nf4_scale_maps.h"
+#include "vector/row_reader.h"
 
 namespace lora_kernels {
 namespace {
 namespace vector {
 
-constexpr bool kFused = LK_AVX2 || LK_NEON;  // multiply_add rounds once
+constexpr bool kFused = LK_AVX2 || LK_NEON;  // multiply_add is one instruction, rounded once
 constexpr int64_t kGroup = 64;
 constexpr int kGroupVectors = kGroup / kLanes;
 constexpr int64_t kRowsAtOnce = 4;  // of W, at most
@@ -67,7 +67,7 @@ LK_INLINE float dot(const float* a, const float* b, int64_t count) {
   int64_t i = 0;
   while (i + kLanes <= count) {
     Vec part = splat(0.0f);
-    const int64_t end = min64(i + kLanes * (kFused ? kMaxPiece : 16), count);
+    const int64_t end = min64(i + kLanes * (kFused ? kMaxRead : 16), count);
     for (; i + kLanes <= end; i += kLanes) part = multiply_add(load(a + i), load(b + i), part);
     total += part;
   }
@@ -79,8 +79,14 @@ LK_INLINE float dot(const float* a, const float* b, int64_t count) {
   return sum(total);
 }
 
-// Lane i of vector t is element kLaneCodes i + (t ^ 1): the high nibble of a byte comes first.
-inline void arrange(const float* in, int64_t k, float* out) {
+// Whether W is read by groups: its rows are whole groups, and a group has one scale.
+inline bool grouped(const BaseView& base) {
+  return base.quant != nullptr && base.k % kGroup == 0 && base.quant->block_size % kGroup == 0;
+}
+
+// x in the order of the weights: lane i of vector t is element kLaneCodes i + (t ^ 1), as the high
+// nibble of a byte comes first.
+inline void to_lane_order(const float* in, int64_t k, float* out) {
   for (int64_t g = 0; g < k; g += kGroup)
     for (int t = 0; t < kGroupVectors; ++t)
       for (int i = 0; i < kLanes; ++i)
@@ -88,25 +94,25 @@ inline void arrange(const float* in, int64_t k, float* out) {
             in[g + (kLaneCodes > 1 ? i * kLaneCodes + (t ^ 1) : t * kLanes + i)];
 }
 
-// Rows of a 4-bit weight that are whole groups, each with one scale, rounded to T. The scales are
-// plain, or `mapped`: looked up as they are quantised.
-template <class T, bool mapped>
+// A 4-bit weight whose rows are whole groups with one scale each, decoded and rounded to T. Its
+// scales are fp32, or `nested`: 8-bit codes, looked up in the tables of ScaleMaps.
+template <class T, bool nested>
 struct QuantWeights {
-  static constexpr bool kPlainDiffers = sizeof(T) == sizeof(BFloat16) && LK_AVX2;
+  static constexpr bool kHasFastTable = sizeof(T) == sizeof(BFloat16) && LK_AVX2;
   const QuantView& q;
   const float* codes;
   int64_t groups;
-  int each_shift;  // log2 of the groups of one scale
+  int each_shift;  // log2 of the groups that share a scale
   ScaleMaps maps;
-  int64_t first = 0;  // the first group in work
+  int64_t first = 0;  // the first group of the rows in work
   const uint8_t* packed = nullptr;
-  bool plain = true;
+  bool fast = true;  // whether all their scales are in_safe_range
 
   static int64_t blocks(const BaseView& base) {
     return kRowsAtOnce * base.k / base.quant->block_size + 2;
   }
   static int64_t scratch(const BaseView& base) {
-    return mapped ? ScaleMaps::scratch(*base.quant, blocks(base)) : 1;
+    return nested ? ScaleMaps::scratch(*base.quant, blocks(base)) : 1;
   }
   QuantWeights(const BaseView& base, float* memory)
       : q(*base.quant),
@@ -120,12 +126,12 @@ struct QuantWeights {
     packed = q.packed + first * (kGroup / 2);
     const int64_t block = first >> each_shift;
     const int64_t size = ((first + count * groups - 1) >> each_shift) - block + 1;
-    if (mapped) maps.begin(block, size);
-    plain = mapped ? maps.plain() : are_plain(q.absmax + block, size);
+    if (nested) maps.begin(block, size);
+    fast = nested ? maps.in_safe_range() : lora_kernels::in_safe_range(q.absmax + block, size);
   }
 
-  // W rows from w0 on, in the groups from g on up to `end`, where the table of scales changes.
-  template <int W, bool is_plain>
+  // The rows w0 .. w0 + W - 1 from group g up to `end`, where the next table of scales begins.
+  template <int W, bool fast_table_fits>
   struct Piece {
     const QuantWeights& all;
     const uint8_t* packed[W];
@@ -140,7 +146,7 @@ struct QuantWeights {
         packed[w] = all.packed + row * (kGroup / 2);
         group[w] = all.first + row;
         scales[w] = all.q.absmax;
-        if (!mapped) continue;
+        if (!nested) continue;
         const int64_t block = (group[w] + g) >> all.each_shift;
         scales[w] = all.maps.table(block);
         end = min64(end, (all.maps.table_end(block) << all.each_shift) - group[w]);
@@ -148,13 +154,13 @@ struct QuantWeights {
     }
     LK_INLINE Group operator()(int w, int64_t g) const {
       const int64_t block = (group[w] + g) >> all.each_shift;
-      const float scale = scales[w][mapped ? int64_t(all.q.absmax8[block]) : block];
+      const float scale = scales[w][nested ? int64_t(all.q.absmax8[block]) : block];
       const uint8_t* p = packed[w] + g * (kGroup / 2);
-      if (is_plain) return Group(p, plain_table(all.codes, scale, T{}));
+      if (fast_table_fits) return Group(p, fast_table(all.codes, scale, T{}));
       return Group(p, rounded_table(all.codes, scale, T{}));
     }
-    // Two groups are a cache line. The hardware's prefetcher stops at the end of a page; what is
-    // far comes in the order it lies in memory, in which that one fetches along.
+    // Two groups are a cache line. The hardware's prefetcher stops at the end of a page, so lines
+    // of the next pages are asked for too, in the order of their addresses, which it then follows.
     LK_INLINE void fetch(int w, int64_t g) const {
       constexpr int64_t kNear = 2048, kFar = 16384, kLine = kGroup;
       __builtin_prefetch(packed[w] + g * (kGroup / 2) + kNear, 0, 3);
@@ -165,10 +171,10 @@ struct QuantWeights {
   LK_INLINE float tail(int64_t, const float*) const { return 0.0f; }
 };
 
-// Rows in their own order.
+// A dense weight, in its own order.
 template <class T>
 struct DenseWeights {
-  static constexpr bool kPlainDiffers = false, plain = true;
+  static constexpr bool kHasFastTable = false, fast = true;
   struct Values {
     const T* p;
     LK_INLINE Vec operator()(int t) const { return load(p + t * kLanes); }
@@ -177,7 +183,7 @@ struct DenseWeights {
   int64_t stride, k;
   const T* row0 = nullptr;
 
-  DenseWeights(const BaseView& base, float*)
+  explicit DenseWeights(const BaseView& base)
       : data(static_cast<const T*>(base.dense.data)), stride(base.dense.stride), k(base.k) {}
 
   LK_INLINE void begin(int64_t row, int64_t) { row0 = data + row * stride; }
@@ -192,7 +198,7 @@ struct DenseWeights {
     LK_INLINE Values operator()(int w, int64_t g) const {
       return {first + w * all.stride + g * kGroup};
     }
-    LK_INLINE void fetch(int w, int64_t g) const {  // two groups of the next rows
+    LK_INLINE void fetch(int w, int64_t g) const {  // two groups of the rows after these
       const auto* p = reinterpret_cast<const char*>(first + (W + w) * all.stride + g * kGroup);
       for (size_t i = 0; i < 2 * kGroup * sizeof(T); i += 64) __builtin_prefetch(p + i);
     }
@@ -206,24 +212,24 @@ struct DenseWeights {
   }
 };
 
-// Any other 4-bit weight: rows are decoded to memory first. Its scales are plain.
+// Any other 4-bit weight, with fp32 scales: its rows are decoded to memory first.
 struct DecodedWeights : DenseWeights<float> {
-  Rows rows;
+  RowReader reader;
   float* decoded;
 
   static int64_t scratch(int64_t k) { return kRowsAtOnce * k + 1; }
   DecodedWeights(const BaseView& base, Dtype dtype, float* scratch)
-      : DenseWeights<float>(base, nullptr), decoded(scratch) {
-    rows.quant = base.quant;
-    rows.columns = stride = k;
-    rows.dtype = dtype;
+      : DenseWeights<float>(base), decoded(scratch) {
+    reader.quant = base.quant;
+    reader.columns = stride = k;
+    reader.dtype = dtype;
     row0 = scratch;
   }
 
   LK_INLINE void begin(int64_t row, int64_t count) {
     for (int64_t w = 0; w < count; ++w)
-      for (int64_t i = 0; i < k; i += kMaxPiece)
-        rows.piece(row + w, i, min64(k - i, kMaxPiece), decoded + w * k + i);
+      for (int64_t i = 0; i < k; i += kMaxRead)
+        reader.read(row + w, i, min64(k - i, kMaxRead), decoded + w * k + i);
   }
 };
 

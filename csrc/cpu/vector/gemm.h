@@ -1,20 +1,21 @@
-// One blocked fp32 product serves the linear layers forward and backward, and their adapters'
-// gradients:
+// A blocked fp32 matrix product (GEMM) with a low-rank branch. It serves the LoRA layer forward and
+// backward, and the gradients of its adapters:
 //
-//   inner[M, R] = (keep ∘ left) · shrink                       rounded to inner_dtype
-//   out[M, C]   = left · base + keep ∘ (inner · expand) + bias   rounded once
+//   s[M, R]   = (keep ∘ left) · shrink                     rounded to s_dtype
+//   out[M, C] = left · base + keep ∘ (s · expand) + bias   rounded once
 //
-// left[M, D], base[D, C], shrink[D, R], expand[R, C]. An element is always summed in the same
-// order (inner · expand first, then chunks of kDepth in fp32), so results depend neither on the
-// number of threads nor on how rows and columns are cut into blocks.
+// left[M, D], base[D, C], shrink[D, R], expand[R, C]. In the forward left is x and D is K; in the
+// backward left is dy, D is N, and s is ds. An element is always summed in the same order (s ·
+// expand first, then K blocks of kDepth in fp32), so results depend neither on the number of
+// threads nor on how rows and columns are cut into blocks.
 //
-// A block of rows of left is packed once in fp32, tiles of at most kRowTile rows, chunk by chunk.
-// Threads then take columns: a chunk of kDepth x kColumns of the right operand is decoded into
-// panels that stay in L2, one panel at a time in L1, and every tile of rows passes by.
+// A block of rows of left is packed once in fp32, in tiles of at most kRowTile rows, K block by K
+// block. Threads then share the columns: kDepth x kColumns of the right operand are decoded and
+// packed into panels that stay in L2. One panel at a time is in L1 while the tiles of rows pass by.
 #pragma once
 
 #include "lora_kernels/tuning.h"
-#include "vector/rows.h"
+#include "vector/row_reader.h"
 
 namespace lora_kernels {
 namespace {
@@ -22,44 +23,45 @@ namespace vector {
 
 constexpr int64_t kDepth = 256;
 constexpr int64_t kColumns = 128;
-constexpr int64_t kUnit = 64;  // threads share the columns in units of this: a mask word
+constexpr int64_t kUnit = 64;  // threads share the columns in units of a word of the dropout mask
 constexpr int64_t kPanel = kLanes * kTileVectors;
 constexpr int64_t kPanels = kColumns / kPanel;
-static_assert(kUnit % kPanel == 0 && kDepth <= kMaxPiece && kDepth % 64 == 0, "block sizes");
+static_assert(kUnit % kPanel == 0 && kDepth <= kMaxRead && kDepth % 64 == 0, "block sizes");
 
-// Products are summed in chains from zero, and the chains' sums added: a long chain loses accuracy,
-// most of all where a product is rounded before it is added. With few rows torch sums in the lanes
-// of vectors, whose error a chain of 32 matches and one of 256 exceeds three times (K = 576); the
-// additions then cost 5 to 8 per cent, of a time that decoding dominates. The inner product, whose
-// errors the outer one multiplies, is a small part of the work and always gets the short ones.
+// Products are summed in chains that begin at zero, and the chains' sums are added: a long chain of
+// additions loses accuracy, most of all where a tier rounds each product before it adds it. With
+// few rows torch sums in the lanes of vectors. A chain of 32 has the error of that; one of 256 has
+// three times as much (K = 576). With few rows the short chains cost 5 to 8 per cent of the time,
+// most of which is decoding. s always gets short chains: its errors are multiplied by the expand
+// step, and it is a small part of the work.
 constexpr int64_t kShortChain = LK_AVX2 || LK_NEON ? 32 : 16;
 constexpr int64_t kLongChain = LK_AVX2 || LK_NEON ? kDepth : 16;
 constexpr int64_t kShortChainRows = 64;
 
-// A right operand [depth, columns]. `transposed`: stored (and its masks counted) as
-// [columns, depth].
-struct Right {
-  Rows rows{};
+// A right operand [depth, columns]. `transposed`: it is stored, and its mask counted, as [columns,
+// depth].
+struct RightOperand {
+  RowReader rows{};
   bool transposed = false;
 };
 
-struct Product {
-  Rows left;             // [M, D], or
+struct FusedGemm {
+  RowReader left;        // [M, D], or
   bool left_transposed;  // [D, M]
-  int64_t m, d, c, r;    // r = 0: no inner product
-  Right base, shrink, expand;
+  int64_t m, d, c, r;    // r = 0: no branch
+  RightOperand base, shrink, expand;
   Dropout left_dropout{}, out_dropout{};
-  void* inner = nullptr;  // [M, R]
-  Dtype inner_dtype = Dtype::f32;
+  void* s = nullptr;  // [M, R]
+  Dtype s_dtype = Dtype::f32;
   MatrixView bias{};
-  void* out = nullptr;  // [M, C], contiguous; null: only inner
+  void* out = nullptr;  // [M, C], contiguous; null: only s
   Dtype out_dtype = Dtype::f32;
 
   int64_t chain() const { return min64(m, c) <= kShortChainRows ? kShortChain : kLongChain; }
 };
 
-// c[rows, V kLanes] (+)= left[rows, depth] · right[depth, V kLanes]. `next` is what left will be
-// next: fetched on the way, a line a step, as it may have to come from L3.
+// c[rows, V kLanes] (+)= left[rows, depth] · right[depth, V kLanes]. It prefetches `next`, the tile
+// of left that follows, a cache line a step, as that may be in L3 only.
 template <int R, int V>
 void multiply_tile(const float* left, const float* next, const float* right, int64_t depth,
                    int64_t chain, float* c, int64_t c_stride, bool add) {
@@ -145,15 +147,15 @@ LK_INLINE void zero(float* p, int64_t count) {
 }
 
 // right[d0 .. d0 + depth, c0 .. c0 + columns] -> panels [kDepth, kPanel] of kPanel columns each.
-inline void pack(const Right& right, int64_t d0, int64_t depth, int64_t c0, int64_t columns,
-                 float* panels, float* stage) {
+inline void pack_right(const RightOperand& right, int64_t d0, int64_t depth, int64_t c0,
+                       int64_t columns, float* panels, float* stage) {
   if (right.transposed) {
     const int64_t whole = ceil_div(depth, kLanes) * kLanes;
     for (int64_t j = 0; j < padded(columns); j += kLanes) {
       for (int64_t i = 0; i < kLanes; ++i) {
         float* row = stage + i * kDepth;
         if (j + i < columns) {
-          right.rows.piece(c0 + j + i, d0, depth, row);
+          right.rows.read(c0 + j + i, d0, depth, row);
           right.rows.fetch(c0 + j + i, d0 + kDepth, kDepth);  // the next chunk
           zero(row + depth, whole - depth);
         } else {
@@ -168,7 +170,7 @@ inline void pack(const Right& right, int64_t d0, int64_t depth, int64_t c0, int6
   }
   const int64_t whole = padded(columns);
   for (int64_t k = 0; k < depth; ++k) {
-    right.rows.piece(d0 + k, c0, columns, stage);
+    right.rows.read(d0 + k, c0, columns, stage);
     right.rows.fetch(d0 + k + kDepth, c0, columns);
     zero(stage + columns, whole - columns);
     for (int64_t j = 0; j < whole; j += kLanes)
@@ -187,40 +189,40 @@ struct Tiles {
   int64_t size(int64_t t) const { return min64(height, rows - t * height); }
 };
 
-// Slots of thread_scratch. What a caller has in the first two and the last lives through the call.
+// Slots of thread_scratch. The calling thread keeps the first two and the last for the whole call.
 enum Scratch { kPackedLeft, kPackedShrink, kStage, kBlock, kScales };
 
 struct Packed {
   float* left;    // [tiles][chunks][tile rows][kDepth]
-  float* inner;   // [tiles][inner chunks][tile rows][kDepth]
+  float* s;       // [tiles][s chunks][tile rows][kDepth]
   float* shrink;  // [chunks][panels][kDepth][kPanel]
-  int64_t chunks, inner_chunks, shrink_panels;
+  int64_t chunks, s_chunks, shrink_panels;
 
   float* left_at(const Tiles& tiles, int64_t t, int64_t chunk) const {
     return left + (tiles.begin(t) * chunks + tiles.size(t) * chunk) * kDepth;
   }
-  float* inner_at(const Tiles& tiles, int64_t t, int64_t chunk) const {
-    return inner + (tiles.begin(t) * inner_chunks + tiles.size(t) * chunk) * kDepth;
+  float* s_at(const Tiles& tiles, int64_t t, int64_t chunk) const {
+    return s + (tiles.begin(t) * s_chunks + tiles.size(t) * chunk) * kDepth;
   }
   float* shrink_at(int64_t chunk) const { return shrink + chunk * shrink_panels * kPanel * kDepth; }
 };
 
 // rows m0 .. m0 + rows, chunk `chunk` of left -> out[rows, kDepth]
-inline void pack_left(const Product& p, int64_t m0, int64_t rows, int64_t chunk, float* out) {
+inline void pack_left(const FusedGemm& p, int64_t m0, int64_t rows, int64_t chunk, float* out) {
   const int64_t d0 = chunk * kDepth, depth = min64(p.d - d0, kDepth);
   if (!p.left_transposed) {
-    for (int64_t i = 0; i < rows; ++i) p.left.piece(m0 + i, d0, depth, out + i * kDepth);
+    for (int64_t i = 0; i < rows; ++i) p.left.read(m0 + i, d0, depth, out + i * kDepth);
     return;
   }
   float row[kRowTile];
   for (int64_t k = 0; k < depth; ++k) {
-    p.left.piece(d0 + k, m0, rows, row);
+    p.left.read(d0 + k, m0, rows, row);
     for (int64_t i = 0; i < rows; ++i) out[i * kDepth + k] = row[i];
   }
 }
 
-// Packs one tile of rows and computes its rows of inner. False: out of memory.
-inline bool pack_tile(const Product& p, const Packed& packed, const Tiles& tiles, int64_t t,
+// Packs one tile of rows and computes its rows of s. False: out of memory.
+inline bool pack_tile(const FusedGemm& p, const Packed& packed, const Tiles& tiles, int64_t t,
                       int64_t first_row) {
   const int64_t rows = tiles.size(t), m0 = first_row + tiles.begin(t);
   const int64_t width = packed.shrink_panels * kPanel;
@@ -247,18 +249,18 @@ inline bool pack_tile(const Product& p, const Packed& packed, const Tiles& tiles
   if (packed.chunks == 0) zero(sums, rows * width);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (m0 + i) * p.r;
-    narrow(sums + i * width, p.r, p.inner_dtype, p.inner, at);
+    narrow(sums + i * width, p.r, p.s_dtype, p.s, at);
     if (p.out == nullptr) continue;
-    for (int64_t chunk = 0; chunk < packed.inner_chunks; ++chunk)
-      widen(p.inner, p.inner_dtype, at + chunk * kDepth, min64(p.r - chunk * kDepth, kDepth),
-            packed.inner_at(tiles, t, chunk) + i * kDepth);
+    for (int64_t chunk = 0; chunk < packed.s_chunks; ++chunk)
+      widen(p.s, p.s_dtype, at + chunk * kDepth, min64(p.r - chunk * kDepth, kDepth),
+            packed.s_at(tiles, t, chunk) + i * kDepth);
   }
   return true;
 }
 
 // Tiles [t0, t1) x columns [c0, c0 + columns) of out. False: out of memory.
-inline bool block(const Product& p, const Packed& packed, const Tiles& tiles, int64_t first_row,
-                  int64_t t0, int64_t t1, int64_t c0, int64_t columns) {
+inline bool gemm_block(const FusedGemm& p, const Packed& packed, const Tiles& tiles,
+                       int64_t first_row, int64_t t0, int64_t t1, int64_t c0, int64_t columns) {
   const int64_t row0 = tiles.begin(t0), rows = min64(tiles.begin(t1), tiles.rows) - row0;
   float* panels = static_cast<float*>(
       thread_scratch(kStage, sizeof(float) * (kPanels * kPanel * kDepth + kStageFloats)));
@@ -267,19 +269,19 @@ inline bool block(const Product& p, const Packed& packed, const Tiles& tiles, in
   float* stage = panels + kPanels * kPanel * kDepth;
   const auto tile_c = [&](int64_t t) { return c + (tiles.begin(t) - row0) * kColumns; };
   bool add = false;
-  for (int64_t chunk = 0; chunk < packed.inner_chunks; ++chunk, add = true) {
+  for (int64_t chunk = 0; chunk < packed.s_chunks; ++chunk, add = true) {
     const int64_t d0 = chunk * kDepth, depth = min64(p.r - d0, kDepth);
-    pack(p.expand, d0, depth, c0, columns, panels, stage);
+    pack_right(p.expand, d0, depth, c0, columns, panels, stage);
     for (int64_t t = t0; t < t1; ++t)
-      multiply(tiles.size(t), packed.inner_at(tiles, t, chunk), packed.inner_at(tiles, t, chunk),
-               panels, columns, depth, p.chain(), tile_c(t), kColumns, add);
+      multiply(tiles.size(t), packed.s_at(tiles, t, chunk), packed.s_at(tiles, t, chunk), panels,
+               columns, depth, p.chain(), tile_c(t), kColumns, add);
   }
   if (add && p.out_dropout.threshold != 0)
     for (int64_t i = 0; i < rows; ++i)
       apply_mask(p.out_dropout, first_row + row0 + i, c0, columns, c + i * kColumns);
   for (int64_t chunk = 0; chunk < packed.chunks; ++chunk, add = true) {
     const int64_t d0 = chunk * kDepth, depth = min64(p.d - d0, kDepth);
-    pack(p.base, d0, depth, c0, columns, panels, stage);
+    pack_right(p.base, d0, depth, c0, columns, panels, stage);
     for (int64_t j = 0; j < columns; j += kPanel)  // a panel stays in L1 while the tiles pass by
       for (int64_t t = t0; t < t1; ++t)
         multiply(tiles.size(t), packed.left_at(tiles, t, chunk),
@@ -297,8 +299,8 @@ inline bool block(const Product& p, const Packed& packed, const Tiles& tiles, in
   return true;
 }
 
-inline bool run_block_of_rows(const Product& p, const Packed& packed, int64_t first_row,
-                              int64_t rows, const Parallel& parallel) {
+inline bool gemm_rows(const FusedGemm& p, const Packed& packed, int64_t first_row, int64_t rows,
+                      const Parallel& parallel) {
   const Tiles tiles(rows);
   bool ok = true;
   const auto failed = [&] { __atomic_store_n(&ok, false, __ATOMIC_RELAXED); };
@@ -315,8 +317,8 @@ inline bool run_block_of_rows(const Product& p, const Packed& packed, int64_t fi
     for (int64_t i = begin; i < end;) {
       const int64_t c0 = i / splits * kUnit, split = i % splits;
       const int64_t together = splits == 1 ? min64(end - i, kColumns / kUnit) : 1;
-      if (!block(p, packed, tiles, first_row, split * tiles.count / splits,
-                 (split + 1) * tiles.count / splits, c0, min64(together * kUnit, p.c - c0)))
+      if (!gemm_block(p, packed, tiles, first_row, split * tiles.count / splits,
+                      (split + 1) * tiles.count / splits, c0, min64(together * kUnit, p.c - c0)))
         return failed();
       i += together;
     }
@@ -325,12 +327,12 @@ inline bool run_block_of_rows(const Product& p, const Packed& packed, int64_t fi
 }
 
 // False: out of memory.
-inline bool run(const Product& p, const Parallel& parallel) {
+inline bool gemm(const FusedGemm& p, const Parallel& parallel) {
   if (p.m == 0) return true;
   const int64_t chunks = ceil_div(p.d, kDepth);
-  const int64_t inner_chunks = p.out != nullptr ? ceil_div(p.r, kDepth) : 0;
-  Packed packed{nullptr, nullptr, nullptr, chunks, inner_chunks, ceil_div(p.r, kPanel)};
-  const int64_t row_floats = (chunks + inner_chunks) * kDepth;
+  const int64_t s_chunks = p.out != nullptr ? ceil_div(p.r, kDepth) : 0;
+  Packed packed{nullptr, nullptr, nullptr, chunks, s_chunks, ceil_div(p.r, kPanel)};
+  const int64_t row_floats = (chunks + s_chunks) * kDepth;
   const Tuning& sizes = tuning();
   const int64_t fit = sizes.packed_bytes / int64_t(sizeof(float)) / max64(row_floats, 1);
   const int64_t most = min64(max64(fit, sizes.packed_fewest_rows), sizes.packed_most_rows);
@@ -340,7 +342,7 @@ inline bool run(const Product& p, const Parallel& parallel) {
     packed.left = static_cast<float*>(
         thread_scratch(kPackedLeft, sizeof(float) * size_t(max64(rows * row_floats, 1))));
     if (packed.left == nullptr) return false;
-    packed.inner = packed.left + rows * chunks * kDepth;
+    packed.s = packed.left + rows * chunks * kDepth;
   }
   bool ok = true;
   if (p.r > 0) {
@@ -353,12 +355,12 @@ inline bool run(const Product& p, const Parallel& parallel) {
       if (stage == nullptr) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
       for (int64_t i = begin; i < end; ++i)
         for (int64_t j = 0; j < p.r; j += kColumns)
-          pack(p.shrink, i * kDepth, min64(p.d - i * kDepth, kDepth), j, min64(p.r - j, kColumns),
-               packed.shrink_at(i) + j * kDepth, stage);
+          pack_right(p.shrink, i * kDepth, min64(p.d - i * kDepth, kDepth), j,
+                     min64(p.r - j, kColumns), packed.shrink_at(i) + j * kDepth, stage);
     });
   }
   for (int64_t first = 0; ok && first < p.m; first += rows)
-    ok = run_block_of_rows(p, packed, first, min64(rows, p.m - first), parallel);
+    ok = gemm_rows(p, packed, first, min64(rows, p.m - first), parallel);
   return ok;
 }
 

@@ -8,7 +8,7 @@ import random
 import torch
 
 from lora_kernels.ops.nf4.base import BLOCK_SIZES
-from tests.native.linear_cases import DTYPES, REFERENCE, Base, Branch, Case
+from tests.native.lora_cases import DTYPES, REFERENCE, Base, Branch, Case
 
 CASES = {
     "nf4_linear_fwd": 210,

@@ -1,16 +1,18 @@
-// The gradients of rank pages on AMX tiles (gather_amx.h): C[rank, 16 columns] += A[rank, 32
-// entries] · B[entries, columns]. The entries' sums are rounded to bf16 and transposed into A
-// tiles, pairs of their rows interleaved into B tiles, for all pages of the adapter.
+// The gradients of rank pages (wgrad) on AMX tiles.
+//
+// C[rank, 16 columns] += A[rank, 32 entries] · B[entries, columns]. The sums of the entries are
+// rounded to bf16 and transposed into A tiles, for all pages of the adapter; the rows of the
+// entries, two interleaved, are packed as B tiles.
 #pragma once
 
-#include "gather_amx.h"
+#include "amx/gather_shrink.h"
 
 #if LK_AMX
 
 namespace lora_kernels {
 namespace {
 
-// 32 entries of a group from `first` on, 16 ranks from `rank` on: an A tile.
+// Packs an A tile: 16 ranks from `rank` on, 32 entries of a group from `first` on.
 inline void pack_entries(const GatherPass& f, const SlotGroup& g, int64_t first, int64_t rank,
                          char* tile) {
   const __mmask16 mask = lanes16(g.rank - rank);
@@ -20,13 +22,13 @@ inline void pack_entries(const GatherPass& f, const SlotGroup& g, int64_t first,
     return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(sums));
   };
   __m512i v[16];
-  for (int64_t q = 0; q < 16; ++q)  // a dword: a rank of two entries
+  for (int64_t q = 0; q < 16; ++q)  // a 32-bit word: one rank of two entries
     v[q] = _mm512_or_si512(row(first + 2 * q), _mm512_slli_epi32(row(first + 2 * q + 1), 16));
   transpose16(v);
   for (int r = 0; r < 16; ++r) _mm512_store_si512(tile + 64 * r, v[r]);
 }
 
-// 32 entries' columns of a word, zeros where their masks drop: four B tiles.
+// Packs four B tiles: 64 columns of 32 entries, with zeros where dropout drops.
 inline void pack_rows(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,
                       int64_t word, char* tiles) {
   const int64_t c = word * kWord;
@@ -55,12 +57,12 @@ inline void pack_rows(const GatherPass& f, const SlotGroup& g, const MatrixView&
   }
 }
 
-inline bool outer_tiles(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
+inline bool wgrad_tiles(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
   bool ok = true;
   const auto units = [&](const SlotGroup& g) {
-    return Units{ceil_div(f.columns, kWord), ceil_div(g.count, kTile) + pages_of(g)};
+    return Work{ceil_div(f.columns, kWord), ceil_div(g.count, kTile) + pages_of(g)};
   };
-  over_units(f, parallel, units, [&](const SlotGroup& g, int64_t from, int64_t to) {
+  for_each_unit(f, parallel, units, [&](const SlotGroup& g, int64_t from, int64_t to) {
     const int64_t depth = ceil_div(g.count, kTileDepth), pages = pages_of(g);
     char* left =
         static_cast<char*>(thread_scratch(kGatherTiles, size_t((pages + 4) * depth * kTileBytes)));

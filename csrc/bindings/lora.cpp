@@ -1,5 +1,5 @@
-// lora_kernels_native::{nf4_linear,lora_linear}_{fwd,bwd} on the CPU.
-#include "bindings/linear.h"
+// lora_kernels_native::lora_linear_{fwd,bwd} on the CPU.
+#include "bindings/lora.h"
 
 namespace lora_kernels {
 
@@ -58,12 +58,6 @@ LoraView lora_view(const Base& base, const Tensor& a, const Tensor& b, double sc
   return lora;
 }
 
-namespace {
-
-const LinearKernels& kernels() { return linear_kernels(); }
-
-}  // namespace
-
 Tensor rows_of(const char* name, const Tensor& t, int64_t columns) {
   check_shape(name, t, {-1, columns});
   return columns > 1 && t.stride(1) != 1 ? torch::stable::contiguous(t) : t;
@@ -80,13 +74,13 @@ Tensor forward(const Tensor& any_x, const Base& base, const std::optional<Tensor
   const Tensor x = rows_of("x", any_x, base.meta.k);
   const MatrixView view = matrix_view("x", x, -1, base.meta.k);
   Tensor y = new_tensor(x, {view.rows, base.meta.n}, x.scalar_type());
-  const LinearForward call{view,
-                           base.view,
-                           vector_view("bias", bias, base.meta.n),
-                           lora,
-                           y.mutable_data_ptr(),
-                           s != nullptr ? s->mutable_data_ptr() : nullptr};
-  if (y.numel() > 0) check_memory(kernels().forward(call, torch_parallel()));
+  const LoraForward call{view,
+                         base.view,
+                         vector_view("bias", bias, base.meta.n),
+                         lora,
+                         y.mutable_data_ptr(),
+                         s != nullptr ? s->mutable_data_ptr() : nullptr};
+  if (y.numel() > 0) check_memory(lora_table().forward(call, torch_parallel()));
   return y;
 }
 
@@ -100,22 +94,12 @@ Tensor linear_backward(const Tensor& any_dy, const Base& base) {
   const Tensor dy = rows_of("dy", any_dy, base.meta.n);
   const MatrixView view = matrix_view("dy", dy, -1, base.meta.n);
   Tensor dx = new_tensor(dy, {view.rows, base.meta.k}, dy.scalar_type());
-  const LinearBackward call{view, base.view, LoraView{}, dx.mutable_data_ptr(), nullptr};
-  if (dx.numel() > 0) check_memory(kernels().backward(call, torch_parallel()));
+  const LoraBackward call{view, base.view, LoraView{}, dx.mutable_data_ptr(), nullptr};
+  if (dx.numel() > 0) check_memory(lora_table().backward(call, torch_parallel()));
   return dx;
 }
 
 namespace {
-
-Tensor nf4_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,
-                      const std::vector<int64_t>& meta, const std::optional<Tensor>& bias) {
-  return linear_forward(x, Base(base_tensors, meta), bias);
-}
-
-Tensor nf4_linear_bwd(const Tensor& dy, const std::vector<Tensor>& base_tensors,
-                      const std::vector<int64_t>& meta) {
-  return linear_backward(dy, Base(base_tensors, meta));
-}
 
 std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const std::vector<Tensor>& base_tensors,
                                            const std::vector<int64_t>& meta, const Tensor& a,
@@ -132,19 +116,19 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const std::vector<Te
 }
 
 // leftᵀ · (keep ∘ right), fp32 [R, C].
-Tensor outer_sum(const MatrixView& left, const MatrixView& right, const Dropout& dropout,
-                 const Tensor& like) {
+Tensor wgrad(const MatrixView& left, const MatrixView& right, const Dropout& dropout,
+             const Tensor& like) {
   Tensor out = new_tensor(like, {left.columns, right.columns}, ScalarType::Float);
   if (right.rows == 0) return torch::stable::zero_(out);
-  const OuterSum call{left, right, dropout, mutable_data<float>(out)};
-  check_memory(kernels().outer_sum(call, torch_parallel()));
+  const Wgrad call{left, right, dropout, mutable_data<float>(out)};
+  check_memory(lora_table().wgrad(call, torch_parallel()));
   return out;
 }
 
 Tensor scaled(const Tensor& from, float factor, ScalarType dtype) {
   const Dtype kind = kernel_dtype("gradient", dtype);
   Tensor out = torch::stable::new_empty(from, from.sizes(), dtype);
-  kernels().scale_into(data<float>(from), from.numel(), factor, kind, out.mutable_data_ptr());
+  lora_table().scale_into(data<float>(from), from.numel(), factor, kind, out.mutable_data_ptr());
   return out;
 }
 
@@ -182,25 +166,25 @@ Grads lora_linear_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
   if (needs[kX] || needs[kA]) {
     if (needs[kX]) dx = new_tensor(dy, {m, base.meta.k}, dy.scalar_type());
     Tensor ds = new_tensor(dy, {m, lora.r()}, rank_dtype(dy.scalar_type()));
-    const LinearBackward call{dy_view, base.view, lora, needs[kX] ? dx.mutable_data_ptr() : nullptr,
-                              ds.mutable_data_ptr()};
-    if (m > 0) check_memory(kernels().backward(call, torch_parallel()));
+    const LoraBackward call{dy_view, base.view, lora, needs[kX] ? dx.mutable_data_ptr() : nullptr,
+                            ds.mutable_data_ptr()};
+    if (m > 0) check_memory(lora_table().backward(call, torch_parallel()));
     if (needs[kA]) {
       const float factor =
           lora.dropout.threshold != 0 ? dropout_scale(lora.dropout.threshold) : 1.0f;
-      da = scaled(outer_sum(matrix_view("ds", ds, m, lora.r()), x_view, lora.dropout, dy), factor,
+      da = scaled(wgrad(matrix_view("ds", ds, m, lora.r()), x_view, lora.dropout, dy), factor,
                   a.scalar_type());
     }
   }
   if (needs[kB] || needs[kRankDiag] || needs[kOutDiag]) {
-    const Tensor outer = outer_sum(s_view, dy_view, Dropout{}, dy);
+    const Tensor s_dy = wgrad(s_view, dy_view, Dropout{}, dy);
     Tensor drank32 = new_tensor(dy, {needs[kRankDiag] ? lora.r() : 0}, ScalarType::Float);
     Tensor dout32 = new_tensor(dy, {needs[kOutDiag] ? base.meta.n : 0}, ScalarType::Float);
     if (needs[kB]) db = new_tensor(dy, {base.meta.n, lora.r()}, b.scalar_type());
-    const AdapterGrads call{data<float>(outer), lora, needs[kB] ? db.mutable_data_ptr() : nullptr,
+    const AdapterGrads call{data<float>(s_dy), lora, needs[kB] ? db.mutable_data_ptr() : nullptr,
                             needs[kRankDiag] ? mutable_data<float>(drank32) : nullptr,
                             needs[kOutDiag] ? mutable_data<float>(dout32) : nullptr};
-    kernels().adapter_grads(call, torch_parallel());
+    lora_table().adapter_grads(call, torch_parallel());
     if (needs[kRankDiag]) drank = scaled(drank32, 1.0f, dtype_of(rank_diag));
     if (needs[kOutDiag]) dout = scaled(dout32, 1.0f, dtype_of(out_diag));
   }
@@ -215,8 +199,6 @@ Grads lora_linear_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
-  m.impl("nf4_linear_fwd", TORCH_BOX(&nf4_linear_fwd));
-  m.impl("nf4_linear_bwd", TORCH_BOX(&nf4_linear_bwd));
   m.impl("lora_linear_fwd", TORCH_BOX(&lora_linear_fwd));
   m.impl("lora_linear_bwd", TORCH_BOX(&lora_linear_bwd));
 }

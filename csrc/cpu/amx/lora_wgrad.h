@@ -1,21 +1,22 @@
-// out[R, C] = leftᵀ·(keep ∘ right), summed over M: the gradients of A (left = ds, right = x) and of
-// B (left = s, right = dy). right is read once; pairs of its rows, interleaved, are B tiles.
+// The gradients of the adapters (wgrad), summed over M: out[R, C] = leftᵀ·(keep ∘ right). For A
+// left is ds and right is x, for B left is s and right is dy. right is read once; its rows, two
+// interleaved, are packed as B tiles.
 #pragma once
 
-#include "amx/forward.h"
+#include "amx/lora_forward.h"
 
 #if LK_AMX
 
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t kOuterRows = 128;  // rows of `right` turned into tiles at a time
-constexpr int64_t kOuterChunks = 4;  // columns of a task, in chunks
+constexpr int64_t kWgradRows = 128;  // rows of `right` that are packed at a time
+constexpr int64_t kWgradChunks = 4;  // columns of a task, in chunks
 
-// left[M, R] as A strips: row r of a tile holds 32 consecutive m.
-LK_INLINE void pack_left(const MatrixView& left, int64_t depth, int64_t strips, char* to) {
+// left[M, R] as panels of A tiles: row r of a tile holds 32 consecutive m.
+LK_INLINE void pack_left(const MatrixView& left, int64_t depth, int64_t panels, char* to) {
   const uint16_t* data = static_cast<const uint16_t*>(left.data);
-  for (int64_t s = 0; s < strips; ++s)
+  for (int64_t s = 0; s < panels; ++s)
     for (int64_t t = 0; t < depth; ++t) {
       // 16 pairs of rows as dwords, transposed: one dword holds (m, m + 1) of one rank.
       __m512i v[16];
@@ -35,7 +36,7 @@ LK_INLINE void pack_left(const MatrixView& left, int64_t depth, int64_t strips, 
     }
 }
 
-// The fp32 rows of two neighbouring strips (tile order) as 32 columns in order.
+// Writes a row of two neighbouring panels of sums as 32 columns in order.
 LK_INLINE void store_columns(__m512 low, __m512 high, float* out, int64_t left) {
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
   const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
@@ -46,29 +47,29 @@ LK_INLINE void store_columns(__m512 low, __m512 high, float* out, int64_t left) 
   _mm512_mask_storeu_epi32(out + 16, lanes16(left - 16), w);
 }
 
-template <class Rows>
-LK_INLINE void outer_sum_task(const OuterSum& f, const Rows& right, const char* left_tiles,
-                              int64_t c0, int64_t c1, char* block, float* sums) {
+template <class Reader>
+LK_INLINE void wgrad_task(const Wgrad& f, const Reader& right, const char* left_tiles, int64_t c0,
+                          int64_t c1, char* block, float* sums) {
   const int64_t m = f.right.rows, r = f.left.columns;
-  const int64_t depth = ceil_div(m, kTileDepth), r_strips = ceil_div(r, kTile);
-  const int64_t r_pairs = ceil_div(r_strips, 2);
-  constexpr int64_t kPairs = kChunkStrips / 2;
-  constexpr int64_t kStripBytes = kOuterRows / kTileDepth * kTileBytes;
-  for (int64_t m0 = 0; m0 < m; m0 += kOuterRows) {
-    const int64_t rows = min64(kOuterRows, round_up(m - m0, kTileDepth));
+  const int64_t depth = ceil_div(m, kTileDepth), r_panels = ceil_div(r, kTile);
+  const int64_t r_pairs = ceil_div(r_panels, 2);
+  constexpr int64_t kPairs = kChunkPanels / 2;
+  constexpr int64_t kPanelBytes = kWgradRows / kTileDepth * kTileBytes;
+  for (int64_t m0 = 0; m0 < m; m0 += kWgradRows) {
+    const int64_t rows = min64(kWgradRows, round_up(m - m0, kTileDepth));
     for (int64_t c = c0; c < c1; ++c) {
-      pack_b_pairs(right, m0, m0 + rows, m, c, c + 1, block, kStripBytes);
+      pack_b_pairs(right, m0, m0 + rows, m, c, c + 1, block, kPanelBytes);
       for (int64_t rp = 0; rp < r_pairs; ++rp) {
         const char* l0 = left_tiles + (2 * rp * depth + m0 / kTileDepth) * kTileBytes;
-        const char* l1 = 2 * rp + 1 < r_strips ? l0 + depth * kTileBytes : l0;
+        const char* l1 = 2 * rp + 1 < r_panels ? l0 + depth * kTileBytes : l0;
         for (int64_t i = 0; i < kPairs; ++i) {
           float* sum = sums + 1024 * (((c - c0) * r_pairs + rp) * kPairs + i);
           if (m0 == 0)
             zero_accumulators();
           else
             load_accumulators(sum);
-          const char* z = block + 2 * i * kStripBytes;
-          multiply(l0, l1, z, z + kStripBytes, rows / kTileDepth);
+          const char* z = block + 2 * i * kPanelBytes;
+          multiply(l0, l1, z, z + kPanelBytes, rows / kTileDepth);
           store_accumulators(sum);
         }
       }
@@ -85,32 +86,32 @@ LK_INLINE void outer_sum_task(const OuterSum& f, const Rows& right, const char* 
       }
 }
 
-inline bool outer_sum_bf16(const OuterSum& f, const Parallel& parallel) {
+inline bool wgrad_bf16(const Wgrad& f, const Parallel& parallel) {
   const int64_t chunks = ceil_div(f.right.columns, kChunk);
   const int64_t depth = ceil_div(f.right.rows, kTileDepth);
-  const int64_t r_strips = ceil_div(f.left.columns, kTile);
+  const int64_t r_panels = ceil_div(f.left.columns, kTile);
   char* left =
-      static_cast<char*>(thread_scratch(kActivations, size_t(r_strips * depth * kTileBytes)));
+      static_cast<char*>(thread_scratch(kActivations, size_t(r_panels * depth * kTileBytes)));
   if (left == nullptr) return false;
-  pack_left(f.left, depth, r_strips, left);
-  const int64_t block_chunks = clamp64(ceil_div(chunks, parallel.threads), 1, kOuterChunks);
+  pack_left(f.left, depth, r_panels, left);
+  const int64_t block_chunks = clamp64(ceil_div(chunks, parallel.threads), 1, kWgradChunks);
   bool ok = true;
   parallel(0, ceil_div(chunks, block_chunks), 1, [&](int64_t begin, int64_t end) {
     TileScope tiles;
     char* block = static_cast<char*>(
-        thread_scratch(kBlock, size_t(kChunkStrips * kOuterRows / kTileDepth * kTileBytes)));
+        thread_scratch(kBlock, size_t(kChunkPanels * kWgradRows / kTileDepth * kTileBytes)));
     float* sums = static_cast<float*>(thread_scratch(
-        kAccumulators, size_t(block_chunks * ceil_div(r_strips, 2) * 4 * 4 * kTileBytes)));
+        kAccumulators, size_t(block_chunks * ceil_div(r_panels, 2) * 4 * 4 * kTileBytes)));
     if (block == nullptr || sums == nullptr) return void(ok = false);
-    const DenseRows<Order::natural> rows{f.right.data, f.right.dtype, f.right.stride,
-                                         f.right.columns};
+    const DenseReader<Order::natural> rows{f.right.data, f.right.dtype, f.right.stride,
+                                           f.right.columns};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c0 = task * block_chunks, c1 = min64(c0 + block_chunks, chunks);
       if (f.dropout.threshold == 0) {
-        outer_sum_task(f, rows, left, c0, c1, block, sums);
+        wgrad_task(f, rows, left, c0, c1, block, sums);
       } else {
-        const MaskedRows<Order::natural> masked{rows, f.dropout};
-        outer_sum_task(f, masked, left, c0, c1, block, sums);
+        const MaskedReader<Order::natural> masked{rows, f.dropout};
+        wgrad_task(f, masked, left, c0, c1, block, sums);
       }
     }
   });

@@ -1,22 +1,25 @@
-// The second product of the passes over rank pages on AMX tiles (gather_amx.h).
+// The expand step over rank pages on AMX tiles.
+//
+// C[token, 16 columns] += A[token, 32 ranks] · B[ranks, columns]. The sums of the shrink step are
+// rounded to bf16 as A tiles; the rows of a page, two interleaved, are packed as B tiles.
 #pragma once
 
-#include "gather_amx.h"
+#include "amx/gather_shrink.h"
 
 #if LK_AMX
 
 namespace lora_kernels {
 namespace {
 
-// Columns [c, c + 32 halves) of an adapter's pages as B tiles of `pairs` rows, by strips of 16
-// columns: [2 halves][depth][pairs][64 bytes]. Interleaving two rows gives two strips: columns
+// Packs the columns [c, c + 32 halves) of an adapter's pages as B tiles of `pairs` rows, in panels
+// of 16 columns: [2 halves][depth][pairs][64 bytes]. Two interleaved rows give two panels: columns
 // 8 l .. 8 l + 3 of each 32, and the four after them, l = 0 .. 3.
 inline void pack_ranks(const GatherPass& f, const SlotGroup& g, int64_t c, int64_t halves,
                        int64_t depth, int64_t pairs, char* to) {
   for (int64_t d = 0; d < depth; ++d) {
     const char* row[kTileDepth];
     const int64_t there = min64(g.rank - 32 * d, 2 * pairs);
-    for (int64_t r = 0; r < 2 * pairs; ++r)  // past the rank any row, of which nothing is read
+    for (int64_t r = 0; r < 2 * pairs; ++r)  // past the rank any row does: it is masked
       row[r] =
           reinterpret_cast<const char*>(page_row<BFloat16>(f, g, 32 * d + min64(r, there - 1)) + c);
     for (int64_t h = 0; h < halves; ++h) {
@@ -40,7 +43,7 @@ inline void pack_ranks(const GatherPass& f, const SlotGroup& g, int64_t c, int64
   }
 }
 
-// As tiles sum: without denormals, whatever the caller's mode.
+// Tiles flush denormal numbers to zero. While this is alive, vectors do the same.
 class FlushDenormals {
  public:
   FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040u); }
@@ -52,13 +55,13 @@ class FlushDenormals {
   unsigned before_;
 };
 
-// The adapter of a group and what it adds to.
+// The expand step of one group of entries.
 struct Expand {
-  // B tiles of a block and A tiles of a strip of tokens stay in the L1 cache beside their sums.
+  // Bytes of B tiles that stay in the L1 cache beside the A tiles of 16 tokens and their sums.
   static constexpr int64_t kBlockBytes = 24 << 10, kLongest = 512;
-  // So few entries take less time on vectors, where pages are not interleaved first. One of each of
-  // 64 adapters of rank 16, N = 4096, one thread: 0.42 ms against 0.64.
-  static constexpr int64_t kFew = 4, kFewLongest = 1024;
+  // Up to so many entries vectors are faster, as they need no packing. One token each for 64
+  // adapters of rank 16, N = 4096, one thread: 0.42 ms against 0.64.
+  static constexpr int64_t kVectorEntries = 4, kVectorColumns = 1024;
   const GatherPass& f;
   const SlotGroup& g;
   const float* factor;
@@ -78,7 +81,7 @@ struct Expand {
            (f.tokens[entry] * out.stride + c) * size();
   }
 
-  // 32 ranks of an entry from `rank` on, rounded; zeros past the adapter's.
+  // The sums of an entry for 32 ranks from `rank` on, rounded; zeros past the adapter's rank.
   LK_INLINE __m512i sums32(int32_t entry, int64_t rank) const {
     const float* from = f.sums + entry * f.width + rank;
     const int64_t left = g.rank - rank;
@@ -86,7 +89,7 @@ struct Expand {
                       _mm512_maskz_loadu_ps(lanes16(left - 16), from + 16));
   }
 
-  // out (+)= factor · drop'(v): a word of columns, of which those before `end` are there.
+  // out (+)= factor · drop'(v) for 64 columns from c on, but none from `end` on.
   LK_INLINE void finish(int32_t entry, int64_t c, int64_t end, __m512 v[4]) const {
     const uint64_t keep =
         drops_tiles(f, g)
@@ -106,21 +109,21 @@ struct Expand {
       _mm512_mask_storeu_epi16(to + 32 * i, lanes32(end - c - 16 * i), round_pair(v[i], v[i + 1]));
   }
 
-  // A word of columns of the tokens [first, first + tokens) from the tiles of its four strips.
+  // 64 columns, four panels of B tiles, for the tokens [first, first + tokens).
   LK_INLINE void word(int64_t first, int64_t tokens, const char* sums, const char* tiles, int64_t c,
                       int64_t end) const {
     alignas(64) float sum[4][256];
-    const int64_t tile = pairs() * 64, strip = depth() * tile;
+    const int64_t tile = pairs() * 64, panel = depth() * tile;
     zero_accumulators();
     for (int64_t d = 0; d < depth(); ++d, tiles += tile) {
       _tile_loadd(4, sums + d * kTileBytes, 64);
       _tile_loadd(6, tiles, 64);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, tiles + strip, 64);
+      _tile_loadd(7, tiles + panel, 64);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(6, tiles + 2 * strip, 64);
+      _tile_loadd(6, tiles + 2 * panel, 64);
       _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(7, tiles + 3 * strip, 64);
+      _tile_loadd(7, tiles + 3 * panel, 64);
       _tile_dpbf16ps(3, 4, 7);
     }
     store_accumulators(sum[0]);
@@ -136,23 +139,24 @@ struct Expand {
     for (int64_t c = first; c < end; c += block()) {
       const int64_t words = ceil_div(min64(block(), end - c), kWord);
       pack_ranks(f, g, c, 2 * words, depth(), pairs(), tiles);
-      for (int64_t strip = 0; strip < g.count; strip += kTile) {
-        const int64_t tokens = min64(kTile, g.count - strip);
+      for (int64_t panel = 0; panel < g.count; panel += kTile) {
+        const int64_t tokens = min64(kTile, g.count - panel);
         for (int64_t t = 0; t < tokens; ++t)
           for (int64_t d = 0; d < depth(); ++d)
             _mm512_store_si512(sums + d * kTileBytes + t * 64,
-                               sums32(g.entries[strip + t], d * kTileDepth));
+                               sums32(g.entries[panel + t], d * kTileDepth));
         shape->use(tokens, pairs(), kTile);
         for (int64_t w = 0; w < words; ++w)
-          word(strip, tokens, sums, tiles + w * kWord * column_bytes(), c + w * kWord, end);
+          word(panel, tokens, sums, tiles + w * kWord * column_bytes(), c + w * kWord, end);
       }
     }
   }
 
-  // sums[token, `halves` of 32 columns: even, odd ones] of all entries, as the tiles sum: of each
-  // 32 ranks a chain of the even and one of the odd, then their sum is added.
+  // The same sums on vectors: sums[token, halves, 16 even and 16 odd columns]. They are added in
+  // the order of the tiles, so that both give the same bits: for each 32 ranks one chain over the
+  // even and one over the odd ranks, whose sum is added to the total.
   template <int tokens>
-  void few_sums(int64_t c, int64_t halves, float* sums) const {
+  void vector_sums(int64_t c, int64_t halves, float* sums) const {
     const FlushDenormals mode;
     for (int64_t d = 0; d < depth(); ++d) {
       const int64_t ranks = min64(g.rank - d * kTileDepth, kTileDepth);
@@ -188,7 +192,7 @@ struct Expand {
         if (r < ranks) add(r, chain[0]);
         for (int t = 0; t < tokens; ++t)
           for (int i = 0; i < 2; ++i) {
-            float* to = sums + t * kFewLongest + 32 * h + 16 * i;
+            float* to = sums + t * kVectorColumns + 32 * h + 16 * i;
             const __m512 before = d == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to);
             _mm512_store_ps(to,
                             _mm512_add_ps(before, _mm512_add_ps(chain[0][t][i], chain[1][t][i])));
@@ -198,27 +202,27 @@ struct Expand {
   }
 
   void on_vectors(int64_t first, int64_t end) const {
-    alignas(64) float sums[kFew * kFewLongest];
+    alignas(64) float sums[kVectorEntries * kVectorColumns];
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    for (int64_t c = first; c < end; c += kFewLongest) {
-      const int64_t words = ceil_div(min64(kFewLongest, end - c), kWord);
+    for (int64_t c = first; c < end; c += kVectorColumns) {
+      const int64_t words = ceil_div(min64(kVectorColumns, end - c), kWord);
       switch (g.count) {
         case 1:
-          few_sums<1>(c, 2 * words, sums);
+          vector_sums<1>(c, 2 * words, sums);
           break;
         case 2:
-          few_sums<2>(c, 2 * words, sums);
+          vector_sums<2>(c, 2 * words, sums);
           break;
         case 3:
-          few_sums<3>(c, 2 * words, sums);
+          vector_sums<3>(c, 2 * words, sums);
           break;
         default:
-          few_sums<4>(c, 2 * words, sums);
+          vector_sums<4>(c, 2 * words, sums);
       }
       for (int64_t t = 0; t < g.count; ++t)
         for (int64_t w = 0; w < words; ++w) {
-          const float* from = sums + t * kFewLongest + w * kWord;
+          const float* from = sums + t * kVectorColumns + w * kWord;
           __m512 v[4];
           for (int i = 0; i < 4; i += 2) {
             const __m512 even = _mm512_load_ps(from + 16 * i),
@@ -240,13 +244,13 @@ struct Expand {
 inline bool expand_tiles(const GatherPass& f, const float* factor, bool overwrite,
                          const MatrixView& out, const Parallel& parallel) {
   bool ok = true;
-  over_columns(f, parallel, [&](const SlotGroup& g, int64_t first, int64_t end) {
+  for_each_column_block(f, parallel, [&](const SlotGroup& g, int64_t first, int64_t end) {
     const Expand call{f, g, factor, overwrite, out};
     if (g.rank == 0) {
       if (overwrite) call.zero(first, end);
       return;
     }
-    if (g.count <= Expand::kFew) return call.on_vectors(first, end);
+    if (g.count <= Expand::kVectorEntries) return call.on_vectors(first, end);
     char* tiles = static_cast<char*>(thread_scratch(kGatherTiles, size_t(call.scratch())));
     if (tiles == nullptr) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     TileShape shape;

@@ -1,10 +1,13 @@
-// ds = scale · d ∘ ((g ∘ dy)·B) and dx = dy·W + keep ∘ (ds·A) / (1 - p): rows of dy are A tiles,
-// and pairs of decoded rows of W, interleaved, are B tiles.
+// The backward of the LoRA layer. Rows of dy are packed as A tiles; decoded rows of W, two
+// interleaved, as B tiles.
+//
+//   ds = scale · d ∘ ((g ∘ dy) · B)
+//   dx = dy · W + keep ∘ (ds · A) / (1 - p)
 //
 // FLOPs 2MNK + 2MR(N + K); bytes at least: dy once, W once, dx once.
 #pragma once
 
-#include "amx/forward.h"
+#include "amx/lora_forward.h"
 
 #if LK_AMX
 
@@ -12,34 +15,34 @@ namespace lora_kernels {
 namespace {
 
 struct BackwardPacked {
-  char* dy;        // [M / 16] A strips of `depth` tiles
-  char* ds;        // [M / 16] A strips of rank_tiles
-  char* b;         // [R / 16] B strips of `depth` tiles
+  char* dy;        // [M / 16] A panels of `depth` tiles
+  char* ds;        // [M / 16] A panels of rank_tiles
+  char* b;         // [R / 16] B panels of `depth` tiles
   int64_t chunks;  // of N
   int64_t depth() const { return chunks * kChunkTiles; }
-  int64_t strip() const { return depth() * kTileBytes; }
+  int64_t panel_bytes() const { return depth() * kTileBytes; }
 };
 
-// Packs dy rows [m, m + 16) and computes their ds.
-LK_INLINE void pack_dy(const LinearBackward& f, const BackwardPacked& p, int64_t strip, int64_t m,
+// Packs the rows [m, m + 16) of dy and computes their ds.
+LK_INLINE void pack_dy(const LoraBackward& f, const BackwardPacked& p, int64_t panel, int64_t m,
                        int64_t m_end) {
-  Strip<DenseRows<Order::natural>> dy_rows({f.dy.data, f.dy.dtype, f.dy.stride, f.base.n});
-  char* dy = p.dy + strip * p.strip();
-  pack_a_strip(dy_rows, m, m_end, 0, p.chunks, dy);
+  PanelReader<DenseReader<Order::natural>> dy_rows({f.dy.data, f.dy.dtype, f.dy.stride, f.base.n});
+  char* dy = p.dy + panel * p.panel_bytes();
+  pack_a_panel(dy_rows, m, m_end, 0, p.chunks, dy);
   const int64_t r = f.lora.r(), depth = rank_tiles(f.lora);
-  char* ds_tiles = p.ds + strip * depth * kTileBytes;
+  char* ds_tiles = p.ds + panel * depth * kTileBytes;
   alignas(64) float c[2][256];
   for (int64_t t = 0; t < depth; ++t) {
     _tile_zero(0);
     _tile_zero(1);
     const bool second = t * kTileDepth + kTile < r;
-    const char* b = p.b + 2 * t * p.strip();
+    const char* b = p.b + 2 * t * p.panel_bytes();
     for (int64_t i = 0; i < p.depth(); ++i) {
       _tile_loadd(4, dy + i * kTileBytes, 64);
       _tile_loadd(6, b + i * kTileBytes, 64);
       _tile_dpbf16ps(0, 4, 6);
       if (second) {
-        _tile_loadd(7, b + p.strip() + i * kTileBytes, 64);
+        _tile_loadd(7, b + p.panel_bytes() + i * kTileBytes, 64);
         _tile_dpbf16ps(1, 4, 7);
       }
     }
@@ -56,10 +59,10 @@ LK_INLINE void pack_dy(const LinearBackward& f, const BackwardPacked& p, int64_t
   }
 }
 
-// dx[m .. m + 32) of one chunk. c, and c_lora where a mask applies: four pairs of strips, each
-// [row strip][column strip][16][16].
+// Writes dx[m .. m + 32) of one chunk from the sums c, and c_lora where a mask applies to the
+// branch: four pairs of panels, each [row panel][column panel][16][16].
 template <Order order>
-LK_INLINE void store_dx(const LinearBackward& f, const float* c, const float* c_lora, int64_t chunk,
+LK_INLINE void store_dx(const LoraBackward& f, const float* c, const float* c_lora, int64_t chunk,
                         int64_t m, int64_t m_end) {
   const Dropout& dropout = f.lora.dropout;
   const __m512 factor = _mm512_set1_ps(dropout_scale(dropout.threshold));
@@ -67,15 +70,15 @@ LK_INLINE void store_dx(const LinearBackward& f, const float* c, const float* c_
   for (int64_t i = 0; i < min64(m_end - m, 2 * kTile); ++i) {
     const int64_t at = i / kTile * 512 + i % kTile * 16;
     __m512 v[8];
-    for (int strip = 0; strip < 8; ++strip)
-      v[strip] = _mm512_load_ps(c + strip / 2 * 1024 + strip % 2 * 256 + at);
+    for (int panel = 0; panel < 8; ++panel)
+      v[panel] = _mm512_load_ps(c + panel / 2 * 1024 + panel % 2 * 256 + at);
     if (c_lora != nullptr) {
       const uint64_t low = keep_mask64(dropout, uint32_t(m + i), uint32_t(2 * chunk));
       const uint64_t high = keep_mask64(dropout, uint32_t(m + i), uint32_t(2 * chunk + 1));
-      for (int strip = 0; strip < 8; ++strip)
-        v[strip] =
-            _mm512_mask3_fmadd_ps(_mm512_load_ps(c_lora + strip / 2 * 1024 + strip % 2 * 256 + at),
-                                  factor, v[strip], kept16<order>(low, high, strip / 2, strip % 2));
+      for (int panel = 0; panel < 8; ++panel)
+        v[panel] =
+            _mm512_mask3_fmadd_ps(_mm512_load_ps(c_lora + panel / 2 * 1024 + panel % 2 * 256 + at),
+                                  factor, v[panel], kept16<order>(low, high, panel / 2, panel % 2));
     }
     __m512i out[4];
     eight_columns<order>(v, out);
@@ -85,25 +88,25 @@ LK_INLINE void store_dx(const LinearBackward& f, const float* c, const float* c_
   }
 }
 
-template <class Rows>
-bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Parallel& parallel) {
-  constexpr Order order = Rows::kOrder;
+template <class Reader>
+bool backward_blocked(const Reader& prototype, const LoraBackward& f, const Parallel& parallel) {
+  constexpr Order order = Reader::kOrder;
   const int64_t m_all = f.dy.rows, n = f.base.n, k_chunks = ceil_div(f.base.k, kChunk);
   const int64_t depth = rank_tiles(f.lora);
   const bool masked = depth > 0 && f.lora.dropout.threshold != 0;
   BackwardPacked p{nullptr, nullptr, nullptr, ceil_div(n, kChunk)};
   const Tuning& sizes = tuning();
   const int64_t piece = piece_rows(m_all, p.chunks, sizes.activation_bytes);
-  const int64_t dy_bytes = piece / kTile * p.strip();
+  const int64_t dy_bytes = piece / kTile * p.panel_bytes();
   p.dy = static_cast<char*>(
       thread_scratch(kActivations, size_t(dy_bytes + piece / kTile * depth * kTileBytes)));
-  const int64_t r_strips = rank_strips(f.lora);
-  p.b = static_cast<char*>(thread_scratch(kAdapters, size_t(2 * depth * p.strip())));
+  const int64_t r_panels = rank_panels(f.lora);
+  p.b = static_cast<char*>(thread_scratch(kAdapters, size_t(2 * depth * p.panel_bytes())));
   if (p.dy == nullptr || (depth > 0 && p.b == nullptr)) return false;
   p.ds = p.dy + dy_bytes;
-  parallel(0, r_strips, 1, [&](int64_t begin, int64_t end) {
+  parallel(0, r_panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      pack_b_for_ds(f.lora, i * kTile, n, p.depth() * 16, p.b + i * p.strip());
+      pack_b_for_ds(f.lora, i * kTile, n, p.depth() * 16, p.b + i * p.panel_bytes());
   });
 
   bool ok = true;
@@ -116,43 +119,43 @@ bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Paral
       for (int64_t i = begin; i < end; ++i) pack_dy(f, p, i, m0 + i * kTile, m_end);
     });
     if (f.dx == nullptr) continue;
-    const Blocks blocks(Rows::blocking(sizes), k_chunks * kChunkStrips, kChunkStrips,
-                        ceil_div(n, kTileDepth), 1, m_pairs, parallel.threads);
-    const int64_t expand_bytes = blocks.strips * depth * kTileBytes;
-    parallel(0, blocks.tasks(), 1, [&](int64_t begin, int64_t end) {
+    const BlockSchedule schedule(Reader::blocking(sizes), k_chunks * kChunkPanels, kChunkPanels,
+                                 ceil_div(n, kTileDepth), 1, m_pairs, parallel.threads);
+    const int64_t expand_bytes = schedule.panels * depth * kTileBytes;
+    parallel(0, schedule.tasks(), 1, [&](int64_t begin, int64_t end) {
       TileScope tiles;
-      PairFeeder<Rows> feeder(prototype, n);
+      PairPacker<Reader> packer(prototype, n);
       char* memory = static_cast<char*>(
-          thread_scratch(kBlock, size_t(blocks.all_part_bytes() + 2 * expand_bytes)));
-      // After the sums, where a mask keeps a chunk's LoRA terms apart: these. Where a block has one
-      // part, the sums of a chunk.
-      const int64_t chunk_bytes = kChunkStrips * 2 * kTileBytes;
-      const int64_t sum_bytes = max64(blocks.sum_bytes(), chunk_bytes);
+          thread_scratch(kBlock, size_t(schedule.buffer_bytes() + 2 * expand_bytes)));
+      // The sums, and behind them those of the LoRA branch of one chunk, where a mask keeps them
+      // apart. With one K block the sums of one chunk are enough.
+      const int64_t chunk_bytes = kChunkPanels * 2 * kTileBytes;
+      const int64_t sum_bytes = max64(schedule.sum_bytes(), chunk_bytes);
       float* sums = static_cast<float*>(
           thread_scratch(kAccumulators, size_t(sum_bytes + (masked ? chunk_bytes : 0))));
       if (memory == nullptr || sums == nullptr) return void(ok = false);
       float* lora_sums = masked ? sums + sum_bytes / 4 : nullptr;
-      char* expand = memory + blocks.all_part_bytes();
+      char* expand = memory + schedule.buffer_bytes();
       const auto load = [&](const Stage& stage, char* to) {
-        const int64_t strip0 = stage.block * blocks.strips;
-        const int64_t c0 = strip0 / kChunkStrips;
-        const int64_t c1 = c0 + blocks.strips_of(stage.block) / kChunkStrips;
+        const int64_t panel0 = stage.block * schedule.panels;
+        const int64_t c0 = panel0 / kChunkPanels;
+        const int64_t c1 = c0 + schedule.panels_of(stage.block) / kChunkPanels;
         if (stage.first && depth > 0) {
-          const DenseRows<order> a{f.lora.a.data, f.lora.a.dtype, f.lora.a.stride, f.base.k};
+          const DenseReader<order> a{f.lora.a.data, f.lora.a.dtype, f.lora.a.stride, f.base.k};
           pack_b_pairs(a, 0, depth * kTileDepth, f.lora.r(), c0, c1,
                        expand + stage.task % 2 * expand_bytes, depth * kTileBytes);
         }
-        feeder.begin(blocks.begin(stage.part) * kTileDepth, blocks.end(stage.part) * kTileDepth, c0,
-                     c1, to, blocks.strip_bytes());
+        packer.begin(schedule.begin(stage.k_block) * kTileDepth,
+                     schedule.end(stage.k_block) * kTileDepth, c0, c1, to, schedule.panel_bytes());
       };
-      const auto finish = [&](const Stage& stage, int64_t pair, int64_t strip, float* c) {
-        const int64_t in_chunk = strip % kChunkStrips / 2;
+      const auto finish = [&](const Stage& stage, int64_t pair, int64_t panel, float* c) {
+        const int64_t in_chunk = panel % kChunkPanels / 2;
         const auto add_lora = [&] {
           const char* ds = p.ds + 2 * pair * depth * kTileBytes;
-          const char* a = expand + stage.task % 2 * expand_bytes + strip * depth * kTileBytes;
+          const char* a = expand + stage.task % 2 * expand_bytes + panel * depth * kTileBytes;
           multiply(ds, ds + depth * kTileBytes, a, a + depth * kTileBytes, depth);
         };
-        float* sum = blocks.parts > 1 ? c : sums + 1024 * in_chunk;
+        float* sum = schedule.k_blocks > 1 ? c : sums + 1024 * in_chunk;
         if (depth > 0 && !masked) add_lora();
         store_accumulators(sum);
         if (masked) {
@@ -160,13 +163,13 @@ bool backward_blocks(const Rows& prototype, const LinearBackward& f, const Paral
           add_lora();
           store_accumulators(lora_sums + 1024 * in_chunk);
         }
-        if (in_chunk == kChunkStrips / 2 - 1)
+        if (in_chunk == kChunkPanels / 2 - 1)
           store_dx<order>(f, sum - 3 * 1024, lora_sums,
-                          (stage.block * blocks.strips + strip) / kChunkStrips,
+                          (stage.block * schedule.panels + panel) / kChunkPanels,
                           m0 + 2 * pair * kTile, m_end);
       };
-      multiply_blocks<Stream::b>(blocks, Strips{p.dy, p.strip()}, begin, end, memory, sums, feeder,
-                                 load, finish);
+      blocked_gemm<Stream::b>(schedule, Panels{p.dy, p.panel_bytes()}, begin, end, memory, sums,
+                              packer, load, finish);
     });
   }
   return ok;

@@ -1,9 +1,9 @@
-// Scales of a doubly quantised weight by look-up.
+// The scales of a doubly quantised weight, by look-up.
 //
-// The scales of one group of blocks (256 in bitsandbytes' format) are 256 possible values: the map
-// times the group's own scale, plus the offset. Decoding these once makes a block's scale a load at
-// an address that the block's byte gives, where gathering the bytes' values costs more than
-// decoding the weights does.
+// Blocks come in groups (of 256 in bitsandbytes' format) that share a scale of their own. A block's
+// scale has only 256 possible values in a group: map[code] times the group's scale, plus the
+// offset. These are computed once for each group; the scale of a block is then one load, where
+// computing it from its code would cost more than decoding the block's weights.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ namespace lora_kernels {
 namespace {
 
 // Whether all scales are zero or between 2^-100 and 2^100, so that no code * scale comes near the
-// ends of fp32's range.
-LK_INLINE bool are_plain(const float* scales, int64_t count) {
+// ends of fp32's range and `fast_table` (vector/row_reader.h) rounds exactly.
+LK_INLINE bool in_safe_range(const float* scales, int64_t count) {
   constexpr uint32_t kLeast = 27u << 23, kMost = 227u << 23;
   uint32_t others = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -43,7 +43,7 @@ class ScaleMaps {
         shift(view.nested_block > 0 ? __builtin_ctzll(uint64_t(view.nested_block)) : 0),
         last_slot(slots(view, blocks) - 1) {}
 
-  // Makes the scales of the blocks [first, first + count) ready.
+  // Computes the tables for the blocks [first, first + count), but those that are there already.
   LK_INLINE void begin(int64_t first, int64_t count) {
     const int64_t group0 = first >> shift, end = ((first + count - 1) >> shift) + 1;
     for (int64_t g = group0 >= ready0 && group0 <= ready1 ? ready1 : group0; g < end; ++g)
@@ -52,14 +52,15 @@ class ScaleMaps {
     ready1 = end > ready1 || group0 > ready1 ? end : ready1;
   }
 
-  // By absmax8: the scales of the group that has this block, and the first block of the next group.
+  // The scales, by absmax8, of the group that this block is in, and the first block of the next
+  // one.
   LK_INLINE const float* table(int64_t block) const {
     return maps + ((block >> shift) & last_slot) * kCodes;
   }
   LK_INLINE int64_t table_end(int64_t block) const { return ((block >> shift) + 1) << shift; }
 
-  // Whether all scales seen so far are plain.
-  bool plain() const { return is_plain; }
+  // Of all scales computed so far.
+  bool in_safe_range() const { return safe; }
 
  private:
   static int64_t slots(const QuantView& q, int64_t blocks) {
@@ -71,20 +72,20 @@ class ScaleMaps {
   void decode_group(int64_t group) {
     float* to = maps + (group & last_slot) * kCodes;
     const float* map = q->nested_map;
-    const float outer = q->nested_absmax[group], offset = q->nested_offset;
+    const float group_scale = q->nested_absmax[group], offset = q->nested_offset;
     for (int64_t i = 0; i < kCodes; ++i) {
-      const float product = map[i] * outer;
+      const float product = map[i] * group_scale;
       to[i] = product + offset;
     }
-    is_plain &= are_plain(to, kCodes);
+    safe &= lora_kernels::in_safe_range(to, kCodes);
   }
 
   const QuantView* q;
   float* maps;
   int shift;
   int64_t last_slot;
-  int64_t ready0 = 0, ready1 = 0;  // the groups decoded now
-  bool is_plain = true;
+  int64_t ready0 = 0, ready1 = 0;  // the groups whose tables are there
+  bool safe = true;
 };
 
 }  // namespace

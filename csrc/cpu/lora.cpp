@@ -1,16 +1,16 @@
-// Linear layers: bf16 activations on AMX tiles (csrc/cpu/amx) where there are any, everything else
-// on fp32 vectors (csrc/cpu/vector).
-#include "lora_kernels/linear.h"
+// The LoRA layer, and without an adapter the 4-bit linear layer: bf16 activations on AMX tiles
+// (csrc/cpu/amx) in the tier that has them, everything else on fp32 vectors (csrc/cpu/vector).
+#include "lora_kernels/lora.h"
 
 #include "target.h"
-#include "vector/linear.h"
+#include "vector/lora.h"
 
 #if LK_AMX
 #include <new>
 
-#include "amx/backward.h"
-#include "amx/outer_sum.h"
-#include "amx/small.h"
+#include "amx/lora_backward.h"
+#include "amx/lora_skinny.h"
+#include "amx/lora_wgrad.h"
 #endif
 
 namespace lora_kernels {
@@ -37,9 +37,9 @@ void adapter_grads_rows(const AdapterGrads& f, int64_t begin, int64_t end) {
     const float g = lora.scale * element(lora.out_diag, i);
     double sum = 0.0;
     for (int64_t j = 0; j < r; ++j) {
-      const float d = element(lora.rank_diag, j), outer = f.outer[j * n + i];
-      if (f.db != nullptr) store(static_cast<T*>(f.db) + i * r + j, g * outer * d);
-      if (f.dout_diag != nullptr) sum += double(d * to_float(b[i * lora.b.stride + j])) * outer;
+      const float d = element(lora.rank_diag, j), s_dy = f.s_dy[j * n + i];
+      if (f.db != nullptr) store(static_cast<T*>(f.db) + i * r + j, g * s_dy * d);
+      if (f.dout_diag != nullptr) sum += double(d * to_float(b[i * lora.b.stride + j])) * s_dy;
     }
     if (f.dout_diag != nullptr) f.dout_diag[i] = static_cast<float>(lora.scale * sum);
   }
@@ -54,7 +54,7 @@ void rank_diag_grad(const AdapterGrads& f) {
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i)
       sum += double(element(lora.out_diag, i) * to_float(b[i * lora.b.stride + j])) *
-             f.outer[j * n + i];
+             f.s_dy[j * n + i];
     f.drank_diag[j] = static_cast<float>(lora.scale * sum);
   }
 }
@@ -100,50 +100,48 @@ void scale_into(const float* in, int64_t count, float factor, Dtype dtype, void*
 
 namespace {
 
-DenseRows<Order::natural> dense_rows(const BaseView& base) {
+DenseReader<Order::natural> dense_reader(const BaseView& base) {
   return {base.dense.data, base.dense.dtype, base.dense.stride, base.k};
 }
 
-// Up to here decoding into registers beats decoding into tiles.
-constexpr int64_t kVectorRows = 2;
+// Rows of x up to which the GEMV, which decodes into registers, is faster than decoding into tiles.
+constexpr int64_t kTileGemvRows = 2;
 
-bool forward(const LinearForward& f, const Parallel& parallel) {
+bool forward(const LoraForward& f, const Parallel& parallel) {
   if (f.x.dtype != Dtype::bf16) return vector::forward(f, parallel);
   const BaseView& base = f.base;
-  const bool small = f.x.rows <= kSmallRows;
-  if (f.x.rows <= kVectorRows && base.quant != nullptr && vector::grouped(base))
+  if (f.x.rows <= kTileGemvRows && base.quant != nullptr && vector::grouped(base))
     return vector::forward(f, parallel);
-  if (base.quant == nullptr) return forward_blocks(dense_rows(base), f, parallel);
-  if (!Nf4Rows::takes(*base.quant, base.k))
-    return forward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);
-  if (small) return forward_small(Nf4Rows(*base.quant, base.k), f, parallel);
-  const QuantView q = plain_scales(*base.quant, kScales, parallel);
-  return forward_blocks(Nf4Rows(q, base.k), f, parallel);
+  if (base.quant == nullptr) return forward_blocked(dense_reader(base), f, parallel);
+  if (!Nf4Reader::takes(*base.quant, base.k))
+    return forward_blocked(AnyNf4Reader(*base.quant, base.k), f, parallel);
+  if (f.x.rows <= kSkinnyRows) return forward_skinny(Nf4Reader(*base.quant, base.k), f, parallel);
+  const QuantView q = decoded_scales(*base.quant, kScales, parallel);
+  return forward_blocked(Nf4Reader(q, base.k), f, parallel);
 }
 
-bool backward(const LinearBackward& f, const Parallel& parallel) {
+bool backward(const LoraBackward& f, const Parallel& parallel) {
   if (f.dy.dtype != Dtype::bf16) return vector::backward(f, parallel);
   const BaseView& base = f.base;
-  if (base.quant == nullptr) return backward_blocks(dense_rows(base), f, parallel);
-  if (!Nf4Rows::takes(*base.quant, base.k))
-    return backward_blocks(AnyNf4Rows(*base.quant, base.k), f, parallel);
-  const QuantView q = plain_scales(*base.quant, kScales, parallel);
-  return backward_blocks(Nf4Rows(q, base.k), f, parallel);
+  if (base.quant == nullptr) return backward_blocked(dense_reader(base), f, parallel);
+  if (!Nf4Reader::takes(*base.quant, base.k))
+    return backward_blocked(AnyNf4Reader(*base.quant, base.k), f, parallel);
+  const QuantView q = decoded_scales(*base.quant, kScales, parallel);
+  return backward_blocked(Nf4Reader(q, base.k), f, parallel);
 }
 
-bool outer_sum(const OuterSum& f, const Parallel& parallel) {
-  return f.right.dtype == Dtype::bf16 ? outer_sum_bf16(f, parallel)
-                                      : vector::outer_sum(f, parallel);
+bool wgrad(const Wgrad& f, const Parallel& parallel) {
+  return f.right.dtype == Dtype::bf16 ? wgrad_bf16(f, parallel) : vector::wgrad(f, parallel);
 }
 
 }  // namespace
 
-LK_TABLE(LinearKernels, linear) = {forward, backward, outer_sum, adapter_grads, scale_into};
+LK_TABLE(LoraKernels, lora) = {forward, backward, wgrad, adapter_grads, scale_into};
 
 #else
 
-LK_TABLE(LinearKernels, linear) = {vector::forward, vector::backward, vector::outer_sum,
-                                   adapter_grads, scale_into};
+LK_TABLE(LoraKernels, lora) = {vector::forward, vector::backward, vector::wgrad, adapter_grads,
+                               scale_into};
 
 #endif
 

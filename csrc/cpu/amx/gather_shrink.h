@@ -1,14 +1,13 @@
-// Passes over rank pages on AMX tiles: bf16 pages and activations.
+// The shrink step over rank pages on AMX tiles, for bf16 pages and activations, and what the three
+// passes on tiles share. (gather_expand.h, gather_wgrad.h: the other two.)
 //
-// shrink: C[rank, token] += A[rank, 32 columns] · B[columns, token]. A page's rows are A tiles as
-// they stand; the tokens' rows are turned into B tiles, of one token just as they stand.
-// expand (gather_amx_expand.h): C[token, 16 columns] += A[token, 32 ranks] · B[ranks, columns]. The
-// sums are rounded to bf16, pairs of a page's rows interleaved into B tiles.
-// An element of C is the same sum whatever the number of rows and columns beside it.
+// C[rank, token] += A[rank, 32 columns] · B[columns, token]. The rows of a page are A tiles as they
+// stand in memory; the tokens' rows are packed as B tiles, but a single token, which is one as it
+// stands. An element of C is summed in the same order whatever other tokens are in the batch.
 #pragma once
 
 #include "amx/pack.h"
-#include "gather_units.h"
+#include "gather_schedule.h"
 
 #if LK_AMX
 
@@ -18,8 +17,8 @@ namespace {
 // Slot of thread_scratch.
 constexpr int kGatherTiles = 0;
 
-// The configuration in use: C[m, n] += A[m, 2 pairs] · B[2 pairs, n]; C in tiles 0-3, A in 4 and 5,
-// B in 6 and 7.
+// The tile configuration, which changes with the number of tokens and ranks:
+// C[m, n] += A[m, 2 pairs] · B[2 pairs, n], with C in tiles 0-3, A in 4 and 5, B in 6 and 7.
 class TileShape {
  public:
   TileShape() = default;
@@ -55,8 +54,8 @@ LK_INLINE float kept_factor(const GatherPass& f, const SlotGroup& g) {
   return drops_tiles(f, g) ? dropout_scale(uint32_t(f.dropout.thresholds[g.slot])) : 1.0f;
 }
 
-// The rows of the entries [at, at + tokens), zeros where their masks drop, as B tiles of
-// 64 * tokens bytes. Kept elements keep their values: `kept_factor` is the sums'.
+// Packs the rows of the entries [at, at + tokens) as B tiles of 64 * tokens bytes, with zeros where
+// dropout drops. The sums are multiplied with `kept_factor` later.
 inline void pack_tokens(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t at,
                         int64_t tokens, char* to) {
   const bool masked = drops_tiles(f, g);
@@ -64,7 +63,7 @@ inline void pack_tokens(const GatherPass& f, const SlotGroup& g, const MatrixVie
   const auto row = [&](int64_t t) {
     return static_cast<const uint16_t*>(m.data) + f.tokens[g.entries[at + t]] * m.stride;
   };
-  // 64 columns, a word of the mask.
+  // Reads 64 columns, those of one word of the dropout mask.
   const auto read = [&](int64_t t, int64_t tile, __m512i* low, __m512i* high) {
     const int64_t c = tile * kTileDepth, left = f.columns - c;
     const uint64_t keep =
@@ -79,7 +78,7 @@ inline void pack_tokens(const GatherPass& f, const SlotGroup& g, const MatrixVie
     for (int64_t t = 0; t < tokens; ++t) read(t, k, &v[0][t], &v[1][t]);
     for (int64_t h = 0; h < min64(2, tiles - k); ++h) {
       char* tile = to + (k + h) * 64 * tokens;
-      if (tokens == 1) {  // the pairs of one row are the tile
+      if (tokens == 1) {  // one row is the tile as it stands
         _mm512_storeu_si512(tile, v[h][0]);
         continue;
       }
@@ -91,8 +90,8 @@ inline void pack_tokens(const GatherPass& f, const SlotGroup& g, const MatrixVie
   }
 }
 
-// Row `row` of the four tiles of a word of columns in the order of the columns: interleaving two
-// vectors gives columns 8 l .. 8 l + 3 of each 32 to one tile, and the four after them to the next.
+// Row `row` of four tiles of sums, put in the order of their 64 columns: interleaved rows give the
+// columns 8 l .. 8 l + 3 of each 32 to one tile, and the four after them to the next.
 LK_INLINE void row_in_order(const float (*tiles)[256], int64_t row, __m512 v[4]) {
   const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
   const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
@@ -104,13 +103,13 @@ LK_INLINE void row_in_order(const float (*tiles)[256], int64_t row, __m512 v[4])
   }
 }
 
-constexpr int64_t kAheadBytes = 512;  // of a page's row, fetched into L2 ahead of their use
+constexpr int64_t kAheadBytes = 512;  // how far ahead the rows of a page are prefetched into L2
 
-// c [16, 16] = the first `ranks` rows at `page` · the tokens' tiles at x.
+// c [16, 16] = the first `ranks` rows of `page` · the packed tokens x.
 inline void multiply_page(const char* page, int64_t columns, int64_t ranks, const char* x,
                           int64_t tokens, float* c) {
   const int64_t stride = 2 * columns, whole = columns / kTileDepth, x_tile = 64 * tokens;
-  // Four sums in turn, so that no product waits for the last.
+  // Four accumulators in turn, so that no product waits for the one before.
   zero_accumulators();
   int64_t k = 0;
 #define LK_STEP_(sum, a, b)                                              \
@@ -148,17 +147,17 @@ inline void multiply_page(const char* page, int64_t columns, int64_t ranks, cons
   }
 }
 
-constexpr int64_t kPagesTogether = 4;  // that share a packing of tokens
+constexpr int64_t kPagesTogether = 4;  // pages multiplied with tokens that are packed once
 
 inline bool shrink_tiles(const GatherPass& f, const MatrixView& m, void* s, int64_t stride,
                          const Parallel& parallel) {
   const auto pieces = [](const SlotGroup& g) { return ceil_div(pages_of(g), kPagesTogether); };
   bool ok = true;
   const auto units = [&](const SlotGroup& g) {
-    const int64_t strips = ceil_div(g.count, kTile);
-    return Units{strips * pieces(g), min64(pages_of(g), kPagesTogether)};
+    const int64_t panels = ceil_div(g.count, kTile);
+    return Work{panels * pieces(g), min64(pages_of(g), kPagesTogether)};
   };
-  over_units(f, parallel, units, [&](const SlotGroup& g, int64_t from, int64_t to) {
+  for_each_unit(f, parallel, units, [&](const SlotGroup& g, int64_t from, int64_t to) {
     TileShape shape;
     const int64_t tiles = ceil_div(f.columns, kTileDepth);
     char* x =

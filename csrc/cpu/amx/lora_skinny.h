@@ -1,20 +1,22 @@
-// The forward for at most 32 rows of x, where W is read once and every weight is used at once:
-// decode a chunk of 32 rows of W into the L1 cache while the tiles multiply the chunk before it.
-// Decoding sets the pace (about 0.1 instructions a weight), the tile unit works beside it.
+// The forward for a 4-bit weight and at most 32 rows of x (a skinny matrix product): W is read
+// once. A chunk of 32 rows of W is decoded into the L1 cache while the tiles multiply the chunk
+// before it. Its time is that of decoding, about 0.1 instructions a weight; the tile unit works
+// beside that.
 #pragma once
 
-#include "amx/forward.h"
+#include "amx/lora_forward.h"
 
 #if LK_AMX
 
 namespace lora_kernels {
 namespace {
 
-constexpr int64_t kSmallRows = 32;
-constexpr int64_t kGroupRows = 2 * kTile;  // rows of W worked on together
-constexpr int64_t kGroupChunkBytes = 2 * kChunkTiles * kTileBytes;
+constexpr int64_t kSkinnyRows = 32;
+constexpr int64_t kStepRows = 2 * kTile;  // rows of W worked on together
+constexpr int64_t kStepChunkBytes = 2 * kChunkTiles * kTileBytes;
 
-// One strip of x: tiles 0, 1 take even and 2, 3 odd steps, so that no product waits for the last.
+// Two panels of W by one of x. Accumulators 0 and 1 take the even steps, 2 and 3 the odd ones, so
+// that no product waits for the one before.
 LK_INLINE void multiply_narrow(const char* w, const char* x, int64_t x_tile, int64_t depth) {
   const char* w1 = w + depth * kTileBytes;
   for (int64_t t = 0; t < depth; ++t) {
@@ -37,55 +39,55 @@ LK_INLINE void add_tiles(float* to, const float* from) {
     _mm512_store_ps(to + i, _mm512_add_ps(_mm512_load_ps(to + i), _mm512_load_ps(from + i)));
 }
 
-inline bool forward_small(const Nf4Rows& prototype, const LinearForward& f,
-                          const Parallel& parallel) {
-  constexpr Order order = Nf4Rows::kOrder;
+inline bool forward_skinny(const Nf4Reader& prototype, const LoraForward& f,
+                           const Parallel& parallel) {
+  constexpr Order order = Nf4Reader::kOrder;
   const int64_t m = f.x.rows, n = f.base.n, chunks = ceil_div(f.base.k, kChunk);
   const int64_t depth = rank_tiles(f.lora);
   const bool wide = m > kTile;
   ForwardPacked p{nullptr, nullptr, nullptr, chunks, wide ? kTile : m};
-  const int64_t strips = wide ? 2 : 1;
-  const int64_t x_tile = 64 * p.columns, x_bytes = strips * p.x_strip();
-  p.x = static_cast<char*>(thread_scratch(kActivations, size_t(x_bytes + strips * depth * x_tile)));
-  char* dropped = static_cast<char*>(thread_scratch(kBlock, size_t(p.x_strip())));
+  const int64_t panels = wide ? 2 : 1;
+  const int64_t x_tile = 64 * p.columns, x_bytes = panels * p.x_panel_bytes();
+  p.x = static_cast<char*>(thread_scratch(kActivations, size_t(x_bytes + panels * depth * x_tile)));
+  char* dropped = static_cast<char*>(thread_scratch(kBlock, size_t(p.x_panel_bytes())));
   if (p.x == nullptr || dropped == nullptr || !pack_adapters<order>(f, &p)) return false;
   p.s = p.x + x_bytes;
   {
     TileScope tiles(int(p.columns));
-    for (int64_t i = 0; i < strips; ++i) pack_x<order>(f, p, i, i * kTile, m, dropped);
+    for (int64_t i = 0; i < panels; ++i) pack_x<order>(f, p, i, i * kTile, m, dropped);
   }
   bool ok = true;
-  parallel(0, ceil_div(n, kGroupRows), 1, [&](int64_t begin, int64_t end) {
+  parallel(0, ceil_div(n, kStepRows), 1, [&](int64_t begin, int64_t end) {
     TileScope tiles(int(p.columns));
     alignas(64) float c[4][256];
     char* stage = static_cast<char*>(
-        thread_scratch(kBlock, size_t(2 * kGroupChunkBytes + 2 * depth * kTileBytes)));
+        thread_scratch(kBlock, size_t(2 * kStepChunkBytes + 2 * depth * kTileBytes)));
     if (stage == nullptr) return void(ok = false);
-    Strip<Nf4Rows> upper(prototype), lower(prototype);
-    char* expand = stage + 2 * kGroupChunkBytes;
+    PanelReader<Nf4Reader> upper(prototype), lower(prototype);
+    char* expand = stage + 2 * kStepChunkBytes;
     const auto consume = [&](int64_t c_index) {
-      const char* w = stage + c_index % 2 * kGroupChunkBytes;
+      const char* w = stage + c_index % 2 * kStepChunkBytes;
       const char* x = p.x + c_index * kChunkTiles * x_tile;
       if (wide)
-        multiply(w, w + kChunkTiles * kTileBytes, x, x + p.x_strip(), kChunkTiles);
+        multiply(w, w + kChunkTiles * kTileBytes, x, x + p.x_panel_bytes(), kChunkTiles);
       else
         multiply_narrow(w, x, x_tile, kChunkTiles);
     };
     for (int64_t group = begin; group < end; ++group) {
-      const int64_t row = group * kGroupRows;
-      const uint8_t* next = f.base.quant->packed + (row + kGroupRows) * f.base.k / 2;
+      const int64_t row = group * kStepRows;
+      const uint8_t* next = f.base.quant->packed + (row + kStepRows) * f.base.k / 2;
       zero_accumulators();
-      for (int64_t c0 = 0; c0 < chunks; c0 += Nf4Rows::kMaxChunks) {
-        const int64_t c1 = min64(c0 + Nf4Rows::kMaxChunks, chunks);
+      for (int64_t c0 = 0; c0 < chunks; c0 += Nf4Reader::kMaxChunks) {
+        const int64_t c1 = min64(c0 + Nf4Reader::kMaxChunks, chunks);
         upper.begin(row, n, c0, c1);
         lower.begin(row + kTile, n, c0, c1);
         for (int64_t i = c0; i < c1; ++i) {
-          char* to = stage + i % 2 * kGroupChunkBytes;
-          // As many lines of the next group, in the order they lie in memory, in which the
-          // hardware fetches along: 8 rows of x took 10 % longer when rows were fetched as used.
+          char* to = stage + i % 2 * kStepChunkBytes;
+          // Prefetches as many lines of the next 32 rows, in the order of their addresses, which
+          // the hardware follows: 8 rows of x took 10 % longer when each row was prefetched.
           upper.tiles(i, to, next);
           lower.tiles(i, to + kChunkTiles * kTileBytes, next + kTile * 64);
-          next += kGroupRows * 64;
+          next += kStepRows * 64;
           if (i > 0) consume(i - 1);
         }
       }

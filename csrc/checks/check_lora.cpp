@@ -10,7 +10,7 @@
 #include <thread>
 
 #include "check.h"
-#include "lora_kernels/linear.h"
+#include "lora_kernels/lora.h"
 #include "lora_kernels/tuning.h"
 
 using namespace lora_kernels;
@@ -210,9 +210,9 @@ struct Layer {
 std::vector<Array> check_forward(Layer& f, const Parallel& parallel) {
   const auto& [m, n, k, r, block, nested, p, diagonals] = f.shape;
   Array y = Array::result(f.dtype, m, n), s = Array::result(rank_dtype(f.dtype), m, r);
-  const LinearForward call{f.x.view(), f.base,   f.bias.view(),
-                           f.lora,     y.data(), r > 0 ? s.data() : nullptr};
-  CHECK(linear_kernels().forward(call, parallel), "out of memory");
+  const LoraForward call{f.x.view(), f.base,   f.bias.view(),
+                         f.lora,     y.data(), r > 0 ? s.data() : nullptr};
+  CHECK(lora_table().forward(call, parallel), "out of memory");
   y.check_guard("y");
   s.check_guard("s");
   for (int64_t i = 0; i < m; ++i) {
@@ -234,9 +234,9 @@ std::vector<Array> check_forward(Layer& f, const Parallel& parallel) {
 std::vector<Array> check_backward(Layer& f, const Parallel& parallel, bool wants_dx) {
   const auto& [m, n, k, r, block, nested, p, diagonals] = f.shape;
   Array dx = Array::result(f.dtype, m, k), ds = Array::result(rank_dtype(f.dtype), m, r);
-  const LinearBackward call{f.dy.view(), f.base, f.lora, wants_dx ? dx.data() : nullptr,
-                            r > 0 ? ds.data() : nullptr};
-  CHECK(linear_kernels().backward(call, parallel), "out of memory");
+  const LoraBackward call{f.dy.view(), f.base, f.lora, wants_dx ? dx.data() : nullptr,
+                          r > 0 ? ds.data() : nullptr};
+  CHECK(lora_table().backward(call, parallel), "out of memory");
   dx.check_guard("dx");
   ds.check_guard("ds");
   for (int64_t i = 0; i < m; ++i) {
@@ -264,29 +264,29 @@ std::vector<Array> check_gradients(Layer& f, const Parallel& parallel, Random ra
     Array& right = of_a ? f.x : f.dy;
     const Dropout dropout = of_a ? f.lora.dropout : Dropout{};
     Array out = Array::result(Dtype::f32, r, right.columns);
-    const OuterSum call{left.view(), right.view(), dropout, out.wide.data()};
-    CHECK(linear_kernels().outer_sum(call, parallel), "out of memory");
-    out.check_guard("outer");
+    const Wgrad call{left.view(), right.view(), dropout, out.wide.data()};
+    CHECK(lora_table().wgrad(call, parallel), "out of memory");
+    out.check_guard("s_dy");
     for (int64_t i = 0; i < r; ++i)
       for (int64_t j = 0; j < right.columns; ++j) {
         Sum sum;
         for (int64_t l = 0; l < m; ++l)
           if (!of_a || f.keeps(l, j)) sum.add(double(left.at(l, i)) * right.at(l, j));
-        sum.check(Dtype::f32, out.at(i, j), "outer", i, j);
+        sum.check(Dtype::f32, out.at(i, j), "s_dy", i, j);
       }
     outs.push_back(out);
   }
-  const Array& outer = outs[1];  // [R, N]
+  const Array& s_dy = outs[1];  // [R, N]
   const Dtype adapters = f.b.dtype;
   Array db = Array::result(adapters, n, r), dd = Array::result(Dtype::f32, 1, r),
         dg = Array::result(Dtype::f32, 1, n);
-  const AdapterGrads call{outer.wide.data(), f.lora, db.data(), dd.wide.data(), dg.wide.data()};
-  linear_kernels().adapter_grads(call, parallel);
+  const AdapterGrads call{s_dy.wide.data(), f.lora, db.data(), dd.wide.data(), dg.wide.data()};
+  lora_table().adapter_grads(call, parallel);
   std::vector<Sum> rank_sums(r);
   for (int64_t i = 0; i < n; ++i) {
     Sum out_sum;
     for (int64_t j = 0; j < r; ++j) {
-      const double scaled = double(f.lora.scale) * outer.at(j, i), b = f.b.at(i, j);
+      const double scaled = double(f.lora.scale) * s_dy.at(j, i), b = f.b.at(i, j);
       Sum sum;
       sum.add(scaled * f.out_factor(i) * f.rank_factor(j));
       sum.check(adapters, db.at(i, j), "db", i, j);
@@ -298,10 +298,10 @@ std::vector<Array> check_gradients(Layer& f, const Parallel& parallel, Random ra
   for (int64_t j = 0; j < r; ++j) rank_sums[j].check(Dtype::f32, dd.get(j), "drank_diag", 0, j);
 
   Array scaled = Array::result(adapters, r, n);
-  linear_kernels().scale_into(outer.wide.data(), r * n, 0.3f, adapters, scaled.data());
+  lora_table().scale_into(s_dy.wide.data(), r * n, 0.3f, adapters, scaled.data());
   for (int64_t i = 0; i < r * n; ++i) {
     Sum sum;
-    sum.add(double(0.3f) * outer.wide[i]);
+    sum.add(double(0.3f) * s_dy.wide[i]);
     sum.check(adapters, scaled.get(i), "scaled", 0, i);
   }
   for (const Array* out : {&db, &dd, &dg, &scaled}) {

@@ -1,8 +1,8 @@
-// Views (linear.h of the kernels) of the ops' tensors.
+// The kernels' views (lora_kernels/lora.h) of the ops' tensors.
 #pragma once
 
 #include "bindings/common.h"
-#include "lora_kernels/linear.h"
+#include "lora_kernels/lora.h"
 
 namespace lora_kernels {
 
@@ -11,7 +11,7 @@ MatrixView matrix_view(const char* name, const Tensor& t, int64_t rows, int64_t 
 // [size], contiguous; absent where the tensor is.
 MatrixView vector_view(const char* name, const std::optional<Tensor>& t, int64_t size);
 
-// Keeps the quantised view that `view` points to.
+// The view of a base; it is not copied, as `view` points to `quant`.
 struct Base {
   Base(const std::vector<Tensor>& base, const std::vector<int64_t>& meta);
   Base(const Base&) = delete;
@@ -25,7 +25,7 @@ LoraView lora_view(const Base& base, const Tensor& a, const Tensor& b, double sc
                    const std::optional<Tensor>& rank_diag, const std::optional<Tensor>& out_diag,
                    int64_t stream);
 
-// Activations come with any strides; the kernels read rows.
+// Activations have any strides, and kernels read rows: the tensor itself, or a contiguous copy.
 Tensor rows_of(const char* name, const Tensor& t, int64_t columns);
 
 // The base alone: y [M, N] = x · Wᵀ + bias, and dx [M, K] = dy · W.

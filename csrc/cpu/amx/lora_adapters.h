@@ -1,4 +1,4 @@
-// LoRA's small matrices as tiles.
+// A, B and s of the LoRA branch as tiles.
 #pragma once
 
 #include "amx/pack.h"
@@ -8,7 +8,7 @@
 namespace lora_kernels {
 namespace {
 
-// 16 elements of a vector, ones where it is absent.
+// 16 elements of a diagonal; ones where there is none.
 LK_INLINE __m512 diagonal16(const MatrixView& v, int64_t i, __mmask16 mask) {
   return v.data == nullptr ? _mm512_set1_ps(1.0f) : load_floats(v.data, v.dtype, i, mask);
 }
@@ -26,14 +26,15 @@ LK_INLINE __m512 scaled_b(const LoraView& lora, int64_t n, int64_t r) {
   return _mm512_maskz_mul_ps(mask, b, factor);
 }
 
-LK_INLINE int64_t rank_strips(const LoraView& lora) { return ceil_div(lora.r(), kTile); }
+LK_INLINE int64_t rank_panels(const LoraView& lora) { return ceil_div(lora.r(), kTile); }
 LK_INLINE int64_t rank_tiles(const LoraView& lora) { return ceil_div(lora.r(), kTileDepth); }
 
-// A strips of B for output rows [first, first + 16 * strips): the expand step of the forward.
-LK_INLINE void pack_b_for_expand(const LoraView& lora, int64_t first, int64_t strips, int64_t n_end,
+// The matrix B as A tiles, of the outputs [first, first + 16 * panels): the expand step of the
+// forward.
+LK_INLINE void pack_b_for_expand(const LoraView& lora, int64_t first, int64_t panels, int64_t n_end,
                                  char* to) {
   const int64_t depth = rank_tiles(lora);
-  for (int64_t row = 0; row < strips * kTile; ++row)
+  for (int64_t row = 0; row < panels * kTile; ++row)
     for (int64_t t = 0; t < depth; ++t) {
       __m512i v = _mm512_setzero_si512();
       if (first + row < n_end)
@@ -43,7 +44,7 @@ LK_INLINE void pack_b_for_expand(const LoraView& lora, int64_t first, int64_t st
     }
 }
 
-// B strip of B for ranks [r, r + 16), N as the reduction: ds of the backward.
+// The matrix B as B tiles, of the ranks [r, r + 16), summed over N: ds of the backward.
 LK_INLINE void pack_b_for_ds(const LoraView& lora, int64_t r, int64_t n, int64_t pairs, char* to) {
   for (int64_t q = 0; q < pairs; ++q) {
     const __m512 zero = _mm512_setzero_ps();
@@ -56,8 +57,8 @@ LK_INLINE void pack_b_for_ds(const LoraView& lora, int64_t r, int64_t n, int64_t
   }
 }
 
-// s strip [16 ranks][columns] fp32 (rows 64 bytes apart), rounded: into s[M, R] and into the B
-// tiles of the expand step (half of a tile: 16 of its 32 ranks).
+// Rounds the sums of s, [16 ranks][columns] fp32 with rows 64 bytes apart, and writes them to s[M,
+// R] and to the B tiles of the expand step: 16 of the 32 ranks of a tile, half of it.
 LK_INLINE void finish_s(const float* c, float factor, int64_t r, int64_t r_end, int64_t m,
                         int64_t m_end, int64_t columns, uint16_t* s, char* half_tile) {
   const __m512 f = _mm512_set1_ps(factor);
@@ -71,7 +72,7 @@ LK_INLINE void finish_s(const float* c, float factor, int64_t r, int64_t r_end, 
     t[q + 8] = _mm512_setzero_si512();
     _mm512_mask_storeu_epi32(half_tile + q * 4 * columns, lanes16(columns), t[q]);
   }
-  transpose16(t);  // row: the 16 ranks of one m, in its low half
+  transpose16(t);  // a row: the 16 ranks of one m, in its low half
   const __mmask16 mask = lanes16(r_end - r);
   for (int64_t i = 0; i < min64(m_end - m, columns); ++i)
     _mm256_mask_storeu_epi16(s + (m + i) * r_end + r, mask, _mm512_castsi512_si256(t[i]));
