@@ -26,8 +26,8 @@ from lora_kernels.nn import LoRALinear, NF4Linear
 from lora_kernels.nn.common import check_finite_weight, check_linear_layer
 from lora_kernels.nn.linear4bit import check_linear4bit, check_not_repacked, is_linear4bit
 from lora_kernels.nn.multi_lora_training import TrainableMultiLoRALinear
+from lora_kernels.ops.common.base import QUANT_TYPES, check_block_size
 from lora_kernels.ops.common.kinds import check_kinds, describe
-from lora_kernels.ops.nf4.base import QUANT_TYPES, check_block_size
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 from lora_kernels.ops.common.configs import DEVICES
 from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.gather.triton.base_plan import BASES, explain_base, fused_config, use_base
-from lora_kernels.ops.gather.triton.plan import WAYS, GatherProblem, explain_gather, plan, use_way
-from lora_kernels.ops.gather.triton.work import Entries, capacity
+from lora_kernels.ops.gather.triton.entries import Entries
+from lora_kernels.ops.gather.triton.plan import (
+    WAYS,
+    GatherProblem,
+    capacity,
+    explain_gather,
+    plan,
+    use_way,
+)
 
 DECODE = GatherProblem(entries=32, slots=32, ranks=16, n=4096, k=4096)
 QUANTISED = Problem(32, 4096, 4096, 0, quantised=True)

@@ -23,9 +23,9 @@ M, K, N, R = 9, 40, 24, 3
 def _here(op: str) -> list[str]:
     """The backends that take plain fp16 calls on the CPU."""
     x = torch.ones(2, 8, dtype=HALF)
-    args = (x, [x], [2, 8], x, x[:, :2], 1.0, None, 0.0, None, None, None)
+    call = ops()[op].call(x, [x], [2, 8], x, x[:, :2], 1.0, None, 0.0, None, None, None)
     found = ops()[op].implementations
-    return [b for b in BACKENDS if b in found and found[b].supports(*args) is None]
+    return [b for b in BACKENDS if b in found and found[b].supports(call) is None]
 
 
 backends = pytest.mark.parametrize("backend", _here("lora_linear_fwd"))

@@ -12,8 +12,8 @@ from tests.ops.variants import DEVICES, bits, interpreting
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
-from lora_kernels.ops.common import tiles  # noqa: E402  (needs triton)
 from lora_kernels.ops.common.philox import threshold  # noqa: E402
+from lora_kernels.ops.common.triton import tiles  # noqa: E402  (needs triton)
 
 RUNS_ON = [
     pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else [])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.tiles import keep_tile
+from lora_kernels.ops.common.triton.tiles import keep_tile
 from lora_kernels.ops.common.triton_host import Dropout, run
 
 # Columns that a row of words is padded to: no step of any tile is longer.

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import GEMM_CONFIGS, Device, GemmConfig, best_gemm, thin_rows
 from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.rank import rank_dtype
-from lora_kernels.ops.common.strategies import block_rank
-from lora_kernels.ops.common.thin.shrink import shrink
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.shrink import shrink
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.schema import DoRALinearForward
 from lora_kernels.ops.dora.triton.dropout import mask_words
-from lora_kernels.ops.dora.triton.gemm import gemm
-from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.dora.triton.linear import gemm
 
 # Of a thread, for two tiles of sums and the operands of one step.
 _MAX_PAIR_REGISTERS = 144

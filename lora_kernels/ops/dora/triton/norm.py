@@ -1,21 +1,110 @@
-"""dora_norm by the Triton kernels."""
+"""dora_norm by the Triton kernels: the norm of each row of W + scale·B·A."""
 
 from __future__ import annotations
 
 from math import ceil
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import planned_device
-from lora_kernels.ops.common.strategies import block_rank
+from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.nf4_tiles import weight_tile
+from lora_kernels.ops.common.triton.tiles import dot
 from lora_kernels.ops.common.triton_host import run
 from lora_kernels.ops.dora.schema import DoRANorm
-from lora_kernels.ops.dora.triton.kernels import _norm_kernel
-from lora_kernels.ops.nf4.triton.base import Weight
 
 _WARPS = 4
+
+
+@triton.jit
+def _norm_kernel(
+    p_w,
+    p_absmax,
+    p_nested,
+    p_map,
+    p_offset,
+    p_table,
+    p_a,
+    p_b,
+    p_out,
+    N,
+    K,
+    R,
+    scale,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    ONE_RANK: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """norm[n] = sqrt(Σ_k (w + scale · b·a)²[n, k]), the row in registers, a step of K at a time.
+
+    2·N·K·(R + 2) FLOPs; bytes: w, a and b once, 4·N written. The products of 16-bit adapters are
+    exact in fp32; fp32 ones are multiplied as such ("ieee"), whatever torch allows. CHUNK > 0: w is
+    4-bit, decoded to fp32.
+    Shapes: w[N, K] a[R, K] b[N, R], any strides; norm[N]. Grid: [cdiv(N, BN)].
+    Sums in fp32, of K / BK squares in a row and then as a tree.
+    """
+    o_n = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    o_k = tl.arange(0, BK)
+    m_n = o_n < N
+    # A row past the last is the last one again, never stored: whole loads need no mask.
+    o_row = tl.minimum(o_n, N - 1)
+    if CHUNK > 0:
+        b_table = tl.load(p_table + tl.arange(0, 16))
+    else:
+        p_w_tile = p_w + o_row[:, None] * stride_wn + o_k[None, :].to(tl.int64) * stride_wk
+    if ONE_RANK:
+        o_r = tl.arange(0, BR)
+        m_r = o_r < R
+        o_b = o_row[:, None] * stride_bn + o_r[None, :] * stride_br
+        b_b = tl.load(p_b + o_b, mask=m_r[None, :], other=0.0)  # [BN, BR]
+    b_squares = tl.full([BN, BK], 0.0, tl.float32)  # [BN, BK]
+    for k0 in range(0, K, BK):
+        m_k = o_k < K - k0
+        if CHUNK > 0:
+            b_w = weight_tile(
+                p_w, p_absmax, p_nested, p_map, p_offset, b_table, tl.program_id(0) * BN, k0, N, K,
+                tl.float32, BN, BK, CHUNK, BLOCK, NESTED,
+            )  # [BN, BK]  # fmt: skip
+        else:
+            if EVEN_K:
+                b_w = tl.load(p_w_tile)  # [BN, BK]
+            else:
+                b_w = tl.load(p_w_tile, mask=m_k[None, :], other=0.0)
+            p_w_tile += BK * stride_wk
+        b_t = tl.full([BN, BK], 0.0, tl.float32)  # [BN, BK]
+        p_a_tile = p_a + (k0 + o_k).to(tl.int64)[None, :] * stride_ak
+        if ONE_RANK:
+            m_a = m_r[:, None] & m_k[None, :]
+            b_a = tl.load(p_a_tile + o_r[:, None] * stride_ar, mask=m_a, other=0.0)  # [BR, BK]
+            b_t = dot(b_b, b_a, b_t, "ieee")
+        else:
+            for r0 in range(0, R, BR):
+                o_r = r0 + tl.arange(0, BR)
+                m_r = o_r < R
+                o_b = o_row[:, None] * stride_bn + o_r[None, :] * stride_br
+                b_b = tl.load(p_b + o_b, mask=m_r[None, :], other=0.0)  # [BN, BR]
+                m_a = m_r[:, None] & m_k[None, :]
+                b_a = tl.load(p_a_tile + o_r[:, None] * stride_ar, mask=m_a, other=0.0)
+                b_t = dot(b_b, b_a, b_t, "ieee")
+        b_t = b_w.to(tl.float32) + b_t * scale
+        b_squares += b_t * b_t
+    tl.store(p_out + o_n, tl.sqrt_rn(tl.sum(b_squares, axis=1)), mask=m_n)
 
 
 def dora_norm(c: DoRANorm) -> Tensor:

@@ -1,9 +1,16 @@
 """out[t] += Σ_e weight[e]·scale·s[e]·B[slot]ᵀ: token by token, or a chunk of one slot at a time."""
 
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lora_kernels.ops.common.tiles import (
+from lora_kernels.ops.common.triton.tiles import (
     cast,
     dot_rank,
     fence_copies,
@@ -12,6 +19,11 @@ from lora_kernels.ops.common.tiles import (
     rank_value,
     waited,
 )
+from lora_kernels.ops.common.triton_host import precision, run
+from lora_kernels.ops.gather.pages import RankPages
+from lora_kernels.ops.gather.triton.arguments import Mask, layout, mask_args
+from lora_kernels.ops.gather.triton.entries import Entries
+from lora_kernels.ops.gather.triton.plan import Plan
 from lora_kernels.ops.gather.triton.tiles import (
     PAGE,
     kept_scale,
@@ -206,3 +218,91 @@ def _gather_expand_chunk_kernel(
                 if not OVERWRITE:
                     b_z += tl.load(p_out + o_out, mask=m_out, other=0.0).to(tl.float32)
                 tl.store(p_out + o_out, cast(b_z, p_out.dtype.element_ty), mask=m_out)
+
+
+def expand(
+    s: Tensor,
+    b: Tensor,
+    out: Tensor,
+    p: RankPages,
+    entries: Entries,
+    plan: Plan,
+    *,
+    dtype: torch.dtype,
+    keep: Tensor | None = None,
+    late: Mask | None = None,
+    mask: Mask | None = None,
+    overwrite: bool,
+) -> None:
+    """out [T, N] += what each entry adds, or = it.
+
+    Args:
+        s: [E, ..], or fp32 parts [spans, E, ..].
+        dtype: of the products.
+        keep: takes the sums of the parts, [E, ..].
+        late: the mask of x, whose factor the parts still lack.
+        mask: of what is added.
+    """
+    n = b.shape[2]
+    shared = {
+        "p_s": s,
+        "p_b": b,
+        "p_out": out,
+        "p_table": p.table,
+        "p_ranks": p.ranks,
+        "p_scales": p.scales,
+        "N": n,
+        "S": entries.slots_count,
+        "C": p.table.shape[1],
+        "stride_om": out.stride(0),
+        "OVERWRITE": overwrite,
+        "MASK_OUT": mask is not None,
+        "PRECISION": precision(dtype),
+        "DTYPE": _triton_type(dtype),
+        **mask_args(mask or late),
+    }
+    if plan.chunked and entries.tokens is None:
+        chunks = entries.chunks(plan.block_m)
+        across = ceil(n / (plan.chunk_n * plan.blocks))
+        run(
+            _gather_expand_chunk_kernel,
+            (entries.programs(plan.block_m, across), across),
+            plan.chunk_warps,
+            plan.stages,
+            p_order=chunks.order,
+            p_work=chunks.work,
+            chunks=chunks.work.shape[0],
+            ONE_PAGE=p.table.shape[1] == 1,
+            BLOCKS=plan.blocks,
+            BM=plan.block_m,
+            BN=plan.chunk_n,
+            stride_s=s.stride(-2),
+            **shared,
+        )
+        return
+    mixed = entries.tokens is not None
+    run(
+        _gather_expand_kernel,
+        (entries.tokens_count, ceil(n / plan.block_n)),
+        plan.expand_warps,
+        plan.stages,
+        p_keep=keep,
+        p_slots=entries.slots,
+        p_weights=entries.weights,
+        p_order=entries.by_token[0] if mixed else None,
+        p_edges=entries.by_token[1] if mixed else None,
+        stride_keep=0 if keep is None else keep.stride(0),
+        MASK_S=late is not None,
+        PARTS=s.shape[0] if s.dim() == 3 else 1,
+        BN=plan.block_n,
+        **layout(s),
+        **shared,
+    )
+
+
+def _triton_type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
+        dtype
+    ]

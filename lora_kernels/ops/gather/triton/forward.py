@@ -9,16 +9,17 @@ from torch import Tensor
 
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.rank import rank_dtype
+from lora_kernels.ops.common.triton.base_product import base_problem, base_product
+from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.gather.pages import RankPages, split_pages
 from lora_kernels.ops.gather.schema import GatherLoRAAdd, GatherLoRAForward, sums_width
+from lora_kernels.ops.gather.triton.arguments import Mask
 from lora_kernels.ops.gather.triton.base_plan import fused_config
-from lora_kernels.ops.gather.triton.gemm import gemm_with_adapters
-from lora_kernels.ops.gather.triton.passes import Mask, expand, shrink
+from lora_kernels.ops.gather.triton.entries import Entries
+from lora_kernels.ops.gather.triton.expand import expand
+from lora_kernels.ops.gather.triton.linear import gemm_with_adapters
 from lora_kernels.ops.gather.triton.plan import GatherProblem, Plan, few_parts, plan
-from lora_kernels.ops.gather.triton.work import Entries
-from lora_kernels.ops.nf4.schema import NF4LinearForward
-from lora_kernels.ops.nf4.triton.base import Weight
-from lora_kernels.ops.nf4.triton.linear import base_problem, nf4_linear_fwd
+from lora_kernels.ops.gather.triton.shrink import shrink
 
 
 def gather_lora_fwd(c: GatherLoRAForward) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,7 @@ def gather_lora_fwd(c: GatherLoRAForward) -> tuple[Tensor, Tensor]:
         made = _with_base(c, s)
         if made is not None:
             return made, s
-        y = nf4_linear_fwd(NF4LinearForward(x, c.base, c.meta, bias))
+        y = base_product(x, Weight(c.base, c.meta), bias)
     elif bias is not None:
         y = bias.expand(x.shape[0], -1).contiguous()
     else:

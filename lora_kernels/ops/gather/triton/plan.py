@@ -27,7 +27,6 @@ from lora_kernels.ops.common.configs import (
     mask_seconds,
 )
 from lora_kernels.ops.gather.pages import PAGE
-from lora_kernels.ops.gather.triton.work import capacity
 
 WAYS = ("entries", "chunks")
 # Spans of K at most: parts of s are a small share of what is read beside them.
@@ -53,6 +52,11 @@ def use_way(name: str | None) -> Iterator[None]:
         raise ValueError(f"way: got {name!r}, expected one of {', '.join(WAYS)}")
     with _forced.use(name):
         yield
+
+
+def capacity(entries: int, slots: int, block: int) -> int:
+    """The most chunks of `block` entries that the slots in use, and those of none, can make."""
+    return (entries + min(slots + 1, entries) * (block - 1)) // block
 
 
 @dataclass(frozen=True)

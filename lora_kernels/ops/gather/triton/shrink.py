@@ -1,9 +1,17 @@
 """s[e] = drop(x[t])·A[slot]ᵀ: a pass over x and the pages of each entry's slot."""
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lora_kernels.ops.common.tiles import cast, dot, keep_operand, rank_value
+from lora_kernels.ops.common.triton.tiles import cast, dot, keep_operand, rank_value
+from lora_kernels.ops.common.triton_host import precision, run
+from lora_kernels.ops.gather.pages import RankPages
+from lora_kernels.ops.gather.triton.arguments import Mask, layout, mask_args
+from lora_kernels.ops.gather.triton.entries import Entries
+from lora_kernels.ops.gather.triton.plan import Plan
 from lora_kernels.ops.gather.triton.tiles import PAGE, kept_scale, page_tile, rank_of, slot_of
 
 
@@ -117,3 +125,53 @@ def _gather_shrink_kernel(
                 o_j = tl.arange(0, PAGE) + c * PAGE
                 o_s = o_e.to(tl.int64)[None, :] * stride_s + o_j[:, None]
                 tl.store(p_sums + o_s, cast(b_s, p_s.dtype.element_ty), mask=m_m[None, :])
+
+
+def shrink(
+    x: Tensor,
+    a: Tensor,
+    s: Tensor,
+    p: RankPages,
+    entries: Entries,
+    mask: Mask | None,
+    plan: Plan,
+    half: bool = False,
+) -> None:
+    """s [E, ..] in its type, or fp32 parts [spans, E, ..] where the plan splits K; with `half` s
+    keeps what fp16 activations do."""
+    k = x.shape[1]
+    chunks = entries.chunks(plan.block_m) if plan.chunked else None
+    shares = min(plan.page_programs, p.table.shape[1])
+    programs = entries.count if chunks is None else entries.programs(plan.block_m, shares)
+    run(
+        _gather_shrink_kernel,
+        (programs, plan.spans if plan.split else 1, shares),
+        plan.shrink_warps,
+        plan.stages,
+        whole_registers=True,
+        p_x=x,
+        p_a=a,
+        p_s=s,
+        p_slots=entries.slots,
+        p_tokens=entries.tokens,
+        p_table=p.table,
+        p_ranks=p.ranks,
+        p_order=None if chunks is None else chunks.order,
+        p_work=None if chunks is None else chunks.work,
+        T=entries.tokens_count,
+        K=k,
+        S=entries.slots_count,
+        C=p.table.shape[1],
+        count_all=programs if chunks is None else chunks.work.shape[0],
+        span=plan.span,
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        SPLIT=plan.split,
+        HALF=half,
+        PRECISION=precision(x.dtype),
+        BM=16 if chunks is None else plan.block_m,
+        BK=plan.block_k,
+        ONE_STEP=plan.split and plan.span == plan.block_k,
+        **layout(s),
+        **mask_args(mask),
+    )

@@ -7,7 +7,7 @@ makes the same sums in the same order.
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast
+from lora_kernels.ops.common.triton.tiles import cast
 
 PAGE = tl.constexpr(16)
 

@@ -1,4 +1,9 @@
-"""Launches of up to three projections: which, and how the kernels name their arguments."""
+"""Launches of up to three projections: which, and how the kernels name their arguments.
+
+A kernel takes its arguments as name_0, name_1 and name_2, and picks: it is then one body, with the
+registers and the shared memory of one projection. It picks within a loop or a branch, because
+before those LLVM would pick among the parameters' own addresses.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,12 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 from typing import Any
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import GemmConfig
-from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.packed.schema import split_base
 
 PER_LAUNCH = 3  # projections
@@ -58,3 +65,32 @@ def ends(widths: Sequence[int], block: int) -> list[int]:
     """Where each projection's blocks end, those of all counted through."""
     found = [ceil(n / block) for n in widths]
     return [sum(found[: i + 1]) for i in range(PER_LAUNCH)]
+
+
+@triton.jit
+def pick(which, v_0, v_1, v_2):
+    """v_which."""
+    return tl.where(which == 0, v_0, tl.where(which == 1, v_1, v_2))
+
+
+@triton.jit
+def pick_matrix(which, m_0, m_1, m_2, TMA: tl.constexpr):
+    """m_which of pointers, or of descriptors of one box."""
+    if TMA:
+        matrix = m_0
+        if which == 1:
+            matrix = m_1
+        if which == 2:
+            matrix = m_2
+    else:
+        matrix = pick(which, m_0, m_1, m_2)
+    return matrix
+
+
+@triton.jit
+def pick_given(which, p_0, p_1, p_2):
+    """p_which of pointers, or None of none."""
+    picked = p_0
+    if p_0 is not None:
+        picked = pick(which, p_0, p_1, p_2)
+    return picked

@@ -1,11 +1,23 @@
 """What the backward needs of dy beside dx: one read of it, and the end of its sums."""
 
+from __future__ import annotations
+
+from math import ceil
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lora_kernels.ops.common.thin.sums import _sum
-from lora_kernels.ops.common.tiles import cast, dot, dot_rank
-from lora_kernels.ops.dora.triton.kernels import scale_tile
+from lora_kernels.ops.common.configs import Device, span_of
+from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.strategies import one_read_parts
+from lora_kernels.ops.common.triton.splitk_reduce import _sum
+from lora_kernels.ops.common.triton.tiles import cast, dot, dot_rank
+from lora_kernels.ops.common.triton_host import precision, run, stride
+from lora_kernels.ops.dora.triton.scale import scale_tile
+
+_SUM_BLOCK = 512  # four elements a thread: each fp32 load is 16 bytes beside its neighbour's
 
 
 @triton.jit
@@ -182,3 +194,106 @@ def _dora_finish_kernel(
                 p_parts_ds, p_ds, None, size_ds, parts_ds, R, scale, 1, pid - blocks, SUM_BLOCK,
                 p_rest,
             )  # fmt: skip
+
+
+def shrink_and_wgrad(
+    dy: Tensor,
+    s: Tensor,
+    b: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    kept: Tensor | None,
+    scales: Tensor,
+    sums: tuple[Tensor, Tensor | None] | None,
+    db: Tensor | None,
+    dmagnitude: Tensor | None,
+    dbias: Tensor | None,
+    scale: float,
+    device: Device,
+) -> None:
+    """One read of dy, and of kept where given, for m̂, db, dmagnitude, dbias and the sums ds, with
+    what rounding takes from them, where given."""
+    ds, rest = sums or (None, None)
+    m, n = dy.shape
+    r = b.shape[1]
+    size, br = dy.element_size(), block_rank(r)
+    bn = 256 if size == 2 and br <= 32 else 64 if size == 4 else 128
+    bm = 64 if size == 2 else 16
+    rows = max(m, 1)
+    parts_n, parts_m = one_read_parts(rows, max(n, 1), device, bn)
+    span = span_of(rows, parts_m, bm)
+    parts_m = ceil(rows / span)
+
+    def parts(wanted: object, *shape: int) -> Tensor | None:
+        return None if wanted is None else dy.new_empty(shape, dtype=torch.float32)
+
+    parts_ds, parts_g = parts(ds, parts_n, m, r), parts(db, parts_m, n, r)
+    parts_bias, parts_dots = parts(dbias, parts_m, n), parts(kept, parts_m, n)
+    run(
+        _dora_pass_kernel,
+        (ceil(n / bn), parts_m, 1 if db is None else ceil(r / br)),
+        8 if bn == 256 else 4,
+        1,  # products and lanes read the same tile: see `tiles.in_registers`
+        p_dy=dy,
+        p_kept=kept,
+        p_s=s,
+        p_b=b,
+        p_magnitude=magnitude,
+        p_norm=norm,
+        p_m=scales,
+        p_ds=parts_ds,
+        p_g=parts_g,
+        p_dbias=parts_bias,
+        p_dots=parts_dots,
+        M=m,
+        N=n,
+        R=r,
+        span=span,
+        stride_dym=dy.stride(0),
+        stride_dyn=dy.stride(1),
+        stride_km=stride(kept, 0),
+        stride_kn=stride(kept, 1),
+        stride_sm=s.stride(0),
+        stride_sr=s.stride(1),
+        stride_bn=b.stride(0),
+        stride_br=b.stride(1),
+        stride_magnitude=magnitude.stride(0),
+        stride_norm=norm.stride(0),
+        EVEN_N=n % bn == 0,
+        PRECISION=precision(dy.dtype),
+        BM=bm,
+        BN=bn,
+        BR=br,
+    )
+    block = 16  # with more columns, or ranks at a time, a thread spills
+    blocks = ceil(n / block)
+    elements = 0 if ds is None else ds.numel()
+    run(
+        _dora_finish_kernel,
+        (blocks + ceil(elements / _SUM_BLOCK),),
+        4,
+        2,
+        p_parts_ds=parts_ds,
+        p_ds=ds,
+        p_rest=rest,
+        p_g=parts_g,
+        p_db=db,
+        p_parts_bias=parts_bias,
+        p_dbias=dbias,
+        p_dots=parts_dots,
+        p_dmagnitude=dmagnitude,
+        p_magnitude=magnitude,
+        p_norm=norm,
+        N=n,
+        R=r,
+        size_ds=elements,
+        parts_ds=parts_n,
+        parts=parts_m,
+        scale=float(scale),
+        stride_magnitude=magnitude.stride(0),
+        stride_norm=norm.stride(0),
+        blocks=blocks,
+        BN=block,
+        BR=16,
+        SUM_BLOCK=_SUM_BLOCK,
+    )

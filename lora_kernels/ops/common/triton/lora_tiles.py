@@ -7,8 +7,8 @@ added to the pointers once. All sums are fp32.
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.nf4_tiles import right_tile
-from lora_kernels.ops.common.tiles import (
+from lora_kernels.ops.common.triton.nf4_tiles import right_tile
+from lora_kernels.ops.common.triton.tiles import (
     cast,
     dot,
     dot_rank,

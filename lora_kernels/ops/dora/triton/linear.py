@@ -7,10 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device, GemmConfig, gemm_tiles
-from lora_kernels.ops.common.lora_tiles import branch_tile, product_tile, store_tile
-from lora_kernels.ops.common.nf4_tiles import right_tile
-from lora_kernels.ops.common.strategies import block_rank
-from lora_kernels.ops.common.tiles import (
+from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.lora_tiles import branch_tile, product_tile, store_tile
+from lora_kernels.ops.common.triton.nf4_tiles import right_tile
+from lora_kernels.ops.common.triton.tiles import (
     cast,
     dot,
     fence_copies,
@@ -20,8 +21,7 @@ from lora_kernels.ops.common.tiles import (
 )
 from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run, stride
 from lora_kernels.ops.dora.triton.dropout import unpack_mask, words_tile
-from lora_kernels.ops.dora.triton.kernels import inverse_tile, scale_tile
-from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.dora.triton.scale import inverse_tile, scale_tile
 
 
 @triton.jit

@@ -7,14 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device, GemmConfig, gemm_tiles
-from lora_kernels.ops.common.lora_tiles import (
+from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.lora_tiles import (
     branch_tile,
     own_branch_tile,
     product_tile,
     store_tile,
 )
-from lora_kernels.ops.common.strategies import block_rank
-from lora_kernels.ops.common.tiles import grouped_tile, keep_tile
+from lora_kernels.ops.common.triton.tiles import grouped_tile, keep_tile
 from lora_kernels.ops.common.triton_host import (
     NO_DROPOUT,
     Dropout,
@@ -23,7 +24,6 @@ from lora_kernels.ops.common.triton_host import (
     run,
     stride,
 )
-from lora_kernels.ops.nf4.triton.base import Weight
 
 
 @triton.jit

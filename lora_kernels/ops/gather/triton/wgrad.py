@@ -1,10 +1,24 @@
 """Gradients of the pages and the scales: sums over the entries of a slot, in their order."""
 
+from __future__ import annotations
+
+from math import ceil
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lora_kernels.ops.common.tiles import cast, dot_rank, keep_operand
+from lora_kernels.ops.common.triton.tiles import cast, dot_rank, keep_operand
+from lora_kernels.ops.common.triton_host import precision, run
+from lora_kernels.ops.gather.pages import RankPages
+from lora_kernels.ops.gather.triton.arguments import Mask, mask_args
+from lora_kernels.ops.gather.triton.entries import Entries
 from lora_kernels.ops.gather.triton.tiles import PAGE, kept_scale, rank_of
+
+# Entries of a slot that a program looks at together, where only their order counts.
+_GROUP = 64
+_SUM_BLOCK = 256
 
 
 @triton.jit
@@ -85,6 +99,40 @@ def _gather_grad_kernel(
         )
 
 
+def grad(
+    t: Tensor, x: Tensor, out: Tensor, p: RankPages, entries: Entries, mask: Mask | None
+) -> None:
+    """The gradient of a or b: out [P, 16, K] from t [E, ranks] and x [T, K]."""
+    k, wide = x.shape[1], x.dtype == torch.float32
+    step, block = (32, 64) if wide else (64, 128)
+    by_slot = entries.chunks(_GROUP)
+    run(
+        _gather_grad_kernel,
+        (p.slots, p.table.shape[1], ceil(k / block)),
+        4,
+        2,
+        p_t=t,
+        p_x=x,
+        p_out=out,
+        p_tokens=entries.tokens,
+        p_weights=entries.weights,
+        p_table=p.table,
+        p_ranks=p.ranks,
+        p_scales=p.scales,
+        p_order=by_slot.order,
+        p_edges=by_slot.edges,
+        K=k,
+        C=p.table.shape[1],
+        stride_t=t.stride(0),
+        stride_xm=x.stride(0),
+        stride_xk=x.stride(1),
+        PRECISION=precision(x.dtype),
+        BM=step,
+        BK=block,
+        **mask_args(mask),
+    )
+
+
 @triton.jit
 def _gather_scale_grad_kernel(
     p_product,
@@ -111,3 +159,19 @@ def _gather_scale_grad_kernel(
             b_product *= tl.load(p_weights + o_e, mask=m_i, other=0.0)
         b_sum += b_product
     tl.store(p_out + slot, tl.sum(b_sum, axis=0))
+
+
+def scale_sums(product: Tensor, out: Tensor, entries: Entries) -> None:
+    by_slot = entries.chunks(_GROUP)
+    run(
+        _gather_scale_grad_kernel,
+        (entries.slots_count,),
+        4,
+        1,
+        p_product=product,
+        p_weights=entries.weights,
+        p_out=out,
+        p_order=by_slot.order,
+        p_edges=by_slot.edges,
+        BLOCK=_SUM_BLOCK,
+    )

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import ThinConfig, span_of
-from lora_kernels.ops.common.strategies import block_rank
-from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import (
+from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.splitk_reduce import sums
+from lora_kernels.ops.common.triton.tiles import (
     add_sums,
     cast,
     dot,

@@ -1,7 +1,33 @@
 """The entries of each slot, and the chunks that they make: what a call's programs take."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from lora_kernels.ops.common.triton_host import run
+from lora_kernels.ops.gather.triton.plan import capacity
+
+# Entries that a program of the list looks at together.
+LIST_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Entries by slot; those without an adapter are slot S.
+
+    Attributes:
+        order: int32 [E], entries of a slot beside each other, in their order.
+        edges: int32 [S + 2], where each slot's begin.
+        work: int32 [capacity, 3]: slot, first place in `order` and count; a count of 0: no work.
+    """
+
+    order: Tensor
+    edges: Tensor
+    work: Tensor
 
 
 @triton.jit
@@ -69,3 +95,31 @@ def _gather_list_kernel(
         tl.store(p_work + o_work, tl.zeros_like(o_c) + g, mask=m_c)
         tl.store(p_work + o_work + 1, first + b_first, mask=m_c)
         tl.store(p_work + o_work + 2, b_count, mask=m_c)
+
+
+def bucket_by_slot(
+    slots: Tensor, tokens: Tensor | None, tokens_count: int, slots_count: int, block: int
+) -> Chunks:
+    """The entries of each slot in chunks of at most `block`."""
+    count = slots.shape[0]
+    most = capacity(count, slots_count, block)
+    sizes = ((count,), (slots_count + 2,), (most, 3))
+    made = Chunks(*(slots.new_empty(size) for size in sizes))
+    run(
+        _gather_list_kernel,
+        (slots_count + 1,),
+        4,
+        1,
+        p_slots=slots,
+        p_tokens=tokens,
+        p_order=made.order,
+        p_edges=made.edges,
+        p_work=made.work,
+        E=count,
+        T=tokens_count,
+        S=slots_count,
+        capacity=most,
+        block_m=block,
+        BLOCK=LIST_BLOCK,
+    )
+    return made

@@ -10,9 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device, span_of
-from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, block_rank, one_read_parts
-from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import add_sums, cast, dot, dot_rank, fence_copies, first_of
+from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, one_read_parts
+from lora_kernels.ops.common.triton.splitk_reduce import sums
+from lora_kernels.ops.common.triton.tiles import (
+    add_sums,
+    cast,
+    dot,
+    dot_rank,
+    fence_copies,
+    first_of,
+)
 from lora_kernels.ops.common.triton_host import precision, run, stride
 
 

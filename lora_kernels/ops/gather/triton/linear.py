@@ -7,14 +7,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device, GemmConfig, gemm_tiles
-from lora_kernels.ops.common.lora_tiles import product_tile, store_tile
-from lora_kernels.ops.common.tiles import cast, grouped_tile, rank_value
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.lora_tiles import product_tile, store_tile
+from lora_kernels.ops.common.triton.tiles import cast, grouped_tile, rank_value
 from lora_kernels.ops.common.triton_host import descriptor, precision, run, stride
 from lora_kernels.ops.gather.pages import RankPages
-from lora_kernels.ops.gather.triton.passes import Mask, layout
+from lora_kernels.ops.gather.triton.arguments import Mask, layout
+from lora_kernels.ops.gather.triton.entries import Entries
 from lora_kernels.ops.gather.triton.tiles import PAGE
-from lora_kernels.ops.gather.triton.work import Entries
-from lora_kernels.ops.nf4.triton.base import Weight
 
 # Elements of B that a thread loads before it uses the first: more take registers of the sums.
 _IN_FLIGHT = 64

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.tiles import cast, rank_value, rest_of
+from lora_kernels.ops.common.triton.tiles import cast, rank_value, rest_of
 from lora_kernels.ops.common.triton_host import run, stride
 
 # Four elements a thread: each fp32 load is 16 bytes beside its neighbour's.

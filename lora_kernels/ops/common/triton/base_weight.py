@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.base import Meta
+from lora_kernels.ops.common.code_tables import code_values
 from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.common.triton_host import descriptor, takes_tma
-from lora_kernels.ops.nf4.base import Meta
-from lora_kernels.ops.nf4.tables import code_values
 
 
 class Weight:
-    """W [N, K] of `base` and `meta` (`ops/nf4/base.py`)."""
+    """W [N, K] of `base` and `meta` (`ops/common/base.py`)."""
 
     def __init__(self, base: Sequence[Tensor], meta: Sequence[int]) -> None:
         self.base, self.meta = base, Meta(*meta)

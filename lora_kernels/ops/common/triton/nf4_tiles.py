@@ -4,7 +4,7 @@ type of the product, whoever decodes it."""
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast
+from lora_kernels.ops.common.triton.tiles import cast
 
 
 @triton.jit
