@@ -76,9 +76,9 @@ def test_code_holds_what_it_should(name: str, call: resources.Call):
     assert launches, "nothing to compile"
     for launch in launches:
         made = compile_launch(launch, GPU_TARGETS[name])
-        tile = resources.tile_of(launch.args, launch.warps, launch.stages)
+        tile = resources.tile_of(launch.constants, launch.warps, launch.stages)
         wrong += [
             f"{made.name} {tile}: {made.facts.registers} registers: {w}"
-            for w in _wrong(made, launch.args)
+            for w in _wrong(made, launch.constants)
         ]
     assert not wrong, "\n".join(wrong)

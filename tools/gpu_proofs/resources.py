@@ -191,13 +191,13 @@ def rows(target: GpuTarget, only: str | None = None) -> list[dict[str, Any]]:
         if only and not re.search(only, str(call)):
             continue
         for launch in launches(call, target):
-            tile = tile_of(launch.args, launch.warps, launch.stages)
+            tile = tile_of(launch.constants, launch.warps, launch.stages)
             flags = " ".join(
                 name.lower()
                 for name in ("BACKWARD", "DROPOUT", "SINGLE_PASS", "EVEN_K")
-                if launch.args.get(name) is True
+                if launch.constants.get(name) is True
             )
-            strategy = launch.args.get("STRATEGY")
+            strategy = launch.constants.get("STRATEGY")
             flags = " ".join(filter(None, (strategy, flags)))
             name = launch.kernel.fn.__name__
             if (name, tile, flags) not in found:

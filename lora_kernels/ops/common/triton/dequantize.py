@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.triton.base_weight import Weight, scale_args, table
+from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.nf4_tiles import block_scales, code_values, scale_offset, unpack
 from lora_kernels.ops.common.triton.tiles import cast
 from lora_kernels.ops.common.triton_host import run
@@ -21,12 +21,7 @@ _TILES = 4  # of a program, which loads the table once
 
 @triton.jit
 def _dequantize_kernel(
-    p_codes,
-    p_absmax,
-    p_nested,
-    p_map,
-    p_offset,
-    p_table,
+    base,
     p_out,
     size,
     chunks,
@@ -39,7 +34,6 @@ def _dequantize_kernel(
     CHUNKS: tl.constexpr,
     CHUNK: tl.constexpr,
     PER_SCALE: tl.constexpr,
-    NESTED: tl.constexpr,
 ):
     """out[i] = round(table[code[i]] · scale[i // block]), flat, or of a slab of columns.
 
@@ -49,8 +43,8 @@ def _dequantize_kernel(
     Grid: [programs], each walking tiles of CHUNKS · CHUNK weights. Products in fp32.
     At least 0.5 bytes are read and out's are written per weight.
     """
-    b_table = tl.load(p_table + tl.arange(0, 16))
-    offset = scale_offset(p_nested, p_offset)
+    b_table = tl.load(base.table + tl.arange(0, 16))
+    offset = scale_offset(base)
     o_byte = tl.arange(0, CHUNK // 2)
     o_weight = tl.arange(0, CHUNK)
     for tile in range(tl.program_id(0), tl.cdiv(chunks, CHUNKS), programs):
@@ -67,10 +61,8 @@ def _dequantize_kernel(
         if not WHOLE:
             m_in = m_in & (o_in < (size + 1) // 2)
             m_out = m_out & (o_c[:, None] * CHUNK + o_weight[None, :] < size)
-        b_bytes = tl.load(p_codes + o_in, mask=m_in, other=0)  # [CHUNKS, CHUNK / 2]
-        b_scale = block_scales(
-            p_absmax, p_nested, p_map, offset, o_c // PER_SCALE, m_c, NESTED
-        )  # [CHUNKS]
+        b_bytes = tl.load(base.w.p + o_in, mask=m_in, other=0)  # [CHUNKS, CHUNK / 2]
+        b_scale = block_scales(base, offset, o_c // PER_SCALE, m_c)  # [CHUNKS]
         b_value = code_values(unpack(b_bytes, CHUNKS, CHUNK), b_table, CHUNKS, CHUNK)
         b_out = cast(b_value * b_scale[:, None], p_out.dtype.element_ty)
         tl.store(p_out + o_out, b_out, mask=m_out)
@@ -92,8 +84,7 @@ def dequantize_slab(weight: Weight, rows: slice, columns: slice, dtype: torch.dt
         (programs,),
         4,
         1,
-        p_codes=weight.base[0],
-        p_table=table(m.quant_type, out.device),
+        base=weight.decode_args(CHUNK),
         p_out=out,
         size=size,
         chunks=chunks,
@@ -106,6 +97,5 @@ def dequantize_slab(weight: Weight, rows: slice, columns: slice, dtype: torch.dt
         SLAB=slab,
         CHUNKS=_CHUNKS,
         CHUNK=CHUNK,
-        **scale_args(weight.base, m),
     )
     return out

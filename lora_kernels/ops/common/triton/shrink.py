@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import ThinConfig, span_of
 from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.arguments import Matrix, mask, matrix, vector
 from lora_kernels.ops.common.triton.splitk_reduce import sums
 from lora_kernels.ops.common.triton.tiles import (
     cast,
@@ -21,34 +22,24 @@ from lora_kernels.ops.common.triton.tiles import (
     rest_of,
     waited,
 )
-from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
+from lora_kernels.ops.common.triton_host import Dropout, precision, run
 
 
 @triton.jit
 def _shrink_kernel(
-    p_x,
-    p_q,
-    p_out,
+    x,
+    q,
+    out,
     p_rest,
-    p_rank,
-    p_row,
-    p_seed,
+    rank,
+    row,
+    mask,
     M,
     K,
     R,
     factor,
-    threshold,
-    stream,
     span,
-    stride_xm,
-    stride_xk,
-    stride_qk,
-    stride_qr,
-    stride_os,
-    stride_om,
-    stride_rank,
-    stride_row,
-    DROPOUT: tl.constexpr,
+    stride_span,
     FINAL: tl.constexpr,
     WHOLE: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -67,7 +58,7 @@ def _shrink_kernel(
         [spans, M, R] before the factors.
     Grid: [cdiv(M, BM), cdiv(R, BR), spans]. Sums in fp32.
     """
-    dtype = p_x.dtype.element_ty
+    dtype = x.p.dtype.element_ty
     o_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     o_r = tl.program_id(1) * BR + tl.arange(0, BR)
     first = tl.program_id(2) * span
@@ -75,8 +66,8 @@ def _shrink_kernel(
     m_m = o_m < M
     m_r = o_r < R
     o_k = first + tl.arange(0, BK)
-    p_x_tile = p_x + (o_m % M)[:, None] * stride_xm + o_k[None, :].to(tl.int64) * stride_xk
-    p_q_tile = p_q + o_k[:, None].to(tl.int64) * stride_qk + (o_r % R)[None, :] * stride_qr
+    p_x_tile = x.p + (o_m % M)[:, None] * x.row + o_k[None, :].to(tl.int64) * x.col
+    p_q_tile = q.p + o_k[:, None].to(tl.int64) * q.row + (o_r % R)[None, :] * q.col
     b_s = tl.full([BM, BR], 0.0, tl.float32)  # [BM, BR]
     for k0 in range(first, last, BK):
         if EVEN_K:
@@ -86,29 +77,29 @@ def _shrink_kernel(
             m_k = k0 + tl.arange(0, BK) < last
             b_x = tl.load(p_x_tile, mask=m_k[None, :], other=0.0)
             b_q = tl.load(p_q_tile, mask=m_k[:, None], other=0.0)
-        p_x_tile += BK * stride_xk
-        p_q_tile += BK * stride_qk
-        if p_row is not None:
+        p_x_tile += BK * x.col
+        p_q_tile += BK * q.row
+        if row.p is not None:
             o_row = k0 + tl.arange(0, BK)
-            b_row = tl.load(p_row + o_row * stride_row, mask=o_row < last, other=0.0)  # [BK]
+            b_row = tl.load(row.p + o_row * row.step, mask=o_row < last, other=0.0)  # [BK]
             b_q = b_q.to(tl.float32) * b_row[:, None].to(tl.float32)
         fence_copies()
-        if DROPOUT:
-            m_keep = keep_operand(p_seed, o_m, k0, stream, threshold, BM, BK)
+        if mask.DROPOUT:
+            m_keep = keep_operand(mask.seed, o_m, k0, mask.stream, mask.threshold, BM, BK)
             b_x = tl.where(m_keep, b_x, 0.0)
         b_s = dot(b_x, cast(b_q, dtype), b_s, PRECISION)
-        if DROPOUT:
+        if mask.DROPOUT:
             b_s = waited(b_s)
     if FINAL:
         b_s *= factor
-        if p_rank is not None:
-            b_rank = tl.load(p_rank + o_r * stride_rank, mask=m_r, other=0.0)  # [BR]
+        if rank.p is not None:
+            b_rank = tl.load(rank.p + o_r * rank.step, mask=m_r, other=0.0)  # [BR]
             b_s *= b_rank[None, :].to(tl.float32)
-    o_out = tl.program_id(2).to(tl.int64) * stride_os + o_m[:, None] * stride_om + o_r[None, :]
+    o_out = tl.program_id(2).to(tl.int64) * stride_span + o_m[:, None] * out.row + o_r[None, :]
     b_kept = b_s
     if FINAL and not WHOLE:
         b_kept = rank_value(b_s, dtype)
-    tl.store(p_out + o_out, b_kept, mask=m_m[:, None] & m_r[None, :])
+    tl.store(out.p + o_out, b_kept, mask=m_m[:, None] & m_r[None, :])
     if p_rest is not None:
         tl.store(p_rest + o_out, rest_of(b_s, dtype), mask=m_m[:, None] & m_r[None, :])
 
@@ -140,29 +131,19 @@ def shrink(
         (ceil(m / config.block), ceil(r / br), spans),
         config.warps,
         config.stages,
-        p_x=x,
-        p_q=q,
-        p_out=target,
+        x=matrix(x),
+        q=matrix(q),
+        out=Matrix(target, target.stride(-2), 1),
         p_rest=rest if final else None,
-        p_rank=rank,
-        p_row=row,
-        p_seed=dropout.seed,
+        rank=vector(rank),
+        row=vector(row),
+        mask=mask(dropout),
         M=m,
         K=k,
         R=r,
         factor=float(factor),
-        threshold=dropout.threshold,
-        stream=dropout.stream,
         span=span,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_qk=q.stride(0),
-        stride_qr=q.stride(1),
-        stride_os=m * r,
-        stride_om=target.stride(-2),
-        stride_rank=stride(rank),
-        stride_row=stride(row),
-        DROPOUT=dropout.on,
+        stride_span=m * r,
         FINAL=final,
         WHOLE=whole,
         EVEN_K=k % config.step == 0,

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import Device, span_of
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, one_read_parts
+from lora_kernels.ops.common.triton.arguments import matrix, vector
 from lora_kernels.ops.common.triton.splitk_reduce import sums
 from lora_kernels.ops.common.triton.tiles import (
     add_sums,
@@ -21,29 +22,22 @@ from lora_kernels.ops.common.triton.tiles import (
     fence_copies,
     first_of,
 )
-from lora_kernels.ops.common.triton_host import precision, run, stride
+from lora_kernels.ops.common.triton_host import precision, run
 
 
 @triton.jit
 def _grad_pass_kernel(
-    p_dy,
-    p_s,
-    p_b,
+    dy,
+    s,
+    b,
     p_ds,
     p_db,
     p_dbias,
-    p_col,
+    out,
     M,
     N,
     R,
     span,
-    stride_dym,
-    stride_dyn,
-    stride_sm,
-    stride_sr,
-    stride_bn,
-    stride_br,
-    stride_col,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -51,13 +45,13 @@ def _grad_pass_kernel(
     BR: tl.constexpr,
     ONES: tl.constexpr,
 ):
-    """Partial sums of ds = dy·(col ∘ b), db = dyᵀ·s and dbias = Σ_m dy.
+    """Partial sums of ds = dy·(out ∘ b), db = dyᵀ·s and dbias = Σ_m dy.
 
-    Shapes: dy[M, N] s[M, R] b[N, R] col[N]; ds[N / BN, M, R], db[spans, N, R] and
+    Shapes: dy[M, N] s[M, R] b[N, R] out[N]; ds[N / BN, M, R], db[spans, N, R] and
         dbias[spans, N] in fp32. R <= BR.
     Grid: [cdiv(N, BN), spans of rows]. Sums in fp32.
     """
-    dtype = p_dy.dtype.element_ty
+    dtype = dy.p.dtype.element_ty
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     o_n = (pid_n * BN + tl.arange(0, BN)).to(tl.int64)
@@ -66,24 +60,24 @@ def _grad_pass_kernel(
     m_r = o_r < R
     first = pid_m * span
     last = min(first + span, M)
-    o_b = o_n[:, None] * stride_bn + o_r[None, :] * stride_br
-    b_b = tl.load(p_b + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
-    if p_col is not None:
-        b_col = tl.load(p_col + o_n * stride_col, mask=m_n, other=0.0)  # [BN]
-        b_b = b_b.to(tl.float32) * b_col[:, None].to(tl.float32)
+    o_b = o_n[:, None] * b.row + o_r[None, :] * b.col
+    b_b = tl.load(b.p + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
+    if out.p is not None:
+        b_out = tl.load(out.p + o_n * out.step, mask=m_n, other=0.0)  # [BN]
+        b_b = b_b.to(tl.float32) * b_out[:, None].to(tl.float32)
     b_b = cast(b_b, dtype)
     b_db = tl.full([BR, BN], 0.0, tl.float32)  # [BR, BN]
     b_dbias = tl.full([ONES, BN], 0.0, tl.float32)  # [ONES, BN]
     for m0 in range(first, last, BM):
         o_m = (m0 + tl.arange(0, BM)).to(tl.int64)
         m_m = o_m < last
-        o_dy = o_m[:, None] * stride_dym + o_n[None, :] * stride_dyn
+        o_dy = o_m[:, None] * dy.row + o_n[None, :] * dy.col
         if EVEN_N:
-            b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None], other=0.0)  # [BM, BN]
+            b_dy = tl.load(dy.p + o_dy, mask=m_m[:, None], other=0.0)  # [BM, BN]
         else:
-            b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None] & m_n[None, :], other=0.0)
-        o_s = o_m[None, :] * stride_sm + o_r[:, None] * stride_sr
-        b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
+            b_dy = tl.load(dy.p + o_dy, mask=m_m[:, None] & m_n[None, :], other=0.0)
+        o_s = o_m[None, :] * s.row + o_r[:, None] * s.col
+        b_s = tl.load(s.p + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
         fence_copies()
         b_ds = dot(b_dy, b_b, tl.full([BM, BR], 0.0, tl.float32), PRECISION)  # [BM, BR]
         o_ds = (pid_n.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
@@ -136,24 +130,17 @@ def grad_pass(
         (parts_n, parts_m),
         8 if bn == 256 else 4,
         2,
-        p_dy=dy,
-        p_s=s,
-        p_b=b,
+        dy=matrix(dy),
+        s=matrix(s),
+        b=matrix(b),
         p_ds=parts_ds,
         p_db=parts_db,
         p_dbias=parts_bias,
-        p_col=col,
+        out=vector(col),
         M=m,
         N=n,
         R=r,
         span=span,
-        stride_dym=dy.stride(0),
-        stride_dyn=dy.stride(1),
-        stride_sm=s.stride(0),
-        stride_sr=s.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
-        stride_col=stride(col),
         EVEN_N=n % bn == 0,
         PRECISION=precision(dy.dtype),
         BM=bm,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import ThinConfig, span_of
 from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.arguments import Matrix, Vector, mask, matrix
 from lora_kernels.ops.common.triton.splitk_reduce import sums
 from lora_kernels.ops.common.triton.tiles import (
     add_sums,
@@ -26,12 +27,12 @@ from lora_kernels.ops.common.triton_host import Dropout, precision, run
 
 
 @triton.jit
-def _outer(
-    p_x,
-    p_t,
-    p_out,
+def _wgrad_tile(
+    x,
+    t,
+    out,
     p_bias,
-    p_seed,
+    mask,
     M,
     C,
     R,
@@ -40,14 +41,6 @@ def _outer(
     first,
     last,
     factor,
-    threshold,
-    stream,
-    stride_xm,
-    stride_xc,
-    stride_tm,
-    stride_tr,
-    stride_oc,
-    stride_or,
     DROPOUT: tl.constexpr,
     EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,15 +55,15 @@ def _outer(
     One block of C and R; x[M, C] t[M, R], and in p_rest what rounding took from t, or REST where it
     is in t; sums in fp32.
     """
-    dtype = p_x.dtype.element_ty
+    dtype = x.p.dtype.element_ty
     o_c = pid_c * BC + tl.arange(0, BC)
     o_r = pid_r * BR + tl.arange(0, BR)
     m_c = o_c < C
     m_r = o_r < R
     o_m = first + tl.arange(0, BM)
-    p_x_tile = p_x + o_m[None, :].to(tl.int64) * stride_xm + (o_c % C)[:, None] * stride_xc
-    o_t = o_m[:, None].to(tl.int64) * stride_tm + (o_r % R)[None, :] * stride_tr
-    p_t_tile = p_t + o_t
+    p_x_tile = x.p + o_m[None, :].to(tl.int64) * x.row + (o_c % C)[:, None] * x.col
+    o_t = o_m[:, None].to(tl.int64) * t.row + (o_r % R)[None, :] * t.col
+    p_t_tile = t.p + o_t
     p_rest_tile = p_t_tile if p_rest is None else p_rest + o_t
     b_out = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
     b_bias = tl.full([BC, 16], 0.0, tl.float32)  # [BC, 16]
@@ -82,78 +75,63 @@ def _outer(
             m_m = m0 + tl.arange(0, BM) < last
             b_x = tl.load(p_x_tile, mask=m_m[None, :], other=0.0)
             b_t = tl.load(p_t_tile, mask=m_m[:, None], other=0.0)
-        p_x_tile += BM * stride_xm
-        p_t_tile += BM * stride_tm
+        p_x_tile += BM * x.row
+        p_t_tile += BM * t.row
         fence_copies()
         if p_bias is not None:
             b_bias = add_sums(b_bias, b_x, False, PRECISION)
         if DROPOUT:
             o_rows = m0 + tl.arange(0, BM)
-            m_keep = keep_operand(p_seed, o_rows, pid_c * BC, stream, threshold, BM, BC)
+            m_keep = keep_operand(
+                mask.seed, o_rows, pid_c * BC, mask.stream, mask.threshold, BM, BC
+            )
             b_x = tl.where(m_keep.T, b_x, 0.0)
         if p_rest is not None:
             if EVEN_M:
                 b_rest = tl.load(p_rest_tile)
             else:
                 b_rest = tl.load(p_rest_tile, mask=m_m[:, None], other=0.0)
-            p_rest_tile += BM * stride_tm
+            p_rest_tile += BM * t.row
             fence_copies()
             b_out = dot(b_x, b_rest, b_out, PRECISION)
         b_out = dot_by_rank(b_x, b_t, b_out, dtype, PRECISION, REST)
         if DROPOUT:
             b_out = waited(b_out)
-    o_out = o_c[:, None].to(tl.int64) * stride_oc + o_r[None, :].to(tl.int64) * stride_or
+    o_out = o_c[:, None].to(tl.int64) * out.row + o_r[None, :].to(tl.int64) * out.col
     b_out *= factor
-    tl.store(p_out + o_out, cast(b_out, p_out.dtype.element_ty), mask=m_c[:, None] & m_r[None, :])
+    tl.store(out.p + o_out, cast(b_out, out.p.dtype.element_ty), mask=m_c[:, None] & m_r[None, :])
     if p_bias is not None and pid_r == 0:
         tl.store(p_bias + o_c, cast(first_of(b_bias, 1), p_bias.dtype.element_ty), mask=m_c)
 
 
 @triton.jit
-def _outer_kernel(
-    p_x,
-    p_ds,
+def _wgrad_kernel(
+    x,
+    ds,
     p_rest,
-    p_da,
-    p_dy,
-    p_s,
-    p_db,
-    p_dbias,
-    p_seed,
+    da,
+    dy,
+    s,
+    db,
+    dbias,
+    mask,
     M,
     K,
     N,
     R,
     span,
-    factor_a,
     factor_b,
-    threshold,
-    stream,
-    stride_xm,
-    stride_xk,
-    stride_dsm,
-    stride_dsr,
-    stride_dym,
-    stride_dyn,
-    stride_sm,
-    stride_sr,
-    stride_a_span,
-    stride_ar,
-    stride_b_span,
-    stride_bn,
-    stride_bias_span,
     blocks_a,
     WANT_A: tl.constexpr,
     WANT_B: tl.constexpr,
     REST: tl.constexpr,
-    DROPOUT: tl.constexpr,
     EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """da = factor_a · dsᵀ·keep(x), db = factor_b · dyᵀ·s and dbias = Σ_m dy: one pass over each.
+    """da = keep_scale · dsᵀ·keep(x), db = factor_b · dyᵀ·s and dbias = Σ_m dy: one pass over each.
 
     Shapes: x[M, K] ds[M, R] da[R, K] dy[M, N] s[M, R] db[N, R] dbias[N]; with several spans of m
         the results are fp32 partial sums, a span apart.
@@ -166,74 +144,22 @@ def _outer_kernel(
     last = min(first + span, M)
     if WANT_A:
         if pid < blocks_a:
-            _outer(
-                p_x,
-                p_ds,
-                p_da + spans * stride_a_span,
-                None,
-                p_seed,
-                M,
-                K,
-                R,
-                pid,
-                pid_r,
-                first,
-                last,
-                factor_a,
-                threshold,
-                stream,
-                stride_xm,
-                stride_xk,
-                stride_dsm,
-                stride_dsr,
-                1,
-                stride_ar,
-                DROPOUT,
-                EVEN_M,
-                PRECISION,
-                BC,
-                BM,
-                BR,
-                p_rest,
-                REST,
-            )
+            _wgrad_tile(
+                x, ds, Matrix(da.p + spans * da.step, 1, K), None, mask, M, K, R, pid, pid_r, first,
+                last, mask.keep_scale, mask.DROPOUT, EVEN_M, PRECISION, BC, BM, BR, p_rest, REST,
+            )  # fmt: skip
     if WANT_B:
         if pid >= blocks_a:
-            p_bias = p_dbias
-            if p_dbias is not None:
-                p_bias = p_dbias + spans * stride_bias_span
-            _outer(
-                p_dy,
-                p_s,
-                p_db + spans * stride_b_span,
-                p_bias,
-                p_seed,
-                M,
-                N,
-                R,
-                pid - blocks_a,
-                pid_r,
-                first,
-                last,
-                factor_b,
-                threshold,
-                stream,
-                stride_dym,
-                stride_dyn,
-                stride_sm,
-                stride_sr,
-                stride_bn,
-                1,
-                False,
-                EVEN_M,
-                PRECISION,
-                BC,
-                BM,
-                BR,
-            )
+            p_bias = dbias.p
+            if dbias.p is not None:
+                p_bias = dbias.p + spans * dbias.step
+            _wgrad_tile(
+                dy, s, Matrix(db.p + spans * db.step, R, 1), p_bias, mask, M, N, R, pid - blocks_a,
+                pid_r, first, last, factor_b, False, EVEN_M, PRECISION, BC, BM, BR,
+            )  # fmt: skip
 
 
-def outer(
+def wgrad(
     config: ThinConfig,
     x: Tensor | None,
     ds: Tensor | None,
@@ -269,48 +195,31 @@ def outer(
         parts_bias = None if dbias is None else like.new_empty((spans, n), dtype=fp32)
     blocks_a, blocks_b = ceil(k / config.block), ceil(n / config.block)
     run(
-        _outer_kernel,
+        _wgrad_kernel,
         (blocks_a + blocks_b, ceil(r / br), spans),
         config.warps,
         config.stages,
         # Powers of two take a few registers beside the mask's.
         whole_registers=dtype == torch.float16,
-        p_x=x,
-        p_ds=ds,
+        x=matrix(x),
+        ds=matrix(ds),
         p_rest=rest,
-        p_da=parts_a,
-        p_dy=dy,
-        p_s=s,
-        p_db=parts_b,
-        p_dbias=parts_bias,
-        p_seed=dropout.seed,
+        da=Vector(parts_a, r * k),
+        dy=matrix(dy),
+        s=matrix(s),
+        db=Vector(parts_b, n * r),
+        dbias=Vector(parts_bias, n),
+        mask=mask(dropout),
         M=m,
         K=k,
         N=n,
         R=r,
         span=span,
-        factor_a=dropout.keep_scale,
         factor_b=float(factor_b),
-        threshold=dropout.threshold,
-        stream=dropout.stream,
-        stride_xm=0 if x is None else x.stride(0),
-        stride_xk=0 if x is None else x.stride(1),
-        stride_dsm=0 if ds is None else ds.stride(0),
-        stride_dsr=0 if ds is None else ds.stride(1),
-        stride_dym=0 if dy is None else dy.stride(0),
-        stride_dyn=0 if dy is None else dy.stride(1),
-        stride_sm=0 if s is None else s.stride(0),
-        stride_sr=0 if s is None else s.stride(1),
-        stride_a_span=r * k,
-        stride_ar=k,
-        stride_b_span=n * r,
-        stride_bn=r,
-        stride_bias_span=n,
         blocks_a=blocks_a,
         WANT_A=da is not None,
         WANT_B=db is not None,
         REST=whole,
-        DROPOUT=dropout.on,
         EVEN_M=m % config.step == 0,
         PRECISION=precision(dtype),
         BC=config.block,

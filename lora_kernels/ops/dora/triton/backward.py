@@ -11,7 +11,7 @@ from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.shrink import shrink
-from lora_kernels.ops.common.triton.wgrad import outer
+from lora_kernels.ops.common.triton.wgrad import wgrad
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.magnitude import without_autocast
 from lora_kernels.ops.dora.schema import DoRALinearBackward
@@ -85,7 +85,7 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
         )
     if want_a:
         config = thin_columns(m, k, device, br, size)
-        outer(
+        wgrad(
             config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout, rest=rest,
             whole=half,
         )  # fmt: skip

@@ -8,6 +8,15 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import Device, GemmConfig, gemm_tiles
 from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.arguments import (
+    Adapter,
+    Matrix,
+    Vector,
+    left,
+    matrix,
+    tile,
+    vector,
+)
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.lora_tiles import branch_tile, product_tile, store_tile
 from lora_kernels.ops.common.triton.nf4_tiles import right_tile
@@ -19,7 +28,7 @@ from lora_kernels.ops.common.triton.tiles import (
     in_registers,
     waited,
 )
-from lora_kernels.ops.common.triton_host import Dropout, descriptor, precision, run, stride
+from lora_kernels.ops.common.triton_host import Dropout, run
 from lora_kernels.ops.dora.triton.dropout import unpack_mask, words_tile
 from lora_kernels.ops.dora.triton.scale import inverse_tile, scale_tile
 
@@ -29,93 +38,77 @@ def _pair_tile(
     b_p,
     b_q,
     x,
-    w,
-    p_absmax,
-    p_nested,
-    p_map,
-    p_offset,
-    p_table,
+    base,
     p_row,
-    p_mask,
+    words,
     m0,
     n0,
     M,
     N,
     K,
-    stride_xm,
-    stride_xk,
-    stride_wk,
-    stride_wn,
-    stride_mask,
-    PAIR: tl.constexpr,
-    MASK_X: tl.constexpr,
-    HOLD_X: tl.constexpr,
-    TMA: tl.constexpr,
-    W_ROWS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    tile,
 ):
-    """Two products from the same tiles of x and w. Where MASK_X: b_p + dropped(x)·w and
-    b_q + kept(x)·w, whose sum is x·w. Else, where PAIR: b_p + x·w and b_q + ((row − 1) ∘ x)·w; and
-    where not b_q + (row ∘ x)·w alone. What stands in brackets is rounded to DTYPE. HOLD_X: see
-    `in_registers`.
+    """Two products from the same tiles of x and w. In a forward: b_p + dropped(x)·w and
+    b_q + kept(x)·w, whose sum is x·w. In a backward with dropout: b_p + x·w and
+    b_q + ((row − 1) ∘ x)·w; without it b_q + (row ∘ x)·w alone. What stands in brackets is rounded
+    to x's type.
 
-    Shapes: x[M, K] w[K, N] row[K], mask[M, K / 16] words; b_p and b_q [BM, BN]. Descriptors
+    Shapes: x[M, K] w[K, N] row[K], words[M, K / 16] of the mask; b_p and b_q [BM, BN]. Descriptors
         and a 4-bit w as in `product_tile`.
     """
+    BM: tl.constexpr = tile.BM
+    BN: tl.constexpr = tile.BN
+    BK: tl.constexpr = tile.BK
+    TMA: tl.constexpr = tile.TMA
+    EVEN_K: tl.constexpr = tile.EVEN_K
+    PRECISION: tl.constexpr = tile.PRECISION
+    W_ROWS: tl.constexpr = not BACKWARD
+    MASK_X: tl.constexpr = not BACKWARD
     o_k = tl.arange(0, BK)
-    if CHUNK > 0:
-        b_table = tl.load(p_table + tl.arange(0, 16))
+    if base.format.CHUNK > 0:
+        b_table = tl.load(base.table + tl.arange(0, 16))
     if MASK_X:
-        p_words = words_tile(p_mask, m0, 0, M, stride_mask, BM, BK)
-    p_x = x
-    p_w = w
+        p_words = words_tile(words, m0, 0, M, BM, BK)
+    p_x = x.p
+    p_w = base.w.p
     if not TMA:
         # What lies past the last row or column is that row or column again, never stored.
         o_m = tl.minimum(tl.arange(0, BM), M - 1 - m0)
         o_n = tl.arange(0, BN)
-        p_x = x + m0.to(tl.int64) * stride_xm
-        p_x += o_m[:, None] * stride_xm + o_k[None, :] * stride_xk
-        if CHUNK == 0:
+        p_x = x.p + m0.to(tl.int64) * x.row
+        p_x += o_m[:, None] * x.row + o_k[None, :] * x.col
+        if base.format.CHUNK == 0:
             if W_ROWS:
                 o_n = tl.minimum(o_n, N - 1 - n0)
-                p_w = w + n0.to(tl.int64) * stride_wn
+                p_w = base.w.p + n0.to(tl.int64) * base.w.col
             else:  # neighbours stay neighbours under a remainder, which wide loads need
                 o_n = ((n0 + o_n) % N).to(tl.int64)
-            p_w += o_k[:, None] * stride_wk + o_n[None, :] * stride_wn
+            p_w += o_k[:, None] * base.w.row + o_n[None, :] * base.w.col
     for k0 in range(0, K, BK):
         m_k = o_k < K - k0
         if TMA:
-            b_x = x.load([m0, k0])  # [BM, BK]
+            b_x = x.p.load([m0, k0])  # [BM, BK]
         else:
             if EVEN_K:
                 b_x = tl.load(p_x)
             else:
                 b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
-            p_x += BK * stride_xk
-        if CHUNK > 0:
-            b_w = right_tile(
-                w, p_absmax, p_nested, p_map, p_offset, b_table, k0, n0, K, N, W_ROWS, DTYPE, BK,
-                BN, CHUNK, BLOCK, NESTED,
-            )  # [BK, BN]  # fmt: skip
+            p_x += BK * x.col
+        if base.format.CHUNK > 0:
+            b_w = right_tile(base, b_table, k0, n0, K, N, W_ROWS, b_x.dtype, BK, BN)  # [BK, BN]
         elif TMA:
             if W_ROWS:
-                b_w = w.load([n0, k0]).T
+                b_w = base.w.p.load([n0, k0]).T
             else:
-                b_w = w.load([k0, n0])
+                b_w = base.w.p.load([k0, n0])
         else:
             if EVEN_K:
                 b_w = tl.load(p_w)
             else:
                 b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
-            p_w += BK * stride_wk
+            p_w += BK * base.w.row
         fence_copies()
         if MASK_X:
             m_keep = unpack_mask(tl.load(p_words), BM, BK)  # [BM, BK]
@@ -124,12 +117,12 @@ def _pair_tile(
             b_left = tl.where(m_keep, b_x, 0.0)
         else:
             b_row = tl.load(p_row + k0 + o_k, mask=m_k, other=0.0)  # [BK]
-            if PAIR:
+            if DROPOUT:
                 # x from registers, as the other product's left side is: of a mixed pair Triton 3.9
                 # reads Hopper's sums before they are there.
-                b_p = dot(in_registers(b_x) if HOLD_X else b_x, b_w, b_p, PRECISION)
+                b_p = dot(in_registers(b_x) if tile.HOLD_X else b_x, b_w, b_p, PRECISION)
                 b_row -= 1.0
-            b_left = cast(b_x.to(tl.float32) * b_row[None, :], DTYPE)
+            b_left = cast(b_x.to(tl.float32) * b_row[None, :], b_x.dtype)
         b_q = waited(dot(b_left, b_w, b_q, PRECISION))
     return b_p, b_q
 
@@ -137,57 +130,27 @@ def _pair_tile(
 @triton.jit
 def _dora_gemm_kernel(
     x,
-    w,
-    p_absmax,
-    p_nested,
-    p_map,
-    p_offset,
-    p_table,
-    p_y,
+    y,
     p_kept,
-    p_t,
+    t,
     p_rest,
-    p_u,
-    p_bias,
-    p_magnitude,
-    p_norm,
+    u,
+    bias,
+    magnitude,
+    norm,
     p_row,
-    p_mask,
+    words,
     M,
     N,
     K,
     R,
     scale,
     keep_scale,
-    stride_xm,
-    stride_xk,
-    stride_wk,
-    stride_wn,
-    stride_ym,
-    stride_tm,
-    stride_tr,
-    stride_ur,
-    stride_un,
-    stride_bias,
-    stride_magnitude,
-    stride_norm,
-    stride_mask,
     REST: tl.constexpr,
     BACKWARD: tl.constexpr,
     DROPOUT: tl.constexpr,
-    HOLD_X: tl.constexpr,
-    TMA: tl.constexpr,
-    W_ROWS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    BR: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
+    tile,
+    base,
 ):
     """Forward: z = drop(x)·w + scale · t·u and y = m̂ ∘ z + (x − drop(x))·w + bias; kept = z / norm.
     Backward, of dy in x's place: y = drop'(((m̂ − 1) ∘ x)·w + t·u) + x·w; without dropout
@@ -201,24 +164,26 @@ def _dora_gemm_kernel(
     Backward: w = W, t = ds, u = A, row = m̂ over K; drop' is the forward's.
 
     Shapes: x[M, K] w[K, N] t[M, R] u[R, N] y[M, N] kept[M, N], magnitude, norm and bias[N], row[K];
-        mask: words of x's in the forward, of y's in the backward; rest[M, R] what rounding took
+        words: of x's mask in the forward, of y's in the backward; rest[M, R] what rounding took
         from t, or REST where that is in t.
-        With TMA x and w are descriptors; w's box is [BN, BK] where W_ROWS, else [BK, BN].
-        CHUNK > 0: w is 4-bit and decoded in the main loop.
+        With TMA x and w are descriptors; w's box is [BN, BK] in the forward, else [BK, BN].
+        A 4-bit w is decoded in the main loop.
     Grid: [tiles of y], neighbours in time near each other. Walking several tiles, a program would
         keep what all of them share, and spill.
     Sums in fp32; t, and row ∘ x, are rounded to y's type before their products.
     """
-    DTYPE: tl.constexpr = p_y.dtype.element_ty
+    BM: tl.constexpr = tile.BM
+    BN: tl.constexpr = tile.BN
+    DTYPE: tl.constexpr = y.p.dtype.element_ty
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
-    pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, tile.GROUP)
     m0 = pid_m * BM
     n0 = pid_n * BN
     b_p = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
     b_q = branch_tile(
-        b_p, p_t, p_u, None, m0, n0, M, N, R, stride_tm, stride_tr, stride_ur, stride_un, 1,
-        DTYPE, PRECISION, BM, BN, BR, p_rest=p_rest, REST=REST,
+        b_p, t, Adapter(None, u, Vector(None, 1), Vector(None, 1), R, None), None, m0, n0, M, N,
+        DTYPE, tile, p_rest, REST,
     )  # fmt: skip
     if not BACKWARD:
         b_q *= scale
@@ -227,35 +192,27 @@ def _dora_gemm_kernel(
             b_q /= keep_scale
             b_p = b_q * (keep_scale - 1.0)
         b_p, b_q = _pair_tile(
-            b_p, b_q, x, w, p_absmax, p_nested, p_map, p_offset, p_table, p_row, p_mask, m0, n0,
-            M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, stride_mask, DROPOUT,
-            not BACKWARD, HOLD_X, TMA, W_ROWS, EVEN_K, PRECISION, DTYPE, BM, BN, BK, CHUNK, BLOCK,
-            NESTED,
-        )  # fmt: skip
+            b_p, b_q, x, base, p_row, words, m0, n0, M, N, K, DROPOUT, BACKWARD, tile
+        )
     else:
-        b_s = tl.full([BM, BR], 0.0, tl.float32)
-        b_q, b_s = product_tile(
-            b_q, b_s, x, w, None, None, None, m0, n0, M, N, K, R, 0, 0, stride_xm, stride_xk,
-            stride_wk, stride_wn, 0, 0, 0, False, False, TMA, W_ROWS, EVEN_K, PRECISION, DTYPE,
-            BM, BN, BK, BR, False, CHUNK, BLOCK, NESTED, p_absmax, p_nested, p_map, p_offset,
-            p_table,
-        )  # fmt: skip
+        b_s = tl.full([BM, tile.BR], 0.0, tl.float32)
+        b_q, b_s = product_tile(b_q, b_s, x, base, None, None, m0, n0, M, N, K, False, False, tile)
     if BACKWARD:
         if DROPOUT:
-            p_words = words_tile(p_mask, m0, n0, M, stride_mask, BM, BN)
+            p_words = words_tile(words, m0, n0, M, BM, BN)
             m_keep = unpack_mask(tl.load(p_words), BM, BN)  # [BM, BN]
             b_q = b_p + tl.where(m_keep, b_q * keep_scale, 0.0)
     else:
         o_n = n0 + tl.arange(0, BN)
-        b_m = scale_tile(p_magnitude, p_norm, o_n, o_n < N, stride_magnitude, stride_norm)
+        b_m = scale_tile(magnitude, norm, o_n, o_n < N)
         if p_kept is not None:
-            b_kept = b_q * (inverse_tile(p_norm, o_n, o_n < N, stride_norm) * keep_scale)[None, :]
-            store_tile(b_kept, p_kept, None, m0, n0, M, N, stride_ym, 1, BM, BN)
+            b_kept = b_q * (inverse_tile(norm, o_n, o_n < N) * keep_scale)[None, :]
+            store_tile(b_kept, Matrix(p_kept, y.row, 1), Vector(None, 1), m0, n0, M, N, tile)
         if DROPOUT:
             b_q = b_p + b_q * (1.0 + keep_scale * (b_m - 1.0))[None, :]
         else:
             b_q *= b_m[None, :]
-    store_tile(b_q, p_y, p_bias, m0, n0, M, N, stride_ym, stride_bias, BM, BN)
+    store_tile(b_q, y, bias, m0, n0, M, N, tile)
 
 
 def gemm(
@@ -283,54 +240,39 @@ def gemm(
     rest, of t's strides, is what rounding took from t, where t is not whole."""
     m, k = x.shape
     n = y.shape[1]
-    tma = config.tma
     run(
         _dora_gemm_kernel,
         (gemm_tiles(config, m, n),),
         config.warps,
         config.stages,
-        x=descriptor(x, [config.block_m, config.block_k]) if tma else x,
-        p_y=y,
+        x=left(x, config),
+        y=matrix(y),
         p_kept=kept,
-        p_t=t,
+        t=matrix(t),
         p_rest=rest,
-        p_u=u,
-        p_bias=bias,
-        p_magnitude=magnitude,
-        p_norm=norm,
+        u=matrix(u),
+        bias=vector(bias),
+        magnitude=vector(magnitude),
+        norm=vector(norm),
         p_row=row,
-        p_mask=mask,
+        words=matrix(mask),
         M=m,
         N=n,
         K=k,
         R=t.shape[1],
         scale=float(scale),
         keep_scale=dropout.keep_scale,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_ym=y.stride(0),
-        stride_tm=t.stride(0),
-        stride_tr=t.stride(1),
-        stride_ur=u.stride(0),
-        stride_un=u.stride(1),
-        stride_bias=stride(bias),
-        stride_magnitude=stride(magnitude),
-        stride_norm=stride(norm),
-        stride_mask=stride(mask),
         REST=whole,
         BACKWARD=backward,
         DROPOUT=dropout.on,
-        HOLD_X=device.tma,
-        TMA=tma,
-        W_ROWS=not backward,
-        EVEN_K=k % config.block_k == 0,
-        PRECISION=precision(x.dtype),
-        BM=config.block_m,
-        BN=config.block_n,
-        BK=config.block_k,
-        BR=_branch_step(config, device, t.shape[1], x.element_size()),
-        GROUP=config.group,
-        **w.args(config, backward),
+        tile=tile(
+            config,
+            x,
+            block_r=_branch_step(config, device, t.shape[1], x.element_size()),
+            even_k=k % config.block_k == 0,
+            hold_x=device.tma,
+        ),
+        base=w.args(config, backward),
     )
 
 

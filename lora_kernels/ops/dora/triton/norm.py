@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.arguments import matrix
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.nf4_tiles import weight_tile
 from lora_kernels.ops.common.triton.tiles import dot
@@ -23,39 +24,25 @@ _WARPS = 4
 
 @triton.jit
 def _norm_kernel(
-    p_w,
-    p_absmax,
-    p_nested,
-    p_map,
-    p_offset,
-    p_table,
-    p_a,
-    p_b,
+    base,
+    a,
+    b,
     p_out,
     N,
     K,
     R,
     scale,
-    stride_wn,
-    stride_wk,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
     ONE_RANK: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
 ):
     """norm[n] = sqrt(Σ_k (w + scale · b·a)²[n, k]), the row in registers, a step of K at a time.
 
     2·N·K·(R + 2) FLOPs; bytes: w, a and b once, 4·N written. The products of 16-bit adapters are
-    exact in fp32; fp32 ones are multiplied as such ("ieee"), whatever torch allows. CHUNK > 0: w is
-    4-bit, decoded to fp32.
+    exact in fp32; fp32 ones are multiplied as such ("ieee"), whatever torch allows. A 4-bit
+    w is decoded to fp32.
     Shapes: w[N, K] a[R, K] b[N, R], any strides; norm[N]. Grid: [cdiv(N, BN)].
     Sums in fp32, of K / BK squares in a row and then as a tree.
     """
@@ -64,43 +51,42 @@ def _norm_kernel(
     m_n = o_n < N
     # A row past the last is the last one again, never stored: whole loads need no mask.
     o_row = tl.minimum(o_n, N - 1)
-    if CHUNK > 0:
-        b_table = tl.load(p_table + tl.arange(0, 16))
+    if base.format.CHUNK > 0:
+        b_table = tl.load(base.table + tl.arange(0, 16))
     else:
-        p_w_tile = p_w + o_row[:, None] * stride_wn + o_k[None, :].to(tl.int64) * stride_wk
+        p_w_tile = base.w.p + o_row[:, None] * base.w.row + o_k[None, :].to(tl.int64) * base.w.col
     if ONE_RANK:
         o_r = tl.arange(0, BR)
         m_r = o_r < R
-        o_b = o_row[:, None] * stride_bn + o_r[None, :] * stride_br
-        b_b = tl.load(p_b + o_b, mask=m_r[None, :], other=0.0)  # [BN, BR]
+        o_b = o_row[:, None] * b.row + o_r[None, :] * b.col
+        b_b = tl.load(b.p + o_b, mask=m_r[None, :], other=0.0)  # [BN, BR]
     b_squares = tl.full([BN, BK], 0.0, tl.float32)  # [BN, BK]
     for k0 in range(0, K, BK):
         m_k = o_k < K - k0
-        if CHUNK > 0:
+        if base.format.CHUNK > 0:
             b_w = weight_tile(
-                p_w, p_absmax, p_nested, p_map, p_offset, b_table, tl.program_id(0) * BN, k0, N, K,
-                tl.float32, BN, BK, CHUNK, BLOCK, NESTED,
-            )  # [BN, BK]  # fmt: skip
+                base, b_table, tl.program_id(0) * BN, k0, N, K, tl.float32, BN, BK
+            )  # [BN, BK]
         else:
             if EVEN_K:
                 b_w = tl.load(p_w_tile)  # [BN, BK]
             else:
                 b_w = tl.load(p_w_tile, mask=m_k[None, :], other=0.0)
-            p_w_tile += BK * stride_wk
+            p_w_tile += BK * base.w.col
         b_t = tl.full([BN, BK], 0.0, tl.float32)  # [BN, BK]
-        p_a_tile = p_a + (k0 + o_k).to(tl.int64)[None, :] * stride_ak
+        p_a_tile = a.p + (k0 + o_k).to(tl.int64)[None, :] * a.col
         if ONE_RANK:
             m_a = m_r[:, None] & m_k[None, :]
-            b_a = tl.load(p_a_tile + o_r[:, None] * stride_ar, mask=m_a, other=0.0)  # [BR, BK]
+            b_a = tl.load(p_a_tile + o_r[:, None] * a.row, mask=m_a, other=0.0)  # [BR, BK]
             b_t = dot(b_b, b_a, b_t, "ieee")
         else:
             for r0 in range(0, R, BR):
                 o_r = r0 + tl.arange(0, BR)
                 m_r = o_r < R
-                o_b = o_row[:, None] * stride_bn + o_r[None, :] * stride_br
-                b_b = tl.load(p_b + o_b, mask=m_r[None, :], other=0.0)  # [BN, BR]
+                o_b = o_row[:, None] * b.row + o_r[None, :] * b.col
+                b_b = tl.load(b.p + o_b, mask=m_r[None, :], other=0.0)  # [BN, BR]
                 m_a = m_r[:, None] & m_k[None, :]
-                b_a = tl.load(p_a_tile + o_r[:, None] * stride_ar, mask=m_a, other=0.0)
+                b_a = tl.load(p_a_tile + o_r[:, None] * a.row, mask=m_a, other=0.0)
                 b_t = dot(b_b, b_a, b_t, "ieee")
         b_t = b_w.to(tl.float32) + b_t * scale
         b_squares += b_t * b_t
@@ -111,7 +97,7 @@ def dora_norm(c: DoRANorm) -> Tensor:
     """[N] in fp32. The sum itself is squared, so ‖W‖² is of no use: W is read anyway, and nothing
     cancels."""
     a, b, weight = c.a, c.b, Weight(c.base, c.meta)
-    w, stride_wn, stride_wk = weight.matrix
+    w = weight.base[0]
     n, k = c.meta[0], c.meta[1]
     r = a.shape[0]
     exact = a.dtype == torch.float32
@@ -126,26 +112,19 @@ def dora_norm(c: DoRANorm) -> Tensor:
         (ceil(n / block),),
         _WARPS,
         3,
-        p_w=w,
-        p_a=a,
-        p_b=b,
+        base=weight.decode_args(step),
+        a=matrix(a),
+        b=matrix(b),
         p_out=norm,
         N=n,
         K=k,
         R=r,
         scale=float(c.scale),
-        stride_wn=stride_wn,
-        stride_wk=stride_wk,
-        stride_ar=a.stride(0),
-        stride_ak=a.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
         ONE_RANK=r <= br,
         EVEN_K=k % step == 0,
         BN=block,
         BK=step,
         BR=br,
-        **weight.decode_args(step),
     )
     return norm
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import Device, span_of
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import one_read_parts
+from lora_kernels.ops.common.triton.arguments import matrix, vector
 from lora_kernels.ops.common.triton.splitk_reduce import _sum
 from lora_kernels.ops.common.triton.tiles import cast, dot, dot_rank
-from lora_kernels.ops.common.triton_host import precision, run, stride
+from lora_kernels.ops.common.triton_host import precision, run
 from lora_kernels.ops.dora.triton.scale import scale_tile
 
 _SUM_BLOCK = 512  # four elements a thread: each fp32 load is 16 bytes beside its neighbour's
@@ -29,12 +30,12 @@ def _column_sums(b_t, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _dora_pass_kernel(
-    p_dy,
-    p_kept,
-    p_s,
-    p_b,
-    p_magnitude,
-    p_norm,
+    dy,
+    kept,
+    s,
+    b,
+    magnitude,
+    norm,
     p_m,
     p_ds,
     p_g,
@@ -44,16 +45,6 @@ def _dora_pass_kernel(
     N,
     R,
     span,
-    stride_dym,
-    stride_dyn,
-    stride_km,
-    stride_kn,
-    stride_sm,
-    stride_sr,
-    stride_bn,
-    stride_br,
-    stride_magnitude,
-    stride_norm,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -68,7 +59,7 @@ def _dora_pass_kernel(
         g[spans, N, R], dbias and dots[spans, N] in fp32.
     Grid: [cdiv(N, BN), spans of rows, cdiv(R, BR)]; ds only where R <= BR. Sums in fp32.
     """
-    dtype = p_dy.dtype.element_ty
+    dtype = dy.p.dtype.element_ty
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     pid_r = tl.program_id(2)
@@ -79,13 +70,13 @@ def _dora_pass_kernel(
     first = pid_m * span
     last = min(first + span, M)
     if p_ds is not None or p_m is not None:
-        b_m = scale_tile(p_magnitude, p_norm, o_n, m_n, stride_magnitude, stride_norm)  # [BN]
+        b_m = scale_tile(magnitude, norm, o_n, m_n)  # [BN]
         if p_m is not None:
             if pid_m + pid_r == 0:
                 tl.store(p_m + o_n, b_m, mask=m_n)
     if p_ds is not None:
-        o_b = o_n[:, None] * stride_bn + o_r[None, :] * stride_br
-        b_b = tl.load(p_b + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
+        o_b = o_n[:, None] * b.row + o_r[None, :] * b.col
+        b_b = tl.load(b.p + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
         b_b = cast(b_b.to(tl.float32) * b_m[:, None], dtype)
     b_g = tl.full([BR, BN], 0.0, tl.float32)  # [BR, BN]
     b_dbias = tl.full([BN], 0.0, tl.float32)  # [BN]
@@ -96,21 +87,21 @@ def _dora_pass_kernel(
         m_dy = m_m[:, None]
         if not EVEN_N:
             m_dy = m_dy & m_n[None, :]
-        o_dy = o_m[:, None] * stride_dym + o_n[None, :] * stride_dyn
-        b_dy = tl.load(p_dy + o_dy, mask=m_dy, other=0.0)  # [BM, BN]
+        o_dy = o_m[:, None] * dy.row + o_n[None, :] * dy.col
+        b_dy = tl.load(dy.p + o_dy, mask=m_dy, other=0.0)  # [BM, BN]
         if p_ds is not None:
             b_ds = dot(b_dy, b_b, tl.full([BM, BR], 0.0, tl.float32), PRECISION)  # [BM, BR]
             o_ds = (pid_n.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
             tl.store(p_ds + o_ds, b_ds, mask=m_m[:, None] & m_r[None, :])
         if p_g is not None:
-            o_s = o_m[None, :] * stride_sm + o_r[:, None] * stride_sr
-            b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
+            o_s = o_m[None, :] * s.row + o_r[:, None] * s.col
+            b_s = tl.load(s.p + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
             b_g = dot_rank(b_s, b_dy, b_g, dtype, PRECISION)
         if p_dbias is not None:
             b_dbias += _column_sums(b_dy, BM, BN)
         if p_dots is not None:
-            o_kept = o_m[:, None] * stride_km + o_n[None, :] * stride_kn
-            b_kept = tl.load(p_kept + o_kept, mask=m_dy, other=0.0)  # [BM, BN]
+            o_kept = o_m[:, None] * kept.row + o_n[None, :] * kept.col
+            b_kept = tl.load(kept.p + o_kept, mask=m_dy, other=0.0)  # [BM, BN]
             b_dots += _column_sums(b_dy.to(tl.float32) * b_kept.to(tl.float32), BM, BN)
     if p_g is not None:
         o_g = (pid_m.to(tl.int64) * N + o_n[None, :]) * R + o_r[:, None]
@@ -134,16 +125,14 @@ def _dora_finish_kernel(
     p_dbias,
     p_dots,
     p_dmagnitude,
-    p_magnitude,
-    p_norm,
+    magnitude,
+    norm,
     N,
     R,
     size_ds,
     parts_ds,
     parts,
     scale,
-    stride_magnitude,
-    stride_norm,
     blocks,
     BN: tl.constexpr,
     BR: tl.constexpr,
@@ -161,7 +150,7 @@ def _dora_finish_kernel(
     if pid < blocks:
         o_n = (pid * BN + tl.arange(0, BN)).to(tl.int64)
         m_n = o_n < N
-        b_m = scale_tile(p_magnitude, p_norm, o_n, m_n, stride_magnitude, stride_norm)  # [BN]
+        b_m = scale_tile(magnitude, norm, o_n, m_n)  # [BN]
         if p_db is not None:
             for r0 in range(0, R, BR):
                 o_r = r0 + tl.arange(0, BR)
@@ -234,12 +223,12 @@ def shrink_and_wgrad(
         (ceil(n / bn), parts_m, 1 if db is None else ceil(r / br)),
         8 if bn == 256 else 4,
         1,  # products and lanes read the same tile: see `tiles.in_registers`
-        p_dy=dy,
-        p_kept=kept,
-        p_s=s,
-        p_b=b,
-        p_magnitude=magnitude,
-        p_norm=norm,
+        dy=matrix(dy),
+        kept=matrix(kept),
+        s=matrix(s),
+        b=matrix(b),
+        magnitude=vector(magnitude),
+        norm=vector(norm),
         p_m=scales,
         p_ds=parts_ds,
         p_g=parts_g,
@@ -249,16 +238,6 @@ def shrink_and_wgrad(
         N=n,
         R=r,
         span=span,
-        stride_dym=dy.stride(0),
-        stride_dyn=dy.stride(1),
-        stride_km=stride(kept, 0),
-        stride_kn=stride(kept, 1),
-        stride_sm=s.stride(0),
-        stride_sr=s.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
-        stride_magnitude=magnitude.stride(0),
-        stride_norm=norm.stride(0),
         EVEN_N=n % bn == 0,
         PRECISION=precision(dy.dtype),
         BM=bm,
@@ -282,16 +261,14 @@ def shrink_and_wgrad(
         p_dbias=dbias,
         p_dots=parts_dots,
         p_dmagnitude=dmagnitude,
-        p_magnitude=magnitude,
-        p_norm=norm,
+        magnitude=vector(magnitude),
+        norm=vector(norm),
         N=n,
         R=r,
         size_ds=elements,
         parts_ds=parts_n,
         parts=parts_m,
         scale=float(scale),
-        stride_magnitude=magnitude.stride(0),
-        stride_norm=norm.stride(0),
         blocks=blocks,
         BN=block,
         BR=16,

@@ -1,11 +1,13 @@
-"""Arguments that several kernels of many adapters share."""
+"""Groups of arguments that the kernels of many adapters take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from lora_kernels.ops.gather.pages import RankPages
 
 
 class Mask:
@@ -16,17 +18,47 @@ class Mask:
         self.stream = stream
 
 
-def mask_args(mask: Mask | None) -> dict[str, Any]:
+class SlotMask(NamedTuple):
+    """The dropout of each slot [S], and the row of the mask of each entry; None where there is no
+    dropout."""
+
+    seeds: Any
+    thresholds: Any
+    rows: Any
+    stream: Any
+
+
+class Pages(NamedTuple):
+    """The rank pages of A or B in `p` [P, 16, ..], and whose they are: table[S, C], ranks[S],
+    scales[S]."""
+
+    p: Any
+    table: Any
+    ranks: Any
+    scales: Any
+    S: Any
+    C: Any
+
+
+class Sums(NamedTuple):
+    """s [E, ..], or parts of it to be added [parts, E, ..]: the strides of both."""
+
+    p: Any
+    part: Any
+    row: Any
+
+
+def slot_mask(mask: Mask | None) -> SlotMask:
     if mask is None:
-        return {"p_seeds": None, "p_thresholds": None, "p_rows": None, "stream": 0}
-    return {
-        "p_seeds": mask.seeds,
-        "p_thresholds": mask.thresholds,
-        "p_rows": mask.rows,
-        "stream": mask.stream,
-    }
+        return SlotMask(None, None, None, 0)
+    return SlotMask(mask.seeds, mask.thresholds, mask.rows, mask.stream)
 
 
-def layout(s: Tensor) -> dict[str, Any]:
-    """Of s [E, ..] or its parts [spans, E, ..], whose last stride is 1."""
-    return {"size": s.stride(0) if s.dim() == 3 else 0, "stride_s": s.stride(-2)}
+def rank_pages(p: RankPages, t: Tensor) -> Pages:
+    """t is p.a or p.b, or of their layout."""
+    return Pages(t, p.table, p.ranks, p.scales, p.slots, p.table.shape[1])
+
+
+def sums(s: Tensor) -> Sums:
+    """The last stride of s is 1."""
+    return Sums(s, s.stride(0) if s.dim() == 3 else 0, s.stride(-2))

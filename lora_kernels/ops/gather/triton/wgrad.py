@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.ops.common.triton.arguments import matrix
 from lora_kernels.ops.common.triton.tiles import cast, dot_rank, keep_operand
 from lora_kernels.ops.common.triton_host import precision, run
 from lora_kernels.ops.gather.pages import RankPages
-from lora_kernels.ops.gather.triton.arguments import Mask, mask_args
+from lora_kernels.ops.gather.triton.arguments import Mask, rank_pages, slot_mask
 from lora_kernels.ops.gather.triton.entries import Entries
 from lora_kernels.ops.gather.triton.tiles import PAGE, kept_scale, rank_of
 
@@ -23,25 +24,15 @@ _SUM_BLOCK = 256
 
 @triton.jit
 def _gather_grad_kernel(
-    p_t,
-    p_x,
-    p_out,
+    t,
+    x,
+    pages,
     p_tokens,
     p_weights,
-    p_table,
-    p_ranks,
-    p_scales,
     p_order,
     p_edges,
-    p_seeds,
-    p_thresholds,
-    p_rows,
+    mask,
     K,
-    C,
-    stream,
-    stride_t,
-    stride_xm,
-    stride_xk,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -49,12 +40,13 @@ def _gather_grad_kernel(
     """out[page, j, k] = scale · Σ_e weight[e] · t[e, 16 c + j] · drop(x)[t, k] over the entries e
     of the slot whose page c it is; zeros past the rank.
 
-    Shapes: t[E, ..] x[T, K] out[P, 16, K]; entries of slot i: order[edges[i] : edges[i + 1]].
+    Shapes: t[E, ..] x[T, K] out[P, 16, K] in pages; entries of slot i are
+        order[edges[i] : edges[i + 1]].
     Grid: [S, C, cdiv(K, BK)]. Sums in fp32.
     """
-    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    DTYPE: tl.constexpr = x.p.dtype.element_ty
     slot = tl.program_id(0)
-    rank = rank_of(p_ranks, slot, C)
+    rank = rank_of(pages.ranks, slot, pages.C)
     column = tl.program_id(1) * PAGE
     if rank > column:
         k0 = tl.program_id(2) * BK
@@ -64,7 +56,7 @@ def _gather_grad_kernel(
         m_j = o_j < rank - column
         first = tl.load(p_edges + slot)
         last = tl.load(p_edges + slot + 1)
-        p_columns = p_x + o_k[None, :].to(tl.int64) * stride_xk
+        p_columns = x.p + o_k[None, :].to(tl.int64) * x.col
         b_sum = tl.full([PAGE, BK], 0.0, tl.float32)  # [16, BK]
         for i0 in range(first, last, BM):
             o_i = i0 + tl.arange(0, BM)
@@ -73,28 +65,28 @@ def _gather_grad_kernel(
             o_t = o_e
             if p_tokens is not None:
                 o_t = tl.load(p_tokens + o_e, mask=m_i, other=0)
-            o_s = o_e.to(tl.int64)[None, :] * stride_t + (o_j + column)[:, None]
-            b_t = tl.load(p_t + o_s, mask=m_j[:, None] & m_i[None, :], other=0.0)  # [16, BM]
+            o_s = o_e.to(tl.int64)[None, :] * t.row + (o_j + column)[:, None]
+            b_t = tl.load(t.p + o_s, mask=m_j[:, None] & m_i[None, :], other=0.0)  # [16, BM]
             if p_weights is not None:
                 b_weight = tl.load(p_weights + o_e, mask=m_i, other=0.0)
                 b_t = b_t.to(tl.float32) * b_weight[None, :]
-            o_x = o_t.to(tl.int64)[:, None] * stride_xm
+            o_x = o_t.to(tl.int64)[:, None] * x.row
             b_x = tl.load(p_columns + o_x, mask=m_i[:, None] & m_k[None, :], other=0.0)  # [BM, BK]
-            if p_seeds is not None:
-                o_rows = tl.load(p_rows + o_e, mask=m_i, other=0)
-                threshold = tl.load(p_thresholds + slot)
-                m_keep = keep_operand(p_seeds + slot, o_rows, k0, stream, threshold, BM, BK)
+            if mask.seeds is not None:
+                o_rows = tl.load(mask.rows + o_e, mask=m_i, other=0)
+                threshold = tl.load(mask.thresholds + slot)
+                m_keep = keep_operand(mask.seeds + slot, o_rows, k0, mask.stream, threshold, BM, BK)
                 b_x = tl.where(m_keep, b_x, 0.0)
             b_sum = dot_rank(b_t, b_x, b_sum, DTYPE, PRECISION)
-        factor = tl.load(p_scales + slot)
-        if p_seeds is not None:
-            factor *= kept_scale(p_thresholds, slot)
+        factor = tl.load(pages.scales + slot)
+        if mask.seeds is not None:
+            factor *= kept_scale(mask.thresholds, slot)
         b_sum = tl.where(m_j[:, None], b_sum * factor, 0.0)
-        page = tl.load(p_table + slot * C + tl.program_id(1))
-        p_page = p_out + page.to(tl.int64) * PAGE * K
+        page = tl.load(pages.table + slot * pages.C + tl.program_id(1))
+        p_page = pages.p + page.to(tl.int64) * PAGE * K
         tl.store(
             p_page + o_j[:, None] * K + o_k[None, :],
-            cast(b_sum, p_out.dtype.element_ty),
+            cast(b_sum, pages.p.dtype.element_ty),
             mask=m_k[None, :],
         )
 
@@ -111,25 +103,18 @@ def grad(
         (p.slots, p.table.shape[1], ceil(k / block)),
         4,
         2,
-        p_t=t,
-        p_x=x,
-        p_out=out,
+        t=matrix(t),
+        x=matrix(x),
+        pages=rank_pages(p, out),
         p_tokens=entries.tokens,
         p_weights=entries.weights,
-        p_table=p.table,
-        p_ranks=p.ranks,
-        p_scales=p.scales,
         p_order=by_slot.order,
         p_edges=by_slot.edges,
+        mask=slot_mask(mask),
         K=k,
-        C=p.table.shape[1],
-        stride_t=t.stride(0),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
         PRECISION=precision(x.dtype),
         BM=step,
         BK=block,
-        **mask_args(mask),
     )
 
 

@@ -15,7 +15,7 @@ from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.linear import gemm
 from lora_kernels.ops.common.triton.shrink import shrink
 from lora_kernels.ops.common.triton.shrink_and_wgrad import grad_pass
-from lora_kernels.ops.common.triton.wgrad import outer
+from lora_kernels.ops.common.triton.wgrad import wgrad
 from lora_kernels.ops.common.triton_host import NO_DROPOUT, Dropout
 from lora_kernels.ops.lora.schema import LoRALinearBackward
 from lora_kernels.ops.lora.triton.diagonals import diagonals as diagonal_grads
@@ -100,7 +100,7 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
     rest_b = None if made_b else outer_b
     if want_a or rest_b is not None:
         columns = (k if want_a else 0) + (n if rest_b is not None else 0)
-        outer(
+        wgrad(
             thin_columns(m, columns, device, problem.block_r, size),
             x if want_a else None,
             ds if want_a else None,

@@ -1,6 +1,6 @@
-"""Launches of up to three projections: which, and how the kernels name their arguments.
+"""Launches of up to three projections: which, and how the kernels choose among their arguments.
 
-A kernel takes its arguments as name_0, name_1 and name_2, and picks: it is then one body, with the
+A kernel takes a group of arguments for each projection, and picks: it is then one body, with the
 registers and the shared memory of one projection. It picks within a loop or a branch, because
 before those LLVM would pick among the parameters' own addresses.
 """
@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import Any
+from typing import TypeVar
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import GemmConfig
+from lora_kernels.ops.common.triton.arguments import Matrix
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.packed.schema import split_base
 
 PER_LAUNCH = 3  # projections
-# Arguments of a weight that those of one launch share.
-_FORMAT = ("p_table", "CHUNK", "BLOCK", "NESTED")
+T = TypeVar("T")
 
 
 def split_weights(base: Sequence[Tensor], meta: Sequence[int]) -> list[Weight]:
@@ -40,25 +39,10 @@ def groups(weights: Sequence[Weight]) -> Iterator[range]:
             first = i
 
 
-def weight_args(
-    weights: Sequence[Weight], config: GemmConfig, backward: bool
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a launch takes of its weights: what they share, and what each has of its own."""
-    found = [w.args(config, backward) for w in weights]
-    shared = {name: found[0].pop(name) for name in _FORMAT}
-    for own in found[1:]:
-        for name in _FORMAT:
-            del own[name]
-    return shared, found
-
-
-def numbered(
-    values: Sequence[dict[str, object]], absent: dict[str, object] | None = None
-) -> dict[str, Any]:
-    """Each projection's arguments by the kernels' names; what is not there is `absent`, or the
-    first once more, where it is never picked."""
-    slots = [*values, *([absent or values[0]] * (PER_LAUNCH - len(values)))]
-    return {f"{name}_{i}": v for i, slot in enumerate(slots) for name, v in slot.items()}
+def three(values: Sequence[T], absent: T | None = None) -> tuple[T, ...]:
+    """Each projection's arguments; what is not there is `absent`, or the first once more, where it
+    is never picked."""
+    return (*values, *[values[0] if absent is None else absent] * (PER_LAUNCH - len(values)))
 
 
 def ends(widths: Sequence[int], block: int) -> list[int]:
@@ -74,17 +58,17 @@ def pick(which, v_0, v_1, v_2):
 
 
 @triton.jit
-def pick_matrix(which, m_0, m_1, m_2, TMA: tl.constexpr):
+def pick_matrix(which, m_0, m_1, m_2, DESCRIPTOR: tl.constexpr):
     """m_which of pointers, or of descriptors of one box."""
-    if TMA:
-        matrix = m_0
+    if DESCRIPTOR:
+        p = m_0.p
         if which == 1:
-            matrix = m_1
+            p = m_1.p
         if which == 2:
-            matrix = m_2
+            p = m_2.p
     else:
-        matrix = pick(which, m_0, m_1, m_2)
-    return matrix
+        p = pick(which, m_0.p, m_1.p, m_2.p)
+    return Matrix(p, pick(which, m_0.row, m_1.row, m_2.row), pick(which, m_0.col, m_1.col, m_2.col))
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import thin_rows
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.arguments import mask, matrix
 from lora_kernels.ops.common.triton.tiles import (
     cast,
     dot,
@@ -25,44 +26,40 @@ from lora_kernels.ops.common.triton_host import (
     precision,
     run,
 )
-from lora_kernels.ops.packed.triton.groups import (
-    numbered,
-)
+from lora_kernels.ops.packed.triton.groups import three
 
 
 @triton.jit
 def _shrink_step(
     b_s,
     b_x,
-    p_q,
-    p_seed,
+    q,
+    mask,
+    which,
     o_m,
     o_k,
     k0,
     K,
     R,
     r0,
-    threshold,
-    stream,
-    stride_qk,
-    stride_qr,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
     """b_s + keep(b_x)·q of one step of K."""
     o_r = r0 + tl.arange(0, BR)
-    o_q = (k0 + o_k)[:, None].to(tl.int64) * stride_qk + o_r[None, :] * stride_qr
+    o_q = (k0 + o_k)[:, None].to(tl.int64) * q.row + o_r[None, :] * q.col
     m_q = (o_k < K - k0)[:, None] & (o_r < R)[None, :]
-    b_q = tl.load(p_q + o_q, mask=m_q, other=0.0)  # [BK, BR]
-    if DROPOUT:
-        b_x = tl.where(keep_operand(p_seed, o_m, k0, stream, threshold, BM, BK), b_x, 0.0)
+    b_q = tl.load(q.p + o_q, mask=m_q, other=0.0)  # [BK, BR]
+    DTYPE: tl.constexpr = b_x.dtype
+    if mask.DROPOUT:
+        stream = mask.stream + which
+        m_keep = keep_operand(mask.seed, o_m, k0, stream, mask.threshold, BM, BK)
+        b_x = tl.where(m_keep, b_x, 0.0)
     fence_copies()
     b_s = dot(b_x, cast(b_q, DTYPE), b_s, PRECISION)
-    if DROPOUT:
+    if mask.DROPOUT:
         b_s = waited(b_s)
     return b_s
 
@@ -79,30 +76,13 @@ def _store_part(
 
 @triton.jit
 def _packed_shrink_kernel(
-    p_x,
-    p_q_0,
-    p_q_1,
-    p_q_2,
-    p_s,
-    p_seed,
+    x,
+    qs,
+    ranks,
+    s,
+    mask,
     M,
     K,
-    R_0,
-    R_1,
-    R_2,
-    keep_scale,
-    threshold,
-    first_stream,
-    stride_xm,
-    stride_xk,
-    stride_sm,
-    stride_qk_0,
-    stride_qr_0,
-    stride_qk_1,
-    stride_qr_1,
-    stride_qk_2,
-    stride_qr_2,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -113,36 +93,35 @@ def _packed_shrink_kernel(
     Shapes: x[M, K] q_i[K, R_i]; s[M, Σ R_i] holds the s_i side by side.
     Grid: [cdiv(M, BM), cdiv(max R_i, BR)]. Sums in fp32.
     """
-    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    DTYPE: tl.constexpr = x.p.dtype.element_ty
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     r0 = tl.program_id(1) * BR
     o_k = tl.arange(0, BK)
-    p_x += tl.minimum(o_m, M - 1)[:, None].to(tl.int64) * stride_xm
+    p_x = x.p + tl.minimum(o_m, M - 1)[:, None].to(tl.int64) * x.row
     b_0 = tl.full([BM, BR], 0.0, tl.float32)  # [BM, BR]
     b_1 = tl.full([BM, BR], 0.0, tl.float32)
     b_2 = tl.full([BM, BR], 0.0, tl.float32)
     for k0 in range(0, K, BK):
-        o_x = (k0 + o_k)[None, :].to(tl.int64) * stride_xk
+        o_x = (k0 + o_k)[None, :].to(tl.int64) * x.col
         b_x = tl.load(p_x + o_x, mask=(o_k < K - k0)[None, :], other=0.0)  # [BM, BK]
         b_0 = _shrink_step(
-            b_0, b_x, p_q_0, p_seed, o_m, o_k, k0, K, R_0, r0, threshold, first_stream,
-            stride_qk_0, stride_qr_0, DROPOUT, PRECISION, DTYPE, BM, BK, BR,
-        )  # fmt: skip
-        if p_q_1 is not None:
+            b_0, b_x, qs[0], mask, 0, o_m, o_k, k0, K, ranks[0], r0, PRECISION, BM, BK, BR
+        )
+        if qs[1].p is not None:
             b_1 = _shrink_step(
-                b_1, b_x, p_q_1, p_seed, o_m, o_k, k0, K, R_1, r0, threshold, first_stream + 1,
-                stride_qk_1, stride_qr_1, DROPOUT, PRECISION, DTYPE, BM, BK, BR,
-            )  # fmt: skip
-        if p_q_2 is not None:
+                b_1, b_x, qs[1], mask, 1, o_m, o_k, k0, K, ranks[1], r0, PRECISION, BM, BK, BR
+            )
+        if qs[2].p is not None:
             b_2 = _shrink_step(
-                b_2, b_x, p_q_2, p_seed, o_m, o_k, k0, K, R_2, r0, threshold, first_stream + 2,
-                stride_qk_2, stride_qr_2, DROPOUT, PRECISION, DTYPE, BM, BK, BR,
-            )  # fmt: skip
-    _store_part(b_0, p_s, o_m, M, R_0, r0, keep_scale, stride_sm, DTYPE, BR)
-    if p_q_1 is not None:
-        _store_part(b_1, p_s + R_0, o_m, M, R_1, r0, keep_scale, stride_sm, DTYPE, BR)
-    if p_q_2 is not None:
-        _store_part(b_2, p_s + R_0 + R_1, o_m, M, R_2, r0, keep_scale, stride_sm, DTYPE, BR)
+                b_2, b_x, qs[2], mask, 2, o_m, o_k, k0, K, ranks[2], r0, PRECISION, BM, BK, BR
+            )
+    _store_part(b_0, s.p, o_m, M, ranks[0], r0, mask.keep_scale, s.row, DTYPE, BR)
+    if qs[1].p is not None:
+        _store_part(b_1, s.p + ranks[0], o_m, M, ranks[1], r0, mask.keep_scale, s.row, DTYPE, BR)
+    if qs[2].p is not None:
+        _store_part(
+            b_2, s.p + ranks[0] + ranks[1], o_m, M, ranks[2], r0, mask.keep_scale, s.row, DTYPE, BR
+        )
 
 
 def shrink(x: Tensor, a: Sequence[Tensor], s: Tensor, dropout: Dropout) -> None:
@@ -158,27 +137,15 @@ def shrink(x: Tensor, a: Sequence[Tensor], s: Tensor, dropout: Dropout) -> None:
         (ceil(m / config.block), ceil(r / br)),
         8 if br > 32 and config.block == 64 else config.warps,
         min(config.stages, 3),
-        p_x=x,
-        p_s=s,
-        p_seed=dropout.seed,
+        x=matrix(x),
+        qs=three([matrix(t, transposed=True) for t in a], matrix(None)),
+        ranks=three([t.shape[0] for t in a], 0),
+        s=matrix(s),
+        mask=mask(dropout),
         M=m,
         K=k,
-        keep_scale=dropout.keep_scale,
-        threshold=dropout.threshold,
-        first_stream=dropout.stream,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        stride_sm=s.stride(0),
-        DROPOUT=dropout.on,
         PRECISION=precision(x.dtype),
         BM=config.block,
         BK=step,
         BR=br,
-        **numbered(
-            [
-                {"p_q": t, "R": t.shape[0], "stride_qk": t.stride(1), "stride_qr": t.stride(0)}
-                for t in a
-            ],
-            {"p_q": None, "R": 0, "stride_qk": 0, "stride_qr": 0},
-        ),
     )

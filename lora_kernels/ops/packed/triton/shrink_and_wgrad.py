@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,6 +15,7 @@ from lora_kernels.ops.common.configs import span_of
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import one_read_parts
+from lora_kernels.ops.common.triton.arguments import Matrix, matrix
 from lora_kernels.ops.common.triton.shrink_and_wgrad import ones_rows
 from lora_kernels.ops.common.triton.splitk_reduce import _SUM_BLOCK, _sum
 from lora_kernels.ops.common.triton.tiles import (
@@ -25,29 +27,45 @@ from lora_kernels.ops.common.triton.tiles import (
     first_of,
 )
 from lora_kernels.ops.common.triton_host import precision, run
-from lora_kernels.ops.packed.triton.groups import ends, numbered, pick
+from lora_kernels.ops.packed.triton.groups import ends, pick, three
+
+
+class Projection(NamedTuple):
+    """One projection's arguments, and its parts: None where they are not asked for."""
+
+    dy: Matrix
+    s: Matrix
+    b: Matrix
+    ds: Any
+    db: Any
+    dbias: Any
+    N: Any
+    R: Any
+
+
+class Reduction(NamedTuple):
+    """Parts, None where there are none, their number and size, and what takes their sum."""
+
+    parts: Any
+    out: Any
+    size: Any
+    count: Any
+    scale: Any
 
 
 @triton.jit
 def _packed_grad_pass_kernel(
     M,
     span,
-    p_dy_0, p_s_0, p_b_0, p_ds_0, p_db_0, p_dbias_0, N_0, R_0, stride_dym_0, stride_dyn_0,
-    stride_sm_0, stride_bn_0, stride_br_0,
-    p_dy_1, p_s_1, p_b_1, p_ds_1, p_db_1, p_dbias_1, N_1, R_1, stride_dym_1, stride_dyn_1,
-    stride_sm_1, stride_bn_1, stride_br_1,
-    p_dy_2, p_s_2, p_b_2, p_ds_2, p_db_2, p_dbias_2, N_2, R_2, stride_dym_2, stride_dyn_2,
-    stride_sm_2, stride_bn_2, stride_br_2,
-    end_0,
-    end_1,
-    end_2,
+    projections,
+    ends,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BR: tl.constexpr,
     ONES: tl.constexpr,
-):  # fmt: skip
+):
     """Partial sums of ds_i = dy_i·b_i, db_i = dy_iᵀ·s_i and dbias_i = Σ_m dy_i, each where its
     pointers are given, for up to three projections.
 
@@ -55,33 +73,34 @@ def _packed_grad_pass_kernel(
         and dbias_i[spans, N_i] in fp32. Blocks of columns up to end_i are projection i's.
     Grid: [end_2, spans of rows, cdiv(max R_i, BR)]. Sums in fp32.
     """
-    dtype = p_dy_0.dtype.element_ty
+    p_0, p_1, p_2 = projections
+    dtype = p_0.dy.p.dtype.element_ty
     pid_m = tl.program_id(1)
     o_r = tl.program_id(2) * BR + tl.arange(0, BR)
     first = pid_m * span
     last = min(first + span, M)
-    for block in tl.range(tl.program_id(0), end_2, end_2, disable_licm=True):  # one round
-        which = (block >= end_0).to(tl.int32) + (block >= end_1).to(tl.int32)
-        pid_n = block - pick(which, 0, end_0, end_1)
-        N = pick(which, N_0, N_1, N_2)
-        R = pick(which, R_0, R_1, R_2)
-        p_dy = pick(which, p_dy_0, p_dy_1, p_dy_2)
-        stride_dym = pick(which, stride_dym_0, stride_dym_1, stride_dym_2)
-        stride_dyn = pick(which, stride_dyn_0, stride_dyn_1, stride_dyn_2)
+    for block in tl.range(tl.program_id(0), ends[2], ends[2], disable_licm=True):  # one round
+        which = (block >= ends[0]).to(tl.int32) + (block >= ends[1]).to(tl.int32)
+        pid_n = block - pick(which, 0, ends[0], ends[1])
+        N = pick(which, p_0.N, p_1.N, p_2.N)
+        R = pick(which, p_0.R, p_1.R, p_2.R)
+        p_dy = pick(which, p_0.dy.p, p_1.dy.p, p_2.dy.p)
+        stride_dym = pick(which, p_0.dy.row, p_1.dy.row, p_2.dy.row)
+        stride_dyn = pick(which, p_0.dy.col, p_1.dy.col, p_2.dy.col)
         o_n = pid_n.to(tl.int64) * BN + tl.arange(0, BN)
         m_n = o_n < N
         m_r = o_r < R
-        if p_ds_0 is not None:
-            stride_bn = pick(which, stride_bn_0, stride_bn_1, stride_bn_2)
-            stride_br = pick(which, stride_br_0, stride_br_1, stride_br_2)
+        if p_0.ds is not None:
+            stride_bn = pick(which, p_0.b.row, p_1.b.row, p_2.b.row)
+            stride_br = pick(which, p_0.b.col, p_1.b.col, p_2.b.col)
             o_b = o_n[:, None] * stride_bn + o_r[None, :] * stride_br
-            p_b = pick(which, p_b_0, p_b_1, p_b_2)
+            p_b = pick(which, p_0.b.p, p_1.b.p, p_2.b.p)
             b_b = tl.load(p_b + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
             b_b = cast(b_b, dtype)
-            p_ds = pick(which, p_ds_0, p_ds_1, p_ds_2) + pid_n.to(tl.int64) * M * R
-        if p_db_0 is not None:
-            p_s = pick(which, p_s_0, p_s_1, p_s_2)
-            stride_sm = pick(which, stride_sm_0, stride_sm_1, stride_sm_2)
+            p_ds = pick(which, p_0.ds, p_1.ds, p_2.ds) + pid_n.to(tl.int64) * M * R
+        if p_0.db is not None:
+            p_s = pick(which, p_0.s.p, p_1.s.p, p_2.s.p)
+            stride_sm = pick(which, p_0.s.row, p_1.s.row, p_2.s.row)
             b_db = tl.full([BR, BN], 0.0, tl.float32)  # [BR, BN]
         b_dbias = tl.full([ONES, BN], 0.0, tl.float32)  # [ONES, BN]
         for m0 in range(first, last, BM):
@@ -93,88 +112,62 @@ def _packed_grad_pass_kernel(
             else:
                 b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None] & m_n[None, :], other=0.0)
             fence_copies()
-            if p_ds_0 is not None:
+            if p_0.ds is not None:
                 b_ds = dot(b_dy, b_b, tl.full([BM, BR], 0.0, tl.float32), PRECISION)  # [BM, BR]
                 o_ds = o_m[:, None] * R + o_r[None, :]
                 tl.store(p_ds + o_ds, b_ds, mask=m_m[:, None] & m_r[None, :])
-            if p_db_0 is not None:
+            if p_0.db is not None:
                 o_s = o_m[None, :] * stride_sm + o_r[:, None]
                 b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
                 fence_copies()
                 b_db = dot_rank(b_s, b_dy, b_db, dtype, PRECISION)
-            if p_dbias_0 is not None:
+            if p_0.dbias is not None:
                 b_dbias = add_sums(b_dbias, b_dy, True, PRECISION)
-        if p_db_0 is not None:
+        if p_0.db is not None:
             o_db = (pid_m.to(tl.int64) * N + o_n[None, :]) * R + o_r[:, None]
-            p_db = pick(which, p_db_0, p_db_1, p_db_2)
+            p_db = pick(which, p_0.db, p_1.db, p_2.db)
             tl.store(p_db + o_db, b_db, mask=m_n[None, :] & m_r[:, None])
-        if p_dbias_0 is not None:
-            p_dbias = pick(which, p_dbias_0, p_dbias_1, p_dbias_2)
+        if p_0.dbias is not None:
+            p_dbias = pick(which, p_0.dbias, p_1.dbias, p_2.dbias)
             if tl.program_id(2) == 0:
                 tl.store(p_dbias + pid_m.to(tl.int64) * N + o_n, first_of(b_dbias, 0), mask=m_n)
 
 
 @triton.jit
-def _packed_sum_kernel(
-    p_ds_0, p_ds_out_0, ds_size_0, ds_parts_0, scale_0, p_db_0, p_db_out_0, db_size_0, p_dbias_0,
-    p_dbias_out_0, dbias_size_0,
-    p_ds_1, p_ds_out_1, ds_size_1, ds_parts_1, scale_1, p_db_1, p_db_out_1, db_size_1, p_dbias_1,
-    p_dbias_out_1, dbias_size_1,
-    p_ds_2, p_ds_out_2, ds_size_2, ds_parts_2, scale_2, p_db_2, p_db_out_2, db_size_2, p_dbias_2,
-    p_dbias_out_2, dbias_size_2,
-    spans,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """ds_i = scale_i · Σ parts, db_i = scale_i · Σ parts and dbias_i = Σ parts, where given.
+def _packed_sum_kernel(ds, db, dbias, BLOCK: tl.constexpr):
+    """ds_i = scale_i · Σ parts, db_i = scale_i · Σ parts and dbias_i = Σ parts, where given: three
+    `Reduction`s each.
 
-    Shapes: ds_i[ds_parts_i, ds_size_i], db_i[spans, db_size_i] and dbias_i[spans, dbias_size_i]
-        fp32 parts; each result of one part's size and of any type.
+    Shapes: parts[count, size] in fp32; each result of one part's size and of any type.
     Grid: [blocks of the largest result, projections, 3]. Parts are added in their order, in fp32.
     """
-    pid = tl.program_id(0)
-    which = tl.program_id(1)
-    if p_ds_0 is not None:
+    if ds[0].parts is not None:
         if tl.program_id(2) == 0:
-            _sum(
-                pick(which, p_ds_0, p_ds_1, p_ds_2),
-                pick(which, p_ds_out_0, p_ds_out_1, p_ds_out_2),
-                None,
-                pick(which, ds_size_0, ds_size_1, ds_size_2),
-                pick(which, ds_parts_0, ds_parts_1, ds_parts_2),
-                1,
-                pick(which, scale_0, scale_1, scale_2),
-                1,
-                pid,
-                BLOCK,
-            )
-    if p_db_0 is not None:
+            _reduce_one(ds, BLOCK)
+    if db[0].parts is not None:
         if tl.program_id(2) == 1:
-            _sum(
-                pick(which, p_db_0, p_db_1, p_db_2),
-                pick(which, p_db_out_0, p_db_out_1, p_db_out_2),
-                None,
-                pick(which, db_size_0, db_size_1, db_size_2),
-                spans,
-                1,
-                pick(which, scale_0, scale_1, scale_2),
-                1,
-                pid,
-                BLOCK,
-            )
-    if p_dbias_0 is not None:
+            _reduce_one(db, BLOCK)
+    if dbias[0].parts is not None:
         if tl.program_id(2) == 2:
-            _sum(
-                pick(which, p_dbias_0, p_dbias_1, p_dbias_2),
-                pick(which, p_dbias_out_0, p_dbias_out_1, p_dbias_out_2),
-                None,
-                pick(which, dbias_size_0, dbias_size_1, dbias_size_2),
-                spans,
-                1,
-                1.0,
-                1,
-                pid,
-                BLOCK,
-            )
+            _reduce_one(dbias, BLOCK)
+
+
+@triton.jit
+def _reduce_one(r, BLOCK: tl.constexpr):
+    """One block of the reduction of this program's projection."""
+    which = tl.program_id(1)
+    _sum(
+        pick(which, r[0].parts, r[1].parts, r[2].parts),
+        pick(which, r[0].out, r[1].out, r[2].out),
+        None,
+        pick(which, r[0].size, r[1].size, r[2].size),
+        pick(which, r[0].count, r[1].count, r[2].count),
+        1,
+        pick(which, r[0].scale, r[1].scale, r[2].scale),
+        1,
+        tl.program_id(0),
+        BLOCK,
+    )
 
 
 def packed_grad_pass(
@@ -200,71 +193,58 @@ def packed_grad_pass(
     _, spans = one_read_parts(max(m, 1), max(1, end[-1] * bn), device, bn)
     span = span_of(max(m, 1), spans, bm)
     spans = ceil(max(m, 1) / span)
-    parts: list[dict[str, Tensor | None]] = [
-        {
-            "p_ds": None if ds is None else t.new_empty((ceil(n / bn), m, r), dtype=torch.float32),
-            "p_db": None if db is None else t.new_empty((spans, n, r), dtype=torch.float32),
-            "p_dbias": None if dbias is None else t.new_empty((spans, n), dtype=torch.float32),
-        }
-        for t, n, r in zip(dy, widths, ranks, strict=True)
+    fp32 = torch.float32
+    parts = [
+        Projection(
+            matrix(t),
+            matrix(s[i]),
+            matrix(b[i]),
+            None if ds is None else t.new_empty((ceil(n / bn), m, r), dtype=fp32),
+            None if db is None else t.new_empty((spans, n, r), dtype=fp32),
+            None if dbias is None else t.new_empty((spans, n), dtype=fp32),
+            n,
+            r,
+        )
+        for i, (t, n, r) in enumerate(zip(dy, widths, ranks, strict=True))
     ]
     run(
         _packed_grad_pass_kernel,
         (end[-1], spans, ceil(max(ranks) / br)),
         8 if size == 2 else 4,
         2,
-        whole_registers=dy[0].dtype == torch.float16,  # see `outer`
+        whole_registers=dy[0].dtype == torch.float16,  # see `wgrad`
         M=m,
         span=span,
-        end_0=end[0],
-        end_1=end[1],
-        end_2=end[2],
+        projections=three(parts),
+        ends=tuple(end),
         EVEN_N=all(n % bn == 0 for n in widths),
         PRECISION=precision(dy[0].dtype),
         BM=bm,
         BN=bn,
         BR=br,
         ONES=ones_rows(device, br),
-        **numbered(
-            [
-                {
-                    "p_dy": t,
-                    "p_s": s[i],
-                    "p_b": b[i],
-                    "N": widths[i],
-                    "R": ranks[i],
-                    "stride_dym": t.stride(0),
-                    "stride_dyn": t.stride(1),
-                    "stride_sm": s[i].stride(0),
-                    "stride_bn": b[i].stride(0),
-                    "stride_br": b[i].stride(1),
-                    **parts[i],
-                }
-                for i, t in enumerate(dy)
-            ]
-        ),
     )
-    sums: list[dict[str, object]] = [
-        {
-            **parts[i],
-            "p_ds_out": None if ds is None else ds[i],
-            "ds_size": m * ranks[i],
-            "ds_parts": ceil(n / bn),
-            "scale": float(scales[i]),
-            "p_db_out": None if db is None else db[i],
-            "db_size": n * ranks[i],
-            "p_dbias_out": None if dbias is None else dbias[i],
-            "dbias_size": n,
-        }
-        for i, n in enumerate(widths)
-    ]
+
+    def reductions(
+        made: list[Tensor | None], out: Sequence[Tensor] | None, scaled: bool = True
+    ) -> tuple[Reduction, ...]:
+        found = []
+        for i, t in enumerate(made):
+            scale = float(scales[i]) if scaled else 1.0
+            if t is None or out is None:
+                found.append(Reduction(None, None, 1, 1, 1.0))
+            else:
+                found.append(Reduction(t, out[i], t.shape[1:].numel(), t.shape[0], scale))
+        return three(found)
+
     longest = max(m if ds is not None else 0, max(widths) if db is not None else 0)
     run(
         _packed_sum_kernel,
         (ceil(longest * max(ranks) / _SUM_BLOCK), len(dy), 3),
         4,
         2,
-        spans=spans,
+        ds=reductions([p.ds for p in parts], ds),
+        db=reductions([p.db for p in parts], db),
+        dbias=reductions([p.dbias for p in parts], dbias, scaled=False),
         BLOCK=_SUM_BLOCK,
-        **numbered(sums),
     )

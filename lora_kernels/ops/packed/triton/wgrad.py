@@ -12,6 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import thin_columns
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.triton.arguments import mask, matrix
 from lora_kernels.ops.common.triton.tiles import (
     cast,
     dot_by_rank,
@@ -20,7 +21,7 @@ from lora_kernels.ops.common.triton.tiles import (
     waited,
 )
 from lora_kernels.ops.common.triton_host import Dropout, precision, run
-from lora_kernels.ops.packed.triton.groups import numbered
+from lora_kernels.ops.packed.triton.groups import three
 
 
 @triton.jit
@@ -28,17 +29,14 @@ def _grad_a_step(
     b_da,
     b_x,
     p_ds,
-    p_seed,
+    mask,
+    which,
     m0,
     M,
     R,
     r0,
     c0,
-    threshold,
-    stream,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
@@ -48,11 +46,14 @@ def _grad_a_step(
     o_r = r0 + tl.arange(0, BR)
     o_ds = o_m[:, None].to(tl.int64) * R + o_r[None, :]
     b_ds = tl.load(p_ds + o_ds, mask=(o_m < M)[:, None] & (o_r < R)[None, :], other=0.0)
-    if DROPOUT:
-        b_x = tl.where(keep_operand(p_seed, o_m, c0, stream, threshold, BM, BC).T, b_x, 0.0)
+    DTYPE: tl.constexpr = b_x.dtype
+    if mask.DROPOUT:
+        stream = mask.stream + which
+        m_keep = keep_operand(mask.seed, o_m, c0, stream, mask.threshold, BM, BC)
+        b_x = tl.where(m_keep.T, b_x, 0.0)
     fence_copies()
     b_da = dot_by_rank(b_x, b_ds, b_da, DTYPE, PRECISION)
-    if DROPOUT:
+    if mask.DROPOUT:
         b_da = waited(b_da)
     return b_da
 
@@ -67,23 +68,13 @@ def _store_grad_a(b_da, p_da, o_c, K, R, r0, keep_scale, BR: tl.constexpr):
 
 @triton.jit
 def _packed_grad_a_kernel(
-    p_x,
+    x,
     p_ds,
-    p_da_0,
-    p_da_1,
-    p_da_2,
-    p_seed,
+    p_das,
+    ranks,
+    mask,
     M,
     K,
-    R_0,
-    R_1,
-    R_2,
-    keep_scale,
-    threshold,
-    first_stream,
-    stride_xm,
-    stride_xk,
-    DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
@@ -94,41 +85,37 @@ def _packed_grad_a_kernel(
     Shapes: x[M, K] da_i[R_i, K]; the ds_i[M, R_i] stand one after the other in ds.
     Grid: [cdiv(K, BC), cdiv(max R_i, BR)]. Sums in fp32.
     """
-    DTYPE: tl.constexpr = p_x.dtype.element_ty
     c0 = tl.program_id(0) * BC
     r0 = tl.program_id(1) * BR
     o_c = c0 + tl.arange(0, BC)
-    p_x += (o_c % K)[:, None].to(tl.int64) * stride_xk
-    p_ds_1 = p_ds + tl.cast(M, tl.int64) * R_0
-    p_ds_2 = p_ds_1 + tl.cast(M, tl.int64) * R_1
+    p_x = x.p + (o_c % K)[:, None].to(tl.int64) * x.col
+    p_ds_1 = p_ds + tl.cast(M, tl.int64) * ranks[0]
+    p_ds_2 = p_ds_1 + tl.cast(M, tl.int64) * ranks[1]
     b_0 = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
     b_1 = tl.full([BC, BR], 0.0, tl.float32)
     b_2 = tl.full([BC, BR], 0.0, tl.float32)
     for m0 in range(0, M, BM):
         o_m = m0 + tl.arange(0, BM)
-        o_x = o_m[None, :].to(tl.int64) * stride_xm
+        o_x = o_m[None, :].to(tl.int64) * x.row
         b_x = tl.load(p_x + o_x, mask=(o_m < M)[None, :], other=0.0)  # [BC, BM]
-        if p_da_0 is not None:
+        if p_das[0] is not None:
             b_0 = _grad_a_step(
-                b_0, b_x, p_ds, p_seed, m0, M, R_0, r0, c0, threshold, first_stream, DROPOUT,
-                PRECISION, DTYPE, BC, BM, BR,
-            )  # fmt: skip
-        if p_da_1 is not None:
+                b_0, b_x, p_ds, mask, 0, m0, M, ranks[0], r0, c0, PRECISION, BC, BM, BR
+            )
+        if p_das[1] is not None:
             b_1 = _grad_a_step(
-                b_1, b_x, p_ds_1, p_seed, m0, M, R_1, r0, c0, threshold, first_stream + 1,
-                DROPOUT, PRECISION, DTYPE, BC, BM, BR,
-            )  # fmt: skip
-        if p_da_2 is not None:
+                b_1, b_x, p_ds_1, mask, 1, m0, M, ranks[1], r0, c0, PRECISION, BC, BM, BR
+            )
+        if p_das[2] is not None:
             b_2 = _grad_a_step(
-                b_2, b_x, p_ds_2, p_seed, m0, M, R_2, r0, c0, threshold, first_stream + 2,
-                DROPOUT, PRECISION, DTYPE, BC, BM, BR,
-            )  # fmt: skip
-    if p_da_0 is not None:
-        _store_grad_a(b_0, p_da_0, o_c, K, R_0, r0, keep_scale, BR)
-    if p_da_1 is not None:
-        _store_grad_a(b_1, p_da_1, o_c, K, R_1, r0, keep_scale, BR)
-    if p_da_2 is not None:
-        _store_grad_a(b_2, p_da_2, o_c, K, R_2, r0, keep_scale, BR)
+                b_2, b_x, p_ds_2, mask, 2, m0, M, ranks[2], r0, c0, PRECISION, BC, BM, BR
+            )
+    if p_das[0] is not None:
+        _store_grad_a(b_0, p_das[0], o_c, K, ranks[0], r0, mask.keep_scale, BR)
+    if p_das[1] is not None:
+        _store_grad_a(b_1, p_das[1], o_c, K, ranks[1], r0, mask.keep_scale, BR)
+    if p_das[2] is not None:
+        _store_grad_a(b_2, p_das[2], o_c, K, ranks[2], r0, mask.keep_scale, BR)
 
 
 def grad_a(
@@ -144,23 +131,15 @@ def grad_a(
         (ceil(k / config.block), ceil(r / br)),
         8 if br > 32 and config.block == 64 else config.warps,
         min(config.stages, 3),
-        p_x=x,
+        x=matrix(x),
         p_ds=ds,
-        p_seed=dropout.seed,
+        p_das=(*da, *[None] * (3 - len(da))),
+        ranks=three([t.shape[0] for t in a], 0),
+        mask=mask(dropout),
         M=m,
         K=k,
-        keep_scale=dropout.keep_scale,
-        threshold=dropout.threshold,
-        first_stream=dropout.stream,
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        DROPOUT=dropout.on,
         PRECISION=precision(x.dtype),
         BC=config.block,
         BM=config.step,
         BR=br,
-        **numbered(
-            [{"R": t.shape[0], "p_da": out} for t, out in zip(a, da, strict=True)],
-            {"R": 0, "p_da": None},
-        ),
     )
