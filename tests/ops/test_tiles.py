@@ -42,7 +42,7 @@ def _cast_kernel(p_in, p_out, N: tl.constexpr):
 @triton.jit
 def _rest_kernel(p_in, p_out, N: tl.constexpr):
     o_n = tl.arange(0, N)
-    tl.store(p_out + o_n, tiles.rest_of(tl.load(p_in + o_n), p_out.dtype.element_ty))
+    tl.store(p_out + o_n, tiles.rounding_residual(tl.load(p_in + o_n), p_out.dtype.element_ty))
 
 
 @triton.jit

@@ -33,15 +33,15 @@ def branch_tile(
     N,
     DTYPE: tl.constexpr,
     tile,
-    p_rest=None,
-    REST: tl.constexpr = False,
+    p_residual=None,
+    RESIDUAL: tl.constexpr = False,
 ):
     """b_sum + (factor · rank ∘ t)·(u ∘ out) [BM, BN] of t[M, R] u[R, N] rank[R] out[N]; factors
     that are None are 1.
 
-    Operands are rounded to DTYPE. The left side's rounding residual is added where factor is given,
-    for t was rounded before, and where REST; without factor and rank that of t itself may be given
-    in p_rest.
+    Operands are rounded to DTYPE. The left side's rounding residual is added where factor is given
+    (t was rounded before), and where RESIDUAL. Without factor and rank, p_residual may hold that of
+    t itself.
     """
     BM: tl.constexpr = tile.BM
     BN: tl.constexpr = tile.BN
@@ -72,11 +72,11 @@ def branch_tile(
             b_t = b_t.to(tl.float32) * b_rank[None, :].to(tl.float32)
         if factor is not None:
             b_t = b_t.to(tl.float32) * factor
-        if p_rest is not None:
-            p_rest_tile = p_rest + m0.to(tl.int64) * t.row
-            b_rest = tl.load(p_rest_tile + o_t, mask=m_m[:, None] & m_r[None, :], other=0.0)
-            b_sum = dot(b_rest, cast(b_u, DTYPE), b_sum, PRECISION)
-        AGAIN: tl.constexpr = tl.float32 != DTYPE and (REST or factor is not None)
+        if p_residual is not None:
+            p_residual_tile = p_residual + m0.to(tl.int64) * t.row
+            b_residual = tl.load(p_residual_tile + o_t, mask=m_m[:, None] & m_r[None, :], other=0.0)
+            b_sum = dot(b_residual, cast(b_u, DTYPE), b_sum, PRECISION)
+        AGAIN: tl.constexpr = tl.float32 != DTYPE and (RESIDUAL or factor is not None)
         b_sum = dot_rank(b_t, cast(b_u, DTYPE), b_sum, DTYPE, PRECISION, AGAIN)
     return b_sum
 

@@ -9,17 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import ThinConfig, span_of
+from lora_kernels.ops.common.configs import RankWideConfig, split_size
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.triton.arguments import Matrix, mask, matrix, vector
-from lora_kernels.ops.common.triton.splitk_reduce import sums
+from lora_kernels.ops.common.triton.splitk_reduce import splitk_reduce
 from lora_kernels.ops.common.triton.tiles import (
     cast,
     dot,
     fence_copies,
     keep_operand,
     rank_value,
-    rest_of,
+    rounding_residual,
     waited,
 )
 from lora_kernels.ops.common.triton_host import Dropout, precision, run
@@ -30,7 +30,7 @@ def _shrink_kernel(
     x,
     q,
     out,
-    p_rest,
+    p_residual,
     rank,
     row,
     mask,
@@ -38,8 +38,8 @@ def _shrink_kernel(
     K,
     R,
     factor,
-    span,
-    stride_span,
+    per_split,
+    stride_split,
     FINAL: tl.constexpr,
     WHOLE: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -48,21 +48,21 @@ def _shrink_kernel(
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """out[m, r] = factor · rank[r] · Σ_k keep(x)[m, k] · (row[k] · q[k, r]) over a span of k.
+    """out[m, r] = factor · rank[r] · Σ_k keep(x)[m, k] · (row[k] · q[k, r]) over a part of k.
 
     Forward: s, with q = Aᵀ and factor = the kept elements' scale. Backward: ds, with x = dy, q = B,
     row = out_diag, factor = scale.
 
     Shapes: x[M, K] q[K, R] rank[R] row[K]; out[M, R] where FINAL, rounded to what x's type keeps of
-        s but if WHOLE, and rest[M, R] what rounding took from it; else fp32 partial sums
-        [spans, M, R] before the factors.
-    Grid: [cdiv(M, BM), cdiv(R, BR), spans]. Sums in fp32.
+        s but if WHOLE, and residual[M, R] what rounding took from it; else fp32 partial sums
+        [split_k, M, R] before the factors.
+    Grid: [cdiv(M, BM), cdiv(R, BR), split_k]. Sums in fp32.
     """
     dtype = x.p.dtype.element_ty
     o_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     o_r = tl.program_id(1) * BR + tl.arange(0, BR)
-    first = tl.program_id(2) * span
-    last = min(first + span, K)
+    first = tl.program_id(2) * per_split
+    last = min(first + per_split, K)
     m_m = o_m < M
     m_r = o_r < R
     o_k = first + tl.arange(0, BK)
@@ -95,17 +95,19 @@ def _shrink_kernel(
         if rank.p is not None:
             b_rank = tl.load(rank.p + o_r * rank.step, mask=m_r, other=0.0)  # [BR]
             b_s *= b_rank[None, :].to(tl.float32)
-    o_out = tl.program_id(2).to(tl.int64) * stride_span + o_m[:, None] * out.row + o_r[None, :]
+    o_out = tl.program_id(2).to(tl.int64) * stride_split + o_m[:, None] * out.row + o_r[None, :]
     b_kept = b_s
     if FINAL and not WHOLE:
         b_kept = rank_value(b_s, dtype)
     tl.store(out.p + o_out, b_kept, mask=m_m[:, None] & m_r[None, :])
-    if p_rest is not None:
-        tl.store(p_rest + o_out, rest_of(b_s, dtype), mask=m_m[:, None] & m_r[None, :])
+    if p_residual is not None:
+        tl.store(
+            p_residual + o_out, rounding_residual(b_s, dtype), mask=m_m[:, None] & m_r[None, :]
+        )
 
 
 def shrink(
-    config: ThinConfig,
+    config: RankWideConfig,
     x: Tensor,
     q: Tensor,
     out: Tensor,
@@ -114,27 +116,27 @@ def shrink(
     dropout: Dropout,
     rank: Tensor | None = None,
     row: Tensor | None = None,
-    rest: Tensor | None = None,
+    residual: Tensor | None = None,
     whole: bool = False,
 ) -> None:
     """out [M, R] = factor · rank ∘ keep(x)·(row ∘ q), as x's type keeps s or `whole` in fp32; with
-    several spans two launches. rest, of out's strides, takes what rounding takes from it."""
+    a split K two launches. residual, of out's strides, takes what rounding takes from it."""
     m, k = x.shape
     r = q.shape[1]
     br = block_rank(r)
-    span = span_of(k, config.spans, config.step)
-    spans = max(1, ceil(k / span)) if k else 1
-    final = spans == 1
-    target = out if final else x.new_empty((spans, m, r), dtype=torch.float32)
+    per_split = split_size(k, config.split_k, config.step)
+    split_k = max(1, ceil(k / per_split)) if k else 1
+    final = split_k == 1
+    target = out if final else x.new_empty((split_k, m, r), dtype=torch.float32)
     run(
         _shrink_kernel,
-        (ceil(m / config.block), ceil(r / br), spans),
+        (ceil(m / config.block), ceil(r / br), split_k),
         config.warps,
         config.stages,
         x=matrix(x),
         q=matrix(q),
         out=Matrix(target, target.stride(-2), 1),
-        p_rest=rest if final else None,
+        p_residual=residual if final else None,
         rank=vector(rank),
         row=vector(row),
         mask=mask(dropout),
@@ -142,8 +144,8 @@ def shrink(
         K=k,
         R=r,
         factor=float(factor),
-        span=span,
-        stride_span=m * r,
+        per_split=per_split,
+        stride_split=m * r,
         FINAL=final,
         WHOLE=whole,
         EVEN_K=k % config.step == 0,
@@ -154,6 +156,8 @@ def shrink(
     )
     if not final:
         plain = out if out.is_contiguous() else torch.empty_like(out)
-        sums([(target, plain, factor, rank)], rest, half=x.dtype == torch.float16 and not whole)
+        splitk_reduce(
+            [(target, plain, factor, rank)], residual, half=x.dtype == torch.float16 and not whole
+        )
         if plain is not out:
             out.copy_(plain)

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import Device, span_of
+from lora_kernels.ops.common.configs import Device, split_size
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, one_read_parts
 from lora_kernels.ops.common.triton.arguments import matrix, vector
-from lora_kernels.ops.common.triton.splitk_reduce import sums
+from lora_kernels.ops.common.triton.splitk_reduce import splitk_reduce
 from lora_kernels.ops.common.triton.tiles import (
     add_sums,
     cast,
@@ -37,7 +37,7 @@ def _grad_pass_kernel(
     M,
     N,
     R,
-    span,
+    per_split,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -47,9 +47,9 @@ def _grad_pass_kernel(
 ):
     """Partial sums of ds = dy·(out ∘ b), db = dyᵀ·s and dbias = Σ_m dy.
 
-    Shapes: dy[M, N] s[M, R] b[N, R] out[N]; ds[N / BN, M, R], db[spans, N, R] and
-        dbias[spans, N] in fp32. R <= BR.
-    Grid: [cdiv(N, BN), spans of rows]. Sums in fp32.
+    Shapes: dy[M, N] s[M, R] b[N, R] out[N]; ds[N / BN, M, R], db[split_k, N, R] and
+        dbias[split_k, N] in fp32. R <= BR.
+    Grid: [cdiv(N, BN), parts of the rows]. Sums in fp32.
     """
     dtype = dy.p.dtype.element_ty
     pid_n = tl.program_id(0)
@@ -58,8 +58,8 @@ def _grad_pass_kernel(
     o_r = tl.arange(0, BR)
     m_n = o_n < N
     m_r = o_r < R
-    first = pid_m * span
-    last = min(first + span, M)
+    first = pid_m * per_split
+    last = min(first + per_split, M)
     o_b = o_n[:, None] * b.row + o_r[None, :] * b.col
     b_b = tl.load(b.p + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
     if out.p is not None:
@@ -119,8 +119,8 @@ def grad_pass(
     bn = 256 if size == 2 and br <= 32 else 64 if size == 4 else 128
     bm = 64 if size == 2 else 16
     parts_n, parts_m = one_read_parts(max(m, 1), n, device, bn)
-    span = span_of(max(m, 1), parts_m, bm)
-    parts_m = ceil(max(m, 1) / span)
+    per_split = split_size(max(m, 1), parts_m, bm)
+    parts_m = ceil(max(m, 1) / per_split)
     fp32 = torch.float32
     parts_ds = dy.new_empty((parts_n, m, r), dtype=fp32)
     parts_db = dy.new_empty((parts_m, n, r), dtype=fp32)
@@ -140,7 +140,7 @@ def grad_pass(
         M=m,
         N=n,
         R=r,
-        span=span,
+        per_split=per_split,
         EVEN_N=n % bn == 0,
         PRECISION=precision(dy.dtype),
         BM=bm,
@@ -148,6 +148,6 @@ def grad_pass(
         BR=br,
         ONES=ones_rows(device, br),
     )
-    sums([(parts_ds, ds, scale, rank), (parts_db, db, factor_b, None)])
+    splitk_reduce([(parts_ds, ds, scale, rank), (parts_db, db, factor_b, None)])
     if dbias is not None and parts_bias is not None:
-        sums([(parts_bias, dbias, 1.0, None)])
+        splitk_reduce([(parts_bias, dbias, 1.0, None)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import thin_columns, thin_rows
+from lora_kernels.ops.common.configs import shrink_config, wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK
@@ -46,22 +46,24 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
     # For ds m̂ ∘ b is rounded already: what rounding ds itself takes is kept, beside it or in it.
     half = dy.dtype == torch.float16
     if dy.dtype == torch.bfloat16:
-        ds, rest = dy.new_empty((2, m, r))
+        ds, residual = dy.new_empty((2, m, r))
     else:
-        ds, rest = dy.new_empty((m, r), dtype=torch.float32), None
+        ds, residual = dy.new_empty((m, r), dtype=torch.float32), None
     scales = dy.new_empty(n, dtype=torch.float32)  # m̂
     if columns:
         shrink_and_wgrad(
             dy, s, b, magnitude, norm, c.u if want_magnitude else None, scales,
-            (ds, rest) if ds_in_pass else None,
+            (ds, residual) if ds_in_pass else None,
             db if want_b else None, dmagnitude if want_magnitude else None,
             dbias if want_bias else None, scale, device,
         )  # fmt: skip
     elif n:
         output_scales(magnitude, norm, scales)
     if want_ds and not ds_in_pass:
-        config = thin_rows(m, n, device, br, size)
-        shrink(config, dy, b, ds, factor=scale, dropout=_OFF, row=scales, rest=rest, whole=half)
+        config = shrink_config(m, n, device, br, size)
+        shrink(
+            config, dy, b, ds, factor=scale, dropout=_OFF, row=scales, residual=residual, whole=half
+        )
     if want_x:
         gemm(
             plan_config(dy, w, k, r, device, dropout=dropout.on, backward=True),
@@ -72,7 +74,7 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
             None,
             ds,
             a,
-            rest=rest,
+            residual=residual,
             whole=half,
             magnitude=None,
             norm=None,
@@ -84,10 +86,10 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
             backward=True,
         )
     if want_a:
-        config = thin_columns(m, k, device, br, size)
+        config = wgrad_config(m, k, device, br, size)
         wgrad(
-            config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout, rest=rest,
-            whole=half,
+            config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout,
+            residual=residual, whole=half,
         )  # fmt: skip
     if want_w:
         dw = _weight_grad(dy, x, scales, c.dropout_p, dropout)

@@ -133,7 +133,7 @@ def _dora_gemm_kernel(
     y,
     p_kept,
     t,
-    p_rest,
+    p_residual,
     u,
     bias,
     magnitude,
@@ -146,7 +146,7 @@ def _dora_gemm_kernel(
     R,
     scale,
     keep_scale,
-    REST: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BACKWARD: tl.constexpr,
     DROPOUT: tl.constexpr,
     tile,
@@ -164,8 +164,8 @@ def _dora_gemm_kernel(
     Backward: w = W, t = ds, u = A, row = m̂ over K; drop' is the forward's.
 
     Shapes: x[M, K] w[K, N] t[M, R] u[R, N] y[M, N] kept[M, N], magnitude, norm and bias[N], row[K];
-        words: of x's mask in the forward, of y's in the backward; rest[M, R] what rounding took
-        from t, or REST where that is in t.
+        words: of x's mask in the forward, of y's in the backward; residual[M, R] what rounding took
+        from t, or RESIDUAL where that is in t.
         With TMA x and w are descriptors; w's box is [BN, BK] in the forward, else [BK, BN].
         A 4-bit w is decoded in the main loop.
     Grid: [tiles of y], neighbours in time near each other. Walking several tiles, a program would
@@ -183,7 +183,7 @@ def _dora_gemm_kernel(
     b_p = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
     b_q = branch_tile(
         b_p, t, Adapter(None, u, Vector(None, 1), Vector(None, 1), R, None), None, m0, n0, M, N,
-        DTYPE, tile, p_rest, REST,
+        DTYPE, tile, p_residual, RESIDUAL,
     )  # fmt: skip
     if not BACKWARD:
         b_q *= scale
@@ -225,7 +225,7 @@ def gemm(
     t: Tensor,
     u: Tensor,
     *,
-    rest: Tensor | None = None,
+    residual: Tensor | None = None,
     whole: bool = False,
     magnitude: Tensor | None,
     norm: Tensor | None,
@@ -237,7 +237,7 @@ def gemm(
     backward: bool,
 ) -> None:
     """y and kept of x [M, K] and t = s, or dx of dy, ds and row = m̂ (then y is dx); u is [R, N].
-    rest, of t's strides, is what rounding took from t, where t is not whole."""
+    residual, of t's strides, is what rounding took from t, where t is not whole."""
     m, k = x.shape
     n = y.shape[1]
     run(
@@ -249,7 +249,7 @@ def gemm(
         y=matrix(y),
         p_kept=kept,
         t=matrix(t),
-        p_rest=rest,
+        p_residual=residual,
         u=matrix(u),
         bias=vector(bias),
         magnitude=vector(magnitude),
@@ -262,7 +262,7 @@ def gemm(
         R=t.shape[1],
         scale=float(scale),
         keep_scale=dropout.keep_scale,
-        REST=whole,
+        RESIDUAL=whole,
         BACKWARD=backward,
         DROPOUT=dropout.on,
         tile=tile(

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import Device, span_of
+from lora_kernels.ops.common.configs import Device, split_size
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import one_read_parts
 from lora_kernels.ops.common.triton.arguments import matrix, vector
-from lora_kernels.ops.common.triton.splitk_reduce import _sum
+from lora_kernels.ops.common.triton.splitk_reduce import reduce_block
 from lora_kernels.ops.common.triton.tiles import cast, dot, dot_rank
 from lora_kernels.ops.common.triton_host import precision, run
 from lora_kernels.ops.dora.triton.scale import scale_tile
@@ -44,7 +44,7 @@ def _dora_pass_kernel(
     M,
     N,
     R,
-    span,
+    per_split,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -56,8 +56,8 @@ def _dora_pass_kernel(
 
     4·M·N·R FLOPs; bytes: dy and kept once, s and b, and the parts.
     Shapes: dy[M, N] kept[M, N] s[M, R] b[N, R], magnitude and norm[N]; m[N], ds[N / BN, M, R],
-        g[spans, N, R], dbias and dots[spans, N] in fp32.
-    Grid: [cdiv(N, BN), spans of rows, cdiv(R, BR)]; ds only where R <= BR. Sums in fp32.
+        g[split_k, N, R], dbias and dots[split_k, N] in fp32.
+    Grid: [cdiv(N, BN), parts of the rows, cdiv(R, BR)]; ds only where R <= BR. Sums in fp32.
     """
     dtype = dy.p.dtype.element_ty
     pid_n = tl.program_id(0)
@@ -67,8 +67,8 @@ def _dora_pass_kernel(
     o_r = pid_r * BR + tl.arange(0, BR)
     m_n = o_n < N
     m_r = o_r < R
-    first = pid_m * span
-    last = min(first + span, M)
+    first = pid_m * per_split
+    last = min(first + per_split, M)
     if p_ds is not None or p_m is not None:
         b_m = scale_tile(magnitude, norm, o_n, m_n)  # [BN]
         if p_m is not None:
@@ -118,7 +118,7 @@ def _dora_pass_kernel(
 def _dora_finish_kernel(
     p_parts_ds,
     p_ds,
-    p_rest,
+    p_residual,
     p_g,
     p_db,
     p_parts_bias,
@@ -139,8 +139,8 @@ def _dora_finish_kernel(
     SUM_BLOCK: tl.constexpr,
 ):
     """The pass's parts added in their order: db = scale · m̂ ∘ g, dbias, dmagnitude and
-    ds = scale · Σ parts (rest: what rounding takes from it), each where it is wanted. dmagnitude is
-    the sum of the dots.
+    ds = scale · Σ parts (residual: what rounding takes from it), each where it is wanted.
+    dmagnitude is the sum of the dots.
 
     (R + 2)·N·parts additions; bytes: the parts once, the results.
     Shapes: as in `_dora_pass_kernel`; db[N, R], dmagnitude and dbias[N].
@@ -179,9 +179,9 @@ def _dora_finish_kernel(
             tl.store(p_dmagnitude + o_n, cast(b_total, p_dmagnitude.dtype.element_ty), mask=m_n)
     else:
         if p_ds is not None:
-            _sum(
+            reduce_block(
                 p_parts_ds, p_ds, None, size_ds, parts_ds, R, scale, 1, pid - blocks, SUM_BLOCK,
-                p_rest,
+                p_residual,
             )  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def shrink_and_wgrad(
 ) -> None:
     """One read of dy, and of kept where given, for m̂, db, dmagnitude, dbias and the sums ds, with
     what rounding takes from them, where given."""
-    ds, rest = sums or (None, None)
+    ds, residual = sums or (None, None)
     m, n = dy.shape
     r = b.shape[1]
     size, br = dy.element_size(), block_rank(r)
@@ -210,8 +210,8 @@ def shrink_and_wgrad(
     bm = 64 if size == 2 else 16
     rows = max(m, 1)
     parts_n, parts_m = one_read_parts(rows, max(n, 1), device, bn)
-    span = span_of(rows, parts_m, bm)
-    parts_m = ceil(rows / span)
+    per_split = split_size(rows, parts_m, bm)
+    parts_m = ceil(rows / per_split)
 
     def parts(wanted: object, *shape: int) -> Tensor | None:
         return None if wanted is None else dy.new_empty(shape, dtype=torch.float32)
@@ -237,7 +237,7 @@ def shrink_and_wgrad(
         M=m,
         N=n,
         R=r,
-        span=span,
+        per_split=per_split,
         EVEN_N=n % bn == 0,
         PRECISION=precision(dy.dtype),
         BM=bm,
@@ -254,7 +254,7 @@ def shrink_and_wgrad(
         2,
         p_parts_ds=parts_ds,
         p_ds=ds,
-        p_rest=rest,
+        p_residual=residual,
         p_g=parts_g,
         p_db=db,
         p_parts_bias=parts_bias,

@@ -40,7 +40,7 @@ class Pages(NamedTuple):
     C: Any
 
 
-class Sums(NamedTuple):
+class Shrunk(NamedTuple):
     """s [E, ..], or parts of it to be added [parts, E, ..]: the strides of both."""
 
     p: Any
@@ -59,6 +59,6 @@ def rank_pages(p: RankPages, t: Tensor) -> Pages:
     return Pages(t, p.table, p.ranks, p.scales, p.slots, p.table.shape[1])
 
 
-def sums(s: Tensor) -> Sums:
+def shrunk(s: Tensor) -> Shrunk:
     """The last stride of s is 1."""
-    return Sums(s, s.stride(0) if s.dim() == 3 else 0, s.stride(-2))
+    return Shrunk(s, s.stride(0) if s.dim() == 3 else 0, s.stride(-2))

@@ -12,7 +12,7 @@ from lora_kernels.ops.common.triton_host import run
 from lora_kernels.ops.gather.triton.plan import capacity
 
 # Entries that a program of the list looks at together.
-LIST_BLOCK = 1024
+BUCKET_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _key(p_slots, p_tokens, o_e, E, T, S):
 
 
 @triton.jit
-def _gather_list_kernel(
+def _gather_bucket_kernel(
     p_slots,
     p_tokens,
     p_order,
@@ -106,7 +106,7 @@ def bucket_by_slot(
     sizes = ((count,), (slots_count + 2,), (most, 3))
     made = Chunks(*(slots.new_empty(size) for size in sizes))
     run(
-        _gather_list_kernel,
+        _gather_bucket_kernel,
         (slots_count + 1,),
         4,
         1,
@@ -120,6 +120,6 @@ def bucket_by_slot(
         S=slots_count,
         capacity=most,
         block_m=block,
-        BLOCK=LIST_BLOCK,
+        BLOCK=BUCKET_BLOCK,
     )
     return made

@@ -132,7 +132,7 @@ def _gather_embed_grad_kernel(
 
     Shapes: u[T, ..] out[P, V, 16]; order holds the tokens by slot and id, in their order: those of
         place i are order[first[i] : end[i]]. Grid: [T, C]; the first place of each run adds it.
-        Sums in fp32.
+        Shrunk in fp32.
     """
     i = tl.program_id(0)
     first = tl.load(p_first + i)

@@ -22,7 +22,7 @@ from lora_kernels.ops.common.triton.tiles import (
 )
 from lora_kernels.ops.common.triton_host import precision, run
 from lora_kernels.ops.gather.pages import RankPages
-from lora_kernels.ops.gather.triton.arguments import Mask, rank_pages, slot_mask, sums
+from lora_kernels.ops.gather.triton.arguments import Mask, rank_pages, shrunk, slot_mask
 from lora_kernels.ops.gather.triton.entries import Entries
 from lora_kernels.ops.gather.triton.plan import Plan
 from lora_kernels.ops.gather.triton.tiles import (
@@ -61,7 +61,7 @@ def _gather_expand_kernel(
     Shapes: s[E, ..] in PARTS parts, b[P, 16, N] out[T, N] keep[E, ..]. Entries
         of token t: order[edges[t] : edges[t + 1]], or t itself. MASK_S: the parts still lack the
         factor of x's mask; MASK_OUT: what an entry adds is masked itself. keep takes s, rounded.
-    Grid: [T, cdiv(N, BN)]. Sums in fp32, page by page.
+    Grid: [T, cdiv(N, BN)]. Shrunk in fp32, page by page.
     """
     t = tl.program_id(0)
     n0 = tl.program_id(1) * BN
@@ -118,7 +118,7 @@ def _gather_expand_kernel(
 
 
 @triton.jit
-def _gather_expand_chunk_kernel(
+def _gather_expand_grouped_kernel(
     s,
     pages,
     out,
@@ -141,7 +141,7 @@ def _gather_expand_chunk_kernel(
     Shapes: s[E, ..] b[P, 16, N] out[T, N]; work holds (slot, first, count) of each chunk, whose
         tokens are order[first : first + count]; a slot from S on has no adapter.
     ONE_PAGE: C is 1.
-    Grid: [programs that walk the chunks, cdiv(N, BLOCKS · BN)]. Sums in fp32, page by page.
+    Grid: [programs that walk the chunks, cdiv(N, BLOCKS · BN)]. Shrunk in fp32, page by page.
     """
     o_m = tl.arange(0, BM)
     for at in range(tl.program_id(0), chunks, tl.num_programs(0)):
@@ -216,7 +216,7 @@ def expand(
     """out [T, N] += what each entry adds, or = it.
 
     Args:
-        s: [E, ..], or fp32 parts [spans, E, ..].
+        s: [E, ..], or fp32 parts [split_k, E, ..].
         dtype: of the products.
         keep: takes the sums of the parts, [E, ..].
         late: the mask of x, whose factor the parts still lack.
@@ -224,7 +224,7 @@ def expand(
     """
     n = b.shape[2]
     shared = {
-        "s": sums(s),
+        "s": shrunk(s),
         "pages": rank_pages(p, b),
         "out": matrix(out),
         "mask": slot_mask(mask or late),
@@ -234,11 +234,11 @@ def expand(
         "PRECISION": precision(dtype),
         "DTYPE": _triton_type(dtype),
     }
-    if plan.chunked and entries.tokens is None:
+    if plan.grouped and entries.tokens is None:
         chunks = entries.chunks(plan.block_m)
         across = ceil(n / (plan.chunk_n * plan.blocks))
         run(
-            _gather_expand_chunk_kernel,
+            _gather_expand_grouped_kernel,
             (entries.programs(plan.block_m, across), across),
             plan.chunk_warps,
             plan.stages,

@@ -13,7 +13,7 @@ from lora_kernels.ops.common.triton.lora_tiles import product_tile, store_tile
 from lora_kernels.ops.common.triton.tiles import cast, grouped_tile, rank_value
 from lora_kernels.ops.common.triton_host import run
 from lora_kernels.ops.gather.pages import RankPages
-from lora_kernels.ops.gather.triton.arguments import Mask, rank_pages, sums
+from lora_kernels.ops.gather.triton.arguments import Mask, rank_pages, shrunk
 from lora_kernels.ops.gather.triton.entries import Entries
 from lora_kernels.ops.gather.triton.tiles import PAGE
 
@@ -113,7 +113,7 @@ def _gather_gemm_kernel(
     Shapes: x[M, K] w[K, N] y[M, N] b[P, 16, N] s[M, ..] in PARTS parts of `size` elements, bias[N],
         slots[M] pages[S, C]; thresholds[S] where the parts still lack the factor of x's mask. keep
         takes s, rounded.
-    Grid: [programs], each walking tiles of y in steps of `programs`. Sums in fp32.
+    Grid: [programs], each walking tiles of y in steps of `programs`. Shrunk in fp32.
     """
     DTYPE: tl.constexpr = y.p.dtype.element_ty
     tiles_m = tl.cdiv(M, tile.BM)
@@ -156,7 +156,7 @@ def gemm_with_adapters(
     """y [T, N] = x·Wᵀ + bias + what each token's own adapter adds.
 
     Args:
-        s: [T, ..], or fp32 parts [spans, T, ..].
+        s: [T, ..], or fp32 parts [split_k, T, ..].
         keep: takes the sums of the parts, [T, ..].
         late: the mask of x, whose factor the parts still lack.
     """
@@ -170,7 +170,7 @@ def gemm_with_adapters(
         config.stages,
         x=left(x, config),
         y=matrix(y),
-        s=sums(s),
+        s=shrunk(s),
         pages=rank_pages(p, p.b),
         keep=matrix(keep),
         bias=vector(bias),

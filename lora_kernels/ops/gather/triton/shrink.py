@@ -10,7 +10,7 @@ from lora_kernels.ops.common.triton.arguments import matrix
 from lora_kernels.ops.common.triton.tiles import cast, dot, keep_operand, rank_value
 from lora_kernels.ops.common.triton_host import precision, run
 from lora_kernels.ops.gather.pages import RankPages
-from lora_kernels.ops.gather.triton.arguments import Mask, rank_pages, slot_mask, sums
+from lora_kernels.ops.gather.triton.arguments import Mask, rank_pages, shrunk, slot_mask
 from lora_kernels.ops.gather.triton.entries import Entries
 from lora_kernels.ops.gather.triton.plan import Plan
 from lora_kernels.ops.gather.triton.tiles import PAGE, kept_scale, page_tile, rank_of, slot_of
@@ -28,7 +28,7 @@ def _gather_shrink_kernel(
     mask,
     T,
     K,
-    span,
+    per_split,
     count_all,
     SPLIT: tl.constexpr,
     HALF: tl.constexpr,
@@ -40,11 +40,11 @@ def _gather_shrink_kernel(
     """s[e, j] = Σ_k drop(x)[t, k] · a[page, j, k] over the pages of e's slot.
 
     Shapes: x[T, K] a[P, 16, K] table[S, C]; s[E, ..] in its own type, or where SPLIT fp32 parts
-        [spans, E, ..], one for each span of K, without the mask's factor. HALF:
+        [split_k, E, ..], one for each part of K, without the mask's factor. HALF:
         s is rounded as `rank.py` says.
     count_all: entries, or chunks of BM entries of one slot where `work` holds (slot, first, count).
-    Grid: [programs that walk these, spans where SPLIT, programs that share the pages]. Sums in
-        fp32, span by span.
+    Grid: [programs that walk these, split_k where SPLIT, programs that share the pages]. Shrunk in
+        fp32, part by part.
     """
     DTYPE: tl.constexpr = x.p.dtype.element_ty
     o_m = tl.arange(0, BM)
@@ -71,8 +71,8 @@ def _gather_shrink_kernel(
             last = K
             p_sums = s.p
             if SPLIT:
-                first = tl.program_id(1) * span
-                last = tl.minimum(first + span, K)
+                first = tl.program_id(1) * per_split
+                last = tl.minimum(first + per_split, K)
                 p_sums += tl.program_id(1).to(tl.int64) * s.part
             if mask.seeds is not None:
                 threshold = tl.load(mask.thresholds + slot)
@@ -95,9 +95,9 @@ def _gather_shrink_kernel(
                     )  # [16, BK]
                     b_s = dot(b_a, b_x.T, b_s, PRECISION)
                 else:
-                    for start in range(first, last, span):
+                    for start in range(first, last, per_split):
                         b_part = tl.full([PAGE, BM], 0.0, tl.float32)  # [16, BM]
-                        end = tl.minimum(start + span, last)
+                        end = tl.minimum(start + per_split, last)
                         for k0 in range(start, end, BK):
                             o_i = k0 + o_k
                             m_x = m_m[:, None] & (o_i < end)[None, :]
@@ -133,20 +133,20 @@ def shrink(
     plan: Plan,
     half: bool = False,
 ) -> None:
-    """s [E, ..] in its type, or fp32 parts [spans, E, ..] where the plan splits K; with `half` s
+    """s [E, ..] in its type, or fp32 parts [split_k, E, ..] where the plan splits K; with `half` s
     keeps what fp16 activations do."""
     k = x.shape[1]
-    chunks = entries.chunks(plan.block_m) if plan.chunked else None
+    chunks = entries.chunks(plan.block_m) if plan.grouped else None
     shares = min(plan.page_programs, p.table.shape[1])
     programs = entries.count if chunks is None else entries.programs(plan.block_m, shares)
     run(
         _gather_shrink_kernel,
-        (programs, plan.spans if plan.split else 1, shares),
+        (programs, plan.split_k if plan.split else 1, shares),
         plan.shrink_warps,
         plan.stages,
         whole_registers=True,
         x=matrix(x),
-        s=sums(s),
+        s=shrunk(s),
         pages=rank_pages(p, a),
         p_slots=entries.slots,
         p_tokens=entries.tokens,
@@ -155,12 +155,12 @@ def shrink(
         mask=slot_mask(mask),
         T=entries.tokens_count,
         K=k,
-        span=plan.span,
+        per_split=plan.per_split,
         count_all=programs if chunks is None else chunks.work.shape[0],
         SPLIT=plan.split,
         HALF=half,
         PRECISION=precision(x.dtype),
         BM=16 if chunks is None else plan.block_m,
         BK=plan.block_k,
-        ONE_STEP=plan.split and plan.span == plan.block_k,
+        ONE_STEP=plan.split and plan.per_split == plan.block_k,
     )

@@ -42,7 +42,7 @@ def _gather_grad_kernel(
 
     Shapes: t[E, ..] x[T, K] out[P, 16, K] in pages; entries of slot i are
         order[edges[i] : edges[i + 1]].
-    Grid: [S, C, cdiv(K, BK)]. Sums in fp32.
+    Grid: [S, C, cdiv(K, BK)]. Shrunk in fp32.
     """
     DTYPE: tl.constexpr = x.p.dtype.element_ty
     slot = tl.program_id(0)
@@ -129,7 +129,7 @@ def _gather_scale_grad_kernel(
 ):
     """out[i] = Σ_e weight[e] · product[e] over the entries e of slot i.
 
-    Shapes: product[E] weights[E] out[S]. Grid: [S]. Sums in fp32.
+    Shapes: product[E] weights[E] out[S]. Grid: [S]. Shrunk in fp32.
     """
     slot = tl.program_id(0)
     first = tl.load(p_edges + slot)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import thin_columns, thin_rows
+from lora_kernels.ops.common.configs import shrink_config, wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
 from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.rank import rank_dtype
@@ -69,7 +69,7 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
             )
         else:
             shrink(
-                thin_rows(m, n, device, problem.block_r, size),
+                shrink_config(m, n, device, problem.block_r, size),
                 dy,
                 b,
                 ds,
@@ -101,7 +101,7 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
     if want_a or rest_b is not None:
         columns = (k if want_a else 0) + (n if rest_b is not None else 0)
         wgrad(
-            thin_columns(m, columns, device, problem.block_r, size),
+            wgrad_config(m, columns, device, problem.block_r, size),
             x if want_a else None,
             ds if want_a else None,
             dy if rest_b is not None else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import GemmConfig, thin_rows
+from lora_kernels.ops.common.configs import GemmConfig, shrink_config
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.rank import rank_dtype
@@ -31,7 +31,7 @@ def lora_linear_fwd(c: LoRALinearForward) -> tuple[Tensor, Tensor]:
     plan = choose("lora_linear_fwd", problem, device)
     if plan.strategy != "single_pass" or n == 0:
         shrink(
-            thin_rows(m, k, device, problem.block_r, x.element_size()),
+            shrink_config(m, k, device, problem.block_r, x.element_size()),
             x,
             a.T,
             s,

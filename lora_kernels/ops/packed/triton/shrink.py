@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import thin_rows
+from lora_kernels.ops.common.configs import shrink_config
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.triton.arguments import mask, matrix
@@ -130,7 +130,7 @@ def shrink(x: Tensor, a: Sequence[Tensor], s: Tensor, dropout: Dropout) -> None:
     size = x.element_size()
     r = max(t.shape[0] for t in a)
     br = block_rank(r)
-    config = thin_rows(m, k, planned_device(x.device), br, size)
+    config = shrink_config(m, k, planned_device(x.device), br, size)
     step = min(config.step, 64)  # three partners are in flight with x
     run(
         _packed_shrink_kernel,

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import span_of
+from lora_kernels.ops.common.configs import split_size
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import one_read_parts
 from lora_kernels.ops.common.triton.arguments import Matrix, matrix
 from lora_kernels.ops.common.triton.shrink_and_wgrad import ones_rows
-from lora_kernels.ops.common.triton.splitk_reduce import _SUM_BLOCK, _sum
+from lora_kernels.ops.common.triton.splitk_reduce import _SUM_BLOCK, reduce_block
 from lora_kernels.ops.common.triton.tiles import (
     add_sums,
     cast,
@@ -56,7 +56,7 @@ class Reduction(NamedTuple):
 @triton.jit
 def _packed_grad_pass_kernel(
     M,
-    span,
+    per_split,
     projections,
     ends,
     EVEN_N: tl.constexpr,
@@ -69,16 +69,16 @@ def _packed_grad_pass_kernel(
     """Partial sums of ds_i = dy_i·b_i, db_i = dy_iᵀ·s_i and dbias_i = Σ_m dy_i, each where its
     pointers are given, for up to three projections.
 
-    Shapes: dy_i[M, N_i] s_i[M, R_i] b_i[N_i, R_i]; ds_i[N_i / BN, M, R_i], db_i[spans, N_i, R_i]
-        and dbias_i[spans, N_i] in fp32. Blocks of columns up to end_i are projection i's.
-    Grid: [end_2, spans of rows, cdiv(max R_i, BR)]. Sums in fp32.
+    Shapes: dy_i[M, N_i] s_i[M, R_i] b_i[N_i, R_i]; ds_i[N_i / BN, M, R_i], db_i[split_k, N_i, R_i]
+        and dbias_i[split_k, N_i] in fp32. Blocks of columns up to end_i are projection i's.
+    Grid: [end_2, parts of the rows, cdiv(max R_i, BR)]. Sums in fp32.
     """
     p_0, p_1, p_2 = projections
     dtype = p_0.dy.p.dtype.element_ty
     pid_m = tl.program_id(1)
     o_r = tl.program_id(2) * BR + tl.arange(0, BR)
-    first = pid_m * span
-    last = min(first + span, M)
+    first = pid_m * per_split
+    last = min(first + per_split, M)
     for block in tl.range(tl.program_id(0), ends[2], ends[2], disable_licm=True):  # one round
         which = (block >= ends[0]).to(tl.int32) + (block >= ends[1]).to(tl.int32)
         pid_n = block - pick(which, 0, ends[0], ends[1])
@@ -134,7 +134,7 @@ def _packed_grad_pass_kernel(
 
 
 @triton.jit
-def _packed_sum_kernel(ds, db, dbias, BLOCK: tl.constexpr):
+def _packed_splitk_reduce_kernel(ds, db, dbias, BLOCK: tl.constexpr):
     """ds_i = scale_i · Σ parts, db_i = scale_i · Σ parts and dbias_i = Σ parts, where given: three
     `Reduction`s each.
 
@@ -156,7 +156,7 @@ def _packed_sum_kernel(ds, db, dbias, BLOCK: tl.constexpr):
 def _reduce_one(r, BLOCK: tl.constexpr):
     """One block of the reduction of this program's projection."""
     which = tl.program_id(1)
-    _sum(
+    reduce_block(
         pick(which, r[0].parts, r[1].parts, r[2].parts),
         pick(which, r[0].out, r[1].out, r[2].out),
         None,
@@ -190,9 +190,9 @@ def packed_grad_pass(
     bm = 64 if size == 2 else 16
     end = ends(widths, bn)
     device = planned_device(dy[0].device)
-    _, spans = one_read_parts(max(m, 1), max(1, end[-1] * bn), device, bn)
-    span = span_of(max(m, 1), spans, bm)
-    spans = ceil(max(m, 1) / span)
+    _, split_k = one_read_parts(max(m, 1), max(1, end[-1] * bn), device, bn)
+    per_split = split_size(max(m, 1), split_k, bm)
+    split_k = ceil(max(m, 1) / per_split)
     fp32 = torch.float32
     parts = [
         Projection(
@@ -200,8 +200,8 @@ def packed_grad_pass(
             matrix(s[i]),
             matrix(b[i]),
             None if ds is None else t.new_empty((ceil(n / bn), m, r), dtype=fp32),
-            None if db is None else t.new_empty((spans, n, r), dtype=fp32),
-            None if dbias is None else t.new_empty((spans, n), dtype=fp32),
+            None if db is None else t.new_empty((split_k, n, r), dtype=fp32),
+            None if dbias is None else t.new_empty((split_k, n), dtype=fp32),
             n,
             r,
         )
@@ -209,12 +209,12 @@ def packed_grad_pass(
     ]
     run(
         _packed_grad_pass_kernel,
-        (end[-1], spans, ceil(max(ranks) / br)),
+        (end[-1], split_k, ceil(max(ranks) / br)),
         8 if size == 2 else 4,
         2,
         whole_registers=dy[0].dtype == torch.float16,  # see `wgrad`
         M=m,
-        span=span,
+        per_split=per_split,
         projections=three(parts),
         ends=tuple(end),
         EVEN_N=all(n % bn == 0 for n in widths),
@@ -239,7 +239,7 @@ def packed_grad_pass(
 
     longest = max(m if ds is not None else 0, max(widths) if db is not None else 0)
     run(
-        _packed_sum_kernel,
+        _packed_splitk_reduce_kernel,
         (ceil(longest * max(ranks) / _SUM_BLOCK), len(dy), 3),
         4,
         2,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import thin_columns
+from lora_kernels.ops.common.configs import wgrad_config
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.triton.arguments import mask, matrix
@@ -125,7 +125,7 @@ def grad_a(
     m, k = x.shape
     r = max(t.shape[0] for t in a)
     br = block_rank(r)
-    config = thin_columns(m, k, planned_device(x.device), br, x.element_size())
+    config = wgrad_config(m, k, planned_device(x.device), br, x.element_size())
     run(
         _packed_grad_a_kernel,
         (ceil(k / config.block), ceil(r / br)),

@@ -1,5 +1,5 @@
-"""What the files of the package import: no circle, and nothing that belongs to a family in what the
-families share."""
+"""What keeps the package in order: no circle of imports, nothing of a family in what the families
+share, and kernels with arguments in groups."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# Parameters of a Triton kernel, or of a piece of one. Groups: `ops/common/triton/arguments.py`.
+MOST_PARAMETERS = 25
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -74,3 +76,17 @@ def test_circles_are_found(tmp_path: Path, where: str):
     assert sorted(set(circle(edges))) == [f"lora_kernels.{name}" for name in "abc"]
     edges["lora_kernels.c"] = set()
     assert circle(edges) == []
+
+
+def test_kernels_take_few_parameters():
+    counts = {}
+    for path in (ROOT / "lora_kernels" / "ops").glob("*/triton/*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and "jit" in map(_attribute, node.decorator_list):
+                counts[f"{path.parent.parent.name} {node.name}"] = len(node.args.args)
+    assert len(counts) > 50
+    assert {name: n for name, n in counts.items() if n > MOST_PARAMETERS} == {}
+
+
+def _attribute(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else ""
