@@ -1,4 +1,4 @@
-"""The entries of each slot, and the chunks that they make: what a call's programs take."""
+"""Entries bucketed by slot, and cut into chunks: what a call's programs take."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Chunks:
 
 @triton.jit
 def _key(p_slots, p_tokens, o_e, E, T, S):
-    """Slots of entries; S where there is none, and past that past the last entry."""
+    """The slot of each entry; S where it has no adapter, S + 1 past the last entry."""
     m_e = o_e < E
     b_slot = tl.load(p_slots + o_e, mask=m_e, other=0)
     m_none = (b_slot < 0) | (b_slot >= S)
@@ -59,8 +59,8 @@ def _gather_bucket_kernel(
     """order[edges[g] : edges[g + 1]] = the entries of slot g in their order, S for those of none;
     work: (slot, first place in order, count) of its chunks of block_m, and counts of 0 between.
 
-    With as many before it as the lower slots in use can make, a slot's chunks have places of their
-    own: g of them at most, and one for each entry before.
+    A slot's chunks begin in `work` behind the most chunks that the slots below it can make, so that
+    no program waits for another: those slots' entries, and a part of a chunk for each of them.
 
     Shapes: slots[E] tokens[E] order[E] edges[S + 2] work[capacity, 3]. Grid: [S + 1]. Integers.
     """

@@ -1,4 +1,5 @@
-"""Which entries the programs take, found on the device: no value is read here."""
+"""The entries of a call, and their chunks by slot. Both stay on the device: the host reads nothing
+back."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ class Entries:
         return self._chunks[block]
 
     def programs(self, block: int, beside: int) -> int:
-        """Programs that walk the chunks where `beside` others do for each: a GPU's worth more than
-        full chunks would take, for those that are not."""
+        """How many programs to launch over the chunks, where each chunk takes `beside` of them:
+        enough for full chunks, and a GPU's worth more for those that are not full."""
         few = ceil(_SPARE_PROGRAMS / max(1, beside))  # none beside: a layer without outputs
         most = capacity(self.count, self.slots_count, block)
         return min(most, ceil(self.count / block) + few)

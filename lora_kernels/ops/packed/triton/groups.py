@@ -1,8 +1,8 @@
 """Launches of up to three projections: which, and how the kernels choose among their arguments.
 
-A kernel takes a group of arguments for each projection, and picks: it is then one body, with the
-registers and the shared memory of one projection. It picks within a loop or a branch, because
-before those LLVM would pick among the parameters' own addresses.
+A kernel takes a group of arguments for each projection and picks one of the three at run time. Its
+code then has one body, with the registers and the shared memory of one projection. It picks inside
+a loop or a branch: outside, LLVM would pick among the parameters' addresses, in local memory.
 """
 
 from __future__ import annotations
