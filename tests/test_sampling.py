@@ -57,7 +57,7 @@ def test_what_is_always_taken(part: float):
 
 def test_more_of_what_the_change_touches():
     few = [Described(f"dora{i}", frozenset(), family="dora") for i in range(200)]
-    files = {"lora_kernels/ops/dora/triton/gemm.py"}
+    files = {"lora_kernels/ops/dora/triton/linear.py"}
     taken = choose([*CASES, *few], 0.1, "commit", files)
     assert sum(n.startswith("dora") for n in taken) > 50  # 80, where an untouched family has 20
     everywhere = choose(
@@ -78,8 +78,8 @@ def test_the_part_of_what_a_test_walks_by_itself():
 @pytest.mark.parametrize(
     ("file", "found"),
     [
-        ("lora_kernels/ops/dora/triton/gemm.py", {"dora"}),
-        ("lora_kernels/ops/common/tiles.py", set()),
+        ("lora_kernels/ops/dora/triton/linear.py", {"dora"}),
+        ("lora_kernels/ops/common/triton/tiles.py", set()),
         ("csrc/cpu/amx/gather_shrink.h", {"gather"}),
         ("csrc/cpu/lora_gemv_f16.cpp", {"nf4", "lora", "dora", "packed"}),
         ("csrc/cpu/amx/blocked_gemm.h", {"nf4", "lora", "dora", "packed"}),

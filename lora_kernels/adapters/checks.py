@@ -12,8 +12,8 @@ from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import named_modules
 from lora_kernels.adapters.reads import Read, read_only
 from lora_kernels.integrations.peft import pattern_value
+from lora_kernels.ops.common.base import QUANT_TYPES, check_block_size
 from lora_kernels.ops.common.kinds import describe
-from lora_kernels.ops.nf4.base import QUANT_TYPES, check_block_size
 
 
 def check_model(model: nn.Module) -> None:

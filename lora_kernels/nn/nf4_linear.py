@@ -22,8 +22,8 @@ from lora_kernels.nn.common import (
     set_buffer,
 )
 from lora_kernels.nn.linear4bit import weight_from_linear4bit
+from lora_kernels.ops.common.base import check_block_size
 from lora_kernels.ops.common.kinds import check_kinds
-from lora_kernels.ops.nf4.base import check_block_size
 from lora_kernels.ops.nf4.double_quant import NESTED_BLOCK_SIZE
 from lora_kernels.ops.nf4.weight import NF4Weight, check_quant_type
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from lora_kernels.ops.common.strategies import STRATEGIES
 from lora_kernels.ops.common.tuned import triton_version
-from lora_kernels.ops.gather.triton.plan import WAYS
+from lora_kernels.ops.gather.triton.plan import SCHEDULES
 from tests.compiled import dora_problems as dora
 from tests.compiled import gather_problems as gather
 from tests.compiled import glu_problems as glu
@@ -43,11 +43,11 @@ FAMILIES: tuple[tuple[str, tuple[Problem, ...], tuple[Problem, ...], Strategies]
     # Without a branch there is no pass that makes it.
     ("nf4_linear_fwd nf4_linear_bwd", nf4.LORA, (), ("epilogue", "addmm")),
     ("lora_linear_fwd lora_linear_bwd", nf4.LORA, (), STRATEGIES),
-    ("gather_lora_fwd gather_lora_bwd", (*gather.PROBLEMS, *gather.OVER), (), WAYS),
-    ("gather_lora_fwd", (*gather.FUSED, *gather.SCATTERED), (), WAYS),
-    ("gather_lora_embed_fwd gather_lora_embed_bwd", gather.EMBEDDING, (), WAYS),
-    ("gather_lora_embed_add", gather.EMBEDDING[:1], (), WAYS),
-    ("gather_lora_add", gather.ADDS, (), WAYS),
+    ("gather_lora_fwd gather_lora_bwd", (*gather.PROBLEMS, *gather.OVER), (), SCHEDULES),
+    ("gather_lora_fwd", (*gather.FUSED, *gather.SCATTERED), (), SCHEDULES),
+    ("gather_lora_embed_fwd gather_lora_embed_bwd", gather.EMBEDDING, (), SCHEDULES),
+    ("gather_lora_embed_add", gather.EMBEDDING[:1], (), SCHEDULES),
+    ("gather_lora_add", gather.ADDS, (), SCHEDULES),
 )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora_kernels.ops.gather.triton.plan import WAYS
+from lora_kernels.ops.gather.triton.plan import SCHEDULES
 from tests.compiled.problems import Problem
 from tests.ops.gather_inputs import QKV
 from tools.op_inputs.gather import Gather
 from tools.op_inputs.source import FP16, FP32, RANGES
 
-OVER_BASE = (*WAYS, "fused")
+OVER_BASE = (*SCHEDULES, "fused")
 _QKV = {"n": QKV.n, "missing": QKV.missing, "ranks": QKV.ranks}
 PROBLEMS = (
     Problem("whole", Gather(t=70, k=256, n=(256,), ranks=(16, 32, 16))),
@@ -38,7 +38,7 @@ OVER = (
 )
 # More chunks than programs: each walks several.
 SCATTERED = (
-    Problem("scattered", Gather(t=300, k=32, n=(32,), ranks=(2,) * 280), strategies=("chunks",)),
+    Problem("scattered", Gather(t=300, k=32, n=(32,), ranks=(2,) * 280), strategies=("grouped",)),
 )
 # Where the base's product adds the adapters itself.
 FUSED = (

@@ -26,7 +26,7 @@ TENSOR_CORES = {
 }
 # What moves matrices; the others add a few partial sums or make a mask.
 STREAMING = re.compile(
-    f"{resources.PRODUCTS.pattern}|shrink|grad_a|grad_pass|outer|sum|glu|quantize_kernel"
+    f"{resources.PRODUCTS.pattern}|shrink|grad_a|grad_pass|wgrad|splitk_reduce|glu|quantize_kernel"
 )
 
 RUN_HERE = ("sm_80", "sm_90")  # what the emulator executes
@@ -76,9 +76,9 @@ def test_code_holds_what_it_should(name: str, call: resources.Call):
     assert launches, "nothing to compile"
     for launch in launches:
         made = compile_launch(launch, GPU_TARGETS[name])
-        tile = resources.tile_of(launch.args, launch.warps, launch.stages)
+        tile = resources.tile_of(launch.constants, launch.warps, launch.stages)
         wrong += [
             f"{made.name} {tile}: {made.facts.registers} registers: {w}"
-            for w in _wrong(made, launch.args)
+            for w in _wrong(made, launch.constants)
         ]
     assert not wrong, "\n".join(wrong)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from lora_kernels.ops.gather.triton.plan import WAYS
+from lora_kernels.ops.gather.triton.plan import SCHEDULES
 from tests.compiled.test_ptx import DEVICES, Way
 from tools.gpu_proofs import emulator
 from tools.op_inputs import gather
@@ -39,20 +39,20 @@ def _run(cc: int, way: str, out: Tensor, *args: object) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_way_and_every_company_gives_the_same_bits(cc, dtype):
     out, x, pages, entries, _ = gather.add(replace(CALL, dtype=dtype), Source(7))
-    whole = {way: _run(cc, way, out, x, pages, entries, False) for way in WAYS}
-    assert torch.equal(whole["entries"], whole["chunks"])
+    whole = {way: _run(cc, way, out, x, pages, entries, False) for way in SCHEDULES}
+    assert torch.equal(whole["per_token"], whole["grouped"])
     nobody = entries[0] < 0
-    assert nobody.any() and torch.equal(whole["entries"][nobody], out[nobody])
-    assert not torch.equal(whole["entries"][~nobody], out[~nobody])
+    assert nobody.any() and torch.equal(whole["per_token"][nobody], out[nobody])
+    assert not torch.equal(whole["per_token"][~nobody], out[~nobody])
     for t in (0, 17, 36):
         row = slice(t, t + 1)
-        for way in WAYS:
+        for way in SCHEDULES:
             alone = _run(cc, way, out[row], x[row], pages, [entries[0][row]], False)
             assert torch.equal(alone[0], whole[way][t]), (t, way)
 
 
 @pytest.mark.parametrize("cc", DEVICES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SCHEDULES)
 def test_a_slot_that_is_not_there_is_none(cc, way):
     out, x, pages, entries, _ = gather.add(CALL, Source(8))
     wrong = torch.where(entries[0] == 1, 3, entries[0])
@@ -64,7 +64,7 @@ def test_a_slot_that_is_not_there_is_none(cc, way):
 
 
 @pytest.mark.parametrize("cc", DEVICES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SCHEDULES)
 def test_the_launches_of_one_mix_serve_another(cc, way):
     """What a CUDA graph replays: the same launches, on the same memory, with other slots in it."""
     first, x, pages, entries, _ = gather.add(CALL, Source(9))

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.nf4.base import Meta
+from lora_kernels.ops.common.base import Meta
 from tools import ptxemu as ptxemu
 from tools.gpu_proofs import emulator
 

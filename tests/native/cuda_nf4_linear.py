@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.base import Meta
+from lora_kernels.ops.common.code_tables import code_values
 from lora_kernels.ops.common.rank import rank_dtype, rank_value
 from lora_kernels.ops.lora.reference import shrink
 from lora_kernels.ops.nf4 import reference
-from lora_kernels.ops.nf4.base import Meta
-from lora_kernels.ops.nf4.tables import code_values
 from tests.native import cuda_launcher
 from tests.native.cuda_launcher import (
     COMPUTE,

@@ -7,7 +7,7 @@ import random
 
 import torch
 
-from lora_kernels.ops.nf4.base import BLOCK_SIZES
+from lora_kernels.ops.common.base import BLOCK_SIZES
 from tests.native.lora_cases import DTYPES, REFERENCE, Base, Branch, Case
 
 CASES = {

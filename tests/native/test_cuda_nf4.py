@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.nf4 import reference
-from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.double_quant import dynamic_map
 from lora_kernels.ops.nf4.schema import NF4Quantize, NF4QuantizeScales
 from tests.native.cuda_launcher import (
@@ -189,7 +189,7 @@ def test_quantize(compute, shape, block_size, quant_type, dtype) -> None:
 @pytest.mark.parametrize("quant_type", [0, 1])
 def test_quantize_at_the_thresholds(compute, quant_type) -> None:
     """Ties take the lower code, and a step to either side falls on its own."""
-    from lora_kernels.ops.nf4.tables import code_bounds
+    from lora_kernels.ops.common.code_tables import code_bounds
 
     bounds, _ = code_bounds(quant_type, torch.device("cpu"))
     up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)

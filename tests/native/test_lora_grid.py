@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_kernels.dispatch import native
-from lora_kernels.ops.nf4.base import BLOCK_SIZES
+from lora_kernels.ops.common.base import BLOCK_SIZES
 from tests.native.lora_cases import DTYPES, REFERENCE, Case, check, expected
 from tests.native.lora_grid import ACTIVATIONS, CHUNKS, FEW, LONG, RANKS, ROWS, chunk, grid
 

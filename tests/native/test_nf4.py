@@ -7,11 +7,11 @@ import functools
 import pytest
 import torch
 
+from lora_kernels.ops.common.base import BLOCK_SIZES
+from lora_kernels.ops.common.code_tables import code_bounds
 from lora_kernels.ops.nf4 import reference
-from lora_kernels.ops.nf4.base import BLOCK_SIZES
 from lora_kernels.ops.nf4.double_quant import dynamic_map
 from lora_kernels.ops.nf4.schema import NF4Quantize, NF4QuantizeScales
-from lora_kernels.ops.nf4.tables import code_bounds
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}

@@ -16,9 +16,9 @@ from lora_kernels.ops.common.configs import (
     best_gemm,
     device_of,
     is_valid,
-    span_of,
-    thin_columns,
-    thin_rows,
+    shrink_config,
+    split_size,
+    wgrad_config,
 )
 from lora_kernels.ops.common.strategies import (
     MAX_SINGLE_PASS_RANK,
@@ -195,7 +195,7 @@ def test_single_pass_reads_x_once(device):
 @by_device
 def test_blocks_of_rows_fit_shared_memory(device):
     for m, block_r, size in itertools.product((1, 64, 100, 1024, 8192), (16, 32, 64), (2, 4)):
-        found = thin_rows(m, 4096, device, block_r, size)
+        found = shrink_config(m, 4096, device, block_r, size)
         assert found.shared_bytes(size, block_r) <= device.shared_bytes, (m, block_r, size)
 
 
@@ -204,9 +204,9 @@ def test_blocks_of_rows_fit_shared_memory(device):
 def test_parts_of_a_sum_cover_it_once(device, block_r):
     for m, k in ((1, 4096), (16, 1024), (8192, 4096), (33, 31)):
         for config, total in (
-            (thin_rows(m, k, device, block_r), k),
-            (thin_columns(m, k, device, block_r), m),
+            (shrink_config(m, k, device, block_r), k),
+            (wgrad_config(m, k, device, block_r), m),
         ):
-            span = span_of(total, config.spans, config.step)
-            assert span % config.step == 0
-            assert span * config.spans >= total
+            per_split = split_size(total, config.split_k, config.step)
+            assert per_split % config.step == 0
+            assert per_split * config.split_k >= total

@@ -9,9 +9,21 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from lora_kernels.ops.common.configs import DEVICES
 from lora_kernels.ops.common.problem import Problem
-from lora_kernels.ops.gather.triton.base_plan import BASES, explain_base, fused_config, use_base
-from lora_kernels.ops.gather.triton.plan import WAYS, GatherProblem, explain_gather, plan, use_way
-from lora_kernels.ops.gather.triton.work import Entries, capacity
+from lora_kernels.ops.gather.triton.entries import Entries
+from lora_kernels.ops.gather.triton.fused_epilogue import (
+    BASES,
+    explain_base,
+    fused_config,
+    use_base,
+)
+from lora_kernels.ops.gather.triton.plan import (
+    SCHEDULES,
+    GatherProblem,
+    capacity,
+    explain_gather,
+    plan,
+    use_schedule,
+)
 
 DECODE = GatherProblem(entries=32, slots=32, ranks=16, n=4096, k=4096)
 QUANTISED = Problem(32, 4096, 4096, 0, quantised=True)
@@ -22,11 +34,11 @@ devices = pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
 @devices
 def test_every_way_is_explained_and_can_be_forced(device):
     said = explain_gather(DECODE, device)
-    assert [e.strategy for e in said.estimates] == list(WAYS) and said.chosen in said.estimates
-    assert all(way in str(said) for way in WAYS) and "modelled, not measured" in str(said)
-    for way in WAYS:
-        with use_way(way):
-            assert plan(DECODE, device).chunked == (way == "chunks")
+    assert [e.strategy for e in said.estimates] == list(SCHEDULES) and said.chosen in said.estimates
+    assert all(way in str(said) for way in SCHEDULES) and "modelled, not measured" in str(said)
+    for way in SCHEDULES:
+        with use_schedule(way):
+            assert plan(DECODE, device).grouped == (way == "grouped")
 
 
 @devices
@@ -68,7 +80,7 @@ def test_a_mixture_is_composed():
         assert fused_config(mixture, QUANTISED, DEVICES[0]) is None
 
 
-@pytest.mark.parametrize("use", [use_way, use_base])
+@pytest.mark.parametrize("use", [use_schedule, use_base])
 def test_an_unknown_way_is_refused(use):
     with pytest.raises(ValueError, match="got 'other', expected one of"), use("other"):
         pass

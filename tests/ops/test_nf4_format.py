@@ -15,7 +15,7 @@ import torch
 
 from lora_kernels import NF4Weight
 from lora_kernels.dispatch import native
-from lora_kernels.ops.nf4.tables import code_values
+from lora_kernels.ops.common.code_tables import code_values
 from tests.ops.variants import accepts, all_variants, bits
 from tools.op_inputs.source import DTYPES
 

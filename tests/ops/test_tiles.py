@@ -12,8 +12,8 @@ from tests.ops.variants import DEVICES, bits, interpreting
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language", reason="triton is not installed")
 
-from lora_kernels.ops.common import tiles  # noqa: E402  (needs triton)
 from lora_kernels.ops.common.philox import threshold  # noqa: E402
+from lora_kernels.ops.common.triton import tiles  # noqa: E402  (needs triton)
 
 RUNS_ON = [
     pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else [])
@@ -42,7 +42,7 @@ def _cast_kernel(p_in, p_out, N: tl.constexpr):
 @triton.jit
 def _rest_kernel(p_in, p_out, N: tl.constexpr):
     o_n = tl.arange(0, N)
-    tl.store(p_out + o_n, tiles.rest_of(tl.load(p_in + o_n), p_out.dtype.element_ty))
+    tl.store(p_out + o_n, tiles.rounding_residual(tl.load(p_in + o_n), p_out.dtype.element_ty))
 
 
 @triton.jit

@@ -18,14 +18,14 @@ from lora_kernels.dispatch.registry import refusal
 from lora_kernels.ops.common.configs import GENERIC, GemmConfig
 from lora_kernels.ops.common.launch import Executor, use_executor
 from lora_kernels.ops.common.strategies import STRATEGIES
-from lora_kernels.ops.gather.triton.plan import WAYS
+from lora_kernels.ops.gather.triton.plan import SCHEDULES
 from tests.ops.case import Case
 from tools.gpu_proofs import ways
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # Ops whose Triton kernels know several ways (`use_strategy`).
 WITH_STRATEGIES = ("lora_linear_fwd", "lora_linear_bwd", "lora_packed_fwd", "lora_packed_bwd")
-# Ops whose Triton kernels are cut several ways (`use_way`).
+# Ops whose Triton kernels are cut several ways (`use_schedule`).
 WITH_WAYS = ("gather_lora_fwd", "gather_lora_add", "gather_lora_bwd")
 # Their passes again, after what is read by token: fewer cases.
 WITH_THE_SAME = ("gather_lora_embed_fwd", "gather_lora_embed_add", "gather_lora_embed_bwd")
@@ -91,9 +91,9 @@ class Variant:
         turn = zlib.crc32(f"{case.op}/{case.label}".encode()) % THINNED
         if self.strategy == FUSED:
             return case.label.endswith(OVER_BASES)
-        if self.strategy in WAYS:
+        if self.strategy in SCHEDULES:
             many = 2 if case.op in WITH_WAYS else 6
-            return turn % many == WAYS.index(self.strategy)
+            return turn % many == SCHEDULES.index(self.strategy)
         return turn == STRATEGIES.index(self.strategy)
 
 
@@ -103,7 +103,7 @@ def variants_of(op: str) -> tuple[Variant, ...]:
     if op in WITH_STRATEGIES:
         found += [Variant("triton", d, strategy=s) for d in DEVICES for s in STRATEGIES]
     if op in WITH_WAYS + WITH_THE_SAME:
-        found += [Variant("triton", d, strategy=w) for d in DEVICES for w in WAYS]
+        found += [Variant("triton", d, strategy=w) for d in DEVICES for w in SCHEDULES]
     if op == "gather_lora_fwd":
         found += [Variant("triton", d, strategy=FUSED) for d in DEVICES]
     return tuple(found)

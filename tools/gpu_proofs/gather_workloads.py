@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_kernels.ops.gather.triton.base_plan import BASES
+from lora_kernels.ops.gather.triton.fused_epilogue import BASES
 from tools.gpu_proofs.baselines import Sizes
 from tools.gpu_proofs.workload import Workload, nbytes
 from tools.op_inputs import gather

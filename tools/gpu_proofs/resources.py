@@ -140,11 +140,11 @@ def calls(target: GpuTarget) -> Iterator[Call]:
         yield Call(op, (m, width, width, 64), 0.1, "epilogue")
     for op, activation in product(("glu_fwd", "glu_bwd"), ACTIVATIONS):
         yield Call(op, (8192, 14336, 0, 0), 0.0, activation)
-    for (m, way), r in product(((64, "entries"), (4096, "chunks")), (16, 64)):
+    for (m, way), r in product(((64, "per_token"), (4096, "grouped")), (16, 64)):
         yield Call("gather_lora_fwd", (m, 4096, 4096, r), 0.0, way)
         yield Call("gather_lora_bwd", (m, 4096, 4096, r), 0.1, way)
     for op in ("gather_lora_embed_fwd", "gather_lora_embed_bwd"):
-        yield Call(op, (64, 4096, 8192, 16), 0.0, "entries")
+        yield Call(op, (64, 4096, 8192, 16), 0.0, "per_token")
     for m in (16, 64, 256):
         yield Call("gather_lora_fwd", (m, 4096, 4096, 64), 0.1, "fused", quantised=True)
 
@@ -191,13 +191,13 @@ def rows(target: GpuTarget, only: str | None = None) -> list[dict[str, Any]]:
         if only and not re.search(only, str(call)):
             continue
         for launch in launches(call, target):
-            tile = tile_of(launch.args, launch.warps, launch.stages)
+            tile = tile_of(launch.constants, launch.warps, launch.stages)
             flags = " ".join(
                 name.lower()
                 for name in ("BACKWARD", "DROPOUT", "SINGLE_PASS", "EVEN_K")
-                if launch.args.get(name) is True
+                if launch.constants.get(name) is True
             )
-            strategy = launch.args.get("STRATEGY")
+            strategy = launch.constants.get("STRATEGY")
             flags = " ".join(filter(None, (strategy, flags)))
             name = launch.kernel.fn.__name__
             if (name, tile, flags) not in found:

@@ -176,7 +176,7 @@ def _tile(workload: Workload, device: Device, strategy: str | None) -> GemmConfi
     """The tile of the large product among a call's launches, if there is one."""
     made = record(device, workload.run, strategy)
     for launch in made:
-        args = launch.args
+        args = launch.constants
         if {"BM", "BN", "BK", "GROUP"} <= args.keys():
             blocks = args["BM"], args["BN"], args["BK"]
             return GemmConfig(
@@ -194,7 +194,7 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 def _part(run: Emulated) -> Part:
     """The counters of one launch."""
-    p, args = run.profile, run.launch.args
+    p, args = run.profile, run.launch.constants
     c = p.counters
     shared = [c[k] for k in ("shared_load", "shared_store", "ldmatrix")]
     copies = c["cp_async_shared"]["wavefronts"], c["cp_async_shared"]["conflicts"]

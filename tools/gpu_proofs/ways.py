@@ -5,15 +5,15 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from lora_kernels.ops.common.strategies import STRATEGIES, use_strategy
-from lora_kernels.ops.gather.triton.base_plan import BASES, use_base
-from lora_kernels.ops.gather.triton.plan import WAYS, use_way
+from lora_kernels.ops.gather.triton.fused_epilogue import BASES, use_base
+from lora_kernels.ops.gather.triton.plan import SCHEDULES, use_schedule
 
-NAMES = (*STRATEGIES, *WAYS, *BASES)
+NAMES = (*STRATEGIES, *SCHEDULES, *BASES)
 
 
 def use(name: str | None) -> AbstractContextManager[None]:
     """Run by a strategy, a way to cut many adapters or to add them to a base, until the block
     ends."""
-    if name in WAYS:
-        return use_way(name)
+    if name in SCHEDULES:
+        return use_schedule(name)
     return use_base(name) if name in BASES else use_strategy(name)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.nf4.base import Meta
+from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.nf4.reference import dense_weight
 from lora_kernels.ops.packed.schema import split_base
 

@@ -60,7 +60,7 @@ def compile_triton(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {**signature, **dict.fromkeys(constexprs, "constexpr")}
+    types = {**dict.fromkeys(constexprs, "constexpr"), **signature}
     types = {k: types[k] for k in jit_fn.arg_names}
     chosen = {"num_warps": num_warps, "num_stages": num_stages, **(options or {})}
     given = sorted(constexprs.items(), key=str), sorted((attrs or {}).items())
@@ -99,40 +99,59 @@ def _given(
 def _specialise(
     jit_fn: Any,
     signature: Mapping[str, str],
-    constexprs: dict[str, Any],
+    constexprs: dict[Any, Any],
     args: Mapping[str, Any],
     memory: Memory,
     auto: bool,
-) -> tuple[dict[str, str], dict[Any, Any]]:
+) -> tuple[dict[str, Any], dict[Any, Any], list[tuple[str, Any, str]]]:
     """Types and attributes, where `auto` as Triton's JIT has them: pointers and ints that are
-    multiples of 16; an int of 1, and None, are constexprs."""
-    types: dict[str, str] = {}
+    multiples of 16; an int of 1, and None, are constexprs. Then what is left to be passed, with its
+    type, in the order of the PTX's parameters, a tuple's members one by one."""
+    types: dict[str, Any] = {}
     attrs: dict[Any, Any] = {}
-    for i, (name, p) in enumerate(zip(jit_fn.arg_names, jit_fn.params, strict=True)):
-        if name in constexprs:
-            continue
-        a = args[name]
-        if a is None:
-            constexprs[name] = None
-            continue
+    passed: list[tuple[str, Any, str]] = []
+
+    def visit(path: tuple[int, ...], name: str, a: Any, specialised: bool) -> Any:
+        if isinstance(a, tuple):
+            labels = getattr(a, "_fields", range(len(a)))
+            kinds = [
+                visit((*path, j), f"{name}.{label}", member, specialised)
+                for j, (label, member) in enumerate(zip(labels, a, strict=True))
+            ]
+            return type(a)(*kinds) if hasattr(a, "_fields") else tuple(kinds)
+        # The constants of arguments go by name, those of a tuple's members by their place.
+        key = name if len(path) == 1 else path
+        if a is None or _is_constant(a):
+            constexprs[key] = a
+            return "constexpr"
         kind = signature[name] if name in signature else _type(a)
-        types[name] = kind
-        if not auto or p.do_not_specialize or is_descriptor(a):
-            continue
         whole = isinstance(a, int) and not isinstance(a, bool)
-        if kind[0] == "*":
-            value = a if isinstance(a, int) else memory.ptr(a, name=name)
-        elif whole and kind[0] in "iu" and kind != "i1":
-            if a == 1:
-                constexprs[name] = 1
-                del types[name]
-                continue
-            value = a
-        else:
-            continue
+        value = 1
+        if specialised and not is_descriptor(a):
+            if kind[0] == "*":
+                value = a if isinstance(a, int) else memory.ptr(a, name=name)
+            elif whole and kind[0] in "iu" and kind != "i1":
+                if a == 1:
+                    constexprs[key] = 1
+                    return "constexpr"
+                value = a
         if value % 16 == 0:
-            attrs[(i,)] = [["tt.divisibility", 16]]
-    return types, attrs
+            attrs[path] = [["tt.divisibility", 16]]
+        passed.append((name, a, kind))
+        return kind
+
+    for i, (name, p) in enumerate(zip(jit_fn.arg_names, jit_fn.params, strict=True)):
+        if name not in constexprs:
+            kind = visit((i,), name, args[name], auto and not p.do_not_specialize)
+            if kind != "constexpr":
+                types[name] = kind
+    return types, attrs, passed
+
+
+def _is_constant(a: Any) -> bool:
+    import triton.language as tl
+
+    return isinstance(a, tl.constexpr)
 
 
 def _scalar(value: Any, kind: str, size: int) -> Any:
@@ -169,9 +188,8 @@ def run_triton(
         raise TypeError("not a compiled JITFunction (is TRITON_INTERPRET set?)")
     memory, chosen = mem or Memory(), dict(constexprs or {})
     given = _given(jit_fn, chosen, args)
-    names = [n for n in jit_fn.arg_names if n not in chosen]
     auto = isinstance(attrs, str)
-    types, found = _specialise(jit_fn, signature or {}, chosen, given, memory, auto)
+    types, found, passed = _specialise(jit_fn, signature or {}, chosen, given, memory, auto)
     kept = found if isinstance(attrs, str) else attrs
     made = compile_triton(jit_fn, types, chosen, num_warps, num_stages, cc, kept, options)
     if getattr(made.metadata, "num_ctas", 1) != 1:
@@ -179,14 +197,12 @@ def run_triton(
     described = getattr(made.metadata, "tensordesc_meta", None)
     metas = iter(described or ())
     flat: Arguments = []  # in the order of the PTX's parameters
-    for n in names:
-        if n not in types:
-            continue
-        if is_descriptor(given[n]):
+    for n, a, _ in passed:
+        if is_descriptor(a):
             meta = next(metas, None) if described else None
-            flat += descriptor_arguments(given[n], meta, memory, n)
+            flat += descriptor_arguments(a, meta, memory, n)
         else:
-            flat.append((n, given[n]))
+            flat.append((n, a))
     module, kernel = load(made.asm["ptx"]), made.metadata.name
     parameters = module.info(kernel)["params"]
     extra = len(parameters) - len(flat)
@@ -195,9 +211,10 @@ def run_triton(
             f"the PTX takes {len(parameters)} parameters, the signature has {len(flat)}: "
             f"{[n for n, _ in flat]}"
         )
+    kinds = {n: kind for n, _, kind in passed}
     values = [
-        _scalar(v, types[n], p["size"])
-        if n in types and types[n] in (*_SCALARS, "bf16") and not isinstance(v, np.generic)
+        _scalar(v, kinds[n], p["size"])
+        if n in kinds and kinds[n] in (*_SCALARS, "bf16") and not isinstance(v, np.generic)
         else v
         for (n, v), p in zip(flat, parameters, strict=False)
     ]

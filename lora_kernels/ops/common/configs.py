@@ -120,10 +120,10 @@ class GemmConfig:
 
 
 @dataclass(frozen=True)
-class ThinConfig:
+class RankWideConfig:
     """Tiles of a pass over x or dy with a rank-wide partner.
 
-    `block` runs along what stays (rows of s, columns of dy), `step` along the sum; `spans` cuts
+    `block` runs along what stays (rows of s, columns of dy), `step` along the sum; `split_k` cuts
     the sum into parts that are added in order afterwards.
     """
 
@@ -131,12 +131,11 @@ class ThinConfig:
     step: int
     warps: int
     stages: int
-    spans: int = 1
+    split_k: int = 1
 
     def __str__(self) -> str:
-        return (
-            f"{self.block}x{self.step} warps {self.warps} stages {self.stages} spans {self.spans}"
-        )
+        tile = f"{self.block}x{self.step} warps {self.warps} stages {self.stages}"
+        return f"{tile} split_k {self.split_k}"
 
     def shared_bytes(self, size: int, block_r: int) -> int:
         depth = max(1, self.stages - 1)
@@ -371,13 +370,13 @@ def _gemm_seconds(
     return max(waves * tile_seconds, dram) + device.launch_seconds, waves
 
 
-def thin_rows(m: int, k: int, device: Device, block_r: int, size: int = 2) -> ThinConfig:
+def shrink_config(m: int, k: int, device: Device, block_r: int, size: int = 2) -> RankWideConfig:
     """Tiles of s[m, r] = x[m, k]·q: rows stay, k is summed.
 
     Rows are cut until every multiprocessor has one, then k is.
     """
     if size == 4:
-        return ThinConfig(16, 32, 4, 2)
+        return RankWideConfig(16, 32, 4, 2)
     block = 64 if m > 64 else max(16, next_power_of_2(m))
     # Below 64 rows Hopper falls back to older instructions; at 16 a program asks for q as for x.
     smallest = 64 if device.tma else 32 if m >= 1024 else 16
@@ -385,28 +384,38 @@ def thin_rows(m: int, k: int, device: Device, block_r: int, size: int = 2) -> Th
         block //= 2
     step = 128 if block <= 32 and block_r <= 64 else 64
     blocks = ceil(m / block)
-    spans = 1
-    while spans < 16 and blocks * spans * 2 <= device.multiprocessors and k // (spans * 2) >= 1024:
-        spans *= 2
-    found = ThinConfig(block, step, 4, 3 if block_r > 64 else 4, spans)
+    split_k = 1
+    while (
+        split_k < 16
+        and blocks * split_k * 2 <= device.multiprocessors
+        and k // (split_k * 2) >= 1024
+    ):
+        split_k *= 2
+    found = RankWideConfig(block, step, 4, 3 if block_r > 64 else 4, split_k)
     # AMD's shared memory holds fewer long steps.
     fits = found.shared_bytes(size, block_r) <= device.shared_bytes
     return found if fits else replace(found, step=64)
 
 
-def thin_columns(m: int, columns: int, device: Device, block_r: int, size: int = 2) -> ThinConfig:
+def wgrad_config(
+    m: int, columns: int, device: Device, block_r: int, size: int = 2
+) -> RankWideConfig:
     """Tiles of out[columns, r] = xᵀ·t: columns stay, m is summed."""
     if size == 4:
-        return ThinConfig(32, 32, 4, 2)
+        return RankWideConfig(32, 32, 4, 2)
     block = 64 if block_r <= 64 else 32
     blocks = ceil(columns / block)
-    spans = 1
+    split_k = 1
     # Parts cost their own bytes, and a launch to add them: only where few programs would run.
-    while spans < 16 and blocks * spans * 4 <= device.multiprocessors and m // (spans * 2) >= 1024:
-        spans *= 2
-    return ThinConfig(block, 64, 4, 3 if block_r > 64 else 4, spans)
+    while (
+        split_k < 16
+        and blocks * split_k * 4 <= device.multiprocessors
+        and m // (split_k * 2) >= 1024
+    ):
+        split_k *= 2
+    return RankWideConfig(block, 64, 4, 3 if block_r > 64 else 4, split_k)
 
 
-def span_of(total: int, spans: int, step: int) -> int:
-    """Elements of one of `spans` parts, in whole steps."""
-    return ceil(ceil(total / spans) / step) * step
+def split_size(total: int, split_k: int, step: int) -> int:
+    """Elements of one of `split_k` parts, in whole steps."""
+    return ceil(ceil(total / split_k) / step) * step

@@ -47,11 +47,32 @@ class Launch:
     stages: int
     whole_registers: bool = False
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The arguments by name, and those that the compiler knows of every group."""
+        found = {name: a for name, a in self.args.items() if not isinstance(a, tuple)}
+        for group in self.args.values():
+            found |= _constants(group)
+        return found
+
     def options(self, *, nvidia: bool) -> dict[str, Any]:
         """What Triton is told beside the arguments; AMD's compiler knows no `maxnreg`."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         limited = self.whole_registers and nvidia
         return options | {"maxnreg": MOST_REGISTERS} if limited else options
+
+
+def _constants(group: object) -> dict[str, Any]:
+    """The members in capitals of a group of arguments, and of the groups in it."""
+    if not isinstance(group, tuple):
+        return {}
+    found: dict[str, Any] = {}
+    for name, a in zip(getattr(group, "_fields", ()), group, strict=False):
+        if hasattr(a, "value") and name.isupper():  # a tl.constexpr
+            found[name] = a.value
+    for a in group:
+        found |= _constants(a)
+    return found
 
 
 class Executor:
@@ -83,7 +104,8 @@ class _Interpreter(Executor):
 
 
 @cache
-def _interpreting() -> bool:
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels in this process."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)
@@ -106,7 +128,7 @@ def executor() -> Executor:
 
 @cache
 def _usual_executor() -> Executor:
-    return _Interpreter() if _interpreting() else Executor()
+    return _Interpreter() if interpreting() else Executor()
 
 
 def planned_device(device: torch.device) -> Device:

@@ -28,9 +28,9 @@ from lora_kernels.ops.common.configs import (
     gemm_asked_bytes,
     gemm_tiles,
     mask_seconds,
-    span_of,
-    thin_columns,
-    thin_rows,
+    shrink_config,
+    split_size,
+    wgrad_config,
 )
 from lora_kernels.ops.common.problem import OPS, STRATEGIES, Problem
 from lora_kernels.ops.common.problem import block_rank as block_rank
@@ -150,11 +150,11 @@ def choose(op: str, problem: Problem, device: Device, without: str | None = None
 
 
 def one_read_parts(m: int, n: int, device: Device, block_n: int = 256) -> tuple[int, int]:
-    """Parts of ds (blocks of n, none of n = 0) and of dB (spans of m >= 1) when one pass over dy
+    """Parts of ds (blocks of n, none of n = 0) and of dB (parts of m >= 1) when one pass over dy
     makes both."""
     parts_n = ceil(n / block_n)
     parts_m = max(1, min(ceil(m / 64), ceil(device.multiprocessors / max(1, parts_n))))
-    return parts_n, ceil(m / span_of(m, parts_m, 64))
+    return parts_n, ceil(m / split_size(m, parts_m, 64))
 
 
 def _forward(strategy: str, p: Problem, device: Device) -> Estimate:
@@ -163,10 +163,10 @@ def _forward(strategy: str, p: Problem, device: Device) -> Estimate:
         return _single_pass(p, p.n, p.k, device, masked_x=p.dropout)
     if p.r == 0:
         return (_addmm if strategy == "addmm" else _epilogue)(p, p.n, p.k, device, NOTHING)
-    config = thin_rows(p.m, p.k, device, p.block_r, p.size)
-    moved = p.size * (p.m * p.k + p.r * p.k + p.m * p.r) + _parts(config.spans, p.m * p.r)
+    config = shrink_config(p.m, p.k, device, p.block_r, p.size)
+    moved = p.size * (p.m * p.k + p.r * p.k + p.m * p.r) + _parts(config.split_k, p.m * p.r)
     mask = mask_seconds(p.m * p.k, device) if p.dropout else 0.0
-    shrink = _work(2 if config.spans > 1 else 1, moved, device, mask)
+    shrink = _work(2 if config.split_k > 1 else 1, moved, device, mask)
     if strategy == "addmm":
         return _addmm(p, p.n, p.k, device, shrink)
     return _epilogue(p, p.n, p.k, device, shrink)
@@ -178,11 +178,11 @@ def _backward(strategy: str, p: Problem, device: Device) -> Estimate:
         return (_addmm if strategy == "addmm" else _epilogue)(p, p.k, p.n, device, NOTHING)
     alone = strategy != "single_pass"
     columns = p.k if alone else p.k + p.n
-    config = thin_columns(p.m, columns, device, p.block_r, p.size)
+    config = wgrad_config(p.m, columns, device, p.block_r, p.size)
     moved: float = p.size * (p.m * columns + p.r * columns + p.m * p.r * (1 if alone else 2))
-    moved += _parts(config.spans, p.r * columns)
+    moved += _parts(config.split_k, p.r * columns)
     mask = mask_seconds(p.m * p.k, device) if p.dropout else 0.0
-    outer = _work(2 if config.spans > 1 else 1, moved, device, mask)
+    outer = _work(2 if config.split_k > 1 else 1, moved, device, mask)
     if strategy == "single_pass":
         return _single_pass(p, p.k, p.n, device, masked_y=p.dropout, beside=outer)
     if p.r <= MAX_ONE_READ_RANK:
@@ -202,9 +202,9 @@ def _work(launches: int, moved: float, device: Device, at_least: float = 0.0) ->
     return Work(launches, moved, seconds)
 
 
-def _parts(spans: int, elements: int, always: bool = False) -> float:
+def _parts(split_k: int, elements: int, always: bool = False) -> float:
     """Bytes of fp32 parts, written and read; none where there is one part."""
-    return 0.0 if spans == 1 and not always else 8.0 * spans * elements
+    return 0.0 if split_k == 1 and not always else 8.0 * split_k * elements
 
 
 def _single_pass(

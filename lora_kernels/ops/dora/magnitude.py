@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.common.checks import FLOATS, check_dtype
 from lora_kernels.ops.common.kinds import check_kinds
-from lora_kernels.ops.nf4.base import Meta
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 T = TypeVar("T")

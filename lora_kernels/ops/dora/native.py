@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.common.native import EMPTY, refuse_device, refuse_dtypes, refuse_linear
 from lora_kernels.ops.common.philox import keep_scale, threshold
 from lora_kernels.ops.dora.magnitude import (
@@ -25,7 +26,6 @@ from lora_kernels.ops.dora.magnitude import (
     without_autocast,
 )
 from lora_kernels.ops.dora.schema import DoRALinearBackward, DoRALinearForward, DoRANorm
-from lora_kernels.ops.nf4.base import Meta
 
 # Half of fp16's largest number.
 _MOST_Z = 32752.0

@@ -24,12 +24,12 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dispatch.registry import direct, implementation
 from lora_kernels.dispatch.settings import KeepsSettings
+from lora_kernels.ops.common.base import check_input
 from lora_kernels.ops.common.checks import check_shape
 from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_rows
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.gather.pages import FIELDS, RankPages
 from lora_kernels.ops.gather.schema import GatherLoRAAdd, GatherLoRAForward, Needs
-from lora_kernels.ops.nf4.base import check_input
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 

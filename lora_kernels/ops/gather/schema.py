@@ -5,7 +5,7 @@ An entry e adds one adapter to one token: entries = [slots] (entry e is token e)
 `pages` holds `RankPages` of P projections side by side, whose outputs stand side by side in y.
 dropout = [] or [seeds int64 [S], thresholds int32 [S], rows int32 [E]]: slot i drops with its own
 seed and probability, entry e as row rows[e] of its mask, projection p as stream p. base and meta
-are those of `nf4.base`, or [] and [N, K] for no base.
+are those of `common.base`, or [] and [N, K] for no base.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
 from lora_kernels.dispatch.schema import Mutated
+from lora_kernels.ops.common.base import check_base, check_input
 from lora_kernels.ops.common.checks import (
     FLOATS,
     check_device,
@@ -36,7 +37,6 @@ from lora_kernels.ops.gather.pages import (
     check_pages,
     split_pages,
 )
-from lora_kernels.ops.nf4.base import check_base, check_input
 
 
 class Needs(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common import flops
+from lora_kernels.ops.common.base import check_base, check_input
 from lora_kernels.ops.common.checks import (
     FLOATS,
     check_device,
@@ -19,7 +20,6 @@ from lora_kernels.ops.common.checks import (
 )
 from lora_kernels.ops.common.philox import check_dropout
 from lora_kernels.ops.common.rank import rank_dtype
-from lora_kernels.ops.nf4.base import check_base, check_input
 
 GRADS = ("x", "lora_a", "lora_b", "bias", "rank_diag", "out_diag", "weight")
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import Implementation, register, register_reference
+from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.common.checks import check_finite
-from lora_kernels.ops.nf4.base import Meta
+from lora_kernels.ops.common.code_tables import code_bounds, code_values
 from lora_kernels.ops.nf4.schema import (
     NF4Dequantize,
     NF4LinearBackward,
@@ -17,7 +18,6 @@ from lora_kernels.ops.nf4.schema import (
     NF4Quantize,
     NF4QuantizeScales,
 )
-from lora_kernels.ops.nf4.tables import code_bounds, code_values
 
 # bitsandbytes' floor for the scale that it divides by: a block of zeros encodes as zeros.
 _SMALLEST_SCALE = 1e-38

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
+from lora_kernels.ops.common.base import check_base, check_input
 from lora_kernels.ops.common.checks import check_dtype, check_optional_vector
 from lora_kernels.ops.common.flops import product
-from lora_kernels.ops.nf4.base import check_base, check_input
 
 
 def check_linear(

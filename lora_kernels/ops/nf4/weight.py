@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lora_kernels.ops.common.checks import FLOATS, check_dtype, has_values, names
-from lora_kernels.ops.common.kinds import check_kind, check_kinds
-from lora_kernels.ops.nf4.base import (
+from lora_kernels.ops.common.base import (
     BLOCK_SIZES,
     COMPONENTS,
     QUANT_TYPES,
@@ -23,8 +21,10 @@ from lora_kernels.ops.nf4.base import (
     check_block_size,
     check_quantised,
 )
+from lora_kernels.ops.common.checks import FLOATS, check_dtype, has_values, names
+from lora_kernels.ops.common.code_tables import code_values
+from lora_kernels.ops.common.kinds import check_kind, check_kinds
 from lora_kernels.ops.nf4.double_quant import NESTED_BLOCK_SIZE, quantize_scales
-from lora_kernels.ops.nf4.tables import code_values
 
 _DTYPES = tuple(names([dtype]) for dtype in FLOATS)
 
@@ -33,7 +33,7 @@ _DTYPES = tuple(names([dtype]) for dtype in FLOATS)
 class NF4Weight:
     """A weight W [N, K] as 4-bit codes and one scale per block of `block_size` elements.
 
-    Source: Dettmers et al., 2023, "QLoRA". `ops/nf4/base.py` states the layout of the tensors.
+    Source: Dettmers et al., 2023, "QLoRA". `ops/common/base.py` states the layout of the tensors.
 
     Attributes:
         packed: u8 [(N*K + 1) // 2], two codes a byte, high nibble first.

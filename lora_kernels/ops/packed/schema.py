@@ -1,7 +1,7 @@
 """Schemas, checks and fakes of the packed LoRA ops. x and dy are 2-D here; `api.py` flattens.
 
 The P projections travel as flat lists: `a`, `b`, `scales` and `bias` hold one entry each, `meta`
-five numbers each (`nf4.base.Meta`, the last three 0 for a dense weight), and `base` each weight's
+five numbers each (`common.base.Meta`, the last three 0 where dense), and `base` each weight's
 tensors one after the other: one of a dense weight, two or five of a 4-bit one, as its meta says.
 `s` [M, Σ r_i] holds the projections' s_i side by side.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_kernels.dispatch.registry import define
 from lora_kernels.ops.common import flops
+from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.common.checks import (
     FLOATS,
     check_device,
@@ -26,7 +27,6 @@ from lora_kernels.ops.common.checks import (
 from lora_kernels.ops.common.philox import check_dropout
 from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.lora.schema import LoRALinearBackward, LoRALinearForward
-from lora_kernels.ops.nf4.base import Meta
 
 META = len(Meta._fields)
 T = TypeVar("T")

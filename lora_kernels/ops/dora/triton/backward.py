@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from math import ceil
-
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import Device, span_of, thin_columns, thin_rows
+from lora_kernels.ops.common.configs import shrink_config, wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
-from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK, block_rank, one_read_parts
-from lora_kernels.ops.common.thin.outer import outer
-from lora_kernels.ops.common.thin.shrink import shrink
-from lora_kernels.ops.common.triton_host import Dropout, precision, run, stride
+from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.shrink import shrink
+from lora_kernels.ops.common.triton.wgrad import wgrad
+from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.magnitude import without_autocast
 from lora_kernels.ops.dora.schema import DoRALinearBackward
 from lora_kernels.ops.dora.triton.dropout import mask_words
 from lora_kernels.ops.dora.triton.forward import plan_config
-from lora_kernels.ops.dora.triton.gemm import gemm
-from lora_kernels.ops.dora.triton.kernels import _scale_kernel
-from lora_kernels.ops.dora.triton.thin import _dora_finish_kernel, _dora_pass_kernel
+from lora_kernels.ops.dora.triton.linear import gemm
+from lora_kernels.ops.dora.triton.scale import output_scales
+from lora_kernels.ops.dora.triton.shrink_and_wgrad import (
+    shrink_and_wgrad,
+)
 from lora_kernels.ops.lora.schema import DropoutMask
-from lora_kernels.ops.lora.triton.forward import dropout_mask
-from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.lora.triton.dropout import dropout_mask
 
 _OFF = Dropout(0.0, None, 0)
-_SUM_BLOCK = 512  # four elements a thread: each fp32 load is 16 bytes beside its neighbour's
 
 
 @without_autocast
@@ -46,22 +46,24 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
     # For ds m̂ ∘ b is rounded already: what rounding ds itself takes is kept, beside it or in it.
     half = dy.dtype == torch.float16
     if dy.dtype == torch.bfloat16:
-        ds, rest = dy.new_empty((2, m, r))
+        ds, residual = dy.new_empty((2, m, r))
     else:
-        ds, rest = dy.new_empty((m, r), dtype=torch.float32), None
+        ds, residual = dy.new_empty((m, r), dtype=torch.float32), None
     scales = dy.new_empty(n, dtype=torch.float32)  # m̂
     if columns:
-        _columns(
+        shrink_and_wgrad(
             dy, s, b, magnitude, norm, c.u if want_magnitude else None, scales,
-            (ds, rest) if ds_in_pass else None,
+            (ds, residual) if ds_in_pass else None,
             db if want_b else None, dmagnitude if want_magnitude else None,
             dbias if want_bias else None, scale, device,
         )  # fmt: skip
     elif n:
-        _scales(magnitude, norm, scales)
+        output_scales(magnitude, norm, scales)
     if want_ds and not ds_in_pass:
-        config = thin_rows(m, n, device, br, size)
-        shrink(config, dy, b, ds, factor=scale, dropout=_OFF, row=scales, rest=rest, whole=half)
+        config = shrink_config(m, n, device, br, size)
+        shrink(
+            config, dy, b, ds, factor=scale, dropout=_OFF, row=scales, residual=residual, whole=half
+        )
     if want_x:
         gemm(
             plan_config(dy, w, k, r, device, dropout=dropout.on, backward=True),
@@ -72,7 +74,7 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
             None,
             ds,
             a,
-            rest=rest,
+            residual=residual,
             whole=half,
             magnitude=None,
             norm=None,
@@ -84,134 +86,14 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
             backward=True,
         )
     if want_a:
-        config = thin_columns(m, k, device, br, size)
-        outer(
-            config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout, rest=rest,
-            whole=half,
+        config = wgrad_config(m, k, device, br, size)
+        wgrad(
+            config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout,
+            residual=residual, whole=half,
         )  # fmt: skip
     if want_w:
         dw = _weight_grad(dy, x, scales, c.dropout_p, dropout)
     return dx, da, db, dmagnitude, dbias, dw
-
-
-def _scales(magnitude: Tensor, norm: Tensor, out: Tensor) -> None:
-    """m̂ [N] in fp32."""
-    run(
-        _scale_kernel,
-        (ceil(out.numel() / _SUM_BLOCK),),
-        4,
-        1,
-        p_magnitude=magnitude,
-        p_norm=norm,
-        p_out=out,
-        N=out.numel(),
-        stride_magnitude=magnitude.stride(0),
-        stride_norm=norm.stride(0),
-        BN=_SUM_BLOCK,
-    )
-
-
-def _columns(
-    dy: Tensor,
-    s: Tensor,
-    b: Tensor,
-    magnitude: Tensor,
-    norm: Tensor,
-    kept: Tensor | None,
-    scales: Tensor,
-    sums: tuple[Tensor, Tensor | None] | None,
-    db: Tensor | None,
-    dmagnitude: Tensor | None,
-    dbias: Tensor | None,
-    scale: float,
-    device: Device,
-) -> None:
-    """One read of dy, and of kept where given, for m̂, db, dmagnitude, dbias and the sums ds, with
-    what rounding takes from them, where given."""
-    ds, rest = sums or (None, None)
-    m, n = dy.shape
-    r = b.shape[1]
-    size, br = dy.element_size(), block_rank(r)
-    bn = 256 if size == 2 and br <= 32 else 64 if size == 4 else 128
-    bm = 64 if size == 2 else 16
-    rows = max(m, 1)
-    parts_n, parts_m = one_read_parts(rows, max(n, 1), device, bn)
-    span = span_of(rows, parts_m, bm)
-    parts_m = ceil(rows / span)
-
-    def parts(wanted: object, *shape: int) -> Tensor | None:
-        return None if wanted is None else dy.new_empty(shape, dtype=torch.float32)
-
-    parts_ds, parts_g = parts(ds, parts_n, m, r), parts(db, parts_m, n, r)
-    parts_bias, parts_dots = parts(dbias, parts_m, n), parts(kept, parts_m, n)
-    run(
-        _dora_pass_kernel,
-        (ceil(n / bn), parts_m, 1 if db is None else ceil(r / br)),
-        8 if bn == 256 else 4,
-        1,  # products and lanes read the same tile: see `tiles.in_registers`
-        p_dy=dy,
-        p_kept=kept,
-        p_s=s,
-        p_b=b,
-        p_magnitude=magnitude,
-        p_norm=norm,
-        p_m=scales,
-        p_ds=parts_ds,
-        p_g=parts_g,
-        p_dbias=parts_bias,
-        p_dots=parts_dots,
-        M=m,
-        N=n,
-        R=r,
-        span=span,
-        stride_dym=dy.stride(0),
-        stride_dyn=dy.stride(1),
-        stride_km=stride(kept, 0),
-        stride_kn=stride(kept, 1),
-        stride_sm=s.stride(0),
-        stride_sr=s.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
-        stride_magnitude=magnitude.stride(0),
-        stride_norm=norm.stride(0),
-        EVEN_N=n % bn == 0,
-        PRECISION=precision(dy.dtype),
-        BM=bm,
-        BN=bn,
-        BR=br,
-    )
-    block = 16  # with more columns, or ranks at a time, a thread spills
-    blocks = ceil(n / block)
-    elements = 0 if ds is None else ds.numel()
-    run(
-        _dora_finish_kernel,
-        (blocks + ceil(elements / _SUM_BLOCK),),
-        4,
-        2,
-        p_parts_ds=parts_ds,
-        p_ds=ds,
-        p_rest=rest,
-        p_g=parts_g,
-        p_db=db,
-        p_parts_bias=parts_bias,
-        p_dbias=dbias,
-        p_dots=parts_dots,
-        p_dmagnitude=dmagnitude,
-        p_magnitude=magnitude,
-        p_norm=norm,
-        N=n,
-        R=r,
-        size_ds=elements,
-        parts_ds=parts_n,
-        parts=parts_m,
-        scale=float(scale),
-        stride_magnitude=magnitude.stride(0),
-        stride_norm=norm.stride(0),
-        blocks=blocks,
-        BN=block,
-        BR=16,
-        SUM_BLOCK=_SUM_BLOCK,
-    )
 
 
 def _weight_grad(

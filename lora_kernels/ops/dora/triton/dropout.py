@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.tiles import keep_tile
+from lora_kernels.ops.common.triton.tiles import keep_tile
 from lora_kernels.ops.common.triton_host import Dropout, run
 
 # Columns that a row of words is padded to: no step of any tile is longer.
@@ -17,12 +17,12 @@ _STEP = 256
 
 
 @triton.jit
-def words_tile(p_mask, m0, k0, M, stride_mask, ROWS: tl.constexpr, COLS: tl.constexpr):
+def words_tile(words, m0, k0, M, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Pointers to the words of a tile [ROWS, COLS]; k0 is a multiple of COLS <= 256. A row past the
     last is the last one again; past K there is padding."""
     o_m = tl.minimum(tl.arange(0, ROWS), M - 1 - m0)
-    p_mask += m0.to(tl.int64) * stride_mask + k0 // 16
-    return p_mask + o_m[:, None] * stride_mask + tl.arange(0, COLS // 16)[None, :]
+    p_tile = words.p + m0.to(tl.int64) * words.row + k0 // 16
+    return p_tile + o_m[:, None] * words.row + tl.arange(0, COLS // 16)[None, :]
 
 
 @triton.jit

@@ -6,16 +6,22 @@ from math import ceil
 
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import GEMM_CONFIGS, Device, GemmConfig, best_gemm, thin_rows
+from lora_kernels.ops.common.configs import (
+    GEMM_CONFIGS,
+    Device,
+    GemmConfig,
+    best_gemm,
+    shrink_config,
+)
 from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.rank import rank_dtype
-from lora_kernels.ops.common.strategies import block_rank
-from lora_kernels.ops.common.thin.shrink import shrink
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.shrink import shrink
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.schema import DoRALinearForward
 from lora_kernels.ops.dora.triton.dropout import mask_words
-from lora_kernels.ops.dora.triton.gemm import gemm
-from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.dora.triton.linear import gemm
 
 # Of a thread, for two tiles of sums and the operands of one step.
 _MAX_PAIR_REGISTERS = 144
@@ -74,7 +80,7 @@ def dora_linear_fwd(c: DoRALinearForward) -> tuple[Tensor, Tensor, Tensor]:
     s, y = x.new_empty((m, r), dtype=rank_dtype(x.dtype)), x.new_empty((m, n))
     u = x.new_empty((m, n) if c.keep_u else 0)
     shrink(
-        thin_rows(m, k, device, block_rank(r), x.element_size()),
+        shrink_config(m, k, device, block_rank(r), x.element_size()),
         x,
         a.T,
         s,

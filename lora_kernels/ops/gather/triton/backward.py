@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import ceil
 
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.triton_host import precision, run
+from lora_kernels.ops.common.triton.base_product import base_product_t
+from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.gather.pages import RankPages, split_pages
 from lora_kernels.ops.gather.schema import GatherLoRABackward
+from lora_kernels.ops.gather.triton.arguments import Mask
+from lora_kernels.ops.gather.triton.entries import Entries
+from lora_kernels.ops.gather.triton.expand import expand
 from lora_kernels.ops.gather.triton.forward import chosen_plan
-from lora_kernels.ops.gather.triton.grads import _gather_grad_kernel, _gather_scale_grad_kernel
-from lora_kernels.ops.gather.triton.passes import Mask, expand, mask_args, shrink
-from lora_kernels.ops.gather.triton.work import Entries
-from lora_kernels.ops.nf4.schema import NF4LinearBackward
-from lora_kernels.ops.nf4.triton.linear import nf4_linear_bwd
-
-# Entries of a slot that a program looks at together, where only their order counts.
-_GROUP = 64
-_SUM_BLOCK = 256
+from lora_kernels.ops.gather.triton.shrink import shrink
+from lora_kernels.ops.gather.triton.wgrad import (
+    grad,
+    scale_sums,
+)
 
 
 def gather_lora_bwd(
@@ -33,7 +32,7 @@ def gather_lora_bwd(
     given = Entries(c.entries, x.shape[0], projections[0].slots)
     dx = x.new_empty(0)
     if want.x and c.base:
-        dx = nf4_linear_bwd(NF4LinearBackward(dy, c.base, c.meta)).contiguous()
+        dx = base_product_t(dy, Weight(c.base, c.meta)).contiguous()
     elif want.x:
         dx = x.new_zeros(x.shape)
     dbias = dy.sum(0) if want.bias else x.new_empty(0)
@@ -80,53 +79,3 @@ def grad_sums(dy: Tensor, n: int, p: RankPages, entries: Entries) -> Tensor:
     plan = replace(chosen_plan(dy, n, p, entries, None), split=False)
     shrink(dy, p.b, u, p, entries, None, plan)
     return u
-
-
-def grad(
-    t: Tensor, x: Tensor, out: Tensor, p: RankPages, entries: Entries, mask: Mask | None
-) -> None:
-    """The gradient of a or b: out [P, 16, K] from t [E, ranks] and x [T, K]."""
-    k, wide = x.shape[1], x.dtype == torch.float32
-    step, block = (32, 64) if wide else (64, 128)
-    by_slot = entries.chunks(_GROUP)
-    run(
-        _gather_grad_kernel,
-        (p.slots, p.table.shape[1], ceil(k / block)),
-        4,
-        2,
-        p_t=t,
-        p_x=x,
-        p_out=out,
-        p_tokens=entries.tokens,
-        p_weights=entries.weights,
-        p_table=p.table,
-        p_ranks=p.ranks,
-        p_scales=p.scales,
-        p_order=by_slot.order,
-        p_edges=by_slot.edges,
-        K=k,
-        C=p.table.shape[1],
-        stride_t=t.stride(0),
-        stride_xm=x.stride(0),
-        stride_xk=x.stride(1),
-        PRECISION=precision(x.dtype),
-        BM=step,
-        BK=block,
-        **mask_args(mask),
-    )
-
-
-def scale_sums(product: Tensor, out: Tensor, entries: Entries) -> None:
-    by_slot = entries.chunks(_GROUP)
-    run(
-        _gather_scale_grad_kernel,
-        (entries.slots_count,),
-        4,
-        1,
-        p_product=product,
-        p_weights=entries.weights,
-        p_out=out,
-        p_order=by_slot.order,
-        p_edges=by_slot.edges,
-        BLOCK=_SUM_BLOCK,
-    )

@@ -3,11 +3,23 @@
 A is stored by token, a [P, V, 16], so that the 16 ranks of a page lie side by side.
 """
 
+from __future__ import annotations
+
+from math import ceil
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lora_kernels.ops.common.tiles import cast
+from lora_kernels.ops.common.triton.tiles import cast
+from lora_kernels.ops.common.triton_host import run, stride
+from lora_kernels.ops.gather.pages import RankPages
+from lora_kernels.ops.gather.triton.entries import Entries
 from lora_kernels.ops.gather.triton.tiles import PAGE, rank_of, slot_of
+
+_BLOCK_N = 1024
+_RUN = 32  # tokens of a run that are added together
 
 
 @triton.jit
@@ -62,6 +74,43 @@ def _gather_embed_read_kernel(
             tl.store(p_s + t * stride_s + c * PAGE + o_j, b_s)
 
 
+def read(
+    ids: Tensor,
+    p: RankPages,
+    slots: Tensor,
+    weight: Tensor | None = None,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Entries]:
+    """s [T, ranks] in fp32 and the entries of tokens whose id is there; y takes weight's rows."""
+    tokens, n = ids.shape[0], p.b.shape[2]
+    s = p.scales.new_empty((tokens, p.width))
+    own = slots.new_empty(tokens)
+    run(
+        _gather_embed_read_kernel,
+        (tokens, 1 if y is None else max(1, ceil(n / _BLOCK_N))),
+        4,
+        1,
+        p_ids=ids.contiguous(),
+        p_slots=slots.contiguous(),
+        p_a=p.a,
+        p_weight=weight,
+        p_table=p.table,
+        p_ranks=p.ranks,
+        p_s=s,
+        p_own=own,
+        p_y=y,
+        V=p.a.shape[1],
+        N=n,
+        S=p.slots,
+        C=p.table.shape[1],
+        stride_wv=stride(weight, 0),
+        stride_wn=stride(weight, 1),
+        stride_s=p.width,
+        BN=_BLOCK_N,
+    )
+    return s, Entries([own], tokens, p.slots)
+
+
 @triton.jit
 def _gather_embed_grad_kernel(
     p_u,
@@ -83,7 +132,7 @@ def _gather_embed_grad_kernel(
 
     Shapes: u[T, ..] out[P, V, 16]; order holds the tokens by slot and id, in their order: those of
         place i are order[first[i] : end[i]]. Grid: [T, C]; the first place of each run adds it.
-        Sums in fp32.
+        Shrunk in fp32.
     """
     i = tl.program_id(0)
     first = tl.load(p_first + i)
@@ -107,3 +156,33 @@ def _gather_embed_grad_kernel(
         token = tl.load(p_ids + t).to(tl.int64)
         p_row = p_out + (page * V + token) * PAGE
         tl.store(p_row + o_j, cast(b_sum, p_out.dtype.element_ty), mask=m_j)
+
+
+def grad_a(u: Tensor, ids: Tensor, da: Tensor, p: RankPages, entries: Entries) -> None:
+    """da [P, V, 16] from u [T, ranks]: the tokens of a slot with one id beside each other."""
+    vocabulary = p.a.shape[1]
+    keys = entries.slots.long() * vocabulary + ids
+    keys = keys.masked_fill(entries.slots < 0, -1)  # there ids may be anything
+    keys, order = keys.sort(stable=True)
+    first = torch.searchsorted(keys, keys, out_int32=True)
+    end = torch.searchsorted(keys, keys, right=True, out_int32=True)
+    run(
+        _gather_embed_grad_kernel,
+        (entries.count, p.table.shape[1]),
+        1,
+        1,
+        p_u=u,
+        p_ids=ids.contiguous(),
+        p_slots=entries.slots,
+        p_order=order.int(),
+        p_first=first,
+        p_end=end,
+        p_out=da,
+        p_table=p.table,
+        p_ranks=p.ranks,
+        p_scales=p.scales,
+        V=vocabulary,
+        C=p.table.shape[1],
+        stride_u=u.stride(0),
+        BLOCK=_RUN,
+    )

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.rank import rank_dtype
+from lora_kernels.ops.common.triton.base_product import base_problem, base_product
+from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.gather.pages import RankPages, split_pages
 from lora_kernels.ops.gather.schema import GatherLoRAAdd, GatherLoRAForward, sums_width
-from lora_kernels.ops.gather.triton.base_plan import fused_config
-from lora_kernels.ops.gather.triton.gemm import gemm_with_adapters
-from lora_kernels.ops.gather.triton.passes import Mask, expand, shrink
+from lora_kernels.ops.gather.triton.arguments import Mask
+from lora_kernels.ops.gather.triton.entries import Entries
+from lora_kernels.ops.gather.triton.expand import expand
+from lora_kernels.ops.gather.triton.fused_epilogue import fused_config
+from lora_kernels.ops.gather.triton.linear import gemm_with_adapters
 from lora_kernels.ops.gather.triton.plan import GatherProblem, Plan, few_parts, plan
-from lora_kernels.ops.gather.triton.work import Entries
-from lora_kernels.ops.nf4.schema import NF4LinearForward
-from lora_kernels.ops.nf4.triton.base import Weight
-from lora_kernels.ops.nf4.triton.linear import base_problem, nf4_linear_fwd
+from lora_kernels.ops.gather.triton.shrink import shrink
 
 
 def gather_lora_fwd(c: GatherLoRAForward) -> tuple[Tensor, Tensor]:
@@ -29,7 +30,7 @@ def gather_lora_fwd(c: GatherLoRAForward) -> tuple[Tensor, Tensor]:
         made = _with_base(c, s)
         if made is not None:
             return made, s
-        y = nf4_linear_fwd(NF4LinearForward(x, c.base, c.meta, bias))
+        y = base_product(x, Weight(c.base, c.meta), bias)
     elif bias is not None:
         y = bias.expand(x.shape[0], -1).contiguous()
     else:
@@ -39,7 +40,7 @@ def gather_lora_fwd(c: GatherLoRAForward) -> tuple[Tensor, Tensor]:
 
 
 def _with_base(c: GatherLoRAForward, s: Tensor) -> Tensor | None:
-    """y where the base's product adds the adapters itself: see `base_plan.py`."""
+    """y where the base's product adds the adapters itself: see `fused_epilogue.py`."""
     x, projections = c.x, split_pages(c.pages)
     if len(projections) > 1:  # their parts of y meet inside a tile
         return None
@@ -113,14 +114,14 @@ def _sums(
 ) -> tuple[Tensor, Tensor | None, Mask | None]:
     """The sums of a projection, in s where they are whole; else their parts, the s that takes them
     and the mask whose factor they lack."""
-    spans = chosen.spans if chosen.split else 1
+    split_k = chosen.split_k if chosen.split else 1
     parts = s
-    if s is None or spans > 1:
-        dtype = torch.float32 if spans > 1 else rank_dtype(x.dtype)
-        parts = x.new_empty((spans, entries.count, p.width), dtype=dtype)
+    if s is None or split_k > 1:
+        dtype = torch.float32 if split_k > 1 else rank_dtype(x.dtype)
+        parts = x.new_empty((split_k, entries.count, p.width), dtype=dtype)
     assert parts is not None
-    shrink(x, p.a, parts, p, entries, mask, chosen, half=spans == 1 and x.dtype == torch.float16)
-    return (parts, s, mask) if spans > 1 else (parts, None, None)
+    shrink(x, p.a, parts, p, entries, mask, chosen, half=split_k == 1 and x.dtype == torch.float16)
+    return (parts, s, mask) if split_k > 1 else (parts, None, None)
 
 
 def problem_of(

@@ -1,10 +1,10 @@
-"""How a multi-adapter call is cut, and which way a cost model takes.
+"""How a call with many adapters is shared out among programs: two schedules, and a cost model.
 
-entries  a program an entry: nothing is sorted, pages are read once for every entry
-chunks   a program a chunk of entries of one slot, found on the device: pages are read once a chunk
+per_token  a program for each entry: nothing is sorted, an adapter's pages are read for every entry
+grouped    entries of one slot in chunks, made on the device: pages are read once for each chunk
 
-Both make every sum in the same order, of 16 ranks at a time and span by span of K, so that a token
-is the same bits either way.
+Both add in the same order, 16 ranks at a time and part by part of K: the bits of a token do not
+depend on the schedule.
 """
 
 from __future__ import annotations
@@ -27,32 +27,36 @@ from lora_kernels.ops.common.configs import (
     mask_seconds,
 )
 from lora_kernels.ops.gather.pages import PAGE
-from lora_kernels.ops.gather.triton.work import capacity
 
-WAYS = ("entries", "chunks")
-# Spans of K at most: parts of s are a small share of what is read beside them.
-MOST_SPANS = 8
-SPAN = 256
+SCHEDULES = ("per_token", "grouped")
+# Parts of K at most: parts of s are a small share of what is read beside them.
+MOST_SPLITS = 8
+SPLIT_SIZE = 256
 _CHUNK = 64  # entries of a chunk
 _TILE_PARTS = 2
-# Beside the two passes: the list of chunks, and torch's sort and search of a mixture's tokens.
-LIST_LAUNCHES = 1
+# Beside the two passes: making the chunks, and torch's sort and search of a mixture's tokens.
+BUCKET_LAUNCHES = 1
 SORT_LAUNCHES = 5
 
-_forced: Setting[str | None] = Setting("way", None)
+_forced: Setting[str | None] = Setting("schedule", None)
 
 
 @contextmanager
-def use_way(name: str | None) -> Iterator[None]:
-    """Cut multi-adapter calls one way, in this thread, until the block ends.
+def use_schedule(name: str | None) -> Iterator[None]:
+    """Use one schedule for calls with many adapters, in this thread, until the block ends.
 
     Raises:
-        ValueError: `name` is none of `WAYS`.
+        ValueError: `name` is none of `SCHEDULES`.
     """
-    if name is not None and name not in WAYS:
-        raise ValueError(f"way: got {name!r}, expected one of {', '.join(WAYS)}")
+    if name is not None and name not in SCHEDULES:
+        raise ValueError(f"schedule: got {name!r}, expected one of {', '.join(SCHEDULES)}")
     with _forced.use(name):
         yield
+
+
+def capacity(entries: int, slots: int, block: int) -> int:
+    """The most chunks of `block` entries that the slots in use, and those of none, can make."""
+    return (entries + min(slots + 1, entries) * (block - 1)) // block
 
 
 @dataclass(frozen=True)
@@ -86,17 +90,17 @@ class Plan:
     """Tiles of the two launches of a projection.
 
     Attributes:
-        chunked: the way; see above.
-        split: whether a program takes one of the `spans` spans of K, `span` long.
+        grouped: the schedule; see above.
+        split: whether a program takes one of the `split_k` parts of K, each `per_split` long.
         block_m: entries of a chunk; block_k: of a step of K.
         block_n: columns of a program of one token; chunk_n: of a chunk's, `blocks` times.
         page_programs: programs that share the pages of a slot.
     """
 
-    chunked: bool
+    grouped: bool
     split: bool
-    span: int
-    spans: int
+    per_split: int
+    split_k: int
     block_k: int
     block_m: int
     block_n: int
@@ -110,13 +114,13 @@ class Plan:
 
 
 def explain_gather(problem: GatherProblem, device: Device) -> ConfigExplanation:
-    """What the cost model says of each way, and which is taken."""
-    found = tuple(_estimate(way, problem, device) for way in WAYS)
+    """What the cost model says of each schedule, and which is taken."""
+    found = tuple(_estimate(schedule, problem, device) for schedule in SCHEDULES)
     return ConfigExplanation(f"gather_lora {problem}", device, found)
 
 
 def plan(problem: GatherProblem, device: Device) -> Plan:
-    """The forced way's tiles, or those of the cheaper."""
+    """The tiles of the forced schedule, or of the cheaper one."""
     return _plan(problem, device, _forced.get())
 
 
@@ -127,18 +131,18 @@ def _plan(problem: GatherProblem, device: Device, forced: str | None) -> Plan:
     return _tiles(forced or chosen.strategy, problem, device)
 
 
-def _tiles(way: str, p: GatherProblem, device: Device) -> Plan:
-    span = SPAN
-    while ceil(p.k / span) > MOST_SPANS:
-        span *= 2
-    spans = max(1, ceil(p.k / span))
+def _tiles(schedule: str, p: GatherProblem, device: Device) -> Plan:
+    per_split = SPLIT_SIZE
+    while ceil(p.k / per_split) > MOST_SPLITS:
+        per_split *= 2
+    split_k = max(1, ceil(p.k / per_split))
     wide = p.dtype == torch.float32
     found = Plan(
-        chunked=way == "chunks",
-        split=way == "entries" and spans > 1,
-        span=span,
-        spans=spans,
-        block_k=64 if wide else SPAN,
+        grouped=schedule == "grouped",
+        split=schedule == "per_token" and split_k > 1,
+        per_split=per_split,
+        split_k=split_k,
+        block_k=64 if wide else SPLIT_SIZE,
         block_m=_CHUNK,
         block_n=64 if wide else 256,
         chunk_n=64 if wide else 128,
@@ -150,11 +154,11 @@ def _tiles(way: str, p: GatherProblem, device: Device) -> Plan:
         stages=2,
     )
     columns = max(1, p.ranks // PAGE)
-    if found.chunked:
+    if found.grouped:
         programs = capacity(p.entries, p.slots, found.block_m)
         found = replace(
             found,
-            # A step of fp32 is a sum of its own: its length is the same either way.
+            # A step of fp32 is a sum of its own: its length is the same either schedule.
             block_k=64,
             shrink_warps=4,
             # Two ask for the fewest bytes; a mask, or the sums of more pages, take registers.
@@ -162,47 +166,47 @@ def _tiles(way: str, p: GatherProblem, device: Device) -> Plan:
             stages=2 if wide else 3,
         )
     else:
-        programs = p.entries * spans
-    # Few programs share a slot's pages, so that more of them are under way.
+        programs = p.entries * split_k
+    # Few programs share a slot's pages, so that more of them are under schedule.
     share = max(1, device.multiprocessors // max(1, programs))
     return replace(found, page_programs=min(columns, share))
 
 
-def _estimate(way: str, p: GatherProblem, device: Device) -> Estimate:
-    tiles = _tiles(way, p, device)
+def _estimate(schedule: str, p: GatherProblem, device: Device) -> Estimate:
+    tiles = _tiles(schedule, p, device)
     size = p.dtype.itemsize
     groups = min(p.slots, p.entries)
     pages = size * p.ranks * (p.n + p.k)
     tokens = size * p.entries * (p.k + 2 * p.n)
-    if way == "entries":
+    if schedule == "per_token":
         programs, columns, repeat = p.entries, tiles.block_n, 16
         reads = p.entries
     else:
         programs, columns, repeat = capacity(p.entries, p.slots, tiles.block_m), tiles.chunk_n, 1
         reads = programs
-    sums = 4 * p.entries * p.ranks * (tiles.spans if tiles.split else 1)
+    sums = 4 * p.entries * p.ranks * (tiles.split_k if tiles.split else 1)
     if p.mixture:
         reads = max(reads, p.entries)
     dram = groups * pages + tokens + 2 * sums
     asked = reads * pages + tokens + sums * (1 + ceil(p.n / columns))
-    if way == "chunks":
+    if schedule == "grouped":
         asked += 8 * p.entries * (p.slots + 1)  # every slot's program looks at every entry
         asked += size * p.entries * p.k * (ceil(p.ranks / PAGE) - 1)
     flops = 2.0 * p.entries * p.ranks * (p.n + p.k) * repeat
     peak = device.matrix_flops if size == 2 else device.fp32_flops
-    launches = 2 + LIST_LAUNCHES * (way == "chunks") + SORT_LAUNCHES * p.mixture
+    launches = 2 + BUCKET_LAUNCHES * (schedule == "grouped") + SORT_LAUNCHES * p.mixture
     seconds = max(dram / device.bandwidth, asked / device.l2_bandwidth, flops / peak)
     if p.dropout:
         seconds += mask_seconds(repeat * p.entries * p.k, device)
     config = GemmConfig(
-        tiles.block_m if tiles.chunked else 1,
+        tiles.block_m if tiles.grouped else 1,
         columns,
         tiles.block_k,
-        tiles.chunk_warps if tiles.chunked else tiles.expand_warps,
+        tiles.chunk_warps if tiles.grouped else tiles.expand_warps,
         tiles.stages,
     )
     return Estimate(
-        way,
+        schedule,
         config,
         launches,
         dram,
@@ -214,7 +218,7 @@ def _estimate(way: str, p: GatherProblem, device: Device) -> Estimate:
 
 
 def expand_estimate(p: GatherProblem, device: Device) -> Estimate:
-    """What the pass takes that adds the adapters' part to y, by the cheaper way."""
+    """What the pass takes that adds the adapters' part to y, by the cheaper schedule."""
     size = p.dtype.itemsize
     tokens = 2 * size * p.entries * p.n
     page = size * p.ranks * p.n
@@ -227,7 +231,7 @@ def expand_estimate(p: GatherProblem, device: Device) -> Estimate:
 
 def few_parts(found: Plan, k: int) -> Plan:
     """The plan with parts of s that every tile of a product can read."""
-    if not found.split or found.spans <= _TILE_PARTS:
+    if not found.split or found.split_k <= _TILE_PARTS:
         return found
-    span = ceil(k / (_TILE_PARTS * SPAN)) * SPAN
-    return replace(found, span=span, spans=ceil(k / span), stages=3)
+    per_split = ceil(k / (_TILE_PARTS * SPLIT_SIZE)) * SPLIT_SIZE
+    return replace(found, per_split=per_split, split_k=ceil(k / per_split), stages=3)

@@ -7,7 +7,7 @@ makes the same sums in the same order.
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast
+from lora_kernels.ops.common.triton.tiles import cast
 
 PAGE = tl.constexpr(16)
 
@@ -52,12 +52,13 @@ def kept_scale(p_thresholds, slot):
 
 
 @triton.jit
-def sums_tile(p_s, o_e, m_e, column, size, stride_s, PARTS: tl.constexpr, BM: tl.constexpr):
-    """s of entries o_e at 16 columns [BM, 16] in fp32: PARTS arrays of `size` elements added in
+def sums_tile(s, o_e, m_e, column, PARTS: tl.constexpr, BM: tl.constexpr):
+    """s of entries o_e at 16 columns [BM, 16] in fp32: PARTS arrays added in
     their order. What is past the rank there was written as zeros."""
-    o_s = o_e.to(tl.int64)[:, None] * stride_s + (tl.arange(0, PAGE) + column)[None, :]
+    o_s = o_e.to(tl.int64)[:, None] * s.row + (tl.arange(0, PAGE) + column)[None, :]
     b_s = tl.full([BM, PAGE], 0.0, tl.float32)
+    p_s = s.p
     for _ in tl.static_range(PARTS):
         b_s += tl.load(p_s + o_s, mask=m_e[:, None], other=0.0).to(tl.float32)
-        p_s += size
+        p_s += s.part
     return b_s

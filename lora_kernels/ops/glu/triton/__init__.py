@@ -14,5 +14,5 @@ def _bwd(c: GLUBackward) -> str | None:
     return refuse_triton([c.g, c.dh, c.u])
 
 
-register_triton("glu_fwd", "lora_kernels.ops.glu.triton.launchers", _fwd)
-register_triton("glu_bwd", "lora_kernels.ops.glu.triton.launchers", _bwd)
+register_triton("glu_fwd", "lora_kernels.ops.glu.triton.activation", _fwd)
+register_triton("glu_bwd", "lora_kernels.ops.glu.triton.activation", _bwd)

@@ -20,4 +20,4 @@ def _mask(c: DropoutMask) -> str | None:
 
 register_triton("lora_linear_fwd", "lora_kernels.ops.lora.triton.forward", _fwd)
 register_triton("lora_linear_bwd", "lora_kernels.ops.lora.triton.backward", _bwd)
-register_triton("dropout_mask", "lora_kernels.ops.lora.triton.forward", _mask)
+register_triton("dropout_mask", "lora_kernels.ops.lora.triton.dropout", _mask)

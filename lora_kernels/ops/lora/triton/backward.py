@@ -5,24 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import thin_columns, thin_rows
+from lora_kernels.ops.common.configs import shrink_config, wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
+from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.rank import rank_dtype
-from lora_kernels.ops.common.strategies import (
-    MAX_ONE_READ_RANK,
-    Problem,
-    choose,
-)
-from lora_kernels.ops.common.thin.grad_pass import grad_pass
-from lora_kernels.ops.common.thin.outer import outer
-from lora_kernels.ops.common.thin.shrink import shrink
+from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK, choose
+from lora_kernels.ops.common.triton.base_product import vendor_product_t
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.linear import gemm
+from lora_kernels.ops.common.triton.shrink import shrink
+from lora_kernels.ops.common.triton.shrink_and_wgrad import grad_pass
+from lora_kernels.ops.common.triton.wgrad import wgrad
 from lora_kernels.ops.common.triton_host import NO_DROPOUT, Dropout
 from lora_kernels.ops.lora.schema import LoRALinearBackward
 from lora_kernels.ops.lora.triton.diagonals import diagonals as diagonal_grads
 from lora_kernels.ops.lora.triton.forward import ADD_CONFIG
-from lora_kernels.ops.lora.triton.gemm import gemm
-from lora_kernels.ops.nf4.triton.base import Weight
-from lora_kernels.ops.nf4.triton.product import product_t
 
 
 def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
@@ -72,7 +69,7 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
             )
         else:
             shrink(
-                thin_rows(m, n, device, problem.block_r, size),
+                shrink_config(m, n, device, problem.block_r, size),
                 dy,
                 b,
                 ds,
@@ -82,7 +79,7 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
                 row=out_diag,
             )
     if want_x:
-        grads[0] = product_t(dy, w) if plan.strategy == "addmm" else dy.new_empty((m, k))
+        grads[0] = vendor_product_t(dy, w) if plan.strategy == "addmm" else dy.new_empty((m, k))
         gemm(
             plan.strategy,
             plan.config or ADD_CONFIG,
@@ -103,8 +100,8 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
     rest_b = None if made_b else outer_b
     if want_a or rest_b is not None:
         columns = (k if want_a else 0) + (n if rest_b is not None else 0)
-        outer(
-            thin_columns(m, columns, device, problem.block_r, size),
+        wgrad(
+            wgrad_config(m, columns, device, problem.block_r, size),
             x if want_a else None,
             ds if want_a else None,
             dy if rest_b is not None else None,

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from math import ceil
-
-import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import GemmConfig, thin_rows
-from lora_kernels.ops.common.launch import Launch, executor, planned_device
-from lora_kernels.ops.common.philox import threshold
+from lora_kernels.ops.common.configs import GemmConfig, shrink_config
+from lora_kernels.ops.common.launch import planned_device
+from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.rank import rank_dtype
-from lora_kernels.ops.common.strategies import Problem, choose
-from lora_kernels.ops.common.thin.shrink import shrink
+from lora_kernels.ops.common.strategies import choose
+from lora_kernels.ops.common.triton.base_product import vendor_product
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.linear import gemm
+from lora_kernels.ops.common.triton.shrink import shrink
 from lora_kernels.ops.common.triton_host import Dropout
-from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearForward
-from lora_kernels.ops.lora.triton.dropout import _dropout_mask_kernel
-from lora_kernels.ops.lora.triton.gemm import gemm
-from lora_kernels.ops.nf4.triton.base import Weight
-from lora_kernels.ops.nf4.triton.product import product
+from lora_kernels.ops.lora.schema import LoRALinearForward
 
 # The pass that adds the branch to the vendor's product.
 ADD_CONFIG = GemmConfig(64, 64, 16, 4, 1)
@@ -35,7 +31,7 @@ def lora_linear_fwd(c: LoRALinearForward) -> tuple[Tensor, Tensor]:
     plan = choose("lora_linear_fwd", problem, device)
     if plan.strategy != "single_pass" or n == 0:
         shrink(
-            thin_rows(m, k, device, problem.block_r, x.element_size()),
+            shrink_config(m, k, device, problem.block_r, x.element_size()),
             x,
             a.T,
             s,
@@ -43,7 +39,7 @@ def lora_linear_fwd(c: LoRALinearForward) -> tuple[Tensor, Tensor]:
             dropout=dropout,
         )
     if plan.strategy == "addmm":
-        y = product(x, w)
+        y = vendor_product(x, w)
     else:
         y = x.new_empty((m, n))
     gemm(
@@ -64,23 +60,3 @@ def lora_linear_fwd(c: LoRALinearForward) -> tuple[Tensor, Tensor]:
         backward=False,
     )
     return y, s
-
-
-def dropout_mask(c: DropoutMask) -> Tensor:
-    """The boolean keep mask [rows, cols]."""
-    rows, cols = c.rows, c.cols
-    out = torch.empty((rows, cols), dtype=torch.bool, device=c.seed.device)
-    if out.numel():
-        args = {
-            "p_seed": c.seed,
-            "p_out": out.view(torch.uint8),
-            "M": rows,
-            "K": cols,
-            "threshold": threshold(c.p),
-            "stream": c.stream,
-            "BM": 16,
-            "BK": 128,
-        }
-        grid = (ceil(rows / 16), ceil(cols / 128))
-        executor().run(Launch(_dropout_mask_kernel, grid, args, warps=4, stages=1))
-    return out

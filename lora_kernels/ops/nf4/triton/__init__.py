@@ -37,8 +37,8 @@ def _linear_bwd(c: NF4LinearBackward) -> str | None:
     return refuse_triton([c.dy])
 
 
-register_triton("nf4_quantize", "lora_kernels.ops.nf4.triton.codec", _quantize)
-register_triton("nf4_quantize_scales", "lora_kernels.ops.nf4.triton.codec", _quantize_scales)
-register_triton("nf4_dequantize", "lora_kernels.ops.nf4.triton.codec", _dequantize)
+register_triton("nf4_quantize", "lora_kernels.ops.nf4.triton.quantize", _quantize)
+register_triton("nf4_quantize_scales", "lora_kernels.ops.nf4.triton.quantize", _quantize_scales)
+register_triton("nf4_dequantize", "lora_kernels.ops.nf4.triton.quantize", _dequantize)
 register_triton("nf4_linear_fwd", "lora_kernels.ops.nf4.triton.linear", _linear_fwd)
 register_triton("nf4_linear_bwd", "lora_kernels.ops.nf4.triton.linear", _linear_bwd)

@@ -1,20 +1,26 @@
-"""Launches of up to three projections: which, and how the kernels name their arguments."""
+"""Launches of up to three projections: which, and how the kernels choose among their arguments.
+
+A kernel takes a group of arguments for each projection and picks one of the three at run time. Its
+code then has one body, with the registers and the shared memory of one projection. It picks inside
+a loop or a branch: outside, LLVM would pick among the parameters' addresses, in local memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import ceil
-from typing import Any
+from typing import TypeVar
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import GemmConfig
-from lora_kernels.ops.nf4.triton.base import Weight
+from lora_kernels.ops.common.triton.arguments import Matrix
+from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.packed.schema import split_base
 
 PER_LAUNCH = 3  # projections
-# Arguments of a weight that those of one launch share.
-_FORMAT = ("p_table", "CHUNK", "BLOCK", "NESTED")
+T = TypeVar("T")
 
 
 def split_weights(base: Sequence[Tensor], meta: Sequence[int]) -> list[Weight]:
@@ -33,28 +39,42 @@ def groups(weights: Sequence[Weight]) -> Iterator[range]:
             first = i
 
 
-def weight_args(
-    weights: Sequence[Weight], config: GemmConfig, backward: bool
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a launch takes of its weights: what they share, and what each has of its own."""
-    found = [w.args(config, backward) for w in weights]
-    shared = {name: found[0].pop(name) for name in _FORMAT}
-    for own in found[1:]:
-        for name in _FORMAT:
-            del own[name]
-    return shared, found
-
-
-def numbered(
-    values: Sequence[dict[str, object]], absent: dict[str, object] | None = None
-) -> dict[str, Any]:
-    """Each projection's arguments by the kernels' names; what is not there is `absent`, or the
-    first once more, where it is never picked."""
-    slots = [*values, *([absent or values[0]] * (PER_LAUNCH - len(values)))]
-    return {f"{name}_{i}": v for i, slot in enumerate(slots) for name, v in slot.items()}
+def three(values: Sequence[T], absent: T | None = None) -> tuple[T, ...]:
+    """Each projection's arguments; what is not there is `absent`, or the first once more, where it
+    is never picked."""
+    return (*values, *[values[0] if absent is None else absent] * (PER_LAUNCH - len(values)))
 
 
 def ends(widths: Sequence[int], block: int) -> list[int]:
     """Where each projection's blocks end, those of all counted through."""
     found = [ceil(n / block) for n in widths]
     return [sum(found[: i + 1]) for i in range(PER_LAUNCH)]
+
+
+@triton.jit
+def pick(which, v_0, v_1, v_2):
+    """v_which."""
+    return tl.where(which == 0, v_0, tl.where(which == 1, v_1, v_2))
+
+
+@triton.jit
+def pick_matrix(which, m_0, m_1, m_2, DESCRIPTOR: tl.constexpr):
+    """m_which of pointers, or of descriptors of one box."""
+    if DESCRIPTOR:
+        p = m_0.p
+        if which == 1:
+            p = m_1.p
+        if which == 2:
+            p = m_2.p
+    else:
+        p = pick(which, m_0.p, m_1.p, m_2.p)
+    return Matrix(p, pick(which, m_0.row, m_1.row, m_2.row), pick(which, m_0.col, m_1.col, m_2.col))
+
+
+@triton.jit
+def pick_given(which, p_0, p_1, p_2):
+    """p_which of pointers, or None of none."""
+    picked = p_0
+    if p_0 is not None:
+        picked = pick(which, p_0, p_1, p_2)
+    return picked

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lora_kernels.ops.common.configs import GEMM_CONFIGS, Device, Estimate, GemmConfig
 from lora_kernels.ops.common.launch import planned_device
-from lora_kernels.ops.common.strategies import Problem, choose
+from lora_kernels.ops.common.problem import Problem
+from lora_kernels.ops.common.strategies import choose
+from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton_host import takes_tma
-from lora_kernels.ops.nf4.triton.base import Weight
 
 # Sums of a thread where mma.sync has its operands in registers too: with the rank's, and a main
 # loop that carries those.

@@ -1,10 +1,19 @@
-"""Gated linear units: one pass over memory each way, in fp32 inside."""
+"""glu_fwd and glu_bwd by the Triton kernels: one pass over the gate and the input."""
 
+from __future__ import annotations
+
+from math import ceil
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lora_kernels.ops.common.tiles import cast
+from lora_kernels.ops.common.triton.tiles import cast
+from lora_kernels.ops.common.triton_host import run
+from lora_kernels.ops.glu.schema import ACTIVATIONS, GLUBackward, GLUForward
 
+_WARPS = 4
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -84,3 +93,56 @@ def _glu_bwd_kernel(
     tl.store(p_du + o_i, cast(b_dh * b_act, p_du.dtype.element_ty), mask=m_i)
     if p_h is not None:
         tl.store(p_h + o_i, cast(b_act * b_u, p_h.dtype.element_ty), mask=m_i)
+
+
+def _block(t: Tensor) -> int:
+    """16 bytes a thread."""
+    return _WARPS * 32 * (16 // t.element_size())
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def glu_fwd(c: GLUForward) -> Tensor:
+    """h, of g's shape."""
+    g = c.g
+    h = _like(g)
+    block = _block(g)
+    run(
+        _glu_fwd_kernel,
+        (ceil(g.numel() / block),),
+        _WARPS,
+        1,
+        p_g=g.contiguous(),
+        p_u=c.u.contiguous(),
+        p_h=h,
+        size=g.numel(),
+        ACTIVATION=ACTIVATIONS[c.activation],
+        BLOCK=block,
+    )
+    return h
+
+
+def glu_bwd(c: GLUBackward) -> tuple[Tensor, Tensor, Tensor]:
+    """dg, du and, where asked, h, all of g's shape."""
+    g = c.g
+    dg, du = _like(g), _like(g)
+    h = _like(g) if c.need_h else g.new_empty(0)
+    block = _block(g)
+    run(
+        _glu_bwd_kernel,
+        (ceil(g.numel() / block),),
+        _WARPS,
+        1,
+        p_dh=c.dh.contiguous(),
+        p_g=g.contiguous(),
+        p_u=c.u.contiguous(),
+        p_dg=dg,
+        p_du=du,
+        p_h=h if c.need_h else None,
+        size=g.numel(),
+        ACTIVATION=ACTIVATIONS[c.activation],
+        BLOCK=block,
+    )
+    return dg, du, h

@@ -77,10 +77,10 @@ def dot_rank(
     b_sum,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    REST: tl.constexpr = False,
+    RESIDUAL: tl.constexpr = False,
 ):
-    """b_sum + b_rank·b_right for a left side that is rank-wide and rounded to DTYPE; with REST once
-    more for what rounding takes from it.
+    """b_sum + b_rank·b_right for a left side that is rank-wide and rounded to DTYPE; with RESIDUAL
+    once more for what rounding takes from it.
 
     fp16 lacks its range: there each row, and the sums of the row meanwhile, are divided by a power
     of two. The right side stays fp16 in shared memory; tf32 products would need twice of that.
@@ -89,8 +89,8 @@ def dot_rank(
         b_power, b_inverse = _powers(b_rank, 1)
         b_rank = b_rank.to(tl.float32) * b_inverse[:, None]
         b_sum *= b_inverse[:, None]
-    if REST:
-        b_sum = dot(rest_of(b_rank, DTYPE), b_right, b_sum, PRECISION)
+    if RESIDUAL:
+        b_sum = dot(rounding_residual(b_rank, DTYPE), b_right, b_sum, PRECISION)
     b_sum = dot(cast(b_rank, DTYPE), b_right, b_sum, PRECISION)
     if tl.float16 == DTYPE:
         b_sum *= b_power[:, None]
@@ -104,15 +104,15 @@ def dot_by_rank(
     b_sum,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
-    REST: tl.constexpr = False,
+    RESIDUAL: tl.constexpr = False,
 ):
     """b_sum + b_left·b_rank, as `dot_rank` does it with the columns of the right side."""
     if tl.float16 == DTYPE:
         b_power, b_inverse = _powers(b_rank, 0)
         b_rank = b_rank.to(tl.float32) * b_inverse[None, :]
         b_sum *= b_inverse[None, :]
-    if REST:
-        b_sum = dot(b_left, rest_of(b_rank, DTYPE), b_sum, PRECISION)
+    if RESIDUAL:
+        b_sum = dot(b_left, rounding_residual(b_rank, DTYPE), b_sum, PRECISION)
     b_sum = dot(b_left, cast(b_rank, DTYPE), b_sum, PRECISION)
     if tl.float16 == DTYPE:
         b_sum *= b_power[None, :]
@@ -120,7 +120,7 @@ def dot_by_rank(
 
 
 @triton.jit
-def rest_of(b_value, dtype: tl.constexpr):
+def rounding_residual(b_value, dtype: tl.constexpr):
     """What rounding to dtype takes from fp32 values, itself rounded; 0 where a value overflows."""
     b_rounded = cast(b_value, dtype).to(tl.float32)
     return cast(tl.where(tl.abs(b_rounded) < float("inf"), b_value - b_rounded, 0.0), dtype)

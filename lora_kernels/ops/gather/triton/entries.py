@@ -1,41 +1,20 @@
-"""Which entries the programs take, found on the device: no value is read here."""
+"""The entries of a call, and their chunks by slot. Both stay on the device: the host reads nothing
+back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.triton_host import run
+from lora_kernels.ops.gather.triton.bucket_by_slot import Chunks, bucket_by_slot
+from lora_kernels.ops.gather.triton.plan import capacity
 
-# Entries that a program of the list looks at together.
-LIST_BLOCK = 1024
 # Programs beside those of full chunks: what a large GPU runs at once.
 _SPARE_PROGRAMS = 128
-
-
-def capacity(entries: int, slots: int, block: int) -> int:
-    """The most chunks of `block` entries that the slots in use, and those of none, can make."""
-    return (entries + min(slots + 1, entries) * (block - 1)) // block
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Entries by slot; those without an adapter are slot S.
-
-    Attributes:
-        order: int32 [E], entries of a slot beside each other, in their order.
-        edges: int32 [S + 2], where each slot's begin.
-        work: int32 [capacity, 3]: slot, first place in `order` and count; a count of 0: no work.
-    """
-
-    order: Tensor
-    edges: Tensor
-    work: Tensor
 
 
 class Entries:
@@ -69,38 +48,14 @@ class Entries:
         """Chunks of at most `block` entries of one slot. Their number depends on E and S alone, so
         that one captured graph serves any mix."""
         if block not in self._chunks:
-            self._chunks[block] = self._list(block)
+            self._chunks[block] = bucket_by_slot(
+                self.slots, self.tokens, self.tokens_count, self.slots_count, block
+            )
         return self._chunks[block]
 
     def programs(self, block: int, beside: int) -> int:
-        """Programs that walk the chunks where `beside` others do for each: a GPU's worth more than
-        full chunks would take, for those that are not."""
+        """How many programs to launch over the chunks, where each chunk takes `beside` of them:
+        enough for full chunks, and a GPU's worth more for those that are not full."""
         few = ceil(_SPARE_PROGRAMS / max(1, beside))  # none beside: a layer without outputs
         most = capacity(self.count, self.slots_count, block)
         return min(most, ceil(self.count / block) + few)
-
-    def _list(self, block: int) -> Chunks:
-        from lora_kernels.ops.gather.triton.listing import _gather_list_kernel
-
-        count, slots = self.count, self.slots_count
-        most = capacity(count, slots, block)
-        sizes = ((count,), (slots + 2,), (most, 3))
-        made = Chunks(*(self.slots.new_empty(size) for size in sizes))
-        run(
-            _gather_list_kernel,
-            (slots + 1,),
-            4,
-            1,
-            p_slots=self.slots,
-            p_tokens=self.tokens,
-            p_order=made.order,
-            p_edges=made.edges,
-            p_work=made.work,
-            E=count,
-            T=self.tokens_count,
-            S=slots,
-            capacity=most,
-            block_m=block,
-            BLOCK=LIST_BLOCK,
-        )
-        return made

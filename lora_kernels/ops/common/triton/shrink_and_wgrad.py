@@ -9,33 +9,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import Device, span_of
-from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, block_rank, one_read_parts
-from lora_kernels.ops.common.thin.sums import sums
-from lora_kernels.ops.common.tiles import add_sums, cast, dot, dot_rank, fence_copies, first_of
-from lora_kernels.ops.common.triton_host import precision, run, stride
+from lora_kernels.ops.common.configs import Device, split_size
+from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, one_read_parts
+from lora_kernels.ops.common.triton.arguments import matrix, vector
+from lora_kernels.ops.common.triton.splitk_reduce import splitk_reduce
+from lora_kernels.ops.common.triton.tiles import (
+    add_sums,
+    cast,
+    dot,
+    dot_rank,
+    fence_copies,
+    first_of,
+)
+from lora_kernels.ops.common.triton_host import precision, run
 
 
 @triton.jit
 def _grad_pass_kernel(
-    p_dy,
-    p_s,
-    p_b,
+    dy,
+    s,
+    b,
     p_ds,
     p_db,
     p_dbias,
-    p_col,
+    out,
     M,
     N,
     R,
-    span,
-    stride_dym,
-    stride_dyn,
-    stride_sm,
-    stride_sr,
-    stride_bn,
-    stride_br,
-    stride_col,
+    per_split,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -43,39 +45,39 @@ def _grad_pass_kernel(
     BR: tl.constexpr,
     ONES: tl.constexpr,
 ):
-    """Partial sums of ds = dy·(col ∘ b), db = dyᵀ·s and dbias = Σ_m dy.
+    """Partial sums of ds = dy·(out ∘ b), db = dyᵀ·s and dbias = Σ_m dy.
 
-    Shapes: dy[M, N] s[M, R] b[N, R] col[N]; ds[N / BN, M, R], db[spans, N, R] and
-        dbias[spans, N] in fp32. R <= BR.
-    Grid: [cdiv(N, BN), spans of rows]. Sums in fp32.
+    Shapes: dy[M, N] s[M, R] b[N, R] out[N]; ds[N / BN, M, R], db[split_k, N, R] and
+        dbias[split_k, N] in fp32. R <= BR.
+    Grid: [cdiv(N, BN), parts of the rows]. Sums in fp32.
     """
-    dtype = p_dy.dtype.element_ty
+    dtype = dy.p.dtype.element_ty
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     o_n = (pid_n * BN + tl.arange(0, BN)).to(tl.int64)
     o_r = tl.arange(0, BR)
     m_n = o_n < N
     m_r = o_r < R
-    first = pid_m * span
-    last = min(first + span, M)
-    o_b = o_n[:, None] * stride_bn + o_r[None, :] * stride_br
-    b_b = tl.load(p_b + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
-    if p_col is not None:
-        b_col = tl.load(p_col + o_n * stride_col, mask=m_n, other=0.0)  # [BN]
-        b_b = b_b.to(tl.float32) * b_col[:, None].to(tl.float32)
+    first = pid_m * per_split
+    last = min(first + per_split, M)
+    o_b = o_n[:, None] * b.row + o_r[None, :] * b.col
+    b_b = tl.load(b.p + o_b, mask=m_n[:, None] & m_r[None, :], other=0.0)  # [BN, BR]
+    if out.p is not None:
+        b_out = tl.load(out.p + o_n * out.step, mask=m_n, other=0.0)  # [BN]
+        b_b = b_b.to(tl.float32) * b_out[:, None].to(tl.float32)
     b_b = cast(b_b, dtype)
     b_db = tl.full([BR, BN], 0.0, tl.float32)  # [BR, BN]
     b_dbias = tl.full([ONES, BN], 0.0, tl.float32)  # [ONES, BN]
     for m0 in range(first, last, BM):
         o_m = (m0 + tl.arange(0, BM)).to(tl.int64)
         m_m = o_m < last
-        o_dy = o_m[:, None] * stride_dym + o_n[None, :] * stride_dyn
+        o_dy = o_m[:, None] * dy.row + o_n[None, :] * dy.col
         if EVEN_N:
-            b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None], other=0.0)  # [BM, BN]
+            b_dy = tl.load(dy.p + o_dy, mask=m_m[:, None], other=0.0)  # [BM, BN]
         else:
-            b_dy = tl.load(p_dy + o_dy, mask=m_m[:, None] & m_n[None, :], other=0.0)
-        o_s = o_m[None, :] * stride_sm + o_r[:, None] * stride_sr
-        b_s = tl.load(p_s + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
+            b_dy = tl.load(dy.p + o_dy, mask=m_m[:, None] & m_n[None, :], other=0.0)
+        o_s = o_m[None, :] * s.row + o_r[:, None] * s.col
+        b_s = tl.load(s.p + o_s, mask=m_m[None, :] & m_r[:, None], other=0.0)  # [BR, BM]
         fence_copies()
         b_ds = dot(b_dy, b_b, tl.full([BM, BR], 0.0, tl.float32), PRECISION)  # [BM, BR]
         o_ds = (pid_n.to(tl.int64) * M + o_m[:, None]) * R + o_r[None, :]
@@ -117,8 +119,8 @@ def grad_pass(
     bn = 256 if size == 2 and br <= 32 else 64 if size == 4 else 128
     bm = 64 if size == 2 else 16
     parts_n, parts_m = one_read_parts(max(m, 1), n, device, bn)
-    span = span_of(max(m, 1), parts_m, bm)
-    parts_m = ceil(max(m, 1) / span)
+    per_split = split_size(max(m, 1), parts_m, bm)
+    parts_m = ceil(max(m, 1) / per_split)
     fp32 = torch.float32
     parts_ds = dy.new_empty((parts_n, m, r), dtype=fp32)
     parts_db = dy.new_empty((parts_m, n, r), dtype=fp32)
@@ -128,24 +130,17 @@ def grad_pass(
         (parts_n, parts_m),
         8 if bn == 256 else 4,
         2,
-        p_dy=dy,
-        p_s=s,
-        p_b=b,
+        dy=matrix(dy),
+        s=matrix(s),
+        b=matrix(b),
         p_ds=parts_ds,
         p_db=parts_db,
         p_dbias=parts_bias,
-        p_col=col,
+        out=vector(col),
         M=m,
         N=n,
         R=r,
-        span=span,
-        stride_dym=dy.stride(0),
-        stride_dyn=dy.stride(1),
-        stride_sm=s.stride(0),
-        stride_sr=s.stride(1),
-        stride_bn=b.stride(0),
-        stride_br=b.stride(1),
-        stride_col=stride(col),
+        per_split=per_split,
         EVEN_N=n % bn == 0,
         PRECISION=precision(dy.dtype),
         BM=bm,
@@ -153,6 +148,6 @@ def grad_pass(
         BR=br,
         ONES=ones_rows(device, br),
     )
-    sums([(parts_ds, ds, scale, rank), (parts_db, db, factor_b, None)])
+    splitk_reduce([(parts_ds, ds, scale, rank), (parts_db, db, factor_b, None)])
     if dbias is not None and parts_bias is not None:
-        sums([(parts_bias, dbias, 1.0, None)])
+        splitk_reduce([(parts_bias, dbias, 1.0, None)])

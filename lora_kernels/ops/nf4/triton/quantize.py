@@ -1,67 +1,24 @@
-"""Triton kernels of the 4-bit codec: a launch reads and writes each byte once."""
+"""nf4_quantize, nf4_quantize_scales and nf4_dequantize by Triton kernels: one launch each."""
 
+from __future__ import annotations
+
+from math import ceil
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from lora_kernels.ops.common.nf4_tiles import block_scales, code_values, scale_offset, unpack
-from lora_kernels.ops.common.tiles import cast
+from lora_kernels.ops.common.checks import check_finite
+from lora_kernels.ops.common.code_tables import code_bounds
+from lora_kernels.ops.common.configs import next_power_of_2
+from lora_kernels.ops.common.triton.base_weight import Weight
+from lora_kernels.ops.common.triton.dequantize import dequantize_slab
+from lora_kernels.ops.common.triton.nf4_tiles import code_values
+from lora_kernels.ops.common.triton_host import run
+from lora_kernels.ops.nf4.schema import NF4Dequantize, NF4Quantize, NF4QuantizeScales
 
-
-@triton.jit
-def _dequantize_kernel(
-    p_codes,
-    p_absmax,
-    p_nested,
-    p_map,
-    p_offset,
-    p_table,
-    p_out,
-    size,
-    chunks,
-    first,
-    width,
-    row_chunks,
-    programs,
-    WHOLE: tl.constexpr,
-    SLAB: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PER_SCALE: tl.constexpr,
-    NESTED: tl.constexpr,
-):
-    """out[i] = round(table[code[i]] · scale[i // block]), flat, or of a slab of columns.
-
-    Shapes: codes u8 [(size + 1) / 2], high nibble first; scales as in `block_scales`, one for
-        PER_SCALE chunks; out [chunks · CHUNK], its chunk c being the weight's chunk first + c,
-        or where SLAB first + (c // width) · row_chunks + c % width. WHOLE: no chunk is cut short.
-    Grid: [programs], each walking tiles of CHUNKS · CHUNK weights. Products in fp32.
-    At least 0.5 bytes are read and out's are written per weight.
-    """
-    b_table = tl.load(p_table + tl.arange(0, 16))
-    offset = scale_offset(p_nested, p_offset)
-    o_byte = tl.arange(0, CHUNK // 2)
-    o_weight = tl.arange(0, CHUNK)
-    for tile in range(tl.program_id(0), tl.cdiv(chunks, CHUNKS), programs):
-        o_to = tile * CHUNKS + tl.arange(0, CHUNKS)
-        m_c = o_to < chunks
-        if SLAB:
-            o_c = first + (o_to // width).to(tl.int64) * row_chunks + o_to % width
-        else:
-            o_c = first + o_to.to(tl.int64)
-        o_in = o_c[:, None] * (CHUNK // 2) + o_byte[None, :]
-        o_out = o_to.to(tl.int64)[:, None] * CHUNK + o_weight[None, :]
-        m_in = m_c[:, None]
-        m_out = m_c[:, None]
-        if not WHOLE:
-            m_in = m_in & (o_in < (size + 1) // 2)
-            m_out = m_out & (o_c[:, None] * CHUNK + o_weight[None, :] < size)
-        b_bytes = tl.load(p_codes + o_in, mask=m_in, other=0)  # [CHUNKS, CHUNK / 2]
-        b_scale = block_scales(
-            p_absmax, p_nested, p_map, offset, o_c // PER_SCALE, m_c, NESTED
-        )  # [CHUNKS]
-        b_value = code_values(unpack(b_bytes, CHUNKS, CHUNK), b_table, CHUNKS, CHUNK)
-        b_out = cast(b_value * b_scale[:, None], p_out.dtype.element_ty)
-        tl.store(p_out + o_out, b_out, mask=m_out)
+_QUANTIZED = 4096  # weights of a tile, the largest block
 
 
 @triton.jit
@@ -102,6 +59,33 @@ def _quantize_kernel(
     o_byte = o_b[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     b_bytes = ((b_high << 4) | b_low).to(tl.uint8)
     tl.store(p_codes + o_byte, b_bytes, mask=o_byte < (size + 1) // 2)
+
+
+def nf4_quantize(c: NF4Quantize) -> tuple[Tensor, Tensor]:
+    """codes u8 and absmax fp32 of a weight, flat blocks; `check_finite` waits for the device."""
+    w, block_size = c.w, c.block_size
+    check_finite("w", w)
+    flat = w.reshape(-1)
+    size = flat.numel()
+    codes = w.new_empty((size + 1) // 2, dtype=torch.uint8)
+    absmax = w.new_empty(ceil(size / block_size), dtype=torch.float32)
+    bounds, order = code_bounds(c.quant_type, w.device)
+    blocks = max(1, _QUANTIZED // block_size)
+    run(
+        _quantize_kernel,
+        (ceil(absmax.numel() / blocks),),
+        8,
+        1,
+        p_w=flat,
+        p_bounds=bounds,
+        p_order=order,
+        p_codes=codes,
+        p_absmax=absmax,
+        size=size,
+        BLOCKS=blocks,
+        BLOCK=block_size,
+    )
+    return codes, absmax
 
 
 @triton.jit
@@ -150,3 +134,33 @@ def _quantize_scales_kernel(
         b_nearer = tl.abs(b_above - b_x) < tl.abs(b_x - b_below)
         b_code = tl.where(b_nearer, b_upper, b_upper - 1)
         tl.store(p_codes + i + o_step, b_code.to(tl.uint8), mask=m_step)
+
+
+def nf4_quantize_scales(c: NF4QuantizeScales) -> tuple[Tensor, Tensor]:
+    """codes u8 and nested scales fp32 of absmax; `check_finite` waits for the device."""
+    absmax, nested_block_size = c.absmax, c.nested_block_size
+    check_finite("absmax", absmax)
+    size = absmax.numel()
+    codes = absmax.new_empty(size, dtype=torch.uint8)
+    nested = absmax.new_empty(ceil(size / nested_block_size))
+    run(
+        _quantize_scales_kernel,
+        (nested.numel(),),
+        4,
+        1,
+        p_absmax=absmax,
+        p_map=c.nested_map,
+        p_offset=c.nested_offset,
+        p_codes=codes,
+        p_nested=nested,
+        size=size,
+        block=nested_block_size,
+        STEP=min(1024, max(16, next_power_of_2(nested_block_size))),
+    )
+    return codes, nested
+
+
+def nf4_dequantize(c: NF4Dequantize) -> Tensor:
+    """W [N, K] in dtype."""
+    n, k = c.meta[:2]
+    return dequantize_slab(Weight(c.base, c.meta), slice(0, n), slice(0, k), c.dtype)

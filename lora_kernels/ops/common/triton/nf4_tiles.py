@@ -4,30 +4,30 @@ type of the product, whoever decodes it."""
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.tiles import cast
+from lora_kernels.ops.common.triton.tiles import cast
 
 
 @triton.jit
-def scale_offset(p_nested, p_offset):
+def scale_offset(base):
     """What every nested scale is off by."""
     offset = 0.0
-    if p_nested is not None:
-        offset = tl.load(p_offset)
+    if base.nested is not None:
+        offset = tl.load(base.offset)
     return offset
 
 
 @triton.jit
-def block_scales(p_absmax, p_nested, p_map, offset, o_block, m_block, NESTED: tl.constexpr):
+def block_scales(base, offset, o_block, m_block):
     """The fp32 scales of blocks o_block; nested ones are map[absmax] · nested + offset,
-    one `nested` for NESTED blocks.
+    one `nested` for NESTED blocks. `base`: see `arguments.Base`.
 
     The product and the sum round separately: the choice between them keeps the compiler from making
     one multiply-add of both.
     """
-    b_scale = tl.load(p_absmax + o_block, mask=m_block, other=0)
-    if p_nested is not None:
-        b_value = tl.load(p_map + b_scale.to(tl.int32))
-        b_nested = tl.load(p_nested + o_block // NESTED, mask=m_block, other=0.0)
+    b_scale = tl.load(base.absmax + o_block, mask=m_block, other=0)
+    if base.nested is not None:
+        b_value = tl.load(base.map + b_scale.to(tl.int32))
+        b_nested = tl.load(base.nested + o_block // base.format.NESTED, mask=m_block, other=0.0)
         b_scale = tl.where(m_block, b_value * b_nested, 0.0) + offset
     return b_scale
 
@@ -47,11 +47,7 @@ def unpack(b_bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def weight_tile(
-    p_codes,
-    p_absmax,
-    p_nested,
-    p_map,
-    p_offset,
+    base,
     b_table,
     row,
     col,
@@ -60,16 +56,15 @@ def weight_tile(
     DTYPE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
 ):
     """W[row.., col..] [ROWS, COLS] of a 4-bit W [rows, cols], rounded to DTYPE; 0 outside.
 
-    CHUNK: weights of a row that always share a scale, a power of two that divides COLS; 1 also
-    takes rows of odd length, a nibble at a time. BLOCK and NESTED are known to the compiler: else
-    it would call a division of 64 bits, whose operands go by the stack.
+    base: an `arguments.Base`. Its CHUNK: weights of a row that always share a scale, a power of two
+    that divides COLS; 1 also takes rows of odd length, a nibble at a time. BLOCK and NESTED are
+    known to the compiler: else it would call a division of 64 bits, whose operands go by the stack.
     """
+    CHUNK: tl.constexpr = base.format.CHUNK
+    p_codes = base.w.p
     o_row = (row + tl.arange(0, ROWS)).to(tl.int64)
     m_row = o_row < rows
     if CHUNK > 1:
@@ -88,10 +83,10 @@ def weight_tile(
         b_codes = tl.where(o_flat % 2 == 0, b_byte >> 4, b_byte & 15)
     b_value = code_values(b_codes, b_table, ROWS, COLS)  # [ROWS, COLS]
     o_first = col + CHUNK * tl.arange(0, COLS // CHUNK)
-    o_block = (o_row[:, None] * cols + o_first[None, :]) // BLOCK
+    o_block = (o_row[:, None] * cols + o_first[None, :]) // base.format.BLOCK
     m_block = m_row[:, None] & (o_first < cols)[None, :]
-    offset = scale_offset(p_nested, p_offset)
-    b_scale = block_scales(p_absmax, p_nested, p_map, offset, o_block, m_block, NESTED)
+    offset = scale_offset(base)
+    b_scale = block_scales(base, offset, o_block, m_block)
     b_scale = tl.where(m_block, b_scale, 0.0)  # [ROWS, COLS / CHUNK]
     if CHUNK == 1:
         return cast(b_value * b_scale, DTYPE)
@@ -101,11 +96,7 @@ def weight_tile(
 
 @triton.jit
 def right_tile(
-    p_codes,
-    p_absmax,
-    p_nested,
-    p_map,
-    p_offset,
+    base,
     b_table,
     k0,
     n0,
@@ -115,20 +106,11 @@ def right_tile(
     DTYPE: tl.constexpr,
     BK: tl.constexpr,
     BN: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NESTED: tl.constexpr,
 ):
     """w[k0.., n0..] [BK, BN], the right side of a product, of a 4-bit W that is [N, K] where
     W_ROWS, else [K, N]; the rest as in `weight_tile`."""
     if W_ROWS:
-        b_w = weight_tile(
-            p_codes, p_absmax, p_nested, p_map, p_offset, b_table, n0, k0, N, K, DTYPE, BN, BK,
-            CHUNK, BLOCK, NESTED,
-        ).T  # fmt: skip
+        b_w = weight_tile(base, b_table, n0, k0, N, K, DTYPE, BN, BK).T
     else:
-        b_w = weight_tile(
-            p_codes, p_absmax, p_nested, p_map, p_offset, b_table, k0, n0, K, N, DTYPE, BK, BN,
-            CHUNK, BLOCK, NESTED,
-        )  # fmt: skip
+        b_w = weight_tile(base, b_table, k0, n0, K, N, DTYPE, BK, BN)
     return b_w
