@@ -77,7 +77,8 @@ def classes_tested(path: Path) -> Iterator[str]:
 
 
 def test_only_the_table_tests_for_classes_of_layers():
-    assert set(classes_tested(KINDS)) >= LAYERS - {"LoRALinear", "QLoRALinear"}
+    names = {node.id for node in ast.walk(tree(KINDS)) if isinstance(node, ast.Name)}
+    assert names >= LAYERS - {"Embedding"}, "the table lacks these, or the search is broken"
     above = [p for p in FILES if part(module_name(p)).split(".")[-1] in ("adapters", "serving")]
     above += (PACKAGE / "training").glob("*.py")
     found = {
