@@ -2,7 +2,8 @@
 
 A member in capitals is known to the compiler (`tl.constexpr`), and so is None. A kernel makes a
 group with such members within the call that takes it: where a group is given a name, Triton turns
-its constants into numbers, and Triton 3.6 returns no None from a jitted function.
+its constants into numbers, and Triton 3.6 returns no None from a jitted function. Nor does 3.6 keep
+the constants of a group within a group where there is a loop: the groups here are flat.
 """
 
 from __future__ import annotations
@@ -46,26 +47,22 @@ class Mask(NamedTuple):
     DROPOUT: Any
 
 
-class Format(NamedTuple):
-    """A base weight's format. CHUNK > 0: 4-bit codes, so many of which always share a scale; BLOCK
-    and NESTED: how many share one, and how many of those share a nested one."""
-
-    CHUNK: Any
-    BLOCK: Any
-    NESTED: Any
-
-
 class Base(NamedTuple):
-    """A base weight as a product reads it, [K, N] by its strides: itself, or its codes and what
-    decodes them (`nf4_tiles.py`)."""
+    """A base weight as a product reads it, w [K, N] by its strides: itself, or where CHUNK > 0 its
+    4-bit codes and what decodes them (`nf4_tiles.py`). So many codes of a row always share a scale;
+    BLOCK and NESTED: how many share one, and how many of those share a nested one."""
 
-    w: Matrix
+    w: Any
+    w_row: Any
+    w_col: Any
     absmax: Any
     nested: Any
     map: Any
     offset: Any
     table: Any
-    format: Any
+    CHUNK: Any
+    BLOCK: Any
+    NESTED: Any
 
 
 class Adapter(NamedTuple):
@@ -75,10 +72,16 @@ class Adapter(NamedTuple):
     rows of q] are the optional diagonals.
     """
 
-    q: Matrix | None
-    u: Matrix | None
-    rank: Vector
-    out: Vector
+    q: Any
+    q_row: Any
+    q_col: Any
+    u: Any
+    u_row: Any
+    u_col: Any
+    rank: Any
+    rank_step: Any
+    out: Any
+    out_step: Any
     R: Any
     scale: Any
 
@@ -107,7 +110,7 @@ def constant(value: object) -> Any:
 
 
 @lru_cache(1024)
-def constants(group: Tile | Format) -> Any:
+def constants(group: Tile) -> Any:
     """A group of nothing else. The interpreter, which would make numbers of a tuple's members, gets
     them as they are."""
     if interpreting():

@@ -11,8 +11,11 @@ from torch import Tensor
 from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.common.code_tables import code_values
 from lora_kernels.ops.common.configs import GemmConfig
-from lora_kernels.ops.common.triton.arguments import Base, Format, Matrix, constants, matrix
+from lora_kernels.ops.common.triton.arguments import Base, constant, matrix
 from lora_kernels.ops.common.triton_host import descriptor, takes_tma
+
+# What decodes a dense weight.
+_DENSE = (None,) * 5
 
 
 class Weight:
@@ -33,25 +36,30 @@ class Weight:
             return self.decode_args(config.block_n if backward else config.block_k)
         if config.tma:
             box = [config.block_k, config.block_n] if backward else [config.block_n, config.block_k]
-            return Base(Matrix(descriptor(w, box), 0, 0), None, None, None, None, None, _dense())
-        return Base(matrix(w, transposed=not backward), None, None, None, None, None, _dense())
+            return Base(descriptor(w, box), 0, 0, *_DENSE, *_plain())
+        return Base(*matrix(w, transposed=not backward), *_DENSE, *_plain())
 
     def decode_args(self, columns: int) -> Base:
         """W [N, K] for tiles of so many columns."""
         w, m = self.base[0], self.meta
         if not self.quantised:
-            return Base(matrix(w), None, None, None, None, None, _dense())
+            return Base(*matrix(w), *_DENSE, *_plain())
         nested, code_map, offset = self.base[2:5] if m.is_nested else (None, None, None)
         return Base(
-            Matrix(w, 0, 0),  # a kernel asks for no strides of codes
+            w,
+            0,  # a kernel asks for no strides of codes
+            0,
             self.base[1],
             nested,
             code_map,
             offset,
             code_values(m.quant_type, w.device),
-            constants(Format(gcd(m.k, m.block_size, columns), m.block_size, m.nested_block_size)),
+            constant(gcd(m.k, m.block_size, columns)),
+            constant(m.block_size),
+            constant(m.nested_block_size),
         )
 
 
-def _dense() -> Any:
-    return constants(Format(0, 0, 0))
+def _plain() -> tuple[Any, Any, Any]:
+    """CHUNK, BLOCK and NESTED of a dense weight."""
+    return constant(0), constant(0), constant(0)

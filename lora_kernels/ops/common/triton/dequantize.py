@@ -61,7 +61,7 @@ def _dequantize_kernel(
         if not WHOLE:
             m_in = m_in & (o_in < (size + 1) // 2)
             m_out = m_out & (o_c[:, None] * CHUNK + o_weight[None, :] < size)
-        b_bytes = tl.load(base.w.p + o_in, mask=m_in, other=0)  # [CHUNKS, CHUNK / 2]
+        b_bytes = tl.load(base.w + o_in, mask=m_in, other=0)  # [CHUNKS, CHUNK / 2]
         b_scale = block_scales(base, offset, o_c // PER_SCALE, m_c)  # [CHUNKS]
         b_value = code_values(unpack(b_bytes, CHUNKS, CHUNK), b_table, CHUNKS, CHUNK)
         b_out = cast(b_value * b_scale[:, None], p_out.dtype.element_ty)

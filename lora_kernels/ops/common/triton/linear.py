@@ -63,7 +63,7 @@ def _lora_gemm_kernel(
     first = tl.program_id(0)
     end = tiles_m * tiles_n
     step = programs
-    if base.format.CHUNK > 0 and not tile.TMA:
+    if base.CHUNK > 0 and not tile.TMA:
         # One tile a program: then no scalars of a walk, for the stack.
         end = first + 1
         step = 1
@@ -138,10 +138,10 @@ def gemm(
         y=matrix(y),
         t=matrix(t),
         adapter=Adapter(
-            matrix(b) if backward else matrix(a, transposed=True),
-            matrix(a) if backward else matrix(b, transposed=True),
-            vector(rank_diag if diagonals_here else None),
-            vector(out_diag if diagonals_here else None),
+            *(matrix(b) if backward else matrix(a, transposed=True)),
+            *(matrix(a) if backward else matrix(b, transposed=True)),
+            *vector(rank_diag if diagonals_here else None),
+            *vector(out_diag if diagonals_here else None),
             r,
             float(scale),
         ),

@@ -53,22 +53,22 @@ def branch_tile(
     m_m = o_m < M - m0
     m_n = o_n < N - n0
     p_t = t.p + m0.to(tl.int64) * t.row
-    p_u = adapter.u.p + n0.to(tl.int64) * adapter.u.col
+    p_u = adapter.u + n0.to(tl.int64) * adapter.u_col
     # One stage: these few loads are not worth the shared memory and registers of a pipeline.
     for r0 in tl.range(0, R, BR, num_stages=1):
         o_r = r0 + tl.arange(0, BR)
         m_r = o_r < R
         o_t = o_m[:, None] * t.row + o_r[None, :] * t.col
-        o_u = o_r[:, None] * adapter.u.row + o_n[None, :] * adapter.u.col
+        o_u = o_r[:, None] * adapter.u_row + o_n[None, :] * adapter.u_col
         b_t = tl.load(p_t + o_t, mask=m_m[:, None] & m_r[None, :], other=0.0)  # [BM, BR]
         b_u = tl.load(p_u + o_u, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [BR, BN]
-        if adapter.out.p is not None:
+        if adapter.out is not None:
             b_col = tl.load(
-                adapter.out.p + (n0 + o_n) * adapter.out.step, mask=m_n, other=0.0
+                adapter.out + (n0 + o_n) * adapter.out_step, mask=m_n, other=0.0
             )  # [BN]
             b_u = b_u.to(tl.float32) * b_col[None, :].to(tl.float32)
-        if adapter.rank.p is not None:
-            b_rank = tl.load(adapter.rank.p + o_r * adapter.rank.step, mask=m_r, other=0.0)  # [BR]
+        if adapter.rank is not None:
+            b_rank = tl.load(adapter.rank + o_r * adapter.rank_step, mask=m_r, other=0.0)  # [BR]
             b_t = b_t.to(tl.float32) * b_rank[None, :].to(tl.float32)
         if factor is not None:
             b_t = b_t.to(tl.float32) * factor
@@ -115,8 +115,8 @@ def product_tile(
     MASKED: tl.constexpr = OWN_BRANCH and mask.DROPOUT and not BACKWARD
     o_k = tl.arange(0, BK)
     p_x = x.p
-    p_w = base.w.p
-    if base.format.CHUNK > 0:
+    p_w = base.w
+    if base.CHUNK > 0:
         b_table = tl.load(base.table + tl.arange(0, 16))
     if not TMA:
         # What lies past the last row or column is that row or column again, never stored.
@@ -124,16 +124,16 @@ def product_tile(
         o_n = tl.arange(0, BN)
         p_x = x.p + m0.to(tl.int64) * x.row
         p_x += o_m[:, None] * x.row + o_k[None, :] * x.col
-        if base.format.CHUNK == 0:
+        if base.CHUNK == 0:
             if W_ROWS:
                 o_n = tl.minimum(o_n, N - 1 - n0)
-                p_w = base.w.p + n0.to(tl.int64) * base.w.col
+                p_w = base.w + n0.to(tl.int64) * base.w_col
             else:  # neighbours stay neighbours under a remainder, which wide loads need
                 o_n = ((n0 + o_n) % N).to(tl.int64)
-            p_w += o_k[:, None] * base.w.row + o_n[None, :] * base.w.col
+            p_w += o_k[:, None] * base.w_row + o_n[None, :] * base.w_col
     if OWN_BRANCH:
         o_r = tl.arange(0, tile.BR) % adapter.R
-        p_q_tile = adapter.q.p + o_k[:, None] * adapter.q.row + o_r[None, :] * adapter.q.col
+        p_q_tile = adapter.q + o_k[:, None] * adapter.q_row + o_r[None, :] * adapter.q_col
     for k0 in range(0, K, BK):
         m_k = o_k < K - k0
         if TMA:
@@ -142,21 +142,21 @@ def product_tile(
             b_x = tl.load(p_x)
         else:
             b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
-        if base.format.CHUNK > 0:
+        if base.CHUNK > 0:
             b_w = right_tile(base, b_table, k0, n0, K, N, W_ROWS, b_x.dtype, BK, BN)  # [BK, BN]
         elif TMA:
             if W_ROWS:
-                b_w = base.w.p.load([n0, k0]).T
+                b_w = base.w.load([n0, k0]).T
             else:
-                b_w = base.w.p.load([k0, n0])
+                b_w = base.w.load([k0, n0])
         elif EVEN_K:
             b_w = tl.load(p_w)
         else:
             b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
         if not TMA:
             p_x += BK * x.col
-            if base.format.CHUNK == 0:
-                p_w += BK * base.w.row
+            if base.CHUNK == 0:
+                p_w += BK * base.w_row
         fence_copies()
         b_left = b_x
         if MASKED:
@@ -175,11 +175,11 @@ def product_tile(
                 b_q = tl.load(p_q_tile)  # [BK, BR]
             else:
                 b_q = tl.load(p_q_tile, mask=m_k[:, None], other=0.0)
-            p_q_tile += BK * adapter.q.row
+            p_q_tile += BK * adapter.q_row
             if BACKWARD:
-                if adapter.out.p is not None:
-                    o_out = (k0 + o_k) * adapter.out.step
-                    b_out = tl.load(adapter.out.p + o_out, mask=m_k, other=0.0)  # [BK]
+                if adapter.out is not None:
+                    o_out = (k0 + o_k) * adapter.out_step
+                    b_out = tl.load(adapter.out + o_out, mask=m_k, other=0.0)  # [BK]
                     b_q = b_q.to(tl.float32) * b_out[:, None].to(tl.float32)
             b_q = cast(b_q, b_x.dtype)
             fence_copies()
@@ -210,7 +210,6 @@ def own_branch_tile(
     BN: tl.constexpr = tile.BN
     BR: tl.constexpr = tile.BR
     PRECISION: tl.constexpr = tile.PRECISION
-    u = adapter.u
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_r = tl.arange(0, BR)
@@ -218,8 +217,8 @@ def own_branch_tile(
     m_n = o_n < N - n0
     m_r = o_r < adapter.R
     b_f = tl.full([BR], 1.0, tl.float32) * adapter.scale  # [BR]
-    if adapter.rank.p is not None:
-        b_f *= tl.load(adapter.rank.p + o_r * adapter.rank.step, mask=m_r, other=0.0).to(tl.float32)
+    if adapter.rank is not None:
+        b_f *= tl.load(adapter.rank + o_r * adapter.rank_step, mask=m_r, other=0.0).to(tl.float32)
     if mask.DROPOUT and not BACKWARD:
         b_s *= mask.keep_scale
     if BACKWARD:
@@ -230,11 +229,11 @@ def own_branch_tile(
         tl.store(p_t + o_t, rank_value(b_s, DTYPE), mask=m_m[:, None] & m_r[None, :])
     if not BACKWARD:
         b_s *= b_f[None, :]
-    p_u = u.p + n0.to(tl.int64) * u.col
-    o_u = o_r[:, None] * u.row + o_n[None, :] * u.col
+    p_u = adapter.u + n0.to(tl.int64) * adapter.u_col
+    o_u = o_r[:, None] * adapter.u_row + o_n[None, :] * adapter.u_col
     b_u = tl.load(p_u + o_u, mask=m_r[:, None] & m_n[None, :], other=0.0)  # [BR, BN]
-    if adapter.out.p is not None and not BACKWARD:
-        b_col = tl.load(adapter.out.p + (n0 + o_n) * adapter.out.step, mask=m_n, other=0.0)  # [BN]
+    if adapter.out is not None and not BACKWARD:
+        b_col = tl.load(adapter.out + (n0 + o_n) * adapter.out_step, mask=m_n, other=0.0)  # [BN]
         b_u = b_u.to(tl.float32) * b_col[None, :].to(tl.float32)
     if BACKWARD and mask.DROPOUT:
         b_z = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]

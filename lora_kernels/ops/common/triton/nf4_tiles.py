@@ -27,7 +27,7 @@ def block_scales(base, offset, o_block, m_block):
     b_scale = tl.load(base.absmax + o_block, mask=m_block, other=0)
     if base.nested is not None:
         b_value = tl.load(base.map + b_scale.to(tl.int32))
-        b_nested = tl.load(base.nested + o_block // base.format.NESTED, mask=m_block, other=0.0)
+        b_nested = tl.load(base.nested + o_block // base.NESTED, mask=m_block, other=0.0)
         b_scale = tl.where(m_block, b_value * b_nested, 0.0) + offset
     return b_scale
 
@@ -63,8 +63,8 @@ def weight_tile(
     that divides COLS; 1 also takes rows of odd length, a nibble at a time. BLOCK and NESTED are
     known to the compiler: else it would call a division of 64 bits, whose operands go by the stack.
     """
-    CHUNK: tl.constexpr = base.format.CHUNK
-    p_codes = base.w.p
+    CHUNK: tl.constexpr = base.CHUNK
+    p_codes = base.w
     o_row = (row + tl.arange(0, ROWS)).to(tl.int64)
     m_row = o_row < rows
     if CHUNK > 1:
@@ -82,8 +82,8 @@ def weight_tile(
         b_byte = tl.load(p_codes + o_flat // 2, mask=m_flat, other=0)
         b_codes = tl.where(o_flat % 2 == 0, b_byte >> 4, b_byte & 15)
     b_value = code_values(b_codes, b_table, ROWS, COLS)  # [ROWS, COLS]
-    o_first = col + CHUNK * tl.arange(0, COLS // CHUNK)
-    o_block = (o_row[:, None] * cols + o_first[None, :]) // base.format.BLOCK
+    o_first = tl.arange(0, COLS // CHUNK) * CHUNK + col
+    o_block = (o_row[:, None] * cols + o_first[None, :]) // base.BLOCK
     m_block = m_row[:, None] & (o_first < cols)[None, :]
     offset = scale_offset(base)
     b_scale = block_scales(base, offset, o_block, m_block)

@@ -67,25 +67,25 @@ def _pair_tile(
     W_ROWS: tl.constexpr = not BACKWARD
     MASK_X: tl.constexpr = not BACKWARD
     o_k = tl.arange(0, BK)
-    if base.format.CHUNK > 0:
+    if base.CHUNK > 0:
         b_table = tl.load(base.table + tl.arange(0, 16))
     if MASK_X:
         p_words = words_tile(words, m0, 0, M, BM, BK)
     p_x = x.p
-    p_w = base.w.p
+    p_w = base.w
     if not TMA:
         # What lies past the last row or column is that row or column again, never stored.
         o_m = tl.minimum(tl.arange(0, BM), M - 1 - m0)
         o_n = tl.arange(0, BN)
         p_x = x.p + m0.to(tl.int64) * x.row
         p_x += o_m[:, None] * x.row + o_k[None, :] * x.col
-        if base.format.CHUNK == 0:
+        if base.CHUNK == 0:
             if W_ROWS:
                 o_n = tl.minimum(o_n, N - 1 - n0)
-                p_w = base.w.p + n0.to(tl.int64) * base.w.col
+                p_w = base.w + n0.to(tl.int64) * base.w_col
             else:  # neighbours stay neighbours under a remainder, which wide loads need
                 o_n = ((n0 + o_n) % N).to(tl.int64)
-            p_w += o_k[:, None] * base.w.row + o_n[None, :] * base.w.col
+            p_w += o_k[:, None] * base.w_row + o_n[None, :] * base.w_col
     for k0 in range(0, K, BK):
         m_k = o_k < K - k0
         if TMA:
@@ -96,19 +96,19 @@ def _pair_tile(
             else:
                 b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
             p_x += BK * x.col
-        if base.format.CHUNK > 0:
+        if base.CHUNK > 0:
             b_w = right_tile(base, b_table, k0, n0, K, N, W_ROWS, b_x.dtype, BK, BN)  # [BK, BN]
         elif TMA:
             if W_ROWS:
-                b_w = base.w.p.load([n0, k0]).T
+                b_w = base.w.load([n0, k0]).T
             else:
-                b_w = base.w.p.load([k0, n0])
+                b_w = base.w.load([k0, n0])
         else:
             if EVEN_K:
                 b_w = tl.load(p_w)
             else:
                 b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
-            p_w += BK * base.w.row
+            p_w += BK * base.w_row
         fence_copies()
         if MASK_X:
             m_keep = unpack_mask(tl.load(p_words), BM, BK)  # [BM, BK]
@@ -182,8 +182,8 @@ def _dora_gemm_kernel(
     n0 = pid_n * BN
     b_p = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
     b_q = branch_tile(
-        b_p, t, Adapter(None, u, Vector(None, 1), Vector(None, 1), R, None), None, m0, n0, M, N,
-        DTYPE, tile, p_residual, RESIDUAL,
+        b_p, t, Adapter(None, 1, 1, u.p, u.row, u.col, None, 1, None, 1, R, None), None, m0, n0, M,
+        N, DTYPE, tile, p_residual, RESIDUAL,
     )  # fmt: skip
     if not BACKWARD:
         b_q *= scale

@@ -51,10 +51,10 @@ def _norm_kernel(
     m_n = o_n < N
     # A row past the last is the last one again, never stored: whole loads need no mask.
     o_row = tl.minimum(o_n, N - 1)
-    if base.format.CHUNK > 0:
+    if base.CHUNK > 0:
         b_table = tl.load(base.table + tl.arange(0, 16))
     else:
-        p_w_tile = base.w.p + o_row[:, None] * base.w.row + o_k[None, :].to(tl.int64) * base.w.col
+        p_w_tile = base.w + o_row[:, None] * base.w_row + o_k[None, :].to(tl.int64) * base.w_col
     if ONE_RANK:
         o_r = tl.arange(0, BR)
         m_r = o_r < R
@@ -63,7 +63,7 @@ def _norm_kernel(
     b_squares = tl.full([BN, BK], 0.0, tl.float32)  # [BN, BK]
     for k0 in range(0, K, BK):
         m_k = o_k < K - k0
-        if base.format.CHUNK > 0:
+        if base.CHUNK > 0:
             b_w = weight_tile(
                 base, b_table, tl.program_id(0) * BN, k0, N, K, tl.float32, BN, BK
             )  # [BN, BK]
@@ -72,7 +72,7 @@ def _norm_kernel(
                 b_w = tl.load(p_w_tile)  # [BN, BK]
             else:
                 b_w = tl.load(p_w_tile, mask=m_k[None, :], other=0.0)
-            p_w_tile += BK * base.w.col
+            p_w_tile += BK * base.w_col
         b_t = tl.full([BN, BK], 0.0, tl.float32)  # [BN, BK]
         p_a_tile = a.p + (k0 + o_k).to(tl.int64)[None, :] * a.col
         if ONE_RANK:

@@ -22,7 +22,6 @@ from lora_kernels.ops.common.triton.arguments import (
     mask,
     matrix,
     tile,
-    vector,
 )
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.lora_tiles import (
@@ -33,14 +32,17 @@ from lora_kernels.ops.common.triton.lora_tiles import (
 )
 from lora_kernels.ops.common.triton.tiles import grouped_tile, keep_tile
 from lora_kernels.ops.common.triton_host import Dropout, run
-from lora_kernels.ops.packed.triton.groups import pick, pick_given, pick_matrix, three
+from lora_kernels.ops.packed.triton.groups import pick, pick_given, pick_matrix, pick_pointer, three
 
 
 class Projection(NamedTuple):
-    """One projection's arguments: dy [M, K] and its adapter."""
+    """One projection's arguments: dy [M, K] and its adapter's matrices."""
 
     dy: Matrix
-    adapter: Adapter
+    q: Matrix
+    u: Matrix
+    R: Any
+    scale: Any
     K: Any
 
 
@@ -69,8 +71,8 @@ def _packed_grad_x_kernel(
     """
     BM: tl.constexpr = tile.BM
     BN: tl.constexpr = tile.BN
+    DENSE_TMA: tl.constexpr = tile.TMA and bases[0].CHUNK == 0
     p_0, p_1, p_2 = projections
-    a_0, a_1, a_2 = p_0.adapter, p_1.adapter, p_2.adapter
     DTYPE: tl.constexpr = p_dx.dtype.element_ty
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
@@ -81,9 +83,9 @@ def _packed_grad_x_kernel(
         b_y = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
         if not SINGLE_PASS:
             for i in tl.range(0, count, disable_licm=True):
-                R = pick(i, a_0.R, a_1.R, a_2.R)
-                p_t = p_ds + pick(i, 0, a_0.R, a_0.R + a_1.R).to(tl.int64) * M
-                u = pick_matrix(i, a_0.u, a_1.u, a_2.u, False)
+                R = pick(i, p_0.R, p_1.R, p_2.R)
+                p_t = p_ds + pick(i, 0, p_0.R, p_0.R + p_1.R).to(tl.int64) * M
+                u = pick_matrix(i, p_0.u, p_1.u, p_2.u, False)
                 if mask.DROPOUT:
                     o_m = m0 + tl.arange(0, BM)
                     m_keep = keep_tile(mask.seed, o_m, n0, mask.stream + i, mask.threshold, BM, BN)
@@ -93,7 +95,7 @@ def _packed_grad_x_kernel(
                 b_z = branch_tile(
                     b_z,
                     Matrix(p_t, R, 1),
-                    Adapter(None, u, Vector(None, 1), Vector(None, 1), R, None),
+                    Adapter(None, 1, 1, u.p, u.row, u.col, None, 1, None, 1, R, None),
                     None,
                     m0,
                     n0,
@@ -109,29 +111,27 @@ def _packed_grad_x_kernel(
         for i in tl.range(0, count, disable_licm=True):
             dy = pick_matrix(i, p_0.dy, p_1.dy, p_2.dy, tile.TMA)
             K = pick(i, p_0.K, p_1.K, p_2.K)
-            R = pick(i, a_0.R, a_1.R, a_2.R)
-            q = pick_matrix(i, a_0.q, a_1.q, a_2.q, False)
+            R = pick(i, p_0.R, p_1.R, p_2.R)
+            q = pick_matrix(i, p_0.q, p_1.q, p_2.q, False)
             b_s = tl.full([BM, tile.BR], 0.0, tl.float32)  # [BM, BR]
             b_y, b_s = product_tile(
                 b_y,
                 b_s,
                 dy,
                 Base(
-                    pick_matrix(
-                        i,
-                        bases[0].w,
-                        bases[1].w,
-                        bases[2].w,
-                        tile.TMA and bases[0].format.CHUNK == 0,
-                    ),
+                    pick_pointer(i, bases[0].w, bases[1].w, bases[2].w, DENSE_TMA),
+                    pick(i, bases[0].w_row, bases[1].w_row, bases[2].w_row),
+                    pick(i, bases[0].w_col, bases[1].w_col, bases[2].w_col),
                     pick_given(i, bases[0].absmax, bases[1].absmax, bases[2].absmax),
                     pick_given(i, bases[0].nested, bases[1].nested, bases[2].nested),
                     pick_given(i, bases[0].map, bases[1].map, bases[2].map),
                     pick_given(i, bases[0].offset, bases[1].offset, bases[2].offset),
                     bases[0].table,
-                    bases[0].format,
+                    bases[0].CHUNK,
+                    bases[0].BLOCK,
+                    bases[0].NESTED,
                 ),
-                Adapter(q, None, Vector(None, 1), Vector(None, 1), R, None),
+                Adapter(q.p, q.row, q.col, None, 1, 1, None, 1, None, 1, R, None),
                 mask,
                 m0,
                 n0,
@@ -143,15 +143,15 @@ def _packed_grad_x_kernel(
                 tile,
             )
             if SINGLE_PASS:
-                p_t = p_ds + pick(i, 0, a_0.R, a_0.R + a_1.R).to(tl.int64) * M
-                u = pick_matrix(i, a_0.u, a_1.u, a_2.u, False)
-                scale = pick(i, a_0.scale, a_1.scale, a_2.scale)
+                p_t = p_ds + pick(i, 0, p_0.R, p_0.R + p_1.R).to(tl.int64) * M
+                u = pick_matrix(i, p_0.u, p_1.u, p_2.u, False)
+                scale = pick(i, p_0.scale, p_1.scale, p_2.scale)
                 stream = mask.stream + i
                 b_y = own_branch_tile(
                     b_y,
                     b_s,
                     Matrix(p_t, R, 1),
-                    Adapter(None, u, Vector(None, 1), Vector(None, 1), R, scale),
+                    Adapter(None, 1, 1, u.p, u.row, u.col, None, 1, None, 1, R, scale),
                     Mask(mask.seed, mask.threshold, stream, mask.keep_scale, mask.DROPOUT),
                     m0,
                     n0,
@@ -197,14 +197,10 @@ def grad_x(
             [
                 Projection(
                     left(t, config),
-                    Adapter(
-                        matrix(b[i]),
-                        matrix(a[i]),
-                        vector(None),
-                        vector(None),
-                        a[i].shape[0],
-                        float(scales[i]),
-                    ),
+                    matrix(b[i]),
+                    matrix(a[i]),
+                    a[i].shape[0],
+                    float(scales[i]),
                     t.shape[1],
                 )
                 for i, t in enumerate(dy)

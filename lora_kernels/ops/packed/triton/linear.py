@@ -23,7 +23,6 @@ from lora_kernels.ops.common.triton.arguments import (
     mask,
     matrix,
     tile,
-    vector,
 )
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.lora_tiles import (
@@ -34,14 +33,24 @@ from lora_kernels.ops.common.triton.lora_tiles import (
 )
 from lora_kernels.ops.common.triton.tiles import grouped_tile
 from lora_kernels.ops.common.triton_host import Dropout, run, stride
-from lora_kernels.ops.packed.triton.groups import ends, pick, pick_given, pick_matrix, three
+from lora_kernels.ops.packed.triton.groups import (
+    ends,
+    pick,
+    pick_given,
+    pick_matrix,
+    pick_pointer,
+    three,
+)
 
 
 class Projection(NamedTuple):
     """One projection's arguments: y, its adapter and bias, N, and N again where it has a bias."""
 
     y: Any
-    adapter: Adapter
+    q: Matrix
+    u: Matrix
+    R: Any
+    scale: Any
     bias: Vector
     N: Any
     biased: Any
@@ -73,8 +82,8 @@ def _packed_forward_kernel(
     """
     BM: tl.constexpr = tile.BM
     BN: tl.constexpr = tile.BN
+    DENSE_TMA: tl.constexpr = tile.TMA and bases[0].CHUNK == 0
     p_0, p_1, p_2 = projections
-    a_0, a_1, a_2 = p_0.adapter, p_1.adapter, p_2.adapter
     DTYPE: tl.constexpr = p_0.y.dtype.element_ty
     tiles_m = tl.cdiv(M, BM)
     for at in tl.range(
@@ -89,11 +98,11 @@ def _packed_forward_kernel(
         m0 = pid_m * BM
         n0 = (pid_n - pick(which, 0, ends[0], ends[1])) * BN
         N = pick(which, p_0.N, p_1.N, p_2.N)
-        R = pick(which, a_0.R, a_1.R, a_2.R)
-        p_t = s.p + pick(which, 0, a_0.R, a_0.R + a_1.R)
-        q = pick_matrix(which, a_0.q, a_1.q, a_2.q, False)
-        u = pick_matrix(which, a_0.u, a_1.u, a_2.u, False)
-        scale = pick(which, a_0.scale, a_1.scale, a_2.scale)
+        R = pick(which, p_0.R, p_1.R, p_2.R)
+        p_t = s.p + pick(which, 0, p_0.R, p_0.R + p_1.R)
+        q = pick_matrix(which, p_0.q, p_1.q, p_2.q, False)
+        u = pick_matrix(which, p_0.u, p_1.u, p_2.u, False)
+        scale = pick(which, p_0.scale, p_1.scale, p_2.scale)
         stream = mask.stream + which
         b_y = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
         b_s = tl.full([BM, tile.BR], 0.0, tl.float32)  # [BM, BR]
@@ -109,21 +118,19 @@ def _packed_forward_kernel(
             b_s,
             x,
             Base(
-                pick_matrix(
-                    which,
-                    bases[0].w,
-                    bases[1].w,
-                    bases[2].w,
-                    tile.TMA and bases[0].format.CHUNK == 0,
-                ),
+                pick_pointer(which, bases[0].w, bases[1].w, bases[2].w, DENSE_TMA),
+                pick(which, bases[0].w_row, bases[1].w_row, bases[2].w_row),
+                pick(which, bases[0].w_col, bases[1].w_col, bases[2].w_col),
                 pick_given(which, bases[0].absmax, bases[1].absmax, bases[2].absmax),
                 pick_given(which, bases[0].nested, bases[1].nested, bases[2].nested),
                 pick_given(which, bases[0].map, bases[1].map, bases[2].map),
                 pick_given(which, bases[0].offset, bases[1].offset, bases[2].offset),
                 bases[0].table,
-                bases[0].format,
+                bases[0].CHUNK,
+                bases[0].BLOCK,
+                bases[0].NESTED,
             ),
-            Adapter(q, None, Vector(None, 1), Vector(None, 1), R, None),
+            Adapter(q.p, q.row, q.col, None, 1, 1, None, 1, None, 1, R, None),
             Mask(mask.seed, mask.threshold, stream, mask.keep_scale, mask.DROPOUT),
             m0,
             n0,
@@ -139,7 +146,7 @@ def _packed_forward_kernel(
                 b_y,
                 b_s,
                 Matrix(p_t, s.row, 1),
-                Adapter(None, u, Vector(None, 1), Vector(None, 1), R, scale),
+                Adapter(None, 1, 1, u.p, u.row, u.col, None, 1, None, 1, R, scale),
                 Mask(mask.seed, mask.threshold, stream, mask.keep_scale, mask.DROPOUT),
                 m0,
                 n0,
@@ -153,7 +160,7 @@ def _packed_forward_kernel(
             b_y = branch_tile(
                 b_y,
                 Matrix(p_t, s.row, 1),
-                Adapter(None, u, Vector(None, 1), Vector(None, 1), R, None),
+                Adapter(None, 1, 1, u.p, u.row, u.col, None, 1, None, 1, R, None),
                 scale,
                 m0,
                 n0,
@@ -201,14 +208,10 @@ def project(
             [
                 Projection(
                     y[i],
-                    Adapter(
-                        matrix(a[i], transposed=True),
-                        matrix(b[i], transposed=True),
-                        vector(None),
-                        vector(None),
-                        a[i].shape[0],
-                        float(scales[i]),
-                    ),
+                    matrix(a[i], transposed=True),
+                    matrix(b[i], transposed=True),
+                    a[i].shape[0],
+                    float(scales[i]),
                     Vector(some_bias if bias[i] is None else bias[i], stride(bias[i])),
                     w.meta.n,
                     0 if bias[i] is None else w.meta.n,
