@@ -76,7 +76,8 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, Scal
 // torch's intra-op threads.
 Parallel torch_parallel();
 
-// How the ops describe a base weight: `Tensor[] base, int[] meta` (lora_kernels/ops/common/base.py).
+// How the ops describe a base weight: `Tensor[] base, int[] meta`
+// (lora_kernels/ops/common/base.py).
 struct Meta {
   int64_t n, k, block_size, nested_block;
   int quant_type;
