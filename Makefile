@@ -93,15 +93,18 @@ test: test-python test-tritons test-cpp cuda-build ## every test; of the big gri
 test-full: ## every test and every case of every grid, hours
 	@$(MAKE) --no-print-directory test SAMPLE=1
 
-# A process either interprets Triton's kernels, on the CPU, or compiles them. The tests of kernels
-# and the others have workers of their own: what all of them load is too much for one process.
-# With ARGS a part may have no test, which pytest ends with 5.
-OF_KERNELS := tests/ops tests/native
-OTHERS := $(filter-out tests/compiled $(OF_KERNELS),$(patsubst %/,%,$(wildcard tests/*/)))
+# A process either interprets Triton's kernels, on the CPU, or compiles them. Tests of the ops, of
+# the native kernels and the others have workers of their own: what all of them load is too much for
+# one process. With ARGS a part may have no test, which pytest ends with 5.
+OTHERS := $(filter-out tests/compiled tests/ops tests/native,$(patsubst %/,%,$(wildcard tests/*/)))
+ONCE := --ignore bench/test_bench.py --ignore-glob 'tests/test_*.py'
+# $(call interpreted,folders to leave out,more options)
+interpreted = TRITON_INTERPRET=1 $(PYTEST) --ignore tests/compiled $(addprefix --ignore ,$(1)) $(2) \
+    $(ARGS) $(NONE_IS_FINE)
 test-python: setup
-	TRITON_INTERPRET=1 $(PYTEST) --ignore tests/compiled $(addprefix --ignore ,$(OTHERS)) $(ARGS) $(NONE_IS_FINE)
-	TRITON_INTERPRET=1 $(PYTEST) --ignore tests/compiled $(addprefix --ignore ,$(OF_KERNELS)) \
-	    --ignore bench/test_bench.py --ignore-glob 'tests/test_*.py' $(ARGS) $(NONE_IS_FINE)
+	$(call interpreted,$(OTHERS) tests/native)
+	$(call interpreted,$(OTHERS) tests/ops,$(ONCE))
+	$(call interpreted,tests/ops tests/native,$(ONCE))
 	env -u TRITON_INTERPRET $(PYTEST) tests/compiled $(ARGS) $(NONE_IS_FINE)
 
 # A venv that has Triton of its own and finds all else in $(VENV); 3.6 interprets with numpy < 2.4.
