@@ -45,9 +45,12 @@ CASES = (
 )
 
 
+TILES = ("amx", "avx512_bf16")  # instruction sets with products of bf16 tiles
+
+
 @dataclass(frozen=True)
 class Knob:
-    """One block size, the values to try, and who reads it: products on AMX tiles or on vectors, of
+    """One block size, the values to try, and who reads it: products on bf16 tiles or on vectors, of
     a quantised base, a dense one, or any (None)."""
 
     name: str
@@ -56,7 +59,7 @@ class Knob:
     quantised: bool | None = None
 
     def read_by(self, case: Case, isa: str) -> bool:
-        if self.on_tiles != (isa == "amx" and case.dtype == "bf16"):
+        if self.on_tiles != (isa in TILES and case.dtype == "bf16"):
             return False
         return self.quantised in (None, case.is_quantised)
 

@@ -80,9 +80,9 @@ def test_the_part_of_what_a_test_walks_by_itself():
     [
         ("lora_kernels/ops/dora/triton/linear.py", {"dora"}),
         ("lora_kernels/ops/common/triton/tiles.py", set()),
-        ("csrc/cpu/amx/gather_shrink.h", {"gather"}),
+        ("csrc/cpu/tiles/gather_shrink.h", {"gather"}),
         ("csrc/cpu/lora_gemv_f16.cpp", {"nf4", "lora", "dora", "packed"}),
-        ("csrc/cpu/amx/blocked_gemm.h", {"nf4", "lora", "dora", "packed"}),
+        ("csrc/cpu/tiles/blocked_gemm.h", {"nf4", "lora", "dora", "packed"}),
         ("csrc/bindings/lora.cpp", {"nf4", "lora", "dora", "packed"}),
         ("csrc/bindings/nf4.cpp", {"nf4"}),
         ("csrc/cuda/nf4_linear.cu", {"nf4", "lora", "dora", "packed"}),

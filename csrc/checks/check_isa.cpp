@@ -34,7 +34,10 @@ int main() {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              isa_supported(Isa::avx2)),
         "avx512");
-  CHECK(!isa_supported(Isa::amx) || isa_supported(Isa::avx512), "amx without avx512");
+  CHECK(isa_supported(Isa::avx512_bf16) ==
+            (isa_supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16")),
+        "avx512_bf16");
+  CHECK(!isa_supported(Isa::amx) || isa_supported(Isa::avx512_bf16), "amx without avx512_bf16");
 #endif
   for (const Isa isa : usable_isas()) std::printf("%s ", isa_name(isa));
   std::printf("usable\n");

@@ -8,13 +8,14 @@ set(LK_FLAGS_neon "")
 set(LK_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi -mbmi2)
 set(LK_FLAGS_avx512 ${LK_FLAGS_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq
     -mprefer-vector-width=512)
+set(LK_FLAGS_avx512_bf16 ${LK_FLAGS_avx512} -mavx512bf16)
 # Every processor with AMX has these; asking for all keeps the tier one thing.
-set(LK_FLAGS_amx ${LK_FLAGS_avx512} -mavx512vbmi -mavx512vbmi2 -mavx512bf16 -mavx512fp16 -mamx-tile
-    -mamx-bf16 -mamx-int8)
+set(LK_FLAGS_amx ${LK_FLAGS_avx512_bf16} -mavx512vbmi -mavx512vbmi2 -mavx512fp16 -mamx-tile -mamx-bf16
+    -mamx-int8)
 
 set(LK_TIERS scalar)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
-  foreach(tier avx2 avx512 amx)
+  foreach(tier avx2 avx512 avx512_bf16 amx)
     string(REPLACE ";" " " flags "${LK_FLAGS_${tier}}")
     check_cxx_compiler_flag("${flags}" LK_COMPILER_HAS_${tier})
     if(LK_COMPILER_HAS_${tier})

@@ -5,8 +5,8 @@
 // once each. With one or two entries for each adapter the time is that of reading the pages.
 #include "lora_kernels/gather.h"
 
-#include "amx/gather_expand.h"
-#include "amx/gather_wgrad.h"
+#include "tiles/gather_expand.h"
+#include "tiles/gather_wgrad.h"
 #include "vector/gather.h"
 
 namespace lora_kernels {

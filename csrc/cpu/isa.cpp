@@ -16,11 +16,12 @@ namespace lora_kernels {
 
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"scalar", "neon", "avx2", "avx512", "amx"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "neon",        "avx2",
+                                           "avx512", "avx512_bf16", "amx"};
 
 #if defined(__x86_64__)
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
 };
 
 uint64_t enabled_register_state() {  // XCR0
@@ -60,9 +61,9 @@ CpuFeatures read_features() {
   constexpr uint32_t kAmxBf16 = 1u << 22, kFp16 = 1u << 23, kTile = 1u << 24,
                      kInt8 = 1u << 25;       // edx
   constexpr uint32_t kAvx512Bf16 = 1u << 5;  // 7.1 eax
-  f.amx = f.avx512 && (state & kTiles) == kTiles && has(c, kVbmi | kVbmi2) &&
-          has(d, kAmxBf16 | kFp16 | kTile | kInt8) && has(a1, kAvx512Bf16) &&
-          request_tile_registers();
+  f.avx512_bf16 = f.avx512 && has(a1, kAvx512Bf16);
+  f.amx = f.avx512_bf16 && (state & kTiles) == kTiles && has(c, kVbmi | kVbmi2) &&
+          has(d, kAmxBf16 | kFp16 | kTile | kInt8) && request_tile_registers();
   return f;
 }
 
@@ -88,9 +89,10 @@ const char* tier_features(Isa isa) {
       return "avx2 fma f16c bmi1 bmi2";
     case Isa::avx512:
       return "avx2's, avx512f avx512bw avx512vl avx512dq";
+    case Isa::avx512_bf16:
+      return "avx512's, avx512_bf16";
     case Isa::amx:
-      return "avx512's, avx512_vbmi avx512_vbmi2 avx512_bf16 avx512_fp16 amx_tile amx_bf16 "
-             "amx_int8";
+      return "avx512_bf16's, avx512_vbmi avx512_vbmi2 avx512_fp16 amx_tile amx_bf16 amx_int8";
   }
   return "";
 }
@@ -126,6 +128,8 @@ bool isa_supported(Isa isa) {
       return features().avx2;
     case Isa::avx512:
       return features().avx512;
+    case Isa::avx512_bf16:
+      return features().avx512_bf16;
     case Isa::amx:
       return features().amx;
 #endif

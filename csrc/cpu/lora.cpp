@@ -1,16 +1,18 @@
-// The LoRA layer, and without an adapter the 4-bit linear layer: bf16 activations on AMX tiles
-// (csrc/cpu/amx) in the tier that has them, everything else on fp32 vectors (csrc/cpu/vector).
+// The LoRA layer, and without an adapter the 4-bit linear layer: bf16 activations on tiles
+// (csrc/cpu/tiles) in the tiers that have them, everything else on fp32 vectors (csrc/cpu/vector).
 #include "lora_kernels/lora.h"
 
 #include "target.h"
 #include "vector/lora.h"
 
-#if LK_AMX
+#if LK_BF16
 #include <new>
 
-#include "amx/lora_backward.h"
-#include "amx/lora_skinny.h"
-#include "amx/lora_wgrad.h"
+#include "tiles/lora_backward.h"
+#include "tiles/lora_direct.h"
+#include "tiles/lora_dot.h"
+#include "tiles/lora_skinny.h"
+#include "tiles/lora_wgrad.h"
 #endif
 
 namespace lora_kernels {
@@ -96,7 +98,7 @@ void scale_into(const float* in, int64_t count, float factor, Dtype dtype, void*
 
 }  // namespace
 
-#if LK_AMX
+#if LK_BF16
 
 namespace {
 
@@ -104,14 +106,11 @@ DenseReader<Order::natural> dense_reader(const BaseView& base) {
   return {base.dense.data, base.dense.dtype, base.dense.stride, base.k};
 }
 
-// Rows of x up to which the GEMV, which decodes into registers, is faster than decoding into tiles.
-constexpr int64_t kTileGemvRows = 2;
-
 bool forward(const LoraForward& f, const Parallel& parallel) {
   if (f.x.dtype != Dtype::bf16) return vector::forward(f, parallel);
   const BaseView& base = f.base;
-  if (f.x.rows <= kTileGemvRows && base.quant != nullptr && vector::grouped(base))
-    return vector::forward(f, parallel);
+  if (takes_dots(f)) return forward_dots(f, parallel);
+  if (takes_direct(f)) return forward_direct(f, parallel);
   if (base.quant == nullptr) return forward_blocked(dense_reader(base), f, parallel);
   if (!Nf4Reader::takes(*base.quant, base.k))
     return forward_blocked(AnyNf4Reader(*base.quant, base.k), f, parallel);

@@ -36,7 +36,7 @@ LK_INLINE bool ordinary(const float*, int64_t, Half) { return true; }
 
 // 16 words of `first`, then 16 of `second`.
 LK_INLINE __m512i round_pair(__m512 first, __m512 second, BFloat16) {
-#if LK_AMX
+#if LK_BF16
   return (__m512i)_mm512_cvtne2ps_pbh(second, first);
 #else
   const auto rounded = [](__m512 v) {  // in the high words

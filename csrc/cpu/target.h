@@ -4,23 +4,29 @@
 // no containers or algorithms of the standard library.
 #pragma once
 
-#if defined(LK_TIER_avx2) || defined(LK_TIER_avx512) || defined(LK_TIER_amx)
-#define LK_AVX2 1
-#include <immintrin.h>
+#if defined(LK_TIER_amx)
+#define LK_AMX 1
 #else
-#define LK_AVX2 0
+#define LK_AMX 0
 #endif
 
-#if defined(LK_TIER_avx512) || defined(LK_TIER_amx)
+#if LK_AMX || defined(LK_TIER_avx512_bf16)  // bf16 products, and bf16 tiles made of them
+#define LK_BF16 1
+#else
+#define LK_BF16 0
+#endif
+
+#if LK_BF16 || defined(LK_TIER_avx512)
 #define LK_AVX512 1
 #else
 #define LK_AVX512 0
 #endif
 
-#if defined(LK_TIER_amx)
-#define LK_AMX 1
+#if LK_AVX512 || defined(LK_TIER_avx2)
+#define LK_AVX2 1
+#include <immintrin.h>
 #else
-#define LK_AMX 0
+#define LK_AVX2 0
 #endif
 
 #if defined(LK_TIER_neon)

@@ -52,10 +52,10 @@ def test_end_to_end(
 
 def test_the_cases_read_every_size() -> None:
     """On one kind of machine or the other."""
-    for isa in ("amx", "avx2"):
+    for isa in (*tune.TILES, "avx2"):
         for knob in tune.KNOBS:
             reading = [c for c in tune.CASES if knob.read_by(c, isa)]
-            assert bool(reading) == (knob.on_tiles == (isa == "amx")), knob.name
+            assert bool(reading) == (knob.on_tiles == (isa in tune.TILES)), knob.name
     assert {k.name for k in tune.KNOBS} == set(native.tuning())
 
 
@@ -89,7 +89,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, samples: dict[int, tuple[float, ...]
         return rows
 
     monkeypatch.setattr(tune, "run_case", run_case)
-    on_tiles = native.current_isa() == "amx"
+    on_tiles = native.current_isa() in tune.TILES
     return tune.tune(Settings(), TINY, (tune.Knob("block_panels", sizes()[1:], on_tiles),))
 
 

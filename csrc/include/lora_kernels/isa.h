@@ -10,8 +10,8 @@
 namespace lora_kernels {
 
 // In rising order of preference on one architecture.
-enum class Isa : int { scalar = 0, neon, avx2, avx512, amx };
-constexpr int kIsaCount = 5;
+enum class Isa : int { scalar = 0, neon, avx2, avx512, avx512_bf16, amx };
+constexpr int kIsaCount = 6;
 
 const char* isa_name(Isa isa);
 // The extensions a tier needs, for messages: "avx2 fma f16c bmi2".

@@ -10,7 +10,7 @@ namespace lora_kernels {
 // The defaults were measured with 2 MiB of L2 cache, 4096 x 4096 weights, 512 and 2048 rows, one
 // thread.
 struct Tuning {
-  // Blocked products on AMX tiles (csrc/cpu/amx/blocked_gemm.h). A 4-bit weight and a dense one
+  // Blocked products on tiles (csrc/cpu/tiles/blocked_gemm.h). A 4-bit weight and a dense one
   // have sizes of their own: to pack a dense weight takes four times the bytes. (A 4-bit weight
   // whose rows are not whole groups of one scale is slow to pack, and takes those of a dense one.)
   //
@@ -40,7 +40,7 @@ struct Tuning {
   int64_t packed_most_rows = 768;
 };
 
-// The most that the packers (amx/pack.h) have room for.
+// The most that the packers (tiles/pack.h) have room for.
 constexpr int64_t kMostKTiles = 512, kMostBlockPanels = 128;
 
 // A member of Tuning and the values it takes: multiples of `unit`.

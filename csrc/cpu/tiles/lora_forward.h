@@ -4,10 +4,10 @@
 // FLOPs 2MNK + 2MR(N + K); bytes at least: W once, x once, y once.
 #pragma once
 
-#include "amx/blocked_gemm.h"
-#include "amx/lora_adapters.h"
+#include "tiles/blocked_gemm.h"
+#include "tiles/lora_adapters.h"
 
-#if LK_AMX
+#if LK_BF16
 
 namespace lora_kernels {
 namespace {
@@ -48,8 +48,8 @@ LK_INLINE bool pack_adapters(const LoraForward& f, ForwardPacked* p) {
 // Packs the rows [m, m + 16) of x as a panel and computes their s. `dropped` is room for a panel of
 // masked rows.
 template <Order order>
-LK_INLINE void pack_x(const LoraForward& f, const ForwardPacked& p, int64_t panel, int64_t m,
-                      int64_t m_end, char* dropped) {
+LK_INLINE void pack_x(Tiles& tiles, const LoraForward& f, const ForwardPacked& p, int64_t panel,
+                      int64_t m, int64_t m_end, char* dropped) {
   const int64_t count = clamp64(m_end - m, 0, kTile);
   char* x = p.x + panel * p.x_panel_bytes();
   DenseReader<order> rows{f.x.data, f.x.dtype, f.x.stride, f.base.k};
@@ -73,13 +73,13 @@ LK_INLINE void pack_x(const LoraForward& f, const ForwardPacked& p, int64_t pane
       continue;
     }
     const char* a = p.a + i * p.a_panel_bytes();
-    _tile_zero(0);
+    tiles.zero<0>();
     for (int64_t t = 0; t < p.chunks * kChunkTiles; ++t) {
-      _tile_loadd(4, a + t * kTileBytes, 64);
-      _tile_loadd(6, x + t * 64 * p.columns, 4 * p.columns);
-      _tile_dpbf16ps(0, 4, 6);
+      tiles.load<4>(a + t * kTileBytes, 64);
+      tiles.load<6>(x + t * 64 * p.columns, 4 * p.columns);
+      tiles.multiply<0, 4, 6>();
     }
-    _tile_stored(0, c, 64);
+    tiles.store<0>(c);
     finish_s(c, factor, i * kTile, r, m, m_end, p.columns, static_cast<uint16_t*>(f.s), half);
   }
 }
@@ -127,16 +127,17 @@ bool forward_blocked(const Reader& prototype, const LoraForward& f, const Parall
     const int64_t m_end = min64(m0 + piece, m_all);
     const int64_t m_pairs = ceil_div(m_end - m0, 2 * kTile);
     parallel(0, 2 * m_pairs, 1, [&](int64_t begin, int64_t end) {
-      TileScope tiles;
+      Tiles tiles(kTile);
       char* dropped = static_cast<char*>(thread_scratch(kBlock, size_t(p.x_panel_bytes())));
       if (dropped == nullptr) return void(ok = false);
-      for (int64_t i = begin; i < end; ++i) pack_x<order>(f, p, i, m0 + i * kTile, m_end, dropped);
+      for (int64_t i = begin; i < end; ++i)
+        pack_x<order>(tiles, f, p, i, m0 + i * kTile, m_end, dropped);
     });
     const BlockSchedule schedule(Reader::blocking(sizes), round_up(ceil_div(n, kTile), 2), 2,
                                  chunks * kChunkTiles, kChunkTiles, m_pairs, parallel.threads);
     const int64_t expand_bytes = schedule.panels * depth * kTileBytes;
     parallel(0, schedule.tasks(), 1, [&](int64_t begin, int64_t end) {
-      TileScope tiles;
+      Tiles tiles(kTile);
       PanelPacker<Reader> packer(prototype, n);
       char* memory = static_cast<char*>(
           thread_scratch(kBlock, size_t(schedule.buffer_bytes() + 2 * expand_bytes)));
@@ -156,16 +157,16 @@ bool forward_blocked(const Reader& prototype, const LoraForward& f, const Parall
         if (depth > 0) {
           const char* b = expand + stage.task % 2 * expand_bytes + panel * depth * kTileBytes;
           const char* s = p.s + 2 * pair * depth * kTileBytes;
-          multiply(b, b + depth * kTileBytes, s, s + depth * kTileBytes, depth);
+          multiply(tiles, b, b + depth * kTileBytes, s, s + depth * kTileBytes, depth);
         }
-        store_accumulators(c);
+        store_accumulators(tiles, c);
         const int64_t row = (stage.block * schedule.panels + panel) * kTile;
         const int64_t m = m0 + 2 * pair * kTile;
         store_y(f, c, c + 512, row, m, m_end);
         store_y(f, c + 256, c + 768, row, m + kTile, m_end);
       };
-      blocked_gemm<Stream::a>(schedule, Panels{p.x, p.x_panel_bytes()}, begin, end, memory, sums,
-                              packer, load, finish);
+      blocked_gemm<Stream::a>(tiles, schedule, Panels{p.x, p.x_panel_bytes()}, begin, end, memory,
+                              sums, packer, load, finish);
     });
   }
   return ok;

@@ -4,7 +4,7 @@
 // rounded to bf16 as A tiles; the rows of a page, two interleaved, are packed as B tiles.
 #pragma once
 
-#include "amx/gather_shrink.h"
+#include "tiles/gather_shrink.h"
 
 #if LK_AMX
 
@@ -110,23 +110,23 @@ struct Expand {
   }
 
   // 64 columns, four panels of B tiles, for the tokens [first, first + tokens).
-  LK_INLINE void word(int64_t first, int64_t tokens, const char* sums, const char* tiles, int64_t c,
-                      int64_t end) const {
+  LK_INLINE void word(Tiles& tiles, int64_t first, int64_t tokens, const char* sums,
+                      const char* ranks, int64_t c, int64_t end) const {
     alignas(64) float sum[4][256];
     const int64_t tile = pairs() * 64, panel = depth() * tile;
-    zero_accumulators();
-    for (int64_t d = 0; d < depth(); ++d, tiles += tile) {
-      _tile_loadd(4, sums + d * kTileBytes, 64);
-      _tile_loadd(6, tiles, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, tiles + panel, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(6, tiles + 2 * panel, 64);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(7, tiles + 3 * panel, 64);
-      _tile_dpbf16ps(3, 4, 7);
+    zero_accumulators(tiles);
+    for (int64_t d = 0; d < depth(); ++d, ranks += tile) {
+      tiles.load<4>(sums + d * kTileBytes, 64);
+      tiles.load<6>(ranks, 64);
+      tiles.multiply<0, 4, 6>();
+      tiles.load<7>(ranks + panel, 64);
+      tiles.multiply<1, 4, 7>();
+      tiles.load<6>(ranks + 2 * panel, 64);
+      tiles.multiply<2, 4, 6>();
+      tiles.load<7>(ranks + 3 * panel, 64);
+      tiles.multiply<3, 4, 7>();
     }
-    store_accumulators(sum[0]);
+    store_accumulators(tiles, sum[0]);
     for (int64_t t = 0; t < tokens; ++t) {
       __m512 v[4];
       row_in_order(sum, t, v);
@@ -134,20 +134,21 @@ struct Expand {
     }
   }
 
-  void on_tiles(int64_t first, int64_t end, TileShape* shape, char* tiles) const {
-    char* sums = tiles + block() * column_bytes();
+  void on_tiles(int64_t first, int64_t end, char* ranks) const {
+    Tiles tiles;
+    char* sums = ranks + block() * column_bytes();
     for (int64_t c = first; c < end; c += block()) {
       const int64_t words = ceil_div(min64(block(), end - c), kWord);
-      pack_ranks(f, g, c, 2 * words, depth(), pairs(), tiles);
+      pack_ranks(f, g, c, 2 * words, depth(), pairs(), ranks);
       for (int64_t panel = 0; panel < g.count; panel += kTile) {
         const int64_t tokens = min64(kTile, g.count - panel);
         for (int64_t t = 0; t < tokens; ++t)
           for (int64_t d = 0; d < depth(); ++d)
             _mm512_store_si512(sums + d * kTileBytes + t * 64,
                                sums32(g.entries[panel + t], d * kTileDepth));
-        shape->use(tokens, pairs(), kTile);
+        tiles.use(tokens, pairs(), kTile);
         for (int64_t w = 0; w < words; ++w)
-          word(panel, tokens, sums, tiles + w * kWord * column_bytes(), c + w * kWord, end);
+          word(tiles, panel, tokens, sums, ranks + w * kWord * column_bytes(), c + w * kWord, end);
       }
     }
   }
@@ -251,10 +252,9 @@ inline bool expand_tiles(const GatherPass& f, const float* factor, bool overwrit
       return;
     }
     if (g.count <= Expand::kVectorEntries) return call.on_vectors(first, end);
-    char* tiles = static_cast<char*>(thread_scratch(kGatherTiles, size_t(call.scratch())));
-    if (tiles == nullptr) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
-    TileShape shape;
-    call.on_tiles(first, end, &shape, tiles);
+    char* ranks = static_cast<char*>(thread_scratch(kGatherTiles, size_t(call.scratch())));
+    if (ranks == nullptr) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+    call.on_tiles(first, end, ranks);
   });
   return ok;
 }

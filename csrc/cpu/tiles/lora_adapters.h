@@ -1,9 +1,9 @@
 // A, B and s of the LoRA branch as tiles.
 #pragma once
 
-#include "amx/pack.h"
+#include "tiles/pack.h"
 
-#if LK_AMX
+#if LK_BF16
 
 namespace lora_kernels {
 namespace {

@@ -6,8 +6,8 @@
 // stands. An element of C is summed in the same order whatever other tokens are in the batch.
 #pragma once
 
-#include "amx/pack.h"
 #include "gather_schedule.h"
+#include "tiles/pack.h"
 
 #if LK_AMX
 
@@ -16,32 +16,6 @@ namespace {
 
 // Slot of thread_scratch.
 constexpr int kGatherTiles = 0;
-
-// The tile configuration, which changes with the number of tokens and ranks:
-// C[m, n] += A[m, 2 pairs] · B[2 pairs, n], with C in tiles 0-3, A in 4 and 5, B in 6 and 7.
-class TileShape {
- public:
-  TileShape() = default;
-  ~TileShape() {
-    if (m_ > 0) _tile_release();
-  }
-  TileShape(const TileShape&) = delete;
-  TileShape& operator=(const TileShape&) = delete;
-
-  LK_INLINE void use(int64_t m, int64_t pairs, int64_t n) {
-    if (m == m_ && pairs == pairs_ && n == n_) return;
-    m_ = m, pairs_ = pairs, n_ = n;
-    alignas(64) uint8_t config[64] = {1};
-    for (int t = 0; t < 8; ++t) {
-      config[16 + 2 * t] = uint8_t(4 * (t == 4 || t == 5 ? pairs : n));
-      config[48 + t] = uint8_t(t < 6 ? m : pairs);
-    }
-    _tile_loadconfig(config);
-  }
-
- private:
-  int64_t m_ = 0, pairs_ = 0, n_ = 0;
-};
 
 LK_INLINE bool drops_tiles(const GatherPass& f, const SlotGroup& g) {
   return f.dropout.seeds != nullptr && f.dropout.thresholds[g.slot] != 0;
@@ -106,16 +80,16 @@ LK_INLINE void row_in_order(const float (*tiles)[256], int64_t row, __m512 v[4])
 constexpr int64_t kAheadBytes = 512;  // how far ahead the rows of a page are prefetched into L2
 
 // c [16, 16] = the first `ranks` rows of `page` · the packed tokens x.
-inline void multiply_page(const char* page, int64_t columns, int64_t ranks, const char* x,
-                          int64_t tokens, float* c) {
+inline void multiply_page(Tiles& tiles, const char* page, int64_t columns, int64_t ranks,
+                          const char* x, int64_t tokens, float* c) {
   const int64_t stride = 2 * columns, whole = columns / kTileDepth, x_tile = 64 * tokens;
   // Four accumulators in turn, so that no product waits for the one before.
-  zero_accumulators();
+  zero_accumulators(tiles);
   int64_t k = 0;
 #define LK_STEP_(sum, a, b)                                              \
-  _tile_loadd(a, page + k * 64, stride);                                 \
-  _tile_loadd(b, x + k * x_tile, 4 * tokens);                            \
-  _tile_dpbf16ps(sum, a, b);                                             \
+  tiles.load<a>(page + k * 64, stride);                                  \
+  tiles.load<b>(x + k * x_tile, 4 * tokens);                             \
+  tiles.multiply<sum, a, b>();                                           \
   for (int64_t r = 0; r < ranks; ++r)                                    \
     _mm_prefetch(page + r * stride + k * 64 + kAheadBytes, _MM_HINT_T1); \
   ++k
@@ -134,12 +108,12 @@ inline void multiply_page(const char* page, int64_t columns, int64_t ranks, cons
     for (int64_t r = 0; r < ranks; ++r)
       _mm512_store_si512(tail + r * 64,
                          _mm512_maskz_loadu_epi16(lanes32(left), page + r * stride + k * 64));
-    _tile_loadd(4, tail, 64);
-    _tile_loadd(6, x + k * x_tile, 4 * tokens);
-    _tile_dpbf16ps(0, 4, 6);
+    tiles.load<4>(tail, 64);
+    tiles.load<6>(x + k * x_tile, 4 * tokens);
+    tiles.multiply<0, 4, 6>();
   }
   alignas(64) float sums[4][256];
-  store_accumulators(sums[0]);
+  store_accumulators(tiles, sums[0]);
   for (int64_t r = 0; r < ranks; ++r) {
     const auto of = [&](int i) { return _mm512_load_ps(sums[i] + r * 16); };
     _mm512_store_ps(c + r * 16,
@@ -158,10 +132,10 @@ inline bool shrink_tiles(const GatherPass& f, const MatrixView& m, void* s, int6
     return Work{panels * pieces(g), min64(pages_of(g), kPagesTogether)};
   };
   for_each_unit(f, parallel, units, [&](const SlotGroup& g, int64_t from, int64_t to) {
-    TileShape shape;
-    const int64_t tiles = ceil_div(f.columns, kTileDepth);
+    Tiles tiles;
+    const int64_t depth = ceil_div(f.columns, kTileDepth);
     char* x =
-        static_cast<char*>(thread_scratch(kGatherTiles, size_t(max64(tiles, 1) * kTileBytes)));
+        static_cast<char*>(thread_scratch(kGatherTiles, size_t(max64(depth, 1) * kTileBytes)));
     if (x == nullptr) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     alignas(64) float c[256];
     int64_t packed = -1;
@@ -172,9 +146,9 @@ inline bool shrink_tiles(const GatherPass& f, const MatrixView& m, void* s, int6
       const int64_t first = i % pieces(g) * kPagesTogether * kPage;
       for (int64_t j = first; j < min64(first + kPagesTogether * kPage, g.rank); j += kPage) {
         const int64_t ranks = min64(kPage, g.rank - j);
-        shape.use(ranks, kTile, tokens);
-        multiply_page(reinterpret_cast<const char*>(page_row<BFloat16>(f, g, j)), f.columns, ranks,
-                      x, tokens, c);
+        tiles.use(ranks, kTile, tokens);
+        multiply_page(tiles, reinterpret_cast<const char*>(page_row<BFloat16>(f, g, j)), f.columns,
+                      ranks, x, tokens, c);
         __m512i v[16];
         const __m512 factor = _mm512_set1_ps(kept_factor(f, g));
         for (int64_t r = 0; r < kTile; ++r)

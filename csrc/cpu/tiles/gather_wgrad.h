@@ -5,7 +5,7 @@
 // entries, two interleaved, are packed as B tiles.
 #pragma once
 
-#include "amx/gather_shrink.h"
+#include "tiles/gather_shrink.h"
 
 #if LK_AMX
 
@@ -68,8 +68,8 @@ inline bool wgrad_tiles(const GatherPass& f, const MatrixView& m, const Parallel
         static_cast<char*>(thread_scratch(kGatherTiles, size_t((pages + 4) * depth * kTileBytes)));
     if (left == nullptr) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
     char* right = left + pages * depth * kTileBytes;
-    TileShape shape;
-    shape.use(kTile, kTile, kTile);
+    Tiles tiles;
+    tiles.use(kTile, kTile, kTile);
     for (int64_t p = 0; p < pages; ++p)
       for (int64_t d = 0; d < depth; ++d)
         pack_entries(f, g, d * kTileDepth, p * kPage, left + (p * depth + d) * kTileBytes);
@@ -79,20 +79,20 @@ inline bool wgrad_tiles(const GatherPass& f, const MatrixView& m, const Parallel
       for (int64_t d = 0; d < depth; ++d)
         pack_rows(f, g, m, d * kTileDepth, w, right + d * 4 * kTileBytes);
       for (int64_t p = 0; p < pages; ++p) {
-        zero_accumulators();
+        zero_accumulators(tiles);
         for (int64_t d = 0; d < depth; ++d) {
           const char* b = right + d * 4 * kTileBytes;
-          _tile_loadd(4, left + (p * depth + d) * kTileBytes, 64);
-          _tile_loadd(6, b, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, b + kTileBytes, 64);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(6, b + 2 * kTileBytes, 64);
-          _tile_dpbf16ps(2, 4, 6);
-          _tile_loadd(7, b + 3 * kTileBytes, 64);
-          _tile_dpbf16ps(3, 4, 7);
+          tiles.load<4>(left + (p * depth + d) * kTileBytes, 64);
+          tiles.load<6>(b, 64);
+          tiles.multiply<0, 4, 6>();
+          tiles.load<7>(b + kTileBytes, 64);
+          tiles.multiply<1, 4, 7>();
+          tiles.load<6>(b + 2 * kTileBytes, 64);
+          tiles.multiply<2, 4, 6>();
+          tiles.load<7>(b + 3 * kTileBytes, 64);
+          tiles.multiply<3, 4, 7>();
         }
-        store_accumulators(sum[0]);
+        store_accumulators(tiles, sum[0]);
         const int64_t c = w * kWord;
         BFloat16* page = const_cast<BFloat16*>(page_row<BFloat16>(f, g, p * kPage)) + c;
         for (int64_t r = 0; r < kPage; ++r) {

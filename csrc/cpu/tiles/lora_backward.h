@@ -7,9 +7,9 @@
 // FLOPs 2MNK + 2MR(N + K); bytes at least: dy once, W once, dx once.
 #pragma once
 
-#include "amx/lora_forward.h"
+#include "tiles/lora_forward.h"
 
-#if LK_AMX
+#if LK_BF16
 
 namespace lora_kernels {
 namespace {
@@ -24,8 +24,8 @@ struct BackwardPacked {
 };
 
 // Packs the rows [m, m + 16) of dy and computes their ds.
-LK_INLINE void pack_dy(const LoraBackward& f, const BackwardPacked& p, int64_t panel, int64_t m,
-                       int64_t m_end) {
+LK_INLINE void pack_dy(Tiles& tiles, const LoraBackward& f, const BackwardPacked& p, int64_t panel,
+                       int64_t m, int64_t m_end) {
   PanelReader<DenseReader<Order::natural>> dy_rows({f.dy.data, f.dy.dtype, f.dy.stride, f.base.n});
   char* dy = p.dy + panel * p.panel_bytes();
   pack_a_panel(dy_rows, m, m_end, 0, p.chunks, dy);
@@ -33,21 +33,21 @@ LK_INLINE void pack_dy(const LoraBackward& f, const BackwardPacked& p, int64_t p
   char* ds_tiles = p.ds + panel * depth * kTileBytes;
   alignas(64) float c[2][256];
   for (int64_t t = 0; t < depth; ++t) {
-    _tile_zero(0);
-    _tile_zero(1);
+    tiles.zero<0>();
+    tiles.zero<1>();
     const bool second = t * kTileDepth + kTile < r;
     const char* b = p.b + 2 * t * p.panel_bytes();
     for (int64_t i = 0; i < p.depth(); ++i) {
-      _tile_loadd(4, dy + i * kTileBytes, 64);
-      _tile_loadd(6, b + i * kTileBytes, 64);
-      _tile_dpbf16ps(0, 4, 6);
+      tiles.load<4>(dy + i * kTileBytes, 64);
+      tiles.load<6>(b + i * kTileBytes, 64);
+      tiles.multiply<0, 4, 6>();
       if (second) {
-        _tile_loadd(7, b + p.panel_bytes() + i * kTileBytes, 64);
-        _tile_dpbf16ps(1, 4, 7);
+        tiles.load<7>(b + p.panel_bytes() + i * kTileBytes, 64);
+        tiles.multiply<1, 4, 7>();
       }
     }
-    _tile_stored(0, c[0], 64);
-    _tile_stored(1, c[1], 64);
+    tiles.store<0>(c[0]);
+    tiles.store<1>(c[1]);
     const __mmask32 mask = lanes32(r - t * kTileDepth);
     for (int64_t i = 0; i < kTile; ++i) {
       const __m512i v = round_pair(_mm512_load_ps(c[0] + 16 * i), _mm512_load_ps(c[1] + 16 * i));
@@ -115,15 +115,15 @@ bool backward_blocked(const Reader& prototype, const LoraBackward& f, const Para
     const int64_t m_end = min64(m0 + piece, m_all);
     const int64_t m_pairs = ceil_div(m_end - m0, 2 * kTile);
     parallel(0, 2 * m_pairs, 1, [&](int64_t begin, int64_t end) {
-      TileScope tiles;
-      for (int64_t i = begin; i < end; ++i) pack_dy(f, p, i, m0 + i * kTile, m_end);
+      Tiles tiles(kTile);
+      for (int64_t i = begin; i < end; ++i) pack_dy(tiles, f, p, i, m0 + i * kTile, m_end);
     });
     if (f.dx == nullptr) continue;
     const BlockSchedule schedule(Reader::blocking(sizes), k_chunks * kChunkPanels, kChunkPanels,
                                  ceil_div(n, kTileDepth), 1, m_pairs, parallel.threads);
     const int64_t expand_bytes = schedule.panels * depth * kTileBytes;
     parallel(0, schedule.tasks(), 1, [&](int64_t begin, int64_t end) {
-      TileScope tiles;
+      Tiles tiles(kTile);
       PairPacker<Reader> packer(prototype, n);
       char* memory = static_cast<char*>(
           thread_scratch(kBlock, size_t(schedule.buffer_bytes() + 2 * expand_bytes)));
@@ -153,23 +153,23 @@ bool backward_blocked(const Reader& prototype, const LoraBackward& f, const Para
         const auto add_lora = [&] {
           const char* ds = p.ds + 2 * pair * depth * kTileBytes;
           const char* a = expand + stage.task % 2 * expand_bytes + panel * depth * kTileBytes;
-          multiply(ds, ds + depth * kTileBytes, a, a + depth * kTileBytes, depth);
+          multiply(tiles, ds, ds + depth * kTileBytes, a, a + depth * kTileBytes, depth);
         };
         float* sum = schedule.k_blocks > 1 ? c : sums + 1024 * in_chunk;
         if (depth > 0 && !masked) add_lora();
-        store_accumulators(sum);
+        store_accumulators(tiles, sum);
         if (masked) {
-          zero_accumulators();
+          zero_accumulators(tiles);
           add_lora();
-          store_accumulators(lora_sums + 1024 * in_chunk);
+          store_accumulators(tiles, lora_sums + 1024 * in_chunk);
         }
         if (in_chunk == kChunkPanels / 2 - 1)
           store_dx<order>(f, sum - 3 * 1024, lora_sums,
                           (stage.block * schedule.panels + panel) / kChunkPanels,
                           m0 + 2 * pair * kTile, m_end);
       };
-      blocked_gemm<Stream::b>(schedule, Panels{p.dy, p.panel_bytes()}, begin, end, memory, sums,
-                              packer, load, finish);
+      blocked_gemm<Stream::b>(tiles, schedule, Panels{p.dy, p.panel_bytes()}, begin, end, memory,
+                              sums, packer, load, finish);
     });
   }
   return ok;

@@ -3,9 +3,9 @@
 // interleaved, are packed as B tiles.
 #pragma once
 
-#include "amx/lora_forward.h"
+#include "tiles/lora_forward.h"
 
-#if LK_AMX
+#if LK_BF16
 
 namespace lora_kernels {
 namespace {
@@ -48,8 +48,8 @@ LK_INLINE void store_columns(__m512 low, __m512 high, float* out, int64_t left) 
 }
 
 template <class Reader>
-LK_INLINE void wgrad_task(const Wgrad& f, const Reader& right, const char* left_tiles, int64_t c0,
-                          int64_t c1, char* block, float* sums) {
+LK_INLINE void wgrad_task(Tiles& tiles, const Wgrad& f, const Reader& right, const char* left_tiles,
+                          int64_t c0, int64_t c1, char* block, float* sums) {
   const int64_t m = f.right.rows, r = f.left.columns;
   const int64_t depth = ceil_div(m, kTileDepth), r_panels = ceil_div(r, kTile);
   const int64_t r_pairs = ceil_div(r_panels, 2);
@@ -65,12 +65,12 @@ LK_INLINE void wgrad_task(const Wgrad& f, const Reader& right, const char* left_
         for (int64_t i = 0; i < kPairs; ++i) {
           float* sum = sums + 1024 * (((c - c0) * r_pairs + rp) * kPairs + i);
           if (m0 == 0)
-            zero_accumulators();
+            zero_accumulators(tiles);
           else
-            load_accumulators(sum);
+            load_accumulators(tiles, sum);
           const char* z = block + 2 * i * kPanelBytes;
-          multiply(l0, l1, z, z + kPanelBytes, rows / kTileDepth);
-          store_accumulators(sum);
+          multiply(tiles, l0, l1, z, z + kPanelBytes, rows / kTileDepth);
+          store_accumulators(tiles, sum);
         }
       }
     }
@@ -97,7 +97,7 @@ inline bool wgrad_bf16(const Wgrad& f, const Parallel& parallel) {
   const int64_t block_chunks = clamp64(ceil_div(chunks, parallel.threads), 1, kWgradChunks);
   bool ok = true;
   parallel(0, ceil_div(chunks, block_chunks), 1, [&](int64_t begin, int64_t end) {
-    TileScope tiles;
+    Tiles tiles(kTile);
     char* block = static_cast<char*>(
         thread_scratch(kBlock, size_t(kChunkPanels * kWgradRows / kTileDepth * kTileBytes)));
     float* sums = static_cast<float*>(thread_scratch(
@@ -108,10 +108,10 @@ inline bool wgrad_bf16(const Wgrad& f, const Parallel& parallel) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c0 = task * block_chunks, c1 = min64(c0 + block_chunks, chunks);
       if (f.dropout.threshold == 0) {
-        wgrad_task(f, rows, left, c0, c1, block, sums);
+        wgrad_task(tiles, f, rows, left, c0, c1, block, sums);
       } else {
         const MaskedReader<Order::natural> masked{rows, f.dropout};
-        wgrad_task(f, masked, left, c0, c1, block, sums);
+        wgrad_task(tiles, f, masked, left, c0, c1, block, sums);
       }
     }
   });

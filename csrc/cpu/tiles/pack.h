@@ -3,9 +3,9 @@
 // A panel is 16 rows or columns of an operand, all tiles along the reduction in consecutive memory.
 #pragma once
 
-#include "amx/row_readers.h"
+#include "tiles/row_readers.h"
 
-#if LK_AMX
+#if LK_BF16
 
 #include <new>
 

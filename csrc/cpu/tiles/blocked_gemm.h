@@ -1,4 +1,4 @@
-// A blocked matrix product on AMX tiles, for many rows of x: all of them are packed into panels
+// A blocked matrix product on tiles, for many rows of x: all of them are packed into panels
 // first; the weight is decoded and packed on the way, block by block.
 //
 // A block of the weight is some panels (16 outputs each) by one K block (tuning.h says how large).
@@ -7,9 +7,9 @@
 // there are two buffers: the next block is packed between the tile products of the present one.
 #pragma once
 
-#include "amx/pack.h"
+#include "tiles/pack.h"
 
-#if LK_AMX
+#if LK_BF16
 
 namespace lora_kernels {
 namespace {
@@ -96,7 +96,7 @@ struct Panels {
   }
 };
 
-// Runs the tasks [begin, end) on the calling thread, which has the tiles configured. `stream` says
+// Runs the tasks [begin, end) on the calling thread. `stream` says
 // which operand of the tile products the weight is.
 //   packer: packs a block of the weight, step by step (pack.h).
 //   load(stage, to): points the packer at the block of a stage.
@@ -104,8 +104,8 @@ struct Panels {
 //     pair of activation panels and two panels of the block, `panel` and the next; c is room for
 //     them.
 template <Stream stream, class Packer, class Load, class Finish>
-LK_INLINE void blocked_gemm(const BlockSchedule& schedule, const Panels& rows, int64_t begin,
-                            int64_t end, char* memory, float* sums, Packer& packer,
+LK_INLINE void blocked_gemm(Tiles& tiles, const BlockSchedule& schedule, const Panels& rows,
+                            int64_t begin, int64_t end, char* memory, float* sums, Packer& packer,
                             const Load& load, const Finish& finish) {
   if (begin >= end) return;
   Stage now = schedule.start(begin);
@@ -129,9 +129,9 @@ LK_INLINE void blocked_gemm(const BlockSchedule& schedule, const Panels& rows, i
         float* c = sums;
         if (schedule.k_blocks > 1) c += 1024 * ((pair - now.pair0) * (panels / 2) + i / 2);
         if (now.k_block == 0)
-          zero_accumulators();
+          zero_accumulators(tiles);
         else
-          load_accumulators(c);
+          load_accumulators(tiles, c);
         // The first four products prefetch the next pair of activation panels: a quarter of its
         // tiles each, 512 bytes a step.
         constexpr int kLines = 8;
@@ -145,13 +145,13 @@ LK_INLINE void blocked_gemm(const BlockSchedule& schedule, const Panels& rows, i
         };
         const char *w0 = weight.at(i, 0), *w1 = weight.at(i + 1, 0);
         if (stream == Stream::a)
-          multiply<Stream::a>(w0, w1, x0, x1, depth, step);
+          multiply<Stream::a>(tiles, w0, w1, x0, x1, depth, step);
         else
-          multiply<Stream::b>(x0, x1, w0, w1, depth, step);
+          multiply<Stream::b>(tiles, x0, x1, w0, w1, depth, step);
         if (last)
           finish(now, pair, i, c);
         else
-          store_accumulators(c);
+          store_accumulators(tiles, c);
       }
     }
     if (!more) return;

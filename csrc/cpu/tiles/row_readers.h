@@ -11,9 +11,9 @@
 // may run in any order as long as both operands have the same, so x is packed in strided order too.
 #pragma once
 
-#include "amx/tiles.h"
+#include "tiles/tiles.h"
 
-#if LK_AMX
+#if LK_BF16
 
 #include "lora_kernels/dtype.h"
 #include "lora_kernels/lora.h"

@@ -4,9 +4,9 @@
 // beside that.
 #pragma once
 
-#include "amx/lora_forward.h"
+#include "tiles/lora_forward.h"
 
-#if LK_AMX
+#if LK_BF16
 
 namespace lora_kernels {
 namespace {
@@ -17,19 +17,20 @@ constexpr int64_t kStepChunkBytes = 2 * kChunkTiles * kTileBytes;
 
 // Two panels of W by one of x. Accumulators 0 and 1 take the even steps, 2 and 3 the odd ones, so
 // that no product waits for the one before.
-LK_INLINE void multiply_narrow(const char* w, const char* x, int64_t x_tile, int64_t depth) {
+LK_INLINE void multiply_narrow(Tiles& tiles, const char* w, const char* x, int64_t x_tile,
+                               int64_t depth) {
   const char* w1 = w + depth * kTileBytes;
   for (int64_t t = 0; t < depth; ++t) {
     const int64_t o = t * kTileBytes;
-    _tile_loadd(6, x + t * x_tile, x_tile / 16);
-    _tile_loadd(4, w + o, 64);
-    _tile_loadd(5, w1 + o, 64);
+    tiles.load<6>(x + t * x_tile, x_tile / 16);
+    tiles.load<4>(w + o, 64);
+    tiles.load<5>(w1 + o, 64);
     if (t % 2 == 0) {
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 5, 6);
+      tiles.multiply<0, 4, 6>();
+      tiles.multiply<1, 5, 6>();
     } else {
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_dpbf16ps(3, 5, 6);
+      tiles.multiply<2, 4, 6>();
+      tiles.multiply<3, 5, 6>();
     }
   }
 }
@@ -53,12 +54,12 @@ inline bool forward_skinny(const Nf4Reader& prototype, const LoraForward& f,
   if (p.x == nullptr || dropped == nullptr || !pack_adapters<order>(f, &p)) return false;
   p.s = p.x + x_bytes;
   {
-    TileScope tiles(int(p.columns));
-    for (int64_t i = 0; i < panels; ++i) pack_x<order>(f, p, i, i * kTile, m, dropped);
+    Tiles tiles(p.columns);
+    for (int64_t i = 0; i < panels; ++i) pack_x<order>(tiles, f, p, i, i * kTile, m, dropped);
   }
   bool ok = true;
   parallel(0, ceil_div(n, kStepRows), 1, [&](int64_t begin, int64_t end) {
-    TileScope tiles(int(p.columns));
+    Tiles tiles(p.columns);
     alignas(64) float c[4][256];
     char* stage = static_cast<char*>(
         thread_scratch(kBlock, size_t(2 * kStepChunkBytes + 2 * depth * kTileBytes)));
@@ -69,14 +70,14 @@ inline bool forward_skinny(const Nf4Reader& prototype, const LoraForward& f,
       const char* w = stage + c_index % 2 * kStepChunkBytes;
       const char* x = p.x + c_index * kChunkTiles * x_tile;
       if (wide)
-        multiply(w, w + kChunkTiles * kTileBytes, x, x + p.x_panel_bytes(), kChunkTiles);
+        multiply(tiles, w, w + kChunkTiles * kTileBytes, x, x + p.x_panel_bytes(), kChunkTiles);
       else
-        multiply_narrow(w, x, x_tile, kChunkTiles);
+        multiply_narrow(tiles, w, x, x_tile, kChunkTiles);
     };
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * kStepRows;
       const uint8_t* next = f.base.quant->packed + (row + kStepRows) * f.base.k / 2;
-      zero_accumulators();
+      zero_accumulators(tiles);
       for (int64_t c0 = 0; c0 < chunks; c0 += Nf4Reader::kMaxChunks) {
         const int64_t c1 = min64(c0 + Nf4Reader::kMaxChunks, chunks);
         upper.begin(row, n, c0, c1);
@@ -95,11 +96,11 @@ inline bool forward_skinny(const Nf4Reader& prototype, const LoraForward& f,
       if (depth > 0) {
         pack_b_for_expand(f.lora, row, 2, n, expand);
         if (wide)
-          multiply(expand, expand + depth * kTileBytes, p.s, p.s + depth * x_tile, depth);
+          multiply(tiles, expand, expand + depth * kTileBytes, p.s, p.s + depth * x_tile, depth);
         else
-          multiply_narrow(expand, p.s, x_tile, depth);
+          multiply_narrow(tiles, expand, p.s, x_tile, depth);
       }
-      store_accumulators(c[0]);
+      store_accumulators(tiles, c[0]);
       if (wide) {
         store_y(f, c[0], c[2], row, 0, m);
         store_y(f, c[1], c[3], row, kTile, m);
