@@ -110,11 +110,12 @@ bool forward(const LoraForward& f, const Parallel& parallel) {
   if (f.x.dtype != Dtype::bf16) return vector::forward(f, parallel);
   const BaseView& base = f.base;
   if (takes_dots(f)) return forward_dots(f, parallel);
+  if (base.quant != nullptr && !Nf4Reader::takes(*base.quant, base.k))
+    return forward_blocked(AnyNf4Reader(*base.quant, base.k), f, parallel);
+  if (base.quant != nullptr && f.x.rows <= (LK_AMX ? kSkinnyRows : kTile))
+    return forward_skinny(Nf4Reader(*base.quant, base.k), f, parallel);
   if (takes_direct(f)) return forward_direct(f, parallel);
   if (base.quant == nullptr) return forward_blocked(dense_reader(base), f, parallel);
-  if (!Nf4Reader::takes(*base.quant, base.k))
-    return forward_blocked(AnyNf4Reader(*base.quant, base.k), f, parallel);
-  if (f.x.rows <= kSkinnyRows) return forward_skinny(Nf4Reader(*base.quant, base.k), f, parallel);
   const QuantView q = decoded_scales(*base.quant, kScales, parallel);
   return forward_blocked(Nf4Reader(q, base.k), f, parallel);
 }

@@ -1,5 +1,6 @@
-// The forward for a dense bf16 weight, whose rows are A tiles as they lie in memory: W is never
-// packed.
+// The forward as products of 32 rows of W by a thread's own rows of x. The rows of a dense bf16 W
+// are A tiles as they lie in memory and are never packed; those of a 4-bit W are decoded to tiles,
+// 32 at a time.
 //
 // Threads share the rows of x where there are many, else the columns of y. A thread packs the rows
 // of x that it needs by itself, even if another one packs the same: what one core has written costs
@@ -24,15 +25,20 @@ constexpr int64_t kPairsOfThread = 4;        // at least, where threads share th
 constexpr int64_t kDirectBytes = 768 << 10;  // of packed rows of x that stay in an L2 cache
 
 inline bool takes_direct(const LoraForward& f) {
-  return f.x.rows <= kDirectRows && f.base.quant == nullptr && f.base.dense.dtype == Dtype::bf16;
+  const BaseView& base = f.base;
+  if (base.quant != nullptr) return !LK_AMX && Nf4Reader::takes(*base.quant, base.k);
+  return f.x.rows <= kDirectRows && base.dense.dtype == Dtype::bf16;
 }
 
-// 32 rows of W, `stride` bytes apart, and their last tile along K if that is not whole.
-struct DirectRows {
+// 32 rows of a dense W, `stride` bytes apart, and their last tile along K if that is not whole.
+struct DenseRows {
+  static constexpr Order kOrder = Order::natural;
   const char* data;
   int64_t stride, whole;  // tiles along K
   bool ragged;
   alignas(64) char rest[kGroupRows * 64];
+
+  explicit DenseRows(const BaseView&) {}
 
   // `copy`: room for 32 rows of whole chunks, for where W has fewer than 32 left.
   LK_INLINE void begin(const LoraForward& f, int64_t row, char* copy) {
@@ -65,17 +71,48 @@ struct DirectRows {
   }
 };
 
+// 32 rows of a 4-bit W with fp32 scales, decoded to two panels.
+struct DecodedRows {
+  static constexpr Order kOrder = Order::strided;
+  PanelReader<Nf4Reader> rows;
+  int64_t chunks;
+  const char* panels = nullptr;
+
+  explicit DecodedRows(const BaseView& base)
+      : rows(Nf4Reader(*base.quant, base.k)), chunks(ceil_div(base.k, kChunk)) {}
+
+  LK_INLINE void begin(const LoraForward& f, int64_t row, char* memory) {
+    for (int64_t half = 0; half < 2; ++half)
+      for (int64_t c0 = 0; c0 < chunks; c0 += Nf4Reader::kMaxChunks) {
+        const int64_t c1 = min64(c0 + Nf4Reader::kMaxChunks, chunks);
+        rows.begin(row + half * kTile, f.base.n, c0, c1);
+        for (int64_t i = c0; i < c1; ++i)
+          rows.tiles(i, memory + (half * chunks + i) * kChunkTiles * kTileBytes);
+      }
+    panels = memory;
+  }
+
+  // With one panel of x, its products are computed twice.
+  template <bool two>
+  LK_INLINE void multiply(Tiles& tiles, const char* x, int64_t panel_bytes) const {
+    const int64_t depth = chunks * kChunkTiles;
+    tiles.multiply_panels<Stream::none>(panels, panels + depth * kTileBytes, x,
+                                        two ? x + panel_bytes : x, depth, NoStep());
+  }
+};
+
 // The rows [m0, m_end) of y, which p.x and p.s have from their first panel on, and the columns of
 // the groups [begin, end). False: out of memory.
-inline bool direct_columns(Tiles& tiles, const LoraForward& f, const ForwardPacked& p, int64_t m0,
-                           int64_t m_end, int64_t begin, int64_t end) {
+template <class Rows>
+bool direct_columns(Tiles& tiles, const LoraForward& f, const ForwardPacked& p, int64_t m0,
+                    int64_t m_end, int64_t begin, int64_t end) {
   const int64_t depth = rank_tiles(f.lora), panels = ceil_div(m_end - m0, kTile);
   const int64_t expand_bytes = 2 * depth * kTileBytes;
   char* memory = static_cast<char*>(
       thread_scratch(kBlock, size_t(expand_bytes + kGroupRows * p.chunks * kChunk * 2)));
   if (memory == nullptr) return false;
   alignas(64) float c[4][256];
-  DirectRows rows;
+  Rows rows(f.base);
   for (int64_t group = begin; group < end; ++group) {
     const int64_t row = group * kGroupRows;
     rows.begin(f, row, memory + expand_bytes);
@@ -86,9 +123,9 @@ inline bool direct_columns(Tiles& tiles, const LoraForward& f, const ForwardPack
       const bool two = panel + 1 < panels;
       zero_accumulators(tiles);
       if (two)
-        rows.multiply<true>(tiles, x, p.x_panel_bytes());
+        rows.template multiply<true>(tiles, x, p.x_panel_bytes());
       else
-        rows.multiply<false>(tiles, x, p.x_panel_bytes());
+        rows.template multiply<false>(tiles, x, p.x_panel_bytes());
       // With one panel of x the sums of a second are not stored.
       multiply(tiles, memory, memory + depth * kTileBytes, s, two ? s + depth * kTileBytes : s,
                depth);
@@ -101,12 +138,13 @@ inline bool direct_columns(Tiles& tiles, const LoraForward& f, const ForwardPack
 }
 
 // Packs the rows [m0, m_end) of x and computes their s. False: out of memory.
-inline bool direct_pack(Tiles& tiles, const LoraForward& f, const ForwardPacked& p, int64_t m0,
-                        int64_t begin, int64_t end, int64_t m_end) {
+template <class Rows>
+bool direct_pack(Tiles& tiles, const LoraForward& f, const ForwardPacked& p, int64_t m0,
+                 int64_t begin, int64_t end, int64_t m_end) {
   char* dropped = static_cast<char*>(thread_scratch(kBlock, size_t(p.x_panel_bytes())));
   if (dropped == nullptr) return false;
   for (int64_t i = begin; i < end; ++i)
-    pack_x<Order::natural>(tiles, f, p, i, m0 + i * kTile, m_end, dropped);
+    pack_x<Rows::kOrder>(tiles, f, p, i, m0 + i * kTile, m_end, dropped);
   return true;
 }
 
@@ -120,20 +158,22 @@ inline char* direct_memory(ForwardPacked* p, int64_t panels, int64_t depth) {
 }
 
 // The rows [m0, m_end) and the columns of the groups [begin, end) by the calling thread alone.
-inline bool direct_alone(const LoraForward& f, ForwardPacked p, int64_t m0, int64_t m_end,
-                         int64_t begin, int64_t end) {
+template <class Rows>
+bool direct_alone(const LoraForward& f, ForwardPacked p, int64_t m0, int64_t m_end, int64_t begin,
+                  int64_t end) {
   const int64_t panels = ceil_div(m_end - m0, kTile);
   if (direct_memory(&p, panels, rank_tiles(f.lora)) == nullptr) return false;
   Tiles tiles(kTile);
-  return direct_pack(tiles, f, p, m0, 0, panels, m_end) &&
-         direct_columns(tiles, f, p, m0, m_end, begin, end);
+  return direct_pack<Rows>(tiles, f, p, m0, 0, panels, m_end) &&
+         direct_columns<Rows>(tiles, f, p, m0, m_end, begin, end);
 }
 
-inline bool forward_direct(const LoraForward& f, const Parallel& parallel) {
+template <class Rows>
+bool forward_direct_of(const LoraForward& f, const Parallel& parallel) {
   const int64_t m = f.x.rows, n = f.base.n, r = f.lora.r(), chunks = ceil_div(f.base.k, kChunk);
   const int64_t groups = ceil_div(n, kGroupRows), pairs = ceil_div(m, kPairRows);
   ForwardPacked p{nullptr, nullptr, nullptr, chunks, kTile};
-  if (!pack_adapters<Order::natural>(f, &p)) return false;
+  if (!pack_adapters<Rows::kOrder>(f, &p)) return false;
   bool ok = true;
   const auto keep = [&](bool done) {
     if (!done) __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
@@ -144,8 +184,8 @@ inline bool forward_direct(const LoraForward& f, const Parallel& parallel) {
     parallel(0, pairs, 1, [&](int64_t begin, int64_t end) {
       const int64_t blocks = ceil_div(end - begin, fit), each = ceil_div(end - begin, blocks);
       for (int64_t i = begin; i < end; i += each)
-        keep(direct_alone(f, p, i * kPairRows, min64(min64(i + each, end) * kPairRows, m), 0,
-                          groups));
+        keep(direct_alone<Rows>(f, p, i * kPairRows, min64(min64(i + each, end) * kPairRows, m), 0,
+                                groups));
     });
     return ok;
   }
@@ -156,7 +196,7 @@ inline bool forward_direct(const LoraForward& f, const Parallel& parallel) {
         own.s = thread_scratch(kAccumulators, sizeof(uint16_t) * size_t(m * r));
         if (own.s == nullptr) return keep(false);
       }
-      keep(direct_alone(own, p, 0, m, begin, end));
+      keep(direct_alone<Rows>(own, p, 0, m, begin, end));
     });
     return ok;
   }
@@ -164,14 +204,23 @@ inline bool forward_direct(const LoraForward& f, const Parallel& parallel) {
   if (direct_memory(&p, panels, rank_tiles(f.lora)) == nullptr) return false;
   parallel(0, panels, 1, [&](int64_t begin, int64_t end) {
     Tiles tiles(kTile);
-    keep(direct_pack(tiles, f, p, 0, begin, end, m));
+    keep(direct_pack<Rows>(tiles, f, p, 0, begin, end, m));
   });
   if (ok)
     parallel(0, groups, 1, [&](int64_t begin, int64_t end) {
       Tiles tiles(kTile);
-      keep(direct_columns(tiles, f, p, 0, m, begin, end));
+      keep(direct_columns<Rows>(tiles, f, p, 0, m, begin, end));
     });
   return ok;
+}
+
+inline bool forward_direct(const LoraForward& f, const Parallel& parallel) {
+  if (f.base.quant == nullptr) return forward_direct_of<DenseRows>(f, parallel);
+  LoraForward decoded = f;
+  const QuantView q = decoded_scales(*f.base.quant, kScales, parallel);
+  if (q.absmax == nullptr) return false;
+  decoded.base.quant = &q;
+  return forward_direct_of<DecodedRows>(decoded, parallel);
 }
 
 }  // namespace
