@@ -115,6 +115,61 @@ std::tuple<Tensor, Tensor> lora_linear_fwd(const Tensor& x, const std::vector<Te
   return {y, s};
 }
 
+bool rows_of_floats(const Tensor& t, int64_t rows, int64_t columns, ScalarType dtype) {
+  return t.dim() == 2 && t.is_cpu() && t.scalar_type() == dtype && t.size(0) == rows &&
+         t.size(1) == columns && (columns == 1 || t.stride(1) == 1);
+}
+
+// The forward of a layer that is not trained: no dropout, no diagonals, and s is not kept. x is
+// [..., K]. Nothing where it is not as usual; then lora_linear_fwd, or the checks before it, have a
+// say.
+std::optional<Tensor> lora_linear_infer(const Tensor& x, const std::vector<Tensor>& base_tensors,
+                                        const std::vector<int64_t>& meta, const Tensor& a,
+                                        const Tensor& b, double scale,
+                                        const std::optional<Tensor>& bias) {
+  const ScalarType dtype = x.scalar_type(), adapters = a.scalar_type();
+  const auto known = [](ScalarType t) {
+    return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
+  };
+  if (!known(dtype) || !known(adapters) || meta.size() < 2 || meta[0] < 1 || meta[1] < 1)
+    return std::nullopt;
+  const int64_t n = meta[0], k = meta[1], r = a.dim() == 2 ? a.size(0) : 0;
+  if (!x.is_cpu() || x.dim() == 0 || x.size(-1) != k || !x.is_contiguous() || r == 0 ||
+      !rows_of_floats(a, r, k, adapters) || !rows_of_floats(b, n, r, adapters))
+    return std::nullopt;
+  if (meta.size() == 2 &&
+      (base_tensors.size() != 1 || !rows_of_floats(base_tensors[0], n, k, dtype)))
+    return std::nullopt;
+  if (bias.has_value() && (bias->dim() != 1 || bias->size(0) != n || bias->scalar_type() != dtype ||
+                           !bias->is_cpu() || !bias->is_contiguous()))
+    return std::nullopt;
+  const Base base(base_tensors, meta);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+  Tensor y = torch::stable::new_empty(x, sizes, dtype);
+  const int64_t rows = x.numel() / k;
+  if (rows == 0) return y;
+  const auto view = [](const Tensor& t, int64_t rows, int64_t columns, int64_t stride) {
+    return MatrixView{t.const_data_ptr(), kernel_dtype("x", t), rows, columns, stride};
+  };
+  LoraView lora{};
+  lora.a = view(a, r, k, a.stride(0));
+  lora.b = view(b, n, r, b.stride(0));
+  lora.scale = static_cast<float>(scale);
+  constexpr int64_t kFew = 2048;
+  alignas(64) char few[sizeof(float) * kFew];  // s of a token or a few
+  Tensor more;
+  void* s = few;
+  if (rows * r > kFew) {
+    more = new_tensor(x, {rows, r}, rank_dtype(dtype));
+    s = more.mutable_data_ptr();
+  }
+  const LoraForward call{view(x, rows, k, k),  base.view, vector_view("bias", bias, n), lora,
+                         y.mutable_data_ptr(), s};
+  check_memory(lora_table().forward(call, torch_parallel()));
+  return y;
+}
+
 // leftᵀ · (keep ∘ right), fp32 [R, C].
 Tensor wgrad(const MatrixView& left, const MatrixView& right, const Dropout& dropout,
              const Tensor& like) {
@@ -201,6 +256,7 @@ Grads lora_linear_bwd(const Tensor& any_dy, const Tensor& any_x, const Tensor& a
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("lora_linear_fwd", TORCH_BOX(&lora_linear_fwd));
   m.impl("lora_linear_bwd", TORCH_BOX(&lora_linear_bwd));
+  m.impl("lora_linear_infer", TORCH_BOX(&lora_linear_infer));
 }
 
 }  // namespace lora_kernels

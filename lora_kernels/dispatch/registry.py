@@ -174,6 +174,11 @@ def define(name: str, returns: str, *, flops: Formula | None) -> Callable[[type[
     return decorate
 
 
+def define_native(name: str, schema: str) -> None:
+    """Define an op that the extension alone has: a shorter way to what another op does."""
+    _native_library.define(name + schema)
+
+
 def _define_by_tensor(op: Op, fake: Callable[..., Any], flops: Formula | None) -> None:
     """The twin of an op with a scale that takes it as a tensor on the CPU (`common/scale.py`)."""
     schema = op.schema.replace("float scale", "Tensor scale")
@@ -249,22 +254,25 @@ def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
 
     The way through torch's dispatcher and back into Python takes as long as a small layer's kernel.
     """
-    if torch.compiler.is_compiling():
-        return None
-    native, x = _ops[name].implementations.get("native"), call[0]
-    if (
-        native is None
-        or type(x) is not torch.Tensor
-        or not x.is_cpu
-        or _forced.get() is not None
-        or _log.get() is not None
-        or torch._C._len_torch_dispatch_stack() != 0
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-        or native.supports(call) is not None
-    ):
+    native = _ops[name].implementations.get("native")
+    if native is None or not unobserved(call[0]) or native.supports(call) is not None:
         return None
     return native.fn
+
+
+def unobserved(x: Any) -> bool:
+    """Whether a call with x, a plain CPU tensor, is seen by nobody: no backend is forced, nobody
+    asks which one runs, and neither a graph nor a mode of torch's records it."""
+    return (
+        type(x) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and x.is_cpu
+        and _forced.get() is None
+        and _log.get() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
 
 
 def run(name: str, call: Any) -> Any:

@@ -125,6 +125,13 @@ def frozen(parameter: Any) -> Any:
     return None if parameter is None else parameter.requires_grad_(False)
 
 
+def parameter(module: nn.Module, name: str) -> Any:
+    """`module.<name>`. `nn.Module.__getattr__` takes longer to find the parameters of a small
+    layer than its kernel runs."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 def cast_like(t: Tensor | None, x: Tensor) -> Tensor | None:
     """`t` in x's dtype, for layers over a 4-bit base, which compute in x's dtype."""
     if not x.is_floating_point():

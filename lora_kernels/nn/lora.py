@@ -264,7 +264,7 @@ class LoRAMixin(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether forward runs on a merged weight."""
-        return self._merged_weight is not None
+        return self._buffers["_merged_weight"] is not None
 
     @property
     def merged_dense(self) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_kernels import functional
-from lora_kernels.nn.common import check_linear_layer, frozen
+from lora_kernels.nn.common import check_linear_layer, frozen, parameter
 from lora_kernels.nn.lora import LoRAMixin, check_adapter_options
 
 
@@ -109,15 +109,16 @@ class LoRALinear(LoRAMixin, nn.Linear):  # type: ignore[misc]
         return F.linear(x, self.weight, self.bias)
 
     def _adapter_forward(self, x: Tensor, dropout_p: float) -> Tensor:
-        if self.lora_magnitude_vector is not None:
-            return self._dora_forward(x, self.bias, dropout_p)
+        bias = parameter(self, "bias")
+        if parameter(self, "lora_magnitude_vector") is not None:
+            return self._dora_forward(x, bias, dropout_p)
         return functional.lora_linear(
             x,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            scale=self.scale,
-            bias=self.bias,
+            parameter(self, "weight"),
+            parameter(self, "lora_A"),
+            parameter(self, "lora_B"),
+            scale=self._scale,
+            bias=bias,
             dropout_p=dropout_p,
         )
 

@@ -105,7 +105,10 @@ class NF4Linear(nn.Module):
         weight, buffers = self._weights[slot], self._buffers
         # `.to` and torch.func replace the buffers. The NF4Weight is kept beside them because making
         # one takes longer than a small layer's kernel.
-        if all(buffers[slot + name] is getattr(weight, name) for name in COMPONENTS):
+        for name in COMPONENTS:  # half the time of `all` over a generator
+            if buffers[slot + name] is not getattr(weight, name):
+                break
+        else:
             return weight
         tensors = {name: buffers[slot + name] for name in COMPONENTS}
         weight = weight.with_tensors({k: t for k, t in tensors.items() if t is not None})

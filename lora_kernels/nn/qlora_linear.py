@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from lora_kernels import functional
-from lora_kernels.nn.common import cast_like
+from lora_kernels.nn.common import cast_like, parameter
 from lora_kernels.nn.linear4bit import weight_from_linear4bit
 from lora_kernels.nn.lora import LoRAMixin, check_adapter_options
 from lora_kernels.nn.nf4_linear import NF4Linear, quantize_linear
@@ -160,7 +160,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
     @property
     def merged(self) -> bool:
         """Whether forward runs on a merged weight, dense or requantised."""
-        return self._merged_weight is not None or _MERGED in self._weights
+        return self._buffers["_merged_weight"] is not None or _MERGED in self._weights
 
     def merge(self, *, safe: bool = False, requantize: bool = False) -> None:
         """Run as one linear layer with W + scale·B·A.
@@ -215,15 +215,16 @@ class QLoRALinear(LoRAMixin, NF4Linear):
         return NF4Linear.forward(self, x)
 
     def _adapter_forward(self, x: Tensor, dropout_p: float) -> Tensor:
-        if self.lora_magnitude_vector is not None:
-            return self._dora_forward(x, cast_like(self.bias, x), dropout_p)
+        bias = cast_like(parameter(self, "bias"), x)
+        if parameter(self, "lora_magnitude_vector") is not None:
+            return self._dora_forward(x, bias, dropout_p)
         return functional.nf4_lora_linear(
             x,
             self.weight,
-            self.lora_A,
-            self.lora_B,
-            scale=self.scale,
-            bias=cast_like(self.bias, x),
+            parameter(self, "lora_A"),
+            parameter(self, "lora_B"),
+            scale=self._scale,
+            bias=bias,
             dropout_p=dropout_p,
         )
 

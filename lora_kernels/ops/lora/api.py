@@ -32,6 +32,7 @@ from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import check_dropout, threshold
 from lora_kernels.ops.common.scale import as_scale, run_scaled
+from lora_kernels.ops.lora.infer import infer
 from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearForward
 from lora_kernels.ops.nf4.weight import NF4Weight
 
@@ -114,8 +115,12 @@ def lora_linear(
     try:
         if weight.dim() != 2:
             raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K]")
-        x, weight, bias = autocast(x, weight, bias)
         meta = [weight.shape[0], weight.shape[-1]]
+        if dropout_p == 0.0 and rank_diag is None and out_diag is None:
+            y = infer(x, [weight], meta, lora_a, lora_b, scale, bias)
+            if y is not None:
+                return y
+        x, weight, bias = autocast(x, weight, bias)
         return _run(
             LoRALinearForward(
                 x,
@@ -163,8 +168,12 @@ def nf4_lora_linear(
         torch.Size([3, 32])
     """
     try:
-        x, bias = autocast(x, bias)
         base, meta = qweight.check().base, qweight.meta
+        if dropout_p == 0.0 and rank_diag is None and out_diag is None:
+            y = infer(x, base, meta, lora_a, lora_b, scale, bias)
+            if y is not None:
+                return y
+        x, bias = autocast(x, bias)
         return _run(
             LoRALinearForward(
                 x,
