@@ -10,6 +10,7 @@
 
 #include "tiles/lora_backward.h"
 #include "tiles/lora_direct.h"
+#include "tiles/lora_direct_backward.h"
 #include "tiles/lora_dot.h"
 #include "tiles/lora_skinny.h"
 #include "tiles/lora_wgrad.h"
@@ -123,11 +124,17 @@ bool forward(const LoraForward& f, const Parallel& parallel) {
 bool backward(const LoraBackward& f, const Parallel& parallel) {
   if (f.dy.dtype != Dtype::bf16) return vector::backward(f, parallel);
   const BaseView& base = f.base;
-  if (base.quant == nullptr) return backward_blocked(dense_reader(base), f, parallel);
-  if (!Nf4Reader::takes(*base.quant, base.k))
-    return backward_blocked(AnyNf4Reader(*base.quant, base.k), f, parallel);
+  const auto product = [&](const auto& reader) {
+#if LK_AMX
+    return backward_blocked(reader, f, parallel);
+#else
+    return backward_direct(reader, f, parallel);
+#endif
+  };
+  if (base.quant == nullptr) return product(dense_reader(base));
+  if (!Nf4Reader::takes(*base.quant, base.k)) return product(AnyNf4Reader(*base.quant, base.k));
   const QuantView q = decoded_scales(*base.quant, kScales, parallel);
-  return backward_blocked(Nf4Reader(q, base.k), f, parallel);
+  return q.absmax != nullptr && product(Nf4Reader(q, base.k));
 }
 
 bool wgrad(const Wgrad& f, const Parallel& parallel) {

@@ -30,7 +30,8 @@ inline bool takes_direct(const LoraForward& f) {
   return f.x.rows <= kDirectRows && base.dense.dtype == Dtype::bf16;
 }
 
-// 32 rows of a dense W, `stride` bytes apart, and their last tile along K if that is not whole.
+// 32 rows of a dense bf16 matrix, `stride` bytes apart, and their last tile along K if that is not
+// whole.
 struct DenseRows {
   static constexpr Order kOrder = Order::natural;
   const char* data;
@@ -38,13 +39,18 @@ struct DenseRows {
   bool ragged;
   alignas(64) char rest[kGroupRows * 64];
 
+  DenseRows() = default;
   explicit DenseRows(const BaseView&) {}
 
-  // `copy`: room for 32 rows of whole chunks, for where W has fewer than 32 left.
   LK_INLINE void begin(const LoraForward& f, int64_t row, char* copy) {
-    const int64_t k = f.base.k, count = min64(kGroupRows, f.base.n - row);
-    stride = f.base.dense.stride * 2;
-    data = static_cast<const char*>(f.base.dense.data) + row * stride;
+    begin(f.base.dense, row, f.base.n, copy);
+  }
+
+  // `copy`: room for 32 rows of whole chunks, for where fewer than 32 are left.
+  LK_INLINE void begin(const MatrixView& matrix, int64_t row, int64_t rows_end, char* copy) {
+    const int64_t k = matrix.columns, count = min64(kGroupRows, rows_end - row);
+    stride = matrix.stride * 2;
+    data = static_cast<const char*>(matrix.data) + row * stride;
     if (count < kGroupRows) {
       const int64_t row_bytes = ceil_div(k, kChunk) * kChunk * 2;
       __builtin_memset(copy, 0, size_t(kGroupRows * row_bytes));
