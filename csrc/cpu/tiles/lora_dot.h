@@ -250,6 +250,7 @@ inline bool dot_shrink(const LoraForward& f, DotBranch* branch, const Parallel& 
     alignas(64) float sums[kDotRows * kDotUnit];
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t j = unit * 8, count = min64(8, r - j);
+      const bool last = j + 8 >= r;  // which writes the zeros behind the ranks too
       dot_rows(a.from(j), count, x, m, k, nullptr, nullptr, 0, sums);
       for (int64_t i = 0; i < m; ++i) {
         const __mmask16 mask = lanes16(count);
@@ -257,7 +258,7 @@ inline bool dot_shrink(const LoraForward& f, DotBranch* branch, const Parallel& 
             _mm512_mul_ps(_mm512_maskz_load_ps(mask, sums + i * kDotUnit), _mm512_set1_ps(factor)));
         _mm256_mask_storeu_epi16(static_cast<uint16_t*>(f.s) + i * r + j, mask, rounded);
         const __m512i floats = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
-        _mm512_mask_storeu_ps(branch->s + i * ranks + j, lanes16(min64(16, ranks - j)),
+        _mm512_mask_storeu_ps(branch->s + i * ranks + j, lanes16(last ? ranks - j : 8),
                               _mm512_castsi512_ps(floats));
       }
     }
