@@ -22,10 +22,11 @@ from lora_kernels.nn.fused import Group
 # in the method, and the condition's value when the call runs.
 Branch = tuple[ast.expr | None, tuple[int, str], bool]
 
-_BRANCHES = (ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.match_case)
-_BRANCHES += (ast.Try, ast.ExceptHandler)
-_BRANCHES += (ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-_BRANCHES += (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+_BRANCHES = (
+    *(ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.ExceptHandler),
+    *(ast.match_case, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda),
+)
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ def sibling_groups(owner: nn.Module) -> tuple[Group, ...]:
 
     Branches that the owner's attributes decide (`if self.is_shared:`) are taken as decided.
     """
+    cls: Any = type(owner)
     groups: dict[Any, list[str]] = {}
-    for method in _methods(type(owner)):
-        for call in _calls(type(owner), method) or ():
+    for method in _methods(cls):
+        for call in _calls(cls, method) or ():
             branches = _undecided(call, owner)
             if branches is not None and call.child in owner._modules:
                 key = (method, call.variable, call.value, branches)
@@ -71,7 +73,8 @@ def sibling_groups(owner: nn.Module) -> tuple[Group, ...]:
 
 def can_be_read(owner: nn.Module) -> bool:
     """Whether the source code of the owner's forward is there."""
-    return _calls(type(owner), "forward") is not None
+    cls: Any = type(owner)
+    return method_tree(cls, "forward") is not None
 
 
 def _undecided(call: _Call, owner: nn.Module) -> tuple[Any, ...] | None:
@@ -86,7 +89,7 @@ def _undecided(call: _Call, owner: nn.Module) -> tuple[Any, ...] | None:
     return tuple(left)
 
 
-def _methods(cls: type) -> list[str]:
+def _methods(cls: Any) -> list[str]:
     """forward, and the methods that it calls, directly or not."""
     todo, seen = ["forward"], ["forward"]
     while todo:

@@ -67,11 +67,10 @@ class _Kept:
 class _Call:
     """One run of an owner's forward. Each group computes at most once in it."""
 
-    __slots__ = ("groups", "kept", "owner", "saving")
+    __slots__ = ("groups", "kept", "owner")
 
     def __init__(self, owner: nn.Module, groups: tuple[Group, ...]) -> None:
         self.owner, self.groups = weakref.ref(owner), groups
-        self.saving = _saving()
         self.kept: list[_Kept] = []
 
     def drop(self) -> None:
@@ -91,13 +90,16 @@ class _Call:
                 return self._compute(group, [children.get(name) for name in group], layer, x)
         return None
 
-    def _compute(self, group: Group, found: list[Any], layer: nn.Module, x: Tensor) -> Any:
+    def _compute(
+        self, group: Group, found: list[Any], layer: nn.Module, x: Tensor
+    ) -> Tensor | None:
         traits = _traits(layer, x)
-        # Checkpointing of one projection alone would have to find its own tensors again.
-        if traits is None or _saving() != self.saving:
+        if traits is None:
             return None
         found = list(dict.fromkeys(found))  # a layer may have several names
-        layers = [m for m in found if m is layer or (m is not None and _traits(m, x) == traits)]
+        layers: list[Any] = [
+            m for m in found if m is layer or (m is not None and _traits(m, x) == traits)
+        ]
         if len(layers) < 2:
             return None
         self.groups = tuple(other for other in self.groups if other is not group)
@@ -106,8 +108,8 @@ class _Call:
         except (TypeError, ValueError):  # the layer alone says it in its own words
             return None
         outputs = dict(zip(layers, y, strict=True))
-        mine = outputs.pop(cast(Layer, layer))
-        self.kept.append(_Kept(x, _context(x), traits, cast(dict[nn.Module, Tensor], outputs)))
+        mine = outputs.pop(layer)
+        self.kept.append(_Kept(x, _context(x), traits, outputs))
         return mine
 
 
@@ -116,20 +118,13 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def _saving() -> tuple[Any, ...]:
-    """How autograd records, and what hooks (checkpointing, offloading) see the tensors it saves."""
-    if not torch.is_grad_enabled():
-        return (False, torch.is_inference_mode_enabled())
-    return (True, torch._C._autograd._top_saved_tensors_default_hooks(True))
-
-
 def _context(x: Tensor) -> tuple[Any, ...]:
     """The modes of torch that a layer's result depends on."""
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     kind = "cpu" if x.is_cpu else x.device.type
-    cast_to = None
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        cast_to = torch.get_autocast_dtype(kind)
-    return (*_saving(), cast_to)
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return modes
+    return *modes, torch.get_autocast_dtype(kind)
 
 
 def _traits(layer: nn.Module, x: Tensor) -> tuple[Any, ...] | None:

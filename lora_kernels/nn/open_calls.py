@@ -46,7 +46,7 @@ def end(owner: nn.Module) -> None:
 def take(layer: nn.Module, x: Tensor) -> Tensor | None:
     """layer(x), computed with its siblings', or None if the layer has to compute alone. In a graph
     that torch.compile makes it always has to: there is no version that tells whether x changed."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return None
     for call in _open.calls.values():
         y = call.take(layer, x)

@@ -1,0 +1,553 @@
+"""fuse_projections: which layers run as one, that the result is theirs, and that nothing is stale."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+import lora_kernels as lk
+from lora_kernels.adapters import adapter_layers
+from lora_kernels.adapters.fuse import fused_report
+from lora_kernels.nn import open_calls
+from lora_kernels.testing import assert_within_budget
+from tests.adapters.models import llama, logits, mlp, tokens, wake
+
+K = 40
+PACKED, LONE = "lora_packed_fwd", "lora_linear_fwd"
+
+
+class Attention(nn.Module):
+    """q, k and v of one input, and an output layer; `between` runs between the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(K, 64), nn.Linear(K, 24, bias=False), nn.Linear(K, 24)
+        self.out = nn.Linear(24, K)
+        self.between = lambda x: None
+
+    def forward(self, x):
+        q = self.q(x)
+        self.between(x)
+        k, v = self.k(x), self.v(x)
+        return self.out(torch.tanh(q[..., :24]) * k + v)
+
+
+def attention(quantize=None, dtype=torch.float32, dropout=0.0, **options):
+    torch.manual_seed(0)
+    model = Attention().to(dtype)
+    options = {"rank_pattern": {"k": 3}, "alpha_pattern": {"v": 5}} | options
+    lk.apply_lora(model, 4, 8, dropout=dropout, quantize=quantize, exclude_modules=(), **options)
+    return wake(model)
+
+
+def pair(**options):
+    """The same module twice, the second fused."""
+    fused = attention(**options)
+    lk.fuse_projections(fused)
+    return attention(**options), fused
+
+
+def inputs(dtype=torch.float32):
+    return torch.randn(2, 5, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def ran(fn):
+    return [e.op for e in lk.explain(fn) if e.op in (PACKED, LONE)]
+
+
+def step(model, x, seed=0, forward=None):
+    """The output and every gradient."""
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    torch.manual_seed(seed)
+    y = (forward or model)(x)
+    y.float().square().sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad} | grads
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_is_what_the_layers_are_alone(quantize, dtype):
+    apart, fused = pair(quantize=quantize, dtype=dtype)
+    x = inputs(dtype)
+    assert ran(lambda: fused(x)) == [PACKED, LONE]
+    assert ran(lambda: apart(x)) == [LONE] * 4
+    with torch.no_grad():
+        assert torch.equal(fused(x), apart(x))
+    exact = copy.deepcopy(apart)
+    for name, layer in adapter_layers(exact):  # each weight as the layer decodes it, in fp64
+        if quantize:
+            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            dense.weight.data = layer.weight.dequantize(dtype).double()
+            dense.bias = layer.bias
+            wide = lk.LoRALinear.from_linear(dense, layer.r, layer.alpha)
+            wide.lora_A, wide.lora_B = layer.lora_A, layer.lora_B
+            setattr(exact, name, wide)
+    oracle = step(exact.double(), x.double())
+    got, plain = step(fused, x), step(apart, x)
+    for name in got:
+        assert_within_budget(got[name], oracle[name], plain[name], name)
+
+
+def test_the_report_says_what_runs_as_one_and_why_not():
+    model = llama()
+    lk.apply_lora(model, 4, target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "o_proj"])
+    report = lk.fuse_projections(model)
+    assert report.groups[0] == tuple(f"model.layers.0.self_attn.{n}_proj" for n in "qv")
+    assert len(report.groups) == 4
+    assert [name for name, _ in report.alone] == [
+        f"model.layers.{i}.self_attn.o_proj" for i in range(2)
+    ]
+    assert str(report).splitlines() == [
+        "run as one: 2 x q_proj + v_proj, 2 x gate_proj + up_proj",
+        "one by one (no sibling with an adapter takes the same input): "
+        "model.layers.0.self_attn.o_proj, model.layers.1.self_attn.o_proj",
+    ]
+    table = str(lk.model_report(model)).splitlines()
+    assert table[0].endswith("run as one") and table[1].split()[-1] == "q_proj+v_proj"
+    lk.unfuse_projections(model)
+    assert "run as one" not in str(lk.model_report(model))
+    empty = lk.fuse_projections(mlp())
+    assert (empty.groups, empty.alone, str(empty)) == ((), (), "run as one: none")
+
+
+REASONS = {
+    "hook": (lambda k: k.register_forward_hook(lambda *_: None), "has hooks"),
+    "before": (lambda k: k.register_forward_pre_hook(lambda *_: None), "has hooks"),
+    "backward": (lambda k: k.register_full_backward_hook(lambda *_: None), "has hooks"),
+    "disabled": (lambda k: setattr(k, "adapter_enabled", False), "its adapter is disabled"),
+    "merged": (lambda k: k.merge(), "its adapter is merged"),
+    "dropout": (lambda k: setattr(k, "dropout", 0.5), "has dropout 0.5, q has 0.0"),
+    "mode": (lambda k: k.train(), "has training True, q has False"),
+    "patched": (lambda k: setattr(k, "forward", k._base_forward), "has a forward of its own"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("why", REASONS)
+def test_a_layer_that_cannot_run_with_others_runs_alone(why, late):
+    """Asked at each call: also in the middle of one, after its output was computed."""
+    apart, fused = (m.eval() for m in pair())
+    change, says = REASONS[why]
+    change(apart.k)
+    if late:
+        fused.between = lambda x: change(fused.k)
+    else:
+        change(fused.k)
+    found, x = [], inputs()
+    k_alone = [] if why in ("disabled", "merged", "patched") else [LONE]
+    assert ran(lambda: found.append(fused(x))) == [PACKED, *k_alone, LONE]
+    assert torch.equal(found[0], apart(x))
+    report = fused_report(fused)
+    assert report.groups == (("q", "v"),) and ("k", says) in report.alone
+
+
+def test_runs_as_one_again_once_the_reason_is_gone():
+    _, fused = pair()
+    handle = fused.q.register_forward_hook(lambda *_: None)
+    assert ran(lambda: fused(inputs())) == [LONE, PACKED, LONE]
+    handle.remove()
+    lk.merge_adapters(fused.eval())
+    assert ran(lambda: fused(inputs())) == []
+    lk.unmerge_adapters(fused)
+    assert ran(lambda: fused(inputs())) == [PACKED, LONE]
+    with lk.disable_adapters(fused):
+        assert ran(lambda: fused(inputs())) == []
+
+
+def test_hooks_of_a_layer_see_and_change_what_they_would():
+    results = []
+    for model in pair():
+        seen = []
+        model.k.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+        model.v.register_forward_hook(lambda m, args, y, seen=seen: seen.append(y) or y + 1)
+        model.q.register_full_backward_hook(lambda m, i, o, seen=seen: seen.append(i[0]))
+        results.append(step(model, inputs()) | {str(i): t for i, t in enumerate(seen)})
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_an_input_that_is_changed_between_the_calls(grad):
+    """By code that reading the forward does not show."""
+    results = []
+    for model in pair():
+        model.between = lambda x: x.mul_(2)
+        with torch.set_grad_enabled(grad):
+            results.append(model(inputs()))
+    assert torch.equal(*results)
+
+
+def test_another_tensor_is_computed_alone():
+    results = []
+    for model in pair():
+        seen = []
+        model.between = lambda x, m=model, seen=seen: seen.extend([m.k(x.clone()), m.v(x[:1])])
+        y = model(inputs())
+        results.append([y, *seen])
+    assert all(map(torch.equal, *results))
+    assert ran(lambda: model(inputs())) == [PACKED] + [LONE] * 5
+
+
+def test_modes_that_change_between_the_calls():
+    """k and v are then what they are in the new mode."""
+    for context in (torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)):
+        found = []
+        for model in pair():
+            enter = context()
+            model.between = lambda x, enter=enter: enter.__enter__()
+            model.out.register_forward_pre_hook(lambda m, a, e=enter: e.__exit__(None, None, None))
+            model.v.register_forward_hook(lambda m, a, y: found.append(y))
+            model(inputs())
+        assert torch.equal(*found) and found[0].requires_grad == found[1].requires_grad
+        assert found[0].dtype == found[1].dtype
+
+
+def test_nothing_is_kept_from_one_call_to_the_next():
+    """A call that ends before k and v took their parts, with weights that change unseen after."""
+    apart, fused = pair()
+    x = inputs()
+
+    class Stop(Exception):
+        pass
+
+    for error in (Stop, KeyboardInterrupt):
+
+        def stop(x, error=error):
+            raise error
+
+        fused.between = stop
+        with pytest.raises(error), torch.no_grad():
+            fused(x)
+        if error is Stop:
+            assert not open_calls._open.calls
+        for model in (apart, fused):
+            model.k.lora_B.data.mul_(2)
+        if error is Stop:
+            assert torch.equal(fused.k(x), apart.k(x))
+        fused.between = lambda x: None
+        with torch.no_grad():
+            assert torch.equal(fused(x), apart(x))
+        assert not open_calls._open.calls
+
+
+def test_nothing_stays_in_memory():
+    _, fused = pair()
+    kept = []
+
+    def stop(x):
+        (call,) = open_calls._open.calls.values()
+        kept.extend(weakref.ref(y) for y in call.kept[0].outputs.values())
+        raise KeyboardInterrupt
+
+    fused.between = stop
+    x = inputs()
+    seen = weakref.ref(x)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad():
+        fused(x)
+    fused.between = lambda x: None
+    with torch.no_grad():
+        fused(inputs())
+    del x
+    gc.collect()
+    assert len(kept) == 2 and [ref() for ref in (*kept, seen)] == [None] * 3
+
+
+def test_a_layer_alone_is_not_in_a_call():
+    apart, fused = pair()
+    fused(inputs())
+    assert ran(lambda: fused.q(inputs())) == [LONE]
+    assert torch.equal(fused.k(inputs()), apart.k(inputs()))
+
+
+@pytest.mark.parametrize("used", ["q", "k", "v"])
+def test_gradients_when_one_output_is_used(used):
+    """Those of the others are zero, or none."""
+    results = []
+    for model in pair():
+        model.out.register_forward_pre_hook(lambda m, a: (a[0].detach(),))
+        found = []
+        getattr(model, used).register_forward_hook(lambda m, a, y, found=found: found.append(y))
+        results.append(
+            step(model, inputs(), forward=lambda x, m=model, f=found: (m(x), f.pop())[1])
+        )
+    alone, together = results
+    for name, grad in together.items():
+        assert torch.equal(grad, alone.get(name, torch.zeros_like(grad))), name
+    hooked = getattr(model, used)
+    hooked._forward_hooks.clear()
+
+
+def test_gradients_when_outputs_are_dropped():
+    """As above, with the used layer in the group."""
+    apart, fused = pair()
+    results = []
+    for model in (apart, fused):
+        model.forward = MethodType(_only_q, model)
+        results.append(step(model, inputs()))
+    alone, together = results
+    assert ran(lambda: fused(inputs())) == [PACKED]
+    for name, grad in together.items():
+        assert torch.equal(grad, alone.get(name, torch.zeros_like(grad))), name
+    assert {n for n, g in together.items() if g.any()} == {"y", "x", "q.lora_A", "q.lora_B"}
+
+
+def _only_q(self, x):
+    q, _, _ = self.q(x), self.k(x), self.v(x)
+    return q
+
+
+def test_a_layer_that_nothing_trains_gets_no_gradient():
+    apart, fused = pair()
+    for model in (apart, fused):
+        model.k.requires_grad_(False)
+    found = []
+    for model in (apart, fused):
+        model.out.forward = lambda t: t
+        model.k.register_forward_hook(lambda m, a, y: None).remove()
+        y = model(inputs())
+        y.sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_equal(*found)
+    assert ran(lambda: fused(inputs())) == [PACKED, LONE]  # k
+    assert ran(lambda: fused(inputs().requires_grad_())) == [PACKED]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_repeats_the_call(reentrant, dropout):
+    _, fused = pair(dropout=dropout)
+    whole = step(fused, inputs())
+    again = step(fused, inputs(), forward=lambda x: checkpoint(fused, x, use_reentrant=reentrant))
+    assert_equal(whole, again)
+
+
+def test_dropout_has_one_seed_and_a_mask_for_each():
+    apart, fused = pair(dropout=0.5)
+    x, found = inputs(), []
+    fused.between = lambda x: found.append(fused.k(x))
+    q = []
+    handle = fused.out.register_forward_pre_hook(lambda m, a: q.append(a[0]))
+    torch.manual_seed(7)
+    fused(x)
+    handle.remove()
+    layers = [apart.q, apart.k, apart.v]
+    torch.manual_seed(7)
+    expected = lk.functional.lora_packed_linear(
+        x,
+        [m.weight for m in layers],
+        [m.lora_A for m in layers],
+        [m.lora_B for m in layers],
+        scales=[m.scale for m in layers],
+        biases=[m.bias for m in layers],
+        dropout_p=0.5,
+    )
+    assert torch.equal(found[0], expected[1])
+    torch.manual_seed(7)
+    assert torch.equal(apart.q(x), expected[0])  # the first drops what it drops alone
+    assert not torch.equal(apart.k(x), expected[1])
+    assert torch.equal(fused.eval()(x), apart.eval()(x))
+
+
+def test_autocast():
+    results = []
+    for model in pair():
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(model(inputs()))
+    assert results[0].dtype == torch.bfloat16 and torch.equal(*results)
+
+
+def test_threads_do_not_see_each_other():
+    apart, fused = (m.eval() for m in pair())
+    xs = [torch.randn(3, K) for _ in range(4)]
+    with torch.no_grad():
+        expected = [apart(x) for x in xs]
+    barrier, wrong = threading.Barrier(4), []
+    # All are in the middle of a call at once.
+    fused.between = lambda x: barrier.wait(timeout=60)
+
+    def work(i):
+        with torch.no_grad():
+            for _ in range(5):
+                if not torch.equal(fused(xs[i]), expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and not barrier.broken
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "twice": lambda model: copy.deepcopy(pickle.loads(pickle.dumps(model))),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_run_as_one_and_apart_from_the_original(way):
+    fused = llama()
+    lk.apply_lora(fused, 4)
+    lk.fuse_projections(wake(fused))
+    expected = logits(fused)
+    other = COPIES[way](fused).eval()
+    assert ran(lambda: logits(other)).count(PACKED) == 4
+    assert fused_report(other) == fused_report(fused)
+    assert torch.equal(logits(other), expected)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert torch.equal(logits(fused), expected)
+
+
+def test_a_copy_of_one_layer_and_a_shallow_copy_of_its_owner():
+    apart, fused = pair()
+    layer = copy.deepcopy(fused.k)
+    assert torch.equal(layer(inputs()), apart.k(inputs()))
+    replica = copy.copy(fused)  # what DataParallel makes of each module for another device
+    replica._modules = {n: copy.deepcopy(m) for n, m in fused._modules.items()}
+    with torch.no_grad():
+        for p in fused.parameters():
+            p.zero_()
+    assert torch.equal(replica(inputs()), apart(inputs()))
+    assert ran(lambda: replica(inputs())) == [PACKED, LONE]
+
+
+def test_the_model_is_what_it_was():
+    plain, model = llama(), llama()
+    for m in (plain, model):
+        lk.apply_lora(m, 4, quantize="nf4")
+        wake(m)
+    before = [*model.state_dict()], [n for n, _ in model.named_modules()], repr(model)
+    first = lk.fuse_projections(model)
+    assert lk.fuse_projections(model) == first
+    assert ([*model.state_dict()], [n for n, _ in model.named_modules()], repr(model)) == before
+    owners = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert len(owners) == 4
+    assert all(len(m._forward_hooks) == len(m._forward_pre_hooks) == 1 for m in owners)
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(logits(model), logits(plain))
+    lk.unfuse_projections(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any("in_group" in vars(m) for m in model.modules())
+    assert ran(lambda: logits(model)) == [LONE] * 14
+
+
+def test_other_functions_of_the_package_go_on(tmp_path):
+    base, model = logits(llama()), llama()
+    lk.apply_lora(model, 4)
+    lk.fuse_projections(wake(model))
+    adapted = logits(model)
+    lk.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="has adapters on 14 layers already"):
+        lk.apply_lora(model)
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            layer.lora_B.zero_()
+    assert torch.equal(logits(model), base)
+    lk.load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), adapted)
+    assert lk.fuse_loss(model)
+    lk.unload(model)
+    assert torch.equal(logits(model), base)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    pool = lk.serving.AdapterPool(model, slots=2, pages=64)
+    pool.register("one", tmp_path)
+    lk.serving.attach_pool(model, pool)
+    assert fused_report(model).groups == () == lk.fuse_projections(model).groups
+    with torch.no_grad(), pool.route(["one", "one"]):
+        rows = model(tokens()).logits
+    torch.testing.assert_close(rows, adapted)
+    lk.serving.detach_pool(model)
+    lk.load_adapter(model, tmp_path, quantize="nf4")
+    lk.fuse_projections(model)
+    before = logits(model)
+    plain = lk.merge_and_unload(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    assert before.shape == logits(plain).shape
+
+
+def test_a_layer_that_is_replaced_leaves_its_group():
+    apart, fused = pair()
+    for model in (apart, fused):
+        torch.manual_seed(5)
+        model.k = nn.Linear(K, 24)
+    assert ran(lambda: fused(inputs())) == [PACKED, LONE]
+    assert torch.equal(fused(inputs()), apart(inputs()))
+    assert fused_report(fused).groups == (("q", "v"),)
+
+
+def test_layers_that_are_wrapped_run_alone():
+    """A checkpointed projection has to find its own tensors again."""
+    apart, fused = pair()
+    for model in (apart, fused):
+        model.q, model.k = checkpoint_wrapper(model.q), checkpoint_wrapper(model.k)
+    lk.unfuse_projections(fused)
+    report = lk.fuse_projections(fused)
+    assert report.groups == () and ("k", "is inside a CheckpointWrapper") in report.alone
+    assert_equal(step(apart, inputs()), step(fused, inputs()))
+
+
+def test_dora_and_other_dtypes_run_alone():
+    model = attention(use_dora=True)
+    assert {why for _, why in lk.fuse_projections(model).alone} == {
+        "its adapter has a magnitude (DoRA)",
+        "no sibling with an adapter takes the same input",
+    }
+    assert PACKED not in ran(lambda: model(inputs()))
+    model = attention()
+    model.v.lora_A.data, model.v.lora_B.data = model.v.lora_A.bfloat16(), model.v.lora_B.bfloat16()
+    report = lk.fuse_projections(model)
+    assert ("v", "has adapter dtype torch.bfloat16, q has torch.float32") in report.alone
+    assert ran(lambda: model(inputs())) == [PACKED, LONE, LONE]
+
+
+def test_compiled_graphs_hold_the_layers_one_by_one():
+    apart, fused = (m.eval() for m in pair())
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    assert ran(lambda: compiled(inputs())) == [LONE] * 4
+    assert_equal(step(apart, inputs()), step(fused, inputs(), forward=compiled))
+    assert ran(lambda: fused(inputs())) == [PACKED, LONE]
+
+
+def test_functional_calls_have_their_own_parameters():
+    apart, fused = pair()
+    zeros = {n: torch.zeros_like(p) for n, p in fused.named_parameters() if "lora_B" in n}
+    found = [torch.func.functional_call(m, zeros, (inputs(),)) for m in (apart, fused)]
+    assert torch.equal(*found)
+    assert not torch.equal(found[1], fused(inputs()))
+
+
+def test_an_error_is_the_layers_own():
+    for model in pair():
+        with pytest.raises(TypeError, match=r"^weight: got dtype float32, expected float64"):
+            model(inputs().double())
+        with pytest.raises(TypeError, match=r"x: got .*list"):
+            model([1.0])
+    assert not open_calls._open.calls
+
+
+def test_what_is_no_model():
+    for function in (lk.fuse_projections, lk.unfuse_projections):
+        with pytest.raises(TypeError, match=r"^model: got str, expected a torch.nn.Module"):
+            function("model")
