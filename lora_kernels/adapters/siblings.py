@@ -134,7 +134,7 @@ def _calls(cls: type, method: str) -> tuple[_Call, ...] | None:
     calls: list[_Call] = []
     bound: dict[str, int] = {}
     writes = 0
-    for at, (_, event) in enumerate(sorted(events, key=lambda e: e[0])):
+    for at, (_, event) in enumerate(sorted(events, key=_order)):
         if event == "":
             writes += 1
         elif isinstance(event, str):
@@ -145,6 +145,11 @@ def _calls(cls: type, method: str) -> tuple[_Call, ...] | None:
             branches = tuple(_branches(event, parents))[::-1]
             calls.append(_Call(child, variable, value, branches, me))
     return tuple(calls)
+
+
+def _order(event: tuple[tuple[int, int], str | ast.Call]) -> Any:
+    """By place; a call before the assignment of its result, which ends where it ends."""
+    return event[0], isinstance(event[1], str)
 
 
 def _is_call(node: ast.Call, me: str) -> bool:

@@ -33,7 +33,7 @@ def method_tree(cls: type, method: str) -> ast.FunctionDef | ast.AsyncFunctionDe
     """The syntax tree of a method; None if it has no source, or no `self`."""
     function = inspect.unwrap(getattr(cls, method))
     # torch's own classes are known, and most have no child.
-    if not inspect.isfunction(function) or function.__module__.split(".")[0] == "torch":
+    if not inspect.isfunction(function) or (function.__module__ or "").split(".")[0] == "torch":
         return None
     try:
         top = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
