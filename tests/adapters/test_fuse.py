@@ -19,26 +19,10 @@ from lora_kernels.adapters import adapter_layers
 from lora_kernels.adapters.fuse import fused_report
 from lora_kernels.nn import open_calls
 from lora_kernels.testing import assert_within_budget
-from tests.adapters.models import llama, logits, mlp, tokens, wake
+from tests.adapters.models import Attention, llama, logits, mlp, tokens, wake
 
 K = 40
 PACKED, LONE = "lora_packed_fwd", "lora_linear_fwd"
-
-
-class Attention(nn.Module):
-    """q, k and v of one input, and an output layer; `between` runs between the calls."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(K, 64), nn.Linear(K, 24, bias=False), nn.Linear(K, 24)
-        self.out = nn.Linear(24, K)
-        self.between = lambda x: None
-
-    def forward(self, x):
-        q = self.q(x)
-        self.between(x)
-        k, v = self.k(x), self.v(x)
-        return self.out(torch.tanh(q[..., :24]) * k + v)
 
 
 def attention(quantize=None, dtype=torch.float32, dropout=0.0, **options):
