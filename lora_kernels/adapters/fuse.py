@@ -30,9 +30,11 @@ class FusedReport:
 
     Examples:
         >>> _ = lk.apply_lora(model, r=8)
-        >>> print(lk.fuse_projections(model))
+        >>> report = lk.fuse_projections(model)
+        >>> print(str(report).splitlines()[0])
         run as one: 1 x q_proj + k_proj + v_proj, 1 x gate_proj + up_proj
-        one by one (no sibling with an adapter takes the same input): ...
+        >>> report.alone[0]
+        ('model.layers.0.self_attn.o_proj', 'no sibling with an adapter takes the same input')
     """
 
     groups: tuple[Group, ...]
