@@ -16,7 +16,7 @@ from lora_kernels.adapters.words import by_reason
 from lora_kernels.nn.fused import BeginGroups, EndGroups, Group, shared_traits
 from lora_kernels.nn.packed import Layer, why_not_plain
 
-_TRAITS = ("in_features", "dropout", "training", "base dtype", "adapter dtype", "device")
+_TRAITS = ("dropout", "training", "adapter dtype")  # of shared_traits
 _ALONE = "no sibling with an adapter takes the same input"
 
 

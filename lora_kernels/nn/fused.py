@@ -9,14 +9,15 @@ mark where its forward begins and ends; module tree, parameters and state dict s
 from __future__ import annotations
 
 import weakref
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels import functional
 from lora_kernels.nn import open_calls
-from lora_kernels.nn.packed import Layer, packed_arguments, why_not_plain
+from lora_kernels.nn.packed import packed_arguments, why_not_plain
 
 Group = tuple[str, ...]
 
@@ -47,21 +48,17 @@ class EndGroups:
 class _Kept:
     """What was computed for a group's layers, and what has to be the same when one takes it."""
 
-    __slots__ = ("context", "outputs", "traits", "version", "x")
+    __slots__ = ("outputs", "state", "traits", "x")
 
-    def __init__(self, x: Tensor, context: Any, traits: Any, outputs: dict[nn.Module, Tensor]):
-        self.x, self.version, self.context = x, _version(x), context
+    def __init__(self, x: Tensor, traits: Any, outputs: dict[nn.Module, Tensor]) -> None:
+        self.x, self.state = x, _state(x)
         self.traits, self.outputs = traits, outputs
 
     def take(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         y = self.outputs.pop(layer)
-        same = (
-            x is self.x
-            and _version(x) == self.version
-            and _context(x) == self.context
-            and _traits(layer, x) == self.traits
-        )
-        return y if same else None
+        if x is self.x and _state(x) == self.state and _traits(layer, x) == self.traits:
+            return y
+        return None
 
 
 class _Call:
@@ -84,19 +81,19 @@ class _Call:
                     self.kept.remove(kept)
                 return y
         owner = self.owner()
-        children = {} if owner is None else owner._modules
+        children: dict[str, Any] = {} if owner is None else owner._modules
         for group in self.groups:
-            if any(children.get(name) is layer for name in group):
-                return self._compute(group, [children.get(name) for name in group], layer, x)
+            found = dict.fromkeys(map(children.get, group))  # a layer may have several names
+            if layer in found:
+                return self._compute(group, found, layer, x)
         return None
 
     def _compute(
-        self, group: Group, found: list[Any], layer: nn.Module, x: Tensor
+        self, group: Group, found: Iterable[Any], layer: nn.Module, x: Tensor
     ) -> Tensor | None:
         traits = _traits(layer, x)
         if traits is None:
             return None
-        found = list(dict.fromkeys(found))  # a layer may have several names
         layers: list[Any] = [
             m for m in found if m is layer or (m is not None and _traits(m, x) == traits)
         ]
@@ -109,36 +106,34 @@ class _Call:
             return None
         outputs = dict(zip(layers, y, strict=True))
         mine = outputs.pop(layer)
-        self.kept.append(_Kept(x, _context(x), traits, outputs))
+        self.kept.append(_Kept(x, traits, outputs))
         return mine
 
 
-def _version(x: Tensor) -> int | None:
-    """Counts the writes to x; in inference mode nobody does."""
-    return None if x.is_inference() else x._version
-
-
-def _context(x: Tensor) -> tuple[Any, ...]:
-    """The modes of torch that a layer's result depends on."""
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """Counts the writes to x (in inference mode nobody does), and the modes of torch that a
+    result depends on."""
     kind = "cpu" if x.is_cpu else x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return modes
-    return *modes, torch.get_autocast_dtype(kind)
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return (
+        None if x.is_inference() else x._version,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_autocast_dtype(kind) if autocast else None,
+    )
 
 
 def _traits(layer: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     """What layers have to share to run as one on x; None if this one has to run alone now."""
     if why_not_plain(layer) is not None:
         return None
-    found = shared_traits(cast(Layer, layer))
-    if torch.is_grad_enabled() and not x.requires_grad:
-        # One that nothing trains would get a gradient through its output, for nothing.
-        return *found, any(p is not None and p.requires_grad for p in layer._parameters.values())
-    return found
+    found = shared_traits(layer)
+    if x.requires_grad or not torch.is_grad_enabled():
+        return found
+    # One that nothing trains would get a gradient through its output, for nothing.
+    return *found, any(p is not None and p.requires_grad for p in layer._parameters.values())
 
 
-def shared_traits(layer: Layer) -> tuple[Any, ...]:
+def shared_traits(layer: Any) -> tuple[Any, ...]:
     """What layers have to share to run as one, whatever the input."""
-    a = layer.lora_A
-    return layer.in_features, layer.dropout, layer.training, layer._base_dtype(), a.dtype, a.device
+    return layer.dropout, layer.training, layer._parameters["lora_A"].dtype

@@ -269,12 +269,12 @@ class LoRAMixin(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether forward runs on a merged weight."""
-        return self._merged_weight is not None
+        return self._buffers["_merged_weight"] is not None  # torch's way to a buffer is long
 
     @property
     def merged_dense(self) -> bool:
         """Whether forward runs on a merged weight that is dense, whatever the base's format is."""
-        return self._merged_weight is not None
+        return self._buffers["_merged_weight"] is not None
 
     def merge(self, *, safe: bool = False) -> None:
         """Run as one linear layer with W + scale·B·A.

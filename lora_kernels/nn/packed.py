@@ -89,15 +89,16 @@ class PackedLayers(nn.Module):
 def packed_arguments(layers: Sequence[Layer], x: Tensor) -> dict[str, Any]:
     """What `functional.lora_packed_linear` takes beside x, of layers with one dropout and mode."""
     first = layers[0]
+    own: list[Any] = [layer._parameters for layer in layers]  # torch's way to a parameter is long
     return {
-        "weights": [layer.weight for layer in layers],
-        "lora_a": [layer.lora_A for layer in layers],
-        "lora_b": [layer.lora_B for layer in layers],
-        "scales": [layer.scale for layer in layers],
-        "biases": [
-            cast_like(layer.bias, x) if isinstance(layer, QLoRALinear) else layer.bias
-            for layer in layers
+        "weights": [
+            layer.weight if (w := p.get("weight")) is None else w
+            for p, layer in zip(own, layers, strict=True)
         ],
+        "lora_a": [p["lora_A"] for p in own],
+        "lora_b": [p["lora_B"] for p in own],
+        "scales": [layer.scale for layer in layers],
+        "biases": [p["bias"] if "weight" in p else cast_like(p["bias"], x) for p in own],
         "dropout_p": first.dropout if first.training else 0.0,
     }
 
@@ -106,6 +107,8 @@ def why_not_plain(layer: nn.Module) -> str | None:
     """What of the layer's forward the packed op would not do; None if nothing."""
     if type(layer) not in (LoRALinear, QLoRALinear):
         return f"is a {type(layer).__name__}, expected LoRALinear or QLoRALinear"
+    if "lora_A" not in layer._parameters:
+        return "a wrapper around it (FSDP) has taken its parameters"
     if "forward" in layer.__dict__:
         return "has a forward of its own"
     if (

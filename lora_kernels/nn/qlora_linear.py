@@ -160,7 +160,7 @@ class QLoRALinear(LoRAMixin, NF4Linear):
     @property
     def merged(self) -> bool:
         """Whether forward runs on a merged weight, dense or requantised."""
-        return self._merged_weight is not None or _MERGED in self._weights
+        return self._buffers["_merged_weight"] is not None or _MERGED in self._weights
 
     def merge(self, *, safe: bool = False, requantize: bool = False) -> None:
         """Run as one linear layer with W + scale·B·A.
