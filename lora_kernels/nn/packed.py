@@ -90,11 +90,12 @@ def packed_arguments(layers: Sequence[Layer], x: Tensor) -> dict[str, Any]:
     """What `functional.lora_packed_linear` takes beside x, of layers with one dropout and mode."""
     first = layers[0]
     own: list[Any] = [layer._parameters for layer in layers]  # torch's way to a parameter is long
+    weights = []
+    for p, layer in zip(own, layers, strict=True):
+        dense = p.get("weight")
+        weights.append(layer.weight if dense is None else dense)
     return {
-        "weights": [
-            layer.weight if (w := p.get("weight")) is None else w
-            for p, layer in zip(own, layers, strict=True)
-        ],
+        "weights": weights,
         "lora_a": [p["lora_A"] for p in own],
         "lora_b": [p["lora_B"] for p in own],
         "scales": [layer.scale for layer in layers],
