@@ -3,6 +3,7 @@
 from lora_kernels.adapters.apply import apply_lora
 from lora_kernels.adapters.checkpoint import LoadResult, load_adapter
 from lora_kernels.adapters.config import LoRAConfig
+from lora_kernels.adapters.fuse import FusedReport, fuse_projections, unfuse_projections
 from lora_kernels.adapters.layers import adapter_layers
 from lora_kernels.adapters.merging import (
     disable_adapters,
@@ -16,6 +17,7 @@ from lora_kernels.adapters.report import LoRAReport, ModelReport, model_report
 from lora_kernels.adapters.saving import save_adapter
 
 __all__ = [
+    "FusedReport",
     "LoRAConfig",
     "LoRAReport",
     "LoadResult",
@@ -23,12 +25,14 @@ __all__ = [
     "adapter_layers",
     "apply_lora",
     "disable_adapters",
+    "fuse_projections",
     "load_adapter",
     "merge_adapters",
     "merge_and_unload",
     "model_report",
     "quantize_model",
     "save_adapter",
+    "unfuse_projections",
     "unload",
     "unmerge_adapters",
 ]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.adapters.fuse import unfuse_projections
 from lora_kernels.adapters.layer_kinds import NF4_LINEAR, kind_of
 from lora_kernels.adapters.layers import adapter_layers, replace_module, require_adapters, unwrap
 from lora_kernels.adapters.modules_to_save import (
@@ -124,6 +125,7 @@ def merge_and_unload(
         for name, t in _learned(model):
             if not bool(torch.isfinite(t).all()):
                 raise ValueError(f"{name}: holds non-finite values; nothing was changed")
+    unfuse_projections(model)
     shared = share_weight(model)
     keep(model)
     merge_tokens(model)
@@ -174,7 +176,9 @@ def unload(model: nn.Module) -> nn.Module:
         'Linear'
     """
     model = unwrap(model)
-    for _, layer in require_adapters(model):
+    adapters = require_adapters(model)
+    unfuse_projections(model)
+    for _, layer in adapters:
         replace_module(model, layer, kind_of(layer).base_layer(layer))
     put_back(model)
     drop_tokens(model)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-import operator
-import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,13 +16,11 @@ from torch import nn
 
 from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import unwrap
+from lora_kernels.adapters.source import ANY, UNKNOWN, Path, method_tree, path_of, value_of
 
-Path = tuple[str, ...]
 Tests = tuple[tuple[ast.expr, bool], ...]
 
 _TENSORS = ("weight", "bias")
-_ANY = "*"  # a subscript, such as layers[i]
-_UNKNOWN = object()
 # Attributes of a weight that do not depend on its values.
 _METADATA = {
     "device",
@@ -38,16 +34,6 @@ _METADATA = {
 }
 _METADATA |= {"nbytes", "dim", "ndim", "numel", "requires_grad", "shape", "size", "stride"}
 _ASKING = {"hasattr", "id", "isinstance", "type"}
-_COMPARE: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-    ast.Is: operator.is_,
-    ast.IsNot: operator.is_not,
-}
 
 
 @dataclass(frozen=True)
@@ -136,22 +122,15 @@ def _children(owner: nn.Module, path: Path) -> list[nn.Module]:
     level = [owner]
     for part in path:
         inside = [item for module in level for item in unwrap(module)._modules.items()]
-        level = [m for name, m in inside if m is not None and part in (name, _ANY)]
+        level = [m for name, m in inside if m is not None and part in (name, ANY)]
     return [unwrap(child) for child in level]
 
 
 @cache
 def _uses(cls: type, method: str) -> tuple[_Use, ...]:
     """The mentions of the owner's attributes in a method; none if it has no source."""
-    function = inspect.unwrap(getattr(cls, method))
-    # torch's own classes are known, and most have no child.
-    if not inspect.isfunction(function) or function.__module__.split(".")[0] == "torch":
-        return ()
-    try:
-        top = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError):
-        return ()
-    if not isinstance(top, ast.FunctionDef | ast.AsyncFunctionDef) or not top.args.args:
+    top = method_tree(cls, method)
+    if top is None:
         return ()
     me = top.args.args[0].arg
     parents = {child: node for node in ast.walk(top) for child in ast.iter_child_nodes(node)}
@@ -172,7 +151,7 @@ def _names(top: ast.AST, me: str) -> dict[str, list[Path]]:
     for node in ast.walk(top):
         if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
             continue
-        if path := _path_of(node.value, me):
+        if path := path_of(node.value, me):
             names.setdefault(node.targets[0].id, []).append(path)
     return names
 
@@ -186,19 +165,10 @@ def _begins(
         loops = [above] if isinstance(above, ast.For) else getattr(above, "generators", [])
         for loop in loops:
             if below is not loop.iter and getattr(loop.target, "id", None) == node.id:
-                path = _path_of(loop.iter, me)
-                return [(*path, _ANY)] if path and node is not loop.target else []
+                path = path_of(loop.iter, me)
+                return [(*path, ANY)] if path and node is not loop.target else []
         below = above
     return names.get(node.id, [])
-
-
-def _path_of(node: ast.expr, me: str) -> Path | None:
-    """The parts of an expression such as `self.a.b[i]`; None for any other kind."""
-    parts: list[str] = []
-    while isinstance(node, ast.Attribute | ast.Subscript):
-        parts.insert(0, node.attr if isinstance(node, ast.Attribute) else _ANY)
-        node = node.value
-    return tuple(parts) if isinstance(node, ast.Name) and node.id == me else None
 
 
 def _chain(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> tuple[ast.AST, Path]:
@@ -209,7 +179,7 @@ def _chain(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> tuple[ast.AST, Pat
         if isinstance(above, ast.Attribute):
             parts.append(above.attr)
         elif isinstance(above, ast.Subscript) and above.value is node:
-            parts.append(_ANY)
+            parts.append(ANY)
         else:
             return node, tuple(parts)
         node = above
@@ -258,51 +228,7 @@ def _tests(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[tuple[ast
 def _ruled_out(use: _Use, owner: nn.Module) -> bool:
     # hasattr may change when layers are replaced (as for quantised models): it excludes calls only.
     for test, expected in use.tests:
-        value = _value(test, owner, use.me, asking=use.kind == "call")
-        if value is not _UNKNOWN and bool(value) != expected:
+        value = value_of(test, owner, use.me, asking=use.kind == "call")
+        if value is not UNKNOWN and bool(value) != expected:
             return True
     return False
-
-
-def _value(node: ast.expr, owner: nn.Module, me: str, *, asking: bool) -> Any:
-    """The value of a condition on the owner's plain attributes; `_UNKNOWN` if it may change."""
-
-    def value_of(part: ast.expr) -> Any:
-        return _value(part, owner, me, asking=asking)
-
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.Attribute):
-        found = _attribute(owner, _path_of(node, me))
-        plain = found is None or isinstance(found, bool | int | float | str)
-        return found if plain else _UNKNOWN
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        value = value_of(node.operand)
-        return value if value is _UNKNOWN else not value
-    if isinstance(node, ast.BoolOp):
-        values = [value_of(part) for part in node.values]
-        decides = isinstance(node.op, ast.Or)
-        if any(v is not _UNKNOWN and bool(v) == decides for v in values):
-            return decides
-        return _UNKNOWN if _UNKNOWN in values else not decides
-    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARE:
-        values = [value_of(node.left), value_of(node.comparators[0])]
-        if _UNKNOWN in values:
-            return _UNKNOWN
-        try:
-            return bool(_COMPARE[type(node.ops[0])](*values))
-        except TypeError:
-            return _UNKNOWN
-    if asking and isinstance(node, ast.Call) and getattr(node.func, "id", None) == "hasattr":
-        found, name = _attribute(owner, _path_of(node.args[0], me)), value_of(node.args[1])
-        return _UNKNOWN if _UNKNOWN in (found, name) else hasattr(found, name)
-    return _UNKNOWN
-
-
-def _attribute(owner: nn.Module, path: Path | None) -> Any:
-    if not path or _ANY in path or "training" in path:
-        return _UNKNOWN
-    try:
-        return operator.attrgetter(".".join(path))(owner)
-    except Exception:  # a property of the model may raise anything
-        return _UNKNOWN

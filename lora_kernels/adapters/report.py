@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_kernels.adapters.fuse import fused_with
 from lora_kernels.adapters.layer_kinds import kind_of
 from lora_kernels.adapters.layers import (
     adapter_layers,
@@ -18,6 +19,7 @@ from lora_kernels.adapters.layers import (
     unwrap,
 )
 from lora_kernels.adapters.plan import Plan
+from lora_kernels.adapters.words import by_reason
 from lora_kernels.dispatch import chosen
 from lora_kernels.ops.common.checks import FLOATS, names
 from lora_kernels.ops.dora.magnitude import norm_dtype
@@ -33,6 +35,7 @@ class LayerRow:
         base: how the base weight is stored, such as "bfloat16" or "nf4/64 nested".
         r, alpha: of the adapter; None without one.
         use_dora: whether the adapter is DoRA.
+        run_as_one: the layers of the group that `fuse_projections` runs as one, "" if none.
         path: the backend of the forward; "-" for plain PyTorch, "" if it was not asked for.
         count: how many layers the row stands for.
     """
@@ -45,9 +48,10 @@ class LayerRow:
     path: str = ""
     count: int = 1
     use_dora: bool = False
+    run_as_one: str = ""
 
 
-def layer_row(name: str, layer: Any, path: str = "") -> LayerRow:
+def layer_row(name: str, layer: Any, path: str = "", run_as_one: str = "") -> LayerRow:
     kind = kind_of(layer)
     return LayerRow(
         name,
@@ -57,6 +61,7 @@ def layer_row(name: str, layer: Any, path: str = "") -> LayerRow:
         layer.alpha if kind.adapted else None,
         path,
         use_dora=kind.adapted and layer.use_dora,
+        run_as_one=run_as_one,
     )
 
 
@@ -71,7 +76,7 @@ def group_rows(rows: Iterable[LayerRow]) -> list[LayerRow]:
 
 def table(rows: Sequence[LayerRow]) -> str:
     """The rows as text, without columns that hold no information."""
-    header = ["layer", "count", "N x K", "base", "adapter", "r", "alpha", "path"]
+    header = ["layer", "count", "N x K", "base", "adapter", "r", "alpha", "path", "run as one"]
     cells = [header] + [
         [
             row.name,
@@ -82,6 +87,7 @@ def table(rows: Sequence[LayerRow]) -> str:
             "-" if row.r is None else str(row.r),
             "-" if row.alpha is None else f"{row.alpha:g}",
             row.path,
+            row.run_as_one or "-",
         ]
         for row in rows
     ]
@@ -90,6 +96,8 @@ def table(rows: Sequence[LayerRow]) -> str:
         dropped.add("count")
     if not any(row.use_dora for row in rows):
         dropped.add("adapter")
+    if not any(row.run_as_one for row in rows):
+        dropped.add("run as one")
     columns = [c for c in zip(*cells, strict=True) if c[0] not in dropped]
     right = {"count", "r", "alpha"}
     widths = [max(map(len, column)) for column in columns]
@@ -163,13 +171,7 @@ class LoRAReport:
             f"memory of the weights: {with_unit(self.bytes_before)} -> "
             f"{with_unit(self.bytes_after)}, {len(self.quantized)} layers quantised",
         ]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped:
-            reasons.setdefault(reason, []).append(name)
-        for reason, layers in reasons.items():
-            more = f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-            lines.append(f"left alone ({reason}): {', '.join(layers[:3])}{more}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *by_reason("left alone", self.skipped)])
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,10 @@ def model_report(
         raise TypeError(f"dtype: got {names([dtype])}, expected {names(FLOATS)}")
     model = unwrap(model)
     found = [(name, m) for name, m in named_modules(model) if kind_of(m).reported]
-    layers = tuple(layer_row(name, m, forward_path(m, rows, dtype)) for name, m in found)
+    fused = fused_with(model)
+    layers = tuple(
+        layer_row(name, m, forward_path(m, rows, dtype), fused.get(name, "")) for name, m in found
+    )
     trainable, total = count_parameters(model)
     first: Any = found[0][1] if found else None
     used = dtype or (torch.get_default_dtype() if first is None else first.weight.dtype)

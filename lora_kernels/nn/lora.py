@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from lora_kernels import functional
 from lora_kernels.nn.common import draw_kaiming, fill, make_linear, set_buffer, whole
+from lora_kernels.nn.open_calls import take
 from lora_kernels.ops.common.checks import FLOATS, has_values, names
 from lora_kernels.ops.dora import dora_norm, output_scale
 
@@ -82,6 +83,7 @@ class LoRAMixin(nn.Module):
         dropout: probability, in [0, 1), of dropping an element of x on the adapter's branch, in
             training mode only.
         adapter_enabled: False computes the base layer alone.
+        in_group: `fuse_projections` runs the layer as one with others where it can.
 
     Examples:
         >>> layer = lk.LoRALinear(64, 32, r=8, alpha=16)
@@ -107,6 +109,7 @@ class LoRAMixin(nn.Module):
     init: str
     adapter_enabled: bool
     use_dora: bool = False
+    in_group: bool = False
     _merged_weight: Tensor | None
     _scale: float
 
@@ -191,6 +194,8 @@ class LoRAMixin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to y [..., N]."""
+        if self.in_group and (y := take(self, x)) is not None:
+            return y
         if not self.adapter_enabled:
             return self._base_forward(x)
         if self.merged:
@@ -264,12 +269,12 @@ class LoRAMixin(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether forward runs on a merged weight."""
-        return self._buffers["_merged_weight"] is not None
+        return self._buffers["_merged_weight"] is not None  # torch's way to a buffer is long
 
     @property
     def merged_dense(self) -> bool:
         """Whether forward runs on a merged weight that is dense, whatever the base's format is."""
-        return self._merged_weight is not None
+        return self._buffers["_merged_weight"] is not None
 
     def merge(self, *, safe: bool = False) -> None:
         """Run as one linear layer with W + scale·B·A.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ class PackedLayers(nn.Module):
         """Why a forward would call the layers one by one; None if it takes the packed op."""
         first_name, first = self.layer_names[0], self._layer(0)
         for name, layer in self._named():
-            reason = _why_not_plain(layer)
+            reason = why_not_plain(layer)
             if reason is not None:
                 return f"{name}: {reason}"
             for what, value, expected in (
@@ -78,29 +79,37 @@ class PackedLayers(nn.Module):
         return None
 
     def _packed_arguments(self, x: Tensor) -> dict[str, Any]:
-        layers = [layer for _, layer in self._named()]
-        first = layers[0]
-        return {
-            "weights": [layer.weight for layer in layers],
-            "lora_a": [layer.lora_A for layer in layers],
-            "lora_b": [layer.lora_B for layer in layers],
-            "scales": [layer.scale for layer in layers],
-            "biases": [
-                cast_like(layer.bias, x) if isinstance(layer, QLoRALinear) else layer.bias
-                for layer in layers
-            ],
-            "dropout_p": first.dropout if first.training else 0.0,
-        }
+        return packed_arguments([layer for _, layer in self._named()], x)
 
     def extra_repr(self) -> str:
         reason = self.why_not_packed()
         return "packed" if reason is None else f"not packed: {reason}"
 
 
-def _why_not_plain(layer: Layer) -> str | None:
+def packed_arguments(layers: Sequence[Layer], x: Tensor) -> dict[str, Any]:
+    """What `functional.lora_packed_linear` takes beside x, of layers with one dropout and mode."""
+    first = layers[0]
+    own: list[Any] = [layer._parameters for layer in layers]  # torch's way to a parameter is long
+    weights = []
+    for p, layer in zip(own, layers, strict=True):
+        dense = p.get("weight")
+        weights.append(layer.weight if dense is None else dense)
+    return {
+        "weights": weights,
+        "lora_a": [p["lora_A"] for p in own],
+        "lora_b": [p["lora_B"] for p in own],
+        "scales": [layer.scale for layer in layers],
+        "biases": [p["bias"] if "weight" in p else cast_like(p["bias"], x) for p in own],
+        "dropout_p": first.dropout if first.training else 0.0,
+    }
+
+
+def why_not_plain(layer: nn.Module) -> str | None:
     """What of the layer's forward the packed op would not do; None if nothing."""
     if type(layer) not in (LoRALinear, QLoRALinear):
         return f"is a {type(layer).__name__}, expected LoRALinear or QLoRALinear"
+    if "lora_A" not in layer._parameters:
+        return "a wrapper around it (FSDP) has taken its parameters"
     if "forward" in layer.__dict__:
         return "has a forward of its own"
     if (

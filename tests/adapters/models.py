@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,26 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.down(torch.relu(self.up(x))))
+
+
+def _nothing(x: Tensor) -> None:
+    return None
+
+
+class Attention(nn.Module):
+    """q, k and v of one input, and an output layer; `between` runs between the calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(40, 64), nn.Linear(40, 24, bias=False), nn.Linear(40, 24)
+        self.out = nn.Linear(24, 40)
+        self.between: Callable[[Tensor], object] = _nothing
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        self.between(x)
+        k, v = self.k(x), self.v(x)
+        return self.out(torch.tanh(q[..., :24]) * k + v)
 
 
 def mlp() -> Mlp:

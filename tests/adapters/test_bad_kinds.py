@@ -24,6 +24,8 @@ MODEL_CALLS = {
     "merge_and_unload": lk.merge_and_unload,
     "model_report": lk.model_report,
     "fuse_loss": lk.fuse_loss,
+    "fuse_projections": lk.fuse_projections,
+    "unfuse_projections": lk.unfuse_projections,
     "disable_adapters": lambda model: lk.disable_adapters(model).__enter__(),
     "AdapterPool": lambda model: AdapterPool(model, slots=1, pages=1),
     "attach_pool": lambda model: attach_pool(model, _pool()),

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lora_kernels import explain
 from lora_kernels.adapters import (
     apply_lora,
     disable_adapters,
+    fuse_projections,
     load_adapter,
     merge_adapters,
     merge_and_unload,
@@ -25,9 +27,10 @@ from lora_kernels.adapters import (
     unmerge_adapters,
 )
 from lora_kernels.nn import LoRALinear, QLoRALinear
+from lora_kernels.nn.common import whole
 from lora_kernels.testing import assert_within_budget
 from tests.adapters.heads import learn
-from tests.adapters.models import Mlp, wake
+from tests.adapters.models import Attention, Mlp, wake
 from tests.nn.layers import plain, plain_args
 
 pytestmark = pytest.mark.slow  # each process imports torch: 7 s
@@ -102,6 +105,10 @@ def adapted(**options: Any) -> nn.Module:
     return learn(wake(model)).eval()
 
 
+def projected() -> Tensor:
+    return torch.randn(4, 5, 40, generator=torch.Generator().manual_seed(4))
+
+
 def inputs() -> Tensor:
     return torch.randn(16, 64, generator=torch.Generator().manual_seed(4))
 
@@ -116,6 +123,7 @@ def _work(rank: int, folder: str) -> None:
     )
     found = {"ddp": _ddp(rank), "dropout": _dropout(rank), "fsdp": _fsdp(rank)}
     found["saved"] = _saved(rank, Path(folder))
+    found["fused"] = _fused(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -244,6 +252,37 @@ def _saved(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def attention(*, fuse: bool) -> Attention:
+    torch.manual_seed(0)
+    model = Attention()
+    apply_lora(model, 4, 8, dropout=0.0)
+    wake(model)
+    if fuse:
+        fuse_projections(model)
+    return model
+
+
+def _fused(rank: int) -> dict[str, dict[str, Any]]:
+    """Gradients after the second step of a model whose projections run as one."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    x = projected()[rank::RANKS]
+    ways = {
+        "ddp": DistributedDataParallel(attention(fuse=True)),
+        "fsdp": fully_shard(attention(fuse=True), mesh=mesh),
+    }
+    found = {}
+    for name, model in ways.items():
+        for _ in range(2):  # the second step finds DDP's buckets rebuilt
+            model.zero_grad()
+            loss(model(x)).backward()
+        gradients = {n.removeprefix("module."): whole(p.grad) for n, p in adapters(model).items()}
+        ran = [e.op for e in explain(model, x)]
+        found[name] = {"gradients": gradients, "ran": ran}
+    return found
+
+
 # --- in the test ----------------------------------------------------------------------------------
 
 
@@ -323,6 +362,21 @@ def test_fsdp_trains_and_its_state_comes_back(ranks, dtype):
             assert torch.equal(value, untrained[name]) == (name not in ADAPTERS), name
         for how, y in found["restored"].items():
             assert torch.equal(y, found["y"]), how
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_projections_that_run_as_one(ranks, way):
+    def gradients(dtype: torch.dtype) -> dict[str, Tensor]:
+        model = attention(fuse=False).to(dtype)
+        loss(model(projected().to(dtype))).backward()
+        return {n: p.grad for n, p in adapters(model).items()}
+
+    oracle, alone = gradients(torch.float64), gradients(torch.float32)
+    for found in (found["fused"][way] for found in ranks):
+        assert found["ran"] == ["lora_packed_fwd", "lora_linear_fwd"]
+        assert found["gradients"].keys() == oracle.keys()
+        for name, grad in found["gradients"].items():
+            assert_within_budget(grad, oracle[name], alone[name], name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

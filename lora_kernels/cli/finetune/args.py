@@ -19,6 +19,7 @@ FIXED = [
     "rslora",
     "dora",
     "target_modules",
+    "fuse",
     "quantize",
     "double_quant",
     "block_size",
@@ -218,6 +219,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing",
         action="store_true",
         help="recompute activations in the backward: less memory, more time",
+    )
+    add(
+        "--fuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run projections of one input (q, k and v, gate and up) as one (default: on)",
     )
     add("--seed", type=not_negative, default=0, help="(default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")

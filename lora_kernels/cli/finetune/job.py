@@ -13,7 +13,13 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback, TrainerState, set_seed
 
-from lora_kernels.adapters import apply_lora, load_adapter, merge_and_unload, save_adapter
+from lora_kernels.adapters import (
+    apply_lora,
+    fuse_projections,
+    load_adapter,
+    merge_and_unload,
+    save_adapter,
+)
 from lora_kernels.cli.errors import Failed, UsageError
 from lora_kernels.cli.finetune import docstrings, finite, generate, plot, summary, verify
 from lora_kernels.cli.finetune.args import max_length, settings, target_modules
@@ -181,6 +187,8 @@ class Finetune:
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
+        if args.fuse:
+            self.console.print(str(fuse_projections(self.model)).splitlines()[0])
 
     def quantization(self) -> dict[str, Any]:
         """The options of `apply_lora` and `load_adapter` for the base weights."""
@@ -372,6 +380,8 @@ class Finetune:
         device = self.model.device
         fresh = load_model(self.source, self.dtype)
         load_adapter(fresh, str(self.folder.adapter), **self.quantization())
+        if self.args.fuse:  # it computes as the trained one does
+            fuse_projections(fresh)
         fresh.to(device)
         result: dict[str, Any] = {"reload": verify.compare(trained, verify.logits_of(fresh, batch))}
         if self.data.held_out:
