@@ -7,19 +7,20 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import compare, report, resume, targets, tune
-from bench.cases import Case
+from bench.cases import BOTH, FWD, WHOLE, Case
 from bench.gpu import tune as gpu_tune
 from bench.machine import Limits, describe, measure_limits, summary
+from bench.model_suite import KINDS, Choice
 from bench.providers import PROVIDERS, Provider, select
 from bench.runner import FAILED, OK, WRONG, Row, Settings, derive, run_case
-from bench.suites import SHORT, SUITES, TINY, suite
+from bench.suites import SUITES, TINY, kind, suite
 from tools.gpu_proofs import commands as gpu_commands
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -45,10 +46,18 @@ def _parser() -> argparse.ArgumentParser:
     def threads(p: argparse.ArgumentParser) -> None:
         p.add_argument("--threads", type=int, help="CPU threads (default: torch's own number)")
 
+    def selecting(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--only", metavar="REGEX", help="only cases whose name it finds")
+        for name in ("model", "layer"):
+            p.add_argument(f"--{name}", nargs="+", default=[], help=f"only cases of such a {name}")
+        p.add_argument("--tokens", nargs="+", type=int, default=[], help="only these M")
+        p.add_argument("--kind", nargs="+", default=[], choices=KINDS, help="only these kinds")
+        p.add_argument("--direction", nargs="+", default=[], choices=(FWD, BOTH))
+
     def measuring(name: str, help: str) -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=help)
         p.add_argument("--suite", default="quick", choices=SUITES)
-        p.add_argument("--only", metavar="REGEX", help="only cases whose name it finds")
+        selecting(p)
         names = ", ".join(p.name for p in PROVIDERS)
         p.add_argument(
             "--providers",
@@ -110,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(command=_targets)
     p = commands.add_parser("list", help="name the cases of a suite")
     p.add_argument("--suite", default="quick", choices=SUITES)
-    p.add_argument("--only", metavar="REGEX")
+    selecting(p)
     p.set_defaults(command=_list)
     gpu_commands.add(commands)
     return parser
@@ -121,7 +130,13 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, list[Case], list[Pr
     if device.type == "cuda":
         torch.cuda.set_device(device)  # whose streams and events the stopwatch uses
     _set_threads(args)
-    return device, suite(args.suite, args.only), select(args.providers, short=args.suite in SHORT)
+    return device, _cases(args), select(args.providers, kind(args.suite))
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    return suite(
+        args.suite, args.only, Choice(**{f.name: getattr(args, f.name) for f in fields(Choice)})
+    )
 
 
 def _device(name: str) -> torch.device:
@@ -184,7 +199,7 @@ def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool)
         console.print(f"limits, the best of start and end: {limits}", highlight=False)
         paths = save()
         console.print("written: " + ", ".join(os.path.relpath(p) for p in paths), highlight=False)
-        if args.suite in ("targets", "full"):
+        if args.suite in ("targets", "full", "models"):
             found = targets.reached(report.load(paths[0]))
             console.print(targets.table([r for r in found if r.ratio is not None or not args.only]))
     return _status(rows)
@@ -206,7 +221,7 @@ def _run_one(
     limits: Limits | None,
     verify_only: bool,
 ) -> list[Row]:
-    if case.op == "step":
+    if case.op in WHOLE:
         from bench.step import run_step
 
         tell = report.console(stderr=True).print
@@ -331,7 +346,7 @@ def _targets(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    for case in suite(args.suite, args.only):
+    for case in _cases(args):
         print(case.name)
     return 0
 

@@ -69,7 +69,9 @@ def weight_bytes(case: Case) -> int:
     if not case.has_weight:
         return 0
     if case.is_quantised:
-        return quantised_bytes(case.n, case.k, case.block_size, case.nested)
+        return sum(
+            quantised_bytes(layer.n, layer.k, case.block_size, case.nested) for layer in case.layers
+        )
     return sum(layer.n * layer.k for layer in case.layers) * DTYPES[case.dtype].itemsize
 
 

@@ -21,7 +21,7 @@ from bench.cases import Case
 from bench.data import CaseData
 from bench.providers import Provider, select
 from bench.runner import refusal
-from bench.suites import SHORT, suite
+from bench.suites import kind, suite
 from bench.verify import Verifier
 from lora_kernels.dispatch.registry import BackendError
 
@@ -34,7 +34,7 @@ def _pairs() -> list[Any]:
     return [
         pytest.param(case, provider, id=f"{case.name}-{provider.name}")
         for case in suite(SUITE)
-        for provider in select(short=SUITE in SHORT)
+        for provider in select(kind=kind(SUITE))
         if provider.refusal(case, DEVICE) is None
     ]
 

@@ -129,8 +129,8 @@ class Verifier:
 
         def weight(i: int) -> Tensor:
             if case.is_quantised and dtype == torch.float64:
-                return data.quantised.dequantize(torch.float64)
-            return (data.projections[i].w if many else data.weight).to(dtype)
+                return data.quantised_layers[i].dequantize(torch.float64)
+            return data.dense_layers[i].to(dtype)
 
         def bias(i: int) -> Tensor | None:
             given = data.projections[i].bias
@@ -165,7 +165,7 @@ class Verifier:
                 p, a, b = data.pages, inputs["a"], inputs["b"]
                 parts.append(plain_gather(x, a, b, p.table, p.ranks, data.slots, case.scale))
             return functools.reduce(torch.add, parts)
-        if case.op == "lora_packed":
+        if case.op in ("lora_packed", "nf4_lora_packed"):
             return tuple(project(i, x) for i in range(len(data.projections)))
         if case.op == "lora_mlp":
             return project(2, silu(project(0, x)) * project(1, x))

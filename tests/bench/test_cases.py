@@ -155,7 +155,7 @@ def test_provider_names_are_unique_and_selectable() -> None:
     names = [p.name for p in PROVIDERS]
     assert len(set(names)) == len(names)
     assert [p.name for p in select("dense|bnb-eval")] == ["dense", "bnb-eval"]
-    long, short = ([p.name for p in select(short=s)] for s in (False, True))
+    long, short = ([p.name for p in select(kind=k)] for k in ("long", "short"))
     assert set(long) ^ set(short) == {"compile", "ours:reference"}
     assert "compile" in long
     with pytest.raises(ValueError, match="providers: 'zzz' matches none"):
