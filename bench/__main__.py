@@ -23,6 +23,8 @@ from bench.runner import FAILED, OK, WRONG, Row, Settings, derive, run_case
 from bench.suites import SUITES, TINY, kind, suite
 from tools.gpu_proofs import commands as gpu_commands
 
+# Of whole models: rounds, and seconds of all providers together for each of `--seconds`.
+MODEL_ROUNDS, MODEL_SECONDS = 9, 80
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -66,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
         threads(p)
+        p.add_argument(
+            "--peer-python",
+            metavar="PATH",
+            help="of whole models: an interpreter with the peers that are not installed here",
+        )
         p.add_argument("--rotate-mib", type=int, default=1024, help="default: %(default)s")
         return p
 
@@ -222,10 +229,16 @@ def _run_one(
     verify_only: bool,
 ) -> list[Row]:
     if case.op in WHOLE:
-        from bench.step import run_step
+        from bench.step import run_model
 
-        tell = report.console(stderr=True).print
-        return run_step(case, device, args.providers, verify_only=verify_only, tell=tell)
+        return run_model(
+            *(case, device, args.providers),
+            rounds=max(settings.min_rounds, MODEL_ROUNDS),
+            seconds=MODEL_SECONDS * settings.seconds,
+            verify_only=verify_only,
+            python=args.peer_python,
+            tell=report.console(stderr=True).print,
+        )
     return run_case(case, providers, device, settings, limits, verify_only=verify_only)
 
 

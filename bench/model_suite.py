@@ -86,7 +86,7 @@ class Choice:
             if unknown := [str(v) for v in wanted if v not in has]:
                 raise ValueError(
                     f"--{f.name}: got {', '.join(unknown)}, and the suite has "
-                    f"{', '.join(map(str, sorted(has)))}"
+                    f"{', '.join(sorted(map(str, has)))}"
                 )
             kept = [case for case in kept if set(wanted) & _values(case, f.name)]
         if not kept:

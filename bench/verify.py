@@ -207,7 +207,7 @@ class Verifier:
         if ours:
             assert torch.equal(got, want), "w: not bit-exact"
         else:
-            _peer_gate("w", got, self.data.quantised.dequantize(torch.float64), want)
+            peer_gate("w", got, self.data.quantised.dequantize(torch.float64), want)
 
 
 def _compare(got: Outputs, oracle: Outputs, plain: Outputs, ours: bool) -> None:
@@ -218,10 +218,10 @@ def _compare(got: Outputs, oracle: Outputs, plain: Outputs, ours: bool) -> None:
             assert got[name].dtype == plain[name].dtype, f"{name}: dtype {got[name].dtype}"
             assert_within_budget(got[name], exact, plain[name], name)
         else:
-            _peer_gate(name, got[name], exact, plain[name])
+            peer_gate(name, got[name], exact, plain[name])
 
 
-def _peer_gate(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
+def peer_gate(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
     assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
     assert torch.isfinite(got).all(), f"{name}: not finite"
     if exact.numel() == 0:

@@ -22,8 +22,12 @@ def provider() -> Provider:
 
 def _build(data: CaseData) -> Prepared:
     case = data.case
-    options = {"r": case.r, "alpha": case.scale * case.r, "dropout": case.dropout}
-    options["adapter_dtype"] = data.adapter_dtype
+    options: dict[str, Any] = {
+        "r": case.r,
+        "alpha": case.scale * case.r,
+        "dropout": case.dropout,
+        "adapter_dtype": data.adapter_dtype,
+    }
 
     def layer(weight: Any, of: Projection) -> LoRALinear:
         if case.is_quantised:
@@ -37,10 +41,8 @@ def _build(data: CaseData) -> Prepared:
 
     weights: Any = data.quantised_layer_copies() if case.is_quantised else data.layer_copies
     copies = [list(map(layer, copy, data.projections)) for copy in weights]
-    modules: list[Any] = [
-        of[0] if len(of) == 1 else {2: LoRAGateUp, 3: LoRAQKV}[len(of)].from_layers(*of)
-        for of in copies
-    ]
+    together: Any = {1: lambda one: one, 2: LoRAGateUp, 3: LoRAQKV}[len(data.projections)]
+    modules = [together(*of) for of in copies]
 
     def trained(i: int) -> dict[str, Tensor]:
         tensors = [t for made in copies[i] for t in (made.lora_A, made.lora_B)]

@@ -241,7 +241,7 @@ def _peft(data: CaseData, bases: Sequence[Sequence[nn.Module]]) -> Prepared:
     )
 
 
-def linear_layer(w: Tensor, bias: Tensor | None) -> nn.Module:
+def linear_layer(w: Tensor, bias: Tensor | None) -> nn.Linear:
     n, k = w.shape
     layer = nn.Linear(k, n, bias=bias is not None, device="meta")
     layer.weight = frozen(w)

@@ -7,15 +7,15 @@ import torch
 
 from bench.cases import BOTH, Case
 from bench.runner import FAILED, OK
-from bench.step import judge, run_step
+from bench.step import judge, run_model
 
 CPU = torch.device("cpu")
-TINY = Case("step", "tiny", 32, BOTH, 8, 0.05, adapter_dtype="fp32")
+TINY = Case("step", "tiny-llama", 32, BOTH, 8, 0.05, adapter_dtype="fp32")
 
 
 @pytest.mark.slow
 def test_all_providers_on_a_tiny_model() -> None:
-    rows = run_step(TINY, CPU, ".", rounds=2, model="tiny")
+    rows = run_model(TINY, CPU, ".", rounds=2)
     assert {r.provider: (r.status, r.note) for r in rows if r.status != OK} == {}
     for row in rows:
         assert len(row.samples) == row.rounds == 2
@@ -26,7 +26,7 @@ def test_all_providers_on_a_tiny_model() -> None:
 
 @pytest.mark.slow
 def test_a_worker_that_cannot_load_is_reported() -> None:
-    (row,) = run_step(TINY, CPU, "peft$", rounds=1, model="/no/such/model.gguf")
+    (row,) = run_model(TINY, CPU, "peft$", rounds=1, model="/no/such/model.gguf")
     assert row.status == FAILED
     assert "no/such/model.gguf" in row.note
     assert row.p50 is None
