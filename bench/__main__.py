@@ -25,6 +25,9 @@ from tools.gpu_proofs import commands as gpu_commands
 
 # Of whole models: rounds, and seconds of all providers together for each of `--seconds`.
 MODEL_ROUNDS, MODEL_SECONDS = 9, 80
+# What of the arguments a result file quotes.
+COMMAND = ("suite", "only", *(f.name for f in fields(Choice)), "providers", "device", "threads")
+COMMAND += ("seconds",)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -140,6 +143,10 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, list[Case], list[Pr
     return device, _cases(args), select(args.providers, kind(args.suite))
 
 
+def _narrowed(args: argparse.Namespace) -> bool:
+    return bool(args.only) or any(getattr(args, f.name) for f in fields(Choice))
+
+
 def _cases(args: argparse.Namespace) -> list[Case]:
     return suite(
         args.suite, args.only, Choice(**{f.name: getattr(args, f.name) for f in fields(Choice)})
@@ -207,8 +214,8 @@ def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool)
         paths = save()
         console.print("written: " + ", ".join(os.path.relpath(p) for p in paths), highlight=False)
         if args.suite in ("targets", "full", "models"):
-            found = targets.reached(report.load(paths[0]))
-            console.print(targets.table([r for r in found if r.ratio is not None or not args.only]))
+            for table in targets.of_suite(report.load(paths[0]), measured=_narrowed(args)):
+                console.print(table)
     return _status(rows)
 
 
@@ -265,9 +272,9 @@ def _output(args: argparse.Namespace, device: torch.device) -> Path:
 
 def _settings(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     command = "python -m bench run " + " ".join(
-        f"--{k.replace('_', '-')} {v}"
+        f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}"
         for k, v in vars(args).items()
-        if k in ("suite", "only", "providers", "device", "threads", "seconds") and v is not None
+        if k in COMMAND and v not in (None, [])
     )
     return {**asdict(settings), "suite": args.suite, "command": command}
 
@@ -354,7 +361,8 @@ def _targets(args: argparse.Namespace) -> int:
     doc = report.load(args.results)
     console = report.console()
     console.print(summary(doc["machine"]), style="bold", highlight=False)
-    console.print(targets.table(targets.reached(doc)))
+    for table in targets.of_suite(doc):
+        console.print(table)
     return 0
 
 

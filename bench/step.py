@@ -86,6 +86,18 @@ class Process:
             raise RuntimeError(answer["error"])
         return answer  # type: ignore[no-any-return]
 
+    def end(self) -> None:
+        """Let the worker end, and wait until its memory is free."""
+        assert self.popen.stdin is not None and self.popen.stdout is not None
+        with suppress(BrokenPipeError):
+            self.popen.stdin.close()
+        try:
+            self.popen.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
+        self.popen.stdout.close()
+
 
 @dataclass
 class _Run:
@@ -230,18 +242,11 @@ def _start(row: Row, python: str) -> Iterator[Process]:
             stderr=errors,
             text=True,
         )
+        process = Process(row, popen, errors)
         try:
-            yield Process(row, popen, errors)
+            yield process
         finally:
-            assert popen.stdin is not None and popen.stdout is not None
-            popen.stdout.close()
-            with suppress(BrokenPipeError):
-                popen.stdin.close()
-            try:
-                popen.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                popen.kill()
-                popen.wait()
+            process.end()
 
 
 def _warm_up(run: _Run, live: list[Process]) -> list[Process]:
@@ -259,9 +264,7 @@ def _warm_up(run: _Run, live: list[Process]) -> list[Process]:
         run.tell(f"{process.row.provider}: {answers[-1]['seconds']:.2f} s a piece")
         ready.append(process)
     if run.oracle is not None:
-        assert run.oracle.popen.stdin is not None
-        run.oracle.popen.stdin.close()  # its memory is wanted elsewhere
-        run.oracle.popen.wait()
+        run.oracle.end()
         run.oracle = None
     if run.case.op != "step":
         return ready
@@ -325,8 +328,14 @@ def _time(run: _Run, live: list[Process], rounds: int, seconds: float) -> None:
     for turn in range(rounds):
         if turn >= LEAST_ROUNDS and time.monotonic() - start > seconds:
             break
-        for process in rotated(live, turn):
-            answer = process.ask(do="step")
+        for process in rotated(list(live), turn):
+            try:
+                answer = process.ask(do="step")
+            except RuntimeError as error:
+                row = process.row
+                row.status, row.note, row.samples = FAILED, str(error), []
+                live.remove(process)
+                continue
             process.row.samples.append(answer["seconds"])
             if "loss" in answer:
                 run.losses[process.row.provider].append(answer["loss"])

@@ -186,22 +186,32 @@ def worker(provider: str, device: torch.device, spec: ModelSpec) -> Any:
     return WORK[spec.op](provider, device, spec)
 
 
+class Server:
+    """Answers commands, one after the other."""
+
+    def __init__(self) -> None:
+        self.live: Any = None
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        command = dict(command)
+        do = command.pop("do")
+        if do == "load":
+            torch.set_num_threads(command["threads"])
+            spec = ModelSpec(**{f.name: command[f.name] for f in fields(ModelSpec)})
+            self.live = worker(command["provider"], torch.device(command["device"]), spec)
+            return {"trainable": self.live.trainable}
+        if self.live is None:
+            raise ValueError("do: got a command before load")
+        found: dict[str, Any] = getattr(self.live, do)(**command)
+        return found
+
+
 def serve(commands: TextIO, answer: Callable[[dict[str, Any]], None]) -> int:
     """Answer commands until there are no more; 1 after an error."""
-    live: Any = None
+    server = Server()
     for line in commands:
-        command = json.loads(line)
         try:
-            do = command.pop("do")
-            if do == "load":
-                torch.set_num_threads(command["threads"])
-                spec = ModelSpec(**{f.name: command[f.name] for f in fields(ModelSpec)})
-                live = worker(command["provider"], torch.device(command["device"]), spec)
-                answer({"trainable": live.trainable})
-            elif live is None:
-                raise ValueError("do: got a command before load")
-            else:
-                answer(getattr(live, do)(**command))
+            answer(server.answer(json.loads(line)))
         except Exception as error:  # whatever a peer raises goes to the parent
             answer({"error": f"{type(error).__name__}: {error}"})
             return 1
