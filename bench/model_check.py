@@ -92,9 +92,13 @@ class Oracle:
             layer.lora_B.requires_grad_()
         same_start(self.model, B_STD)
         self.tied = head.weight
-        head.forward = lambda x: linear(x, self.tied.to(x.dtype))
+        head.forward = self._head
         embedding = self.model.get_input_embeddings()
         embedding.forward = lambda ids: self.tied[ids].to(self.compute)
+
+    def _head(self, x: Tensor) -> Tensor:
+        """In parts: a large vocabulary's in fp64 would take gigabytes."""
+        return torch.cat([linear(x, w.to(x.dtype)) for w in self.tied.split(1 << 14)], -1)
 
     @torch.no_grad()
     def exact(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from bench.cases import DTYPES, LAYERS, PROMPT, WHOLE, WHOLE_MODELS
 
+_GENERATE = ("generate",)
 B_STD = 0.02  # of a trained adapter, where the model only answers
 
 
@@ -25,6 +26,7 @@ class ModelProvider:
         needs: packages beside torch.
         ops: what it does.
         unasked: whether it runs where no provider is named.
+        heavy: not unasked over a large model: all together would not fit into 24 GiB.
         fused: ours after `lora_kernels.fuse_projections`.
         compiled: the forward compiled, over a static cache.
     """
@@ -35,8 +37,14 @@ class ModelProvider:
     needs: tuple[str, ...] = ()
     ops: tuple[str, ...] = WHOLE
     unasked: bool = True
+    heavy: bool = False
     fused: bool = False
     compiled: bool = False
+
+    @property
+    def writes_files(self) -> bool:
+        """Whether loading takes the model twice for a while."""
+        return self.name.startswith(("llama.cpp", "unsloth"))
 
     @property
     def ours(self) -> bool:
@@ -44,22 +52,21 @@ class ModelProvider:
 
 
 def _ours(name: str, quantised: bool) -> list[ModelProvider]:
-    also = (("+fused", {"fused": True, "unasked": False}), ("+compile", {"compiled": True}))
-    made = [ModelProvider(name, quantised, adapted=True)]
-    for suffix, more in also:
-        ops = ("generate",) if "compiled" in more else WHOLE
-        made.append(ModelProvider(name + suffix, quantised, adapted=True, ops=ops, **more))  # type: ignore[arg-type]
-    return made
+    plain = ModelProvider(name, quantised, adapted=True)
+    return [
+        plain,
+        replace(plain, name=f"{name}+fused", fused=True, unasked=False),
+        replace(plain, name=f"{name}+compile", compiled=True, heavy=True, ops=_GENERATE),
+    ]
 
 
-_GENERATE = ("generate",)
 MODEL_PROVIDERS: dict[str, ModelProvider] = {
     p.name: p
     for p in (
         *_ours("ours", True),
         *_ours("ours-dense", False),
         ModelProvider("dense"),
-        ModelProvider("dense+compile", ops=_GENERATE, compiled=True),
+        ModelProvider("dense+compile", ops=_GENERATE, compiled=True, heavy=True),
         ModelProvider("peft", adapted=True, needs=("peft",)),
         ModelProvider("bnb", True, needs=("bitsandbytes",)),
         ModelProvider("peft+bnb", True, True, needs=("peft", "bitsandbytes")),
@@ -71,6 +78,7 @@ MODEL_PROVIDERS: dict[str, ModelProvider] = {
                 bool(lora),
                 needs=("llama_cpp", "gguf"),
                 ops=_GENERATE,
+                heavy=form == "bf16" or not lora,
             )
             for form in ("bf16", "q4_0")
             for lora in ("", "+lora")

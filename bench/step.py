@@ -46,6 +46,7 @@ from bench.timing import percentile
 
 WARM_UP = 3
 LEAST_ROUNDS = 3
+LARGE = 10**8  # parameters of a head
 UNASKED = ("ours", "peft+bnb", "peft")  # of suite `targets`, where no provider is named
 LOSS_TOLERANCE = 0.01
 PROGRESS = 0.7
@@ -185,7 +186,10 @@ def chosen(case: Case, pattern: str | None, named: bool = True) -> list[ModelPro
     def wanted(p: ModelProvider) -> bool:
         if pattern is not None:
             return re.match(pattern, p.name) is not None
-        return p.unasked if named else p.name in UNASKED
+        return p.unasked and not (p.heavy and large) if named else p.name in UNASKED
+
+    model = WHOLE_MODELS.get(case.layer)
+    large = model is not None and model.vocabulary * case.k > LARGE
 
     return [p for p in MODEL_PROVIDERS.values() if case.op in p.ops and wanted(p)]
 
@@ -200,9 +204,12 @@ def _share_weights(run: _Run) -> None:
 
 
 def _loaded(run: _Run, rows: list[Row], pattern: str | None, named: bool) -> Iterator[Process]:
-    for provider in chosen(run.case, pattern, named):
-        row = Row(run.case, provider.name)
-        rows.append(row)
+    providers = chosen(run.case, pattern, named)
+    own = {p.name: Row(run.case, p.name) for p in providers}
+    rows += own.values()
+    # First those whose loading takes most, while there is room.
+    for provider in sorted(providers, key=lambda p: not p.writes_files):
+        row = own[provider.name]
         missing = [p for p in ("transformers", *provider.needs) if _absent(run, p)]
         if missing and (run.python is None or "transformers" in missing):
             row.status, row.note = REFUSED, f"{missing[0]} is not installed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ def test_who_runs_unasked() -> None:
     assert {"ours+compile", "unsloth", "llama.cpp-q4_0+lora"} <= names
     assert "ours+fused" not in names
     assert [p.name for p in chosen(generate, r"ours\+fused$")] == ["ours+fused"]
+    large = {p.name for p in chosen(replace(generate, layer="llama-3.2-1b"), None)}
+    assert {"ours", "dense", "llama.cpp-q4_0+lora"} <= large
+    assert not large & {"ours+compile", "llama.cpp-bf16"}
     assert not {p.name for p in chosen(TINY, None)} & {"ours+compile", "llama.cpp-bf16"}
 
 
