@@ -7,21 +7,27 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import compare, report, resume, targets, tune
-from bench.cases import Case
+from bench.cases import BOTH, FWD, WHOLE, Case
 from bench.gpu import tune as gpu_tune
 from bench.machine import Limits, describe, measure_limits, summary
+from bench.model_suite import KINDS, Choice
 from bench.providers import PROVIDERS, Provider, select
 from bench.runner import FAILED, OK, WRONG, Row, Settings, derive, run_case
-from bench.suites import SHORT, SUITES, TINY, suite
+from bench.suites import SUITES, TINY, kind, suite
 from tools.gpu_proofs import commands as gpu_commands
 
+# Of whole models: rounds, and seconds of all providers together for each of `--seconds`.
+MODEL_ROUNDS, MODEL_SECONDS = 9, 80
+# What of the arguments a result file quotes.
+COMMAND = ("suite", "only", *(f.name for f in fields(Choice)), "providers", "device", "threads")
+COMMAND += ("seconds",)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -45,10 +51,18 @@ def _parser() -> argparse.ArgumentParser:
     def threads(p: argparse.ArgumentParser) -> None:
         p.add_argument("--threads", type=int, help="CPU threads (default: torch's own number)")
 
+    def selecting(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--only", metavar="REGEX", help="only cases whose name it finds")
+        for name in ("model", "layer"):
+            p.add_argument(f"--{name}", nargs="+", default=[], help=f"only cases of such a {name}")
+        p.add_argument("--tokens", nargs="+", type=int, default=[], help="only these M")
+        p.add_argument("--kind", nargs="+", default=[], choices=KINDS, help="only these kinds")
+        p.add_argument("--direction", nargs="+", default=[], choices=(FWD, BOTH))
+
     def measuring(name: str, help: str) -> argparse.ArgumentParser:
         p = commands.add_parser(name, help=help)
         p.add_argument("--suite", default="quick", choices=SUITES)
-        p.add_argument("--only", metavar="REGEX", help="only cases whose name it finds")
+        selecting(p)
         names = ", ".join(p.name for p in PROVIDERS)
         p.add_argument(
             "--providers",
@@ -57,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         )
         p.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: %(default)s)")
         threads(p)
+        p.add_argument(
+            "--peer-python",
+            metavar="PATH",
+            help="of whole models: an interpreter with the peers that are not installed here",
+        )
         p.add_argument("--rotate-mib", type=int, default=1024, help="default: %(default)s")
         return p
 
@@ -110,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(command=_targets)
     p = commands.add_parser("list", help="name the cases of a suite")
     p.add_argument("--suite", default="quick", choices=SUITES)
-    p.add_argument("--only", metavar="REGEX")
+    selecting(p)
     p.set_defaults(command=_list)
     gpu_commands.add(commands)
     return parser
@@ -121,7 +140,17 @@ def _set_up(args: argparse.Namespace) -> tuple[torch.device, list[Case], list[Pr
     if device.type == "cuda":
         torch.cuda.set_device(device)  # whose streams and events the stopwatch uses
     _set_threads(args)
-    return device, suite(args.suite, args.only), select(args.providers, short=args.suite in SHORT)
+    return device, _cases(args), select(args.providers, kind(args.suite))
+
+
+def _narrowed(args: argparse.Namespace) -> bool:
+    return bool(args.only) or any(getattr(args, f.name) for f in fields(Choice))
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    return suite(
+        args.suite, args.only, Choice(**{f.name: getattr(args, f.name) for f in fields(Choice)})
+    )
 
 
 def _device(name: str) -> torch.device:
@@ -184,9 +213,9 @@ def _measure(args: argparse.Namespace, settings: Settings, *, verify_only: bool)
         console.print(f"limits, the best of start and end: {limits}", highlight=False)
         paths = save()
         console.print("written: " + ", ".join(os.path.relpath(p) for p in paths), highlight=False)
-        if args.suite in ("targets", "full"):
-            found = targets.reached(report.load(paths[0]))
-            console.print(targets.table([r for r in found if r.ratio is not None or not args.only]))
+        if args.suite in ("targets", "full", "models"):
+            for table in targets.of_suite(report.load(paths[0]), measured=_narrowed(args)):
+                console.print(table)
     return _status(rows)
 
 
@@ -206,11 +235,17 @@ def _run_one(
     limits: Limits | None,
     verify_only: bool,
 ) -> list[Row]:
-    if case.op == "step":
-        from bench.step import run_step
+    if case.op in WHOLE:
+        from bench.step import run_model
 
-        tell = report.console(stderr=True).print
-        return run_step(case, device, args.providers, verify_only=verify_only, tell=tell)
+        return run_model(
+            *(case, device, args.providers),
+            rounds=max(settings.min_rounds, MODEL_ROUNDS),
+            seconds=MODEL_SECONDS * settings.seconds,
+            verify_only=verify_only,
+            python=args.peer_python,
+            tell=report.console(stderr=True).print,
+        )
     return run_case(case, providers, device, settings, limits, verify_only=verify_only)
 
 
@@ -237,9 +272,9 @@ def _output(args: argparse.Namespace, device: torch.device) -> Path:
 
 def _settings(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     command = "python -m bench run " + " ".join(
-        f"--{k.replace('_', '-')} {v}"
+        f"--{k.replace('_', '-')} {' '.join(map(str, v)) if isinstance(v, list) else v}"
         for k, v in vars(args).items()
-        if k in ("suite", "only", "providers", "device", "threads", "seconds") and v is not None
+        if k in COMMAND and v not in (None, [])
     )
     return {**asdict(settings), "suite": args.suite, "command": command}
 
@@ -326,12 +361,13 @@ def _targets(args: argparse.Namespace) -> int:
     doc = report.load(args.results)
     console = report.console()
     console.print(summary(doc["machine"]), style="bold", highlight=False)
-    console.print(targets.table(targets.reached(doc)))
+    for table in targets.of_suite(doc):
+        console.print(table)
     return 0
 
 
 def _list(args: argparse.Namespace) -> int:
-    for case in suite(args.suite, args.only):
+    for case in _cases(args):
         print(case.name)
     return 0
 

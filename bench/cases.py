@@ -15,6 +15,7 @@ OPS = (
     "lora_linear",
     "nf4_lora_linear",
     "lora_packed",
+    "nf4_lora_packed",
     "lora_mlp",
     "glu",
     "dora_linear",
@@ -23,7 +24,10 @@ OPS = (
     "gather_lora_add",
     "gather_lora_embed",
     "step",
+    "generate",
+    "prefill",
 )
+WHOLE = ("step", "generate", "prefill")  # of a whole model
 GATHER = ("gather_lora", "gather_lora_add")
 EMBED = "gather_lora_embed"
 FWD, BOTH = "fwd", "fwd+bwd"
@@ -58,6 +62,7 @@ LAYERS: dict[str, Layer] = {
     **_model("mistral-7b", 4096, 1024, 14336),
     **_model("qwen2.5-0.5b", 896, 128, 4864, qkv_bias=True),
     **_model("qwen2.5-7b", 3584, 512, 18944, qkv_bias=True),
+    **_model("llama-3.2-1b", 2048, 512, 8192),
     **_model("smollm2-135m", 576, 192, 1536),
     # An output layer: the vocabulary.
     "smollm2-135m.lm_head": Layer("smollm2-135m.lm_head", 49152, 576),
@@ -65,6 +70,7 @@ LAYERS: dict[str, Layer] = {
     "smollm2-135m.embed_tokens": Layer("smollm2-135m.embed_tokens", 576, 49152),
     "tiny": Layer("tiny", 96, 128),
     "tiny-bias": Layer("tiny-bias", 64, 64, bias=True),
+    **_model("tiny-llama", 64, 32, 128),
 }
 
 
@@ -78,14 +84,35 @@ def _groups(name: str) -> dict[str, tuple[Layer, ...]]:
 
 
 # mistral-7b's are llama-3.1-8b's.
-MODELS = ("llama-3.1-8b", "llama-2-7b", "qwen2.5-0.5b", "qwen2.5-7b", "smollm2-135m")
+MODELS = (
+    *("llama-3.1-8b", "llama-2-7b", "qwen2.5-0.5b", "qwen2.5-7b", "smollm2-135m", "llama-3.2-1b"),
+)
 # Layers that are taken together: those that read one x, and a gated MLP (gate, up, down).
 GROUPS: dict[str, tuple[Layer, ...]] = {
     **{name: layers for model in MODELS for name, layers in _groups(model).items()},
     "tiny.qkv": (LAYERS["tiny"], *[Layer("tiny.kv", 64, 128, bias=True)] * 2),
     "tiny.mlp": (*[Layer("tiny.gate", 160, 96)] * 2, Layer("tiny.down", 96, 160)),
 }
-_GROUPED = {"lora_packed": ("qkv", "gate_up"), "lora_mlp": ("mlp",)}
+_PACKED = ("qkv", "gate_up")
+_GROUPED = {"lora_packed": _PACKED, "nf4_lora_packed": _PACKED, "lora_mlp": ("mlp",)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Llama beside its layers: heads of queries and of keys, blocks, vocabulary (tied head)."""
+
+    blocks: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+WHOLE_MODELS = {
+    "smollm2-135m": Model(30, 9, 3, 49152),
+    "llama-3.2-1b": Model(16, 32, 8, 128256),
+    "tiny-llama": Model(2, 4, 2, 256),
+}
+PROMPT = 32  # tokens before those that `generate` makes
 
 
 @dataclass(frozen=True)
@@ -104,6 +131,9 @@ class Case:
     in turn, token by token, of `loaded` in the pool; `mixed` ranks are 1/4, 3/4, 5/4 and 7/4 of r.
     An embedding's (`gather_lora_embed`) is over its base; x is M ids, which have no gradient, and
     wᵀ its weight.
+
+    Of a whole model (`WHOLE`) the layer is its name and M the new tokens of one greedy sequence,
+    the tokens of a prompt, or those of a training step (`bench.step`).
 
     A quantiser or decoder is timed into a fresh tensor (`fresh`): on a CPU every call takes pages
     that the system has to provide first, as loading a model does, whatever the allocator would
@@ -130,7 +160,8 @@ class Case:
         expect("op", self.op, OPS)
         kinds = _GROUPED.get(self.op)
         fitting = [g for g in GROUPS if kinds and g.endswith(kinds)]
-        expect("layer", self.layer, fitting if kinds else LAYERS)
+        whole = [*WHOLE_MODELS, *LAYERS] if self.op in WHOLE else LAYERS
+        expect("layer", self.layer, fitting if kinds else whole)
         expect("direction", self.direction, (FWD, BOTH))
         expect("dtype", self.dtype, DTYPES)
         expect("adapter_dtype", self.adapter_dtype, DTYPES)
@@ -152,7 +183,11 @@ class Case:
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The layers whose weights the op reads; of a gated activation the one that it follows."""
+        """The layers whose weights the op reads; of a gated activation the one that it follows; of
+        a whole model those of one block."""
+        if self.layer in WHOLE_MODELS:
+            names = ("q", "k", "k", "o", "gate", "gate", "down")
+            return tuple(LAYERS[f"{self.layer}.{name}_proj"] for name in names)
         return GROUPS[self.layer] if self.op in _GROUPED else (LAYERS[self.layer],)
 
     @property
@@ -178,8 +213,9 @@ class Case:
     @property
     def has_adapter(self) -> bool:
         return self.op in (
-            *("lora_linear", "nf4_lora_linear", "lora_packed", "lora_mlp", "dora_linear"),
-            "step",
+            *("lora_linear", "nf4_lora_linear", "lora_packed", "nf4_lora_packed", "lora_mlp"),
+            "dora_linear",
+            *WHOLE,
             *GATHER,
             EMBED,
         )
@@ -208,7 +244,7 @@ class Case:
     def name(self) -> str:
         """Unique and readable: `nf4_lora_linear/fwd+bwd/square-4096/M512/bf16/r16/a-fp32/p0.05`."""
         parts = [self.op]
-        if self.op == "step":
+        if self.op in WHOLE:
             parts += [self.layer, f"M{self.m}"]
         elif self.fresh:
             parts += [self.layer, self.dtype]

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.cases import DTYPES, EMBED, Case
+from bench.cases import DTYPES, EMBED, PROMPT, WHOLE, WHOLE_MODELS, Case
 from lora_kernels.ops.common.rank import rank_dtype
 
 NESTED_BLOCK = 256
+STEP_BATCH = 4  # sequences of a training step
 SEED_BYTES = ID_BYTES = 8
 SLOT_BYTES = 4
 NORM_BYTES = 4
@@ -69,7 +70,9 @@ def weight_bytes(case: Case) -> int:
     if not case.has_weight:
         return 0
     if case.is_quantised:
-        return quantised_bytes(case.n, case.k, case.block_size, case.nested)
+        return sum(
+            quantised_bytes(layer.n, layer.k, case.block_size, case.nested) for layer in case.layers
+        )
     return sum(layer.n * layer.k for layer in case.layers) * DTYPES[case.dtype].itemsize
 
 
@@ -105,8 +108,8 @@ def cost(case: Case) -> Cost:
     Raises:
         ValueError: a fine-tuning step has no closed formula here.
     """
-    if case.op == "step":
-        raise ValueError("case: a fine-tuning step has no cost model")
+    if case.op in WHOLE:
+        raise ValueError("case: a whole model has no cost model here; see model_cost")
     size = DTYPES[case.dtype].itemsize
     dense = case.n * case.k * size
     # One comparison-free pass over the elements: a multiplication each.
@@ -125,6 +128,40 @@ def cost(case: Case) -> Cost:
         return _embed(case, size)
     total = _linear_fwd(case, size)
     return total + _linear_bwd(case, size) if case.backward else total
+
+
+def model_cost(case: Case, quantised: bool, adapted: bool) -> Cost:
+    """Floors of a whole model's work: the products of its linear layers, its head and attention,
+    and its weights and adapters, read once in each pass. Activations and the cache of keys are left
+    out: at these lengths they are a hundredth of the weights, or stay in caches.
+
+    A step is two passes, the gradients of x and of A and B in the second, and all logits. A token
+    of `generate` is a pass; its prompt is one too, of more tokens. `prefill` wants the last logits.
+    """
+    model, layers, size = WHOLE_MODELS[case.layer], case.layers, DTYPES[case.dtype].itemsize
+    base = sum(layer.n * layer.k for layer in layers)
+    stored = (
+        sum(quantised_bytes(w.n, w.k, case.block_size, case.nested) for w in layers)
+        if quantised
+        else base * size
+    )
+    ranks = _adapter_elements(case) if adapted else 0
+    adapters = ranks * DTYPES[case.adapter_dtype].itemsize
+    head = model.vocabulary * case.k
+    weights = model.blocks * (stored + adapters) + head * size
+    if case.op == "step":
+        rows = case.m // STEP_BATCH
+        attention = 2 * case.m * (rows + 1) * case.k  # of a causal half: q·kᵀ and p·v
+        flops = model.blocks * (2 * case.m * (2 * base + 3 * ranks) + 3 * attention)
+        return Cost(flops + 4 * case.m * head, 2 * weights, model.blocks * adapters)
+    if case.op == "prefill":
+        passes, tokens = 1, case.m
+        seen = case.m * (case.m + 1) // 2
+    else:
+        passes, tokens = case.m, PROMPT + case.m - 1
+        seen = tokens * (tokens + 1) // 2
+    flops = model.blocks * (2 * tokens * (base + ranks) + 4 * seen * case.k)
+    return Cost(flops + 2 * passes * head, passes * weights, 0)
 
 
 def _glu(case: Case, size: int) -> Cost:
@@ -146,8 +183,12 @@ def _embed(case: Case, size: int) -> Cost:
     return forward + backward if case.backward else forward
 
 
+def _adapter_elements(case: Case) -> int:
+    return sum(case.r * (layer.k + layer.n) for layer in case.layers)
+
+
 def _adapter_bytes(case: Case) -> int:
-    elements = sum(case.r * (layer.k + layer.n) for layer in case.layers)
+    elements = _adapter_elements(case)
     if case.is_gather:
         elements *= case.adapters
     if case.op == "dora_linear":

@@ -15,6 +15,7 @@ from lora_kernels.functional import RankPages, page_adapters, page_embedding_ada
 from tools.op_inputs.source import Source
 
 MAX_COPIES = 128
+MANY_COPIES = 512  # of one small layer: 128 of SmolLM2's in 4 bits would fit into a large cache
 INPUT_COPIES = 4  # an activation has just been written by the layer before: a few are enough
 
 
@@ -34,7 +35,7 @@ class CaseData:
     Args:
         case: what is measured.
         device: where the tensors live.
-        rotate_bytes: the weights' copies take at least this much together (at most 128 copies).
+        rotate_bytes: the weights' copies take at least this much together (at most 512 copies).
         seed: of the values.
 
     Attributes:
@@ -169,21 +170,33 @@ class CaseData:
 
     def copies(self, nbytes: int) -> int:
         """How many copies of so many bytes make caches honest."""
-        return max(1, min(MAX_COPIES, -(-self.rotate_bytes // max(nbytes, 1))))
+        most = MAX_COPIES if self.case.is_gather else MANY_COPIES
+        return max(1, min(most, -(-self.rotate_bytes // max(nbytes, 1))))
 
     @functools.cached_property
-    def quantised(self) -> NF4Weight:
-        """The 4-bit weight that every quantised provider of the case holds, byte for byte."""
+    def quantised_layers(self) -> list[NF4Weight]:
+        """The 4-bit weights that every quantised provider of the case holds, byte for byte."""
         c = self.case
-        return self._source.quantised(self.source, (c.block_size, c.nested, c.quant_type))
+        form = (c.block_size, c.nested, c.quant_type)
+        return [self._source.quantised(p.w, form) for p in self.projections]
+
+    @property
+    def quantised(self) -> NF4Weight:
+        """The first one's."""
+        return self.quantised_layers[0]
 
     @functools.cached_property
-    def weight(self) -> Tensor:
-        """The dense weight: of a quantised case, the decoded one, so that all results agree."""
+    def dense_layers(self) -> list[Tensor]:
+        """The dense weights: of a quantised case, the decoded ones, so that all results agree."""
         if not self.case.is_quantised:
-            return self.source
+            return [p.w for p in self.projections]
         with use_backend("reference"):
-            return self.quantised.dequantize(self.dtype)
+            return [q.dequantize(self.dtype) for q in self.quantised_layers]
+
+    @property
+    def weight(self) -> Tensor:
+        """The first one's."""
+        return self.dense_layers[0]
 
     @functools.cached_property
     def source_copies(self) -> list[Tensor]:
@@ -204,13 +217,19 @@ class CaseData:
         """Copies of the dense weights of all layers; of one layer those of `dense_copies`."""
         if len(self.projections) == 1:
             return [[w] for w in self.dense_copies]
-        copies = self.copies(weight_bytes(self.case))
-        return [[p.w.clone() for p in self.projections] for _ in range(copies)]
+        copies = self.copies(sum(w.nbytes for w in self.dense_layers))
+        return [[w.clone() for w in self.dense_layers] for _ in range(copies)]
 
-    def quantised_copies(self) -> list[NF4Weight]:
-        """Fresh copies of the 4-bit weight; each caller has its own and may destroy them."""
-        q = self.quantised
+    def quantised_layer_copies(self) -> list[list[NF4Weight]]:
+        """Fresh copies of the 4-bit weights; each caller has its own and may destroy them."""
         return [
-            q.with_tensors({name: t.clone() for name, t in q.tensors().items()})
+            [
+                q.with_tensors({name: t.clone() for name, t in q.tensors().items()})
+                for q in self.quantised_layers
+            ]
             for _ in range(self.copies(weight_bytes(self.case)))
         ]
+
+    def quantised_copies(self) -> list[NF4Weight]:
+        """The same of the first one."""
+        return [layers[0] for layers in self.quantised_layer_copies()]

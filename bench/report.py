@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import Limits
-from bench.runner import BASELINE, OK, STEP_BASELINE, Row
+from bench.runner import OK, Row, baseline
 from tools.records import write_atomic
 
 FORMAT = 1
@@ -97,7 +97,7 @@ def case_table(rows: list[Row]) -> Table:
     case = rows[0].case
     title = f"{case.name} (into a fresh tensor)" if case.fresh else case.name
     table = Table(title=title, title_justify="left", title_style="bold")
-    base = STEP_BASELINE if case.op == "step" else BASELINE
+    base = baseline(case)
     headings = ["p20", "p50", "p80", "rounds"]
     headings += [
         f"× {base}",

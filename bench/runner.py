@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 import torch
 
 from bench import memory
-from bench.cases import Case
-from bench.costmodel import Cost, cost
+from bench.cases import WHOLE, WHOLE_MODELS, Case
+from bench.costmodel import Cost, cost, model_cost
 from bench.data import CaseData
 from bench.machine import Limits
+from bench.model_providers import MODEL_PROVIDERS
 from bench.providers import Prepared, Provider
 from bench.timing import GRAPH_BELOW_SECONDS, Stopwatch, percentile, quiet_gc
 from bench.verify import Verifier
@@ -269,9 +270,9 @@ def derive(row: Row, limits: Limits | None) -> None:
         return
     row.rounds = len(row.samples)
     row.p20, row.p50, row.p80 = (percentile(row.samples, q) for q in (0.2, 0.5, 0.8))
-    if row.case.op == "step":
+    floors = _floors(row)
+    if floors is None:
         return
-    floors: Cost = cost(row.case)
     row.flops_per_s = floors.flops / row.p50
     row.bytes_per_s = floors.bytes / row.p50
     if limits is not None:
@@ -280,6 +281,21 @@ def derive(row: Row, limits: Limits | None) -> None:
         row.over_floor = row.p50 / row.floor
         row.of_gemm = row.flops_per_s / gemm
         row.of_bandwidth = row.bytes_per_s / limits.read
+
+
+def _floors(row: Row) -> Cost | None:
+    """None of a step whose layer only names a model."""
+    if row.case.op not in WHOLE:
+        return cost(row.case)
+    provider = MODEL_PROVIDERS.get(row.provider)
+    if row.case.layer not in WHOLE_MODELS or provider is None:
+        return None
+    return model_cost(row.case, provider.quantised, provider.adapted)
+
+
+def baseline(case: Case) -> str:
+    """The provider that the others' times are divided by."""
+    return STEP_BASELINE if case.op == "step" else BASELINE
 
 
 def _relate(rows: list[Row]) -> None:

@@ -1,9 +1,11 @@
-"""One provider's fine-tuning step in a process of its own: `python -m bench.step_worker`.
+"""One provider's whole model in a process of its own: `python -m bench.step_worker`.
 
 Reads one JSON command a line, answers one JSON line each:
-    {"do": "load", "provider": ..., "device": ..., "threads": ..., <fields of StepSpec>}
-    {"do": "step"}      one optimiser step: {"seconds", "loss"}
-    {"do": "memory"}    one more step under a fresh peak: {"peak_bytes", "resident_bytes"}
+    {"do": "load", "provider": ..., "device": ..., "threads": ..., <fields of ModelSpec>}
+    {"do": "step"}      one piece of work, timed: {"seconds", and of a training step "loss"}
+    {"do": "check", "path"}     what it answers, for `bench.model_check`: {"tokens", "first"}
+    {"do": "memory"}    one more piece under a fresh peak: {"peak_bytes", "resident_bytes"}
+    {"do": "exact", "path", "tokens", "first", "quantised", "adapted", "weights"}   of the oracle
 An error is answered by {"error": ...} and ends the process.
 """
 
@@ -14,147 +16,56 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, TextIO
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from bench import memory
+from bench.model_check import CHECKED, Oracle
+from bench.model_providers import (
+    MODEL_PROVIDERS,
+    ModelSpec,
+    adapt,
+    load_model,
+    use_cpu_mode_of_unsloth,
+)
 
-PROVIDERS = ("ours", "ours-dense", "peft+bnb", "peft")
-
-
-@dataclass(frozen=True)
-class StepSpec:
-    """The step: the model, the batch and the adapters.
-
-    `model` is a path or name as `lora-kernels finetune --model` takes it, None the demo's model;
-    "tiny" a random Llama of two layers, for tests.
-    """
-
-    model: str | None = None
-    batch: int = 4
-    tokens: int = 256
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.05
-    dtype: str = "bf16"
-    learning_rate: float = 1e-3
-
-
-def load_model(spec: StepSpec, device: torch.device) -> nn.Module:
-    from bench.cases import DTYPES
-
-    dtype = DTYPES[spec.dtype]
-    if spec.model == "tiny":
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-        model: Any = LlamaForCausalLM(config).to(dtype)
-    else:
-        from lora_kernels.cli.finetune.models import load_model as load
-        from lora_kernels.cli.finetune.models import quiet_transformers
-        from lora_kernels.cli.finetune.source import Source
-
-        quiet_transformers()
-        model = load(Source.of(spec.model), dtype)
-    model.config.use_cache = False
-    return model.to(device)
-
-
-def adapt(model: nn.Module, provider: str, spec: StepSpec) -> nn.Module:
-    """Freeze the model and put adapters on every linear layer but the head.
-
-    Adapters are fp32, PEFT's default and ours. Both 4-bit providers hold the same bytes. Ours
-    computes the loss without the logits, as `lora-kernels finetune` does.
-    """
-    if provider in ("ours", "ours-dense"):
-        from lora_kernels import fuse_loss
-        from lora_kernels.adapters import apply_lora
-
-        quantize = "nf4" if provider == "ours" else None
-        apply_lora(model, spec.r, spec.alpha, spec.dropout, quantize=quantize)  # type: ignore[arg-type]
-        fuse_loss(model)
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    model.requires_grad_(False)
-    if provider == "peft+bnb":
-        quantise_for_bnb(model)
-    config = LoraConfig(
-        r=spec.r,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)  # type: ignore[arg-type]
-
-
-def quantise_for_bnb(model: nn.Module) -> None:
-    """Every linear layer but the head becomes a Linear4bit, as bitsandbytes' loader makes them."""
-    from bench.providers.peers import bnb_layer
-    from lora_kernels import NF4Weight
-
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or name.endswith("lm_head"):
-            continue
-        weight = NF4Weight.quantize(module.weight.detach())
-        bias = None if module.bias is None else module.bias.detach()
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], bnb_layer(weight, bias, module.weight.dtype))
-
-
-def same_start(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable parameters, with the same A in the same layer for every provider, and B zero."""
-    generator = torch.Generator().manual_seed(0)
-    trainable = []
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if not p.requires_grad:
-                continue
-            trainable.append(p)
-            if "lora_A" in name:
-                p.copy_(torch.randn(p.shape, generator=generator) * p.shape[1] ** -0.5)
-            else:
-                p.zero_()
-    return trainable
+ORACLE = "oracle"
 
 
 class Worker:
-    """A model, its optimiser and one fixed batch."""
+    """A model and its work.
 
-    def __init__(self, provider: str, device: torch.device, spec: StepSpec) -> None:
-        if provider not in PROVIDERS:
-            raise ValueError(f"provider: got {provider!r}, expected one of {', '.join(PROVIDERS)}")
-        self.device = device
-        self.model = adapt(load_model(spec, device), provider, spec).train()
-        self.parameters = same_start(self.model)
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=spec.learning_rate)
-        vocabulary: int = self.model.config.vocab_size  # type: ignore[union-attr,assignment]
-        generator = torch.Generator().manual_seed(1)
-        tokens = torch.randint(vocabulary, (spec.batch, spec.tokens), generator=generator)
-        self.tokens = tokens.to(device)
-        torch.manual_seed(2)
+    Attributes:
+        trainable: how many parameters train, for the answer to `load`.
+    """
+
+    trainable = 0
+
+    def __init__(self, provider: str, device: torch.device, spec: ModelSpec) -> None:
+        self.device, self.spec, self.provider = device, spec, MODEL_PROVIDERS[provider]
+        if provider == "unsloth":
+            use_cpu_mode_of_unsloth()
+        self.model: Any = adapt(load_model(spec, device), self.provider, spec)
+        self.vocabulary: int = self.model.config.vocab_size
+
+    def run(self) -> dict[str, Any]:
+        """The timed work."""
+        raise NotImplementedError
+
+    def check(self, path: str) -> dict[str, Any]:
+        """Write logits [T, V] to a file; {"tokens": of the whole sequence, "first": the position
+        whose next token the first row is of}."""
+        raise NotImplementedError
 
     def step(self) -> dict[str, Any]:
         self._synchronize()
         start = time.perf_counter()
-        loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
-        loss.backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        found = self.run()
         self._synchronize()
-        return {"seconds": time.perf_counter() - start, "loss": loss.item()}
+        return {"seconds": time.perf_counter() - start, **found}
 
     def memory(self) -> dict[str, Any]:
         """The whole process on a CPU, torch's allocations on CUDA; loading is over by then."""
@@ -171,27 +82,136 @@ class Worker:
         assert after is not None
         return {"peak_bytes": after[1], "resident_bytes": before[0]}
 
+    def draw(self, rows: int, tokens: int) -> Tensor:
+        """The same random tokens for every provider."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(self.vocabulary, (rows, tokens), generator=generator).to(self.device)
+
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
+class Step(Worker):
+    """A training step on one fixed batch. Without adapters nothing learns: it is the forward and
+    the gradient of the embeddings' output."""
+
+    def __init__(self, provider: str, device: torch.device, spec: ModelSpec) -> None:
+        super().__init__(provider, device, spec)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.trainable = sum(p.numel() for p in parameters)
+        self.optimiser: Any = None
+        if parameters:
+            self.optimiser = torch.optim.AdamW(parameters, lr=spec.learning_rate)
+        else:
+            embedding = self.model.get_input_embeddings()
+            embedding.register_forward_hook(lambda module, args, y: y.requires_grad_())
+        self.tokens = self.draw(spec.batch, spec.tokens)
+        torch.manual_seed(2)
+
+    def run(self) -> dict[str, Any]:
+        loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        loss.backward()
+        if self.optimiser is not None:
+            self.optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+        return {"loss": loss.item()}
+
+
+class Prefill(Worker):
+    """One prompt, and the logits of its last token."""
+
+    def __init__(self, provider: str, device: torch.device, spec: ModelSpec) -> None:
+        super().__init__(provider, device, spec)
+        self.tokens = self.draw(1, spec.tokens)
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        self.model(input_ids=self.tokens, use_cache=True, logits_to_keep=1)
+        return {}
+
+    @torch.no_grad()
+    def check(self, path: str) -> dict[str, Any]:
+        y = self.model(input_ids=self.tokens, use_cache=True, logits_to_keep=CHECKED)
+        torch.save(y.logits[0], path)
+        tokens = self.tokens[0].tolist()
+        return {"tokens": tokens, "first": max(0, len(tokens) - CHECKED)}
+
+
+class Generate(Worker):
+    """New tokens of one sequence, each the likeliest."""
+
+    def __init__(self, provider: str, device: torch.device, spec: ModelSpec) -> None:
+        super().__init__(provider, device, spec)
+        self.tokens = self.draw(1, spec.prompt)
+
+    def generate(self, **options: Any) -> Any:
+        return self.model.generate(
+            input_ids=self.tokens,
+            attention_mask=torch.ones_like(self.tokens),
+            max_new_tokens=self.spec.tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        made = self.generate()
+        return {"made": made.shape[1] - self.spec.prompt}
+
+    @torch.no_grad()
+    def check(self, path: str) -> dict[str, Any]:
+        found = self.generate(output_logits=True, return_dict_in_generate=True)
+        rows = torch.cat(found.logits[:CHECKED])
+        torch.save(rows.to(self.model.dtype), path)
+        tokens = found.sequences[0, : self.spec.prompt + len(rows) - 1].tolist()
+        return {"tokens": tokens, "first": self.spec.prompt - 1}
+
+
+WORK = {"step": Step, "prefill": Prefill, "generate": Generate}
+
+
+def worker(provider: str, device: torch.device, spec: ModelSpec) -> Any:
+    """The worker of a provider and an op."""
+    if provider == ORACLE:
+        return Oracle(device, spec)
+    if provider not in MODEL_PROVIDERS:
+        known = ", ".join(MODEL_PROVIDERS)
+        raise ValueError(f"provider: got {provider!r}, expected one of {known}")
+    if provider.startswith("llama.cpp"):
+        from bench.llama_cpp import LlamaCpp
+
+        return LlamaCpp(provider, spec)
+    return WORK[spec.op](provider, device, spec)
+
+
+class Server:
+    """Answers commands, one after the other."""
+
+    def __init__(self) -> None:
+        self.live: Any = None
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        command = dict(command)
+        do = command.pop("do")
+        if do == "load":
+            torch.set_num_threads(command["threads"])
+            spec = ModelSpec(**{f.name: command[f.name] for f in fields(ModelSpec)})
+            self.live = worker(command["provider"], torch.device(command["device"]), spec)
+            return {"trainable": self.live.trainable}
+        if self.live is None:
+            raise ValueError("do: got a command before load")
+        found: dict[str, Any] = getattr(self.live, do)(**command)
+        return found
+
+
 def serve(commands: TextIO, answer: Callable[[dict[str, Any]], None]) -> int:
     """Answer commands until there are no more; 1 after an error."""
-    worker: Worker | None = None
+    server = Server()
     for line in commands:
-        command = json.loads(line)
         try:
-            if command["do"] == "load":
-                torch.set_num_threads(command["threads"])
-                spec = StepSpec(**{f.name: command[f.name] for f in fields(StepSpec)})
-                worker = Worker(command["provider"], torch.device(command["device"]), spec)
-                trainable = sum(p.numel() for p in worker.parameters)
-                answer({"trainable": trainable})
-            elif worker is None:
-                raise ValueError("do: got a command before load")
-            else:
-                answer({"step": worker.step, "memory": worker.memory}[command["do"]]())
+            answer(server.answer(json.loads(line)))
         except Exception as error:  # whatever a peer raises goes to the parent
             answer({"error": f"{type(error).__name__}: {error}"})
             return 1

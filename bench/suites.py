@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bench.cases import BOTH, EMBED, FWD, GATHER, LAYERS, MODELS, Case, expect
+from bench.model_suite import ANY, Choice, models, tiny
 
 
 def _targets() -> Iterator[Case]:
@@ -59,6 +60,7 @@ def _smoke() -> Iterator[Case]:
     yield Case("nf4_lora_linear", "tiny", 9, BOTH, 8, 0.25)
     yield Case("nf4_lora_linear", "tiny", 2, FWD, 8, nested=False)
     yield Case("lora_packed", "tiny.qkv", 9, BOTH, 8, 0.25, adapter_dtype="fp32")
+    yield Case("nf4_lora_packed", "tiny.qkv", 9, BOTH, 8, 0.25, adapter_dtype="fp32")
     yield Case("lora_mlp", "tiny.mlp", 9, BOTH, 4, 0.25)
     yield Case("glu", "tiny", 7, BOTH)
     yield Case("dora_linear", "tiny-bias", 9, BOTH, 8, 0.25, adapter_dtype="fp32")
@@ -85,9 +87,9 @@ def _scaling() -> Iterator[Case]:
         yield Case("nf4_lora_linear", square, 2048, BOTH, r)
 
 
-def _models() -> Iterator[Case]:
-    """Every distinct layer of the models, and those that a model takes together, at one token, a
-    small batch and a training batch."""
+def _layers() -> Iterator[Case]:
+    """Every op on every distinct layer of the models, and those that a model takes together, at one
+    token, a small batch and a training batch."""
     seen: set[tuple[int, int, bool]] = set()
     for layer in LAYERS.values():
         if layer.name.endswith("lm_head"):
@@ -227,7 +229,8 @@ def _full() -> Iterator[Case]:
     """All but the smoke cases and the GPU's, and the other dtypes and storage options."""
     yield from _targets()
     yield from _scaling()
-    yield from _models()
+    yield from _layers()
+    yield from models()
     yield from _gather()
     for dtype in ("fp16", "fp32"):
         for m in (1, 512):
@@ -248,7 +251,9 @@ _SUITES = {
     "quick": _quick,
     "targets": _targets,
     "scaling": _scaling,
-    "models": _models,
+    "layers": _layers,
+    "models": models,
+    "models-tiny": tiny,
     "lora": _lora,
     "nf4": _nf4,
     "gather": _gather,
@@ -258,17 +263,22 @@ _SUITES = {
 }
 SUITES = tuple(_SUITES)
 SHORT = ("smoke", "quick", "gpu-tiny")  # minutes at most
-TINY = ("smoke", "gpu-tiny")  # shapes that mean nothing
+TINY = ("smoke", "gpu-tiny", "models-tiny")  # shapes that mean nothing
 
 
-def suite(name: str, only: str | None = None) -> list[Case]:
+def kind(name: str) -> str:
+    """Which providers a suite takes unasked (`bench.providers.select`)."""
+    return "models" if name.startswith("models") else "short" if name in SHORT else "long"
+
+
+def suite(name: str, only: str | None = None, choice: Choice = ANY) -> list[Case]:
     """The cases of a suite in order, each once; `only` is a regular expression over case names.
 
     Raises:
-        ValueError: no such suite, or `only` leaves nothing.
+        ValueError: no such suite, or `only` or the choice leaves nothing.
     """
     expect("suite", name, SUITES)
-    cases = list({c.name: c for c in _SUITES[name]()}.values())
+    cases = choice.of(list({c.name: c for c in _SUITES[name]()}.values()))
     if only is None:
         return cases
     kept = [c for c in cases if re.search(only, c.name)]

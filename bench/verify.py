@@ -129,8 +129,8 @@ class Verifier:
 
         def weight(i: int) -> Tensor:
             if case.is_quantised and dtype == torch.float64:
-                return data.quantised.dequantize(torch.float64)
-            return (data.projections[i].w if many else data.weight).to(dtype)
+                return data.quantised_layers[i].dequantize(torch.float64)
+            return data.dense_layers[i].to(dtype)
 
         def bias(i: int) -> Tensor | None:
             given = data.projections[i].bias
@@ -165,7 +165,7 @@ class Verifier:
                 p, a, b = data.pages, inputs["a"], inputs["b"]
                 parts.append(plain_gather(x, a, b, p.table, p.ranks, data.slots, case.scale))
             return functools.reduce(torch.add, parts)
-        if case.op == "lora_packed":
+        if case.op in ("lora_packed", "nf4_lora_packed"):
             return tuple(project(i, x) for i in range(len(data.projections)))
         if case.op == "lora_mlp":
             return project(2, silu(project(0, x)) * project(1, x))
@@ -207,7 +207,7 @@ class Verifier:
         if ours:
             assert torch.equal(got, want), "w: not bit-exact"
         else:
-            _peer_gate("w", got, self.data.quantised.dequantize(torch.float64), want)
+            peer_gate("w", got, self.data.quantised.dequantize(torch.float64), want)
 
 
 def _compare(got: Outputs, oracle: Outputs, plain: Outputs, ours: bool) -> None:
@@ -218,10 +218,10 @@ def _compare(got: Outputs, oracle: Outputs, plain: Outputs, ours: bool) -> None:
             assert got[name].dtype == plain[name].dtype, f"{name}: dtype {got[name].dtype}"
             assert_within_budget(got[name], exact, plain[name], name)
         else:
-            _peer_gate(name, got[name], exact, plain[name])
+            peer_gate(name, got[name], exact, plain[name])
 
 
-def _peer_gate(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
+def peer_gate(name: str, got: Tensor, exact: Tensor, plain: Tensor) -> None:
     assert got.shape == exact.shape, f"{name}: shape {list(got.shape)}, not {list(exact.shape)}"
     assert torch.isfinite(got).all(), f"{name}: not finite"
     if exact.numel() == 0:

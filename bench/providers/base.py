@@ -55,7 +55,7 @@ class Provider:
 
     `refuses` looks at the case and the device and returns one line that says why not, or None.
     `suites` says where it runs unasked: "all", "short" suites only (ours in plain PyTorch, whose
-    time tells nothing beside a kernel's) or "long" ones only (half a minute to build).
+    time tells nothing beside a kernel's), "long" ones only (half a minute to build), or "models".
     """
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def _lora_linear(data: CaseData) -> Prepared:
         len(weights),
         lambda i: data.trained,
         parameters=[*weights, a, b],
-        masks=lambda: _masks(data),
+        masks=lambda: masks_of(data),
     )
 
 
@@ -89,13 +89,16 @@ def _nf4_lora_linear(data: CaseData) -> Prepared:
         len(weights),
         lambda i: data.trained,
         parameters=[*(t for w in weights for t in w.tensors().values()), a, b],
-        masks=lambda: _masks(data),
+        masks=lambda: masks_of(data),
     )
 
 
 def _of_several(data: CaseData, op: Callable[..., Result]) -> Prepared:
     """An op over several projections."""
-    case, projections, weights = data.case, data.projections, data.layer_copies
+    case, projections = data.case, data.projections
+    quantised = data.quantised_layer_copies() if case.is_quantised else []
+    weights: Sequence[Sequence[Any]] = quantised or data.layer_copies
+    stored = [t for copy in quantised for q in copy for t in q.tensors().values()]
     arguments: dict[str, Any] = {
         "lora_a": [p.a for p in projections],
         "lora_b": [p.b for p in projections],
@@ -108,8 +111,11 @@ def _of_several(data: CaseData, op: Callable[..., Result]) -> Prepared:
         lambda i, x: op(x, weights[i], **arguments),
         len(weights),
         lambda i: data.trained,
-        parameters=[*(w for copy in weights for w in copy), *data.trained.values()],
-        masks=lambda: _masks(data),
+        parameters=[
+            *(stored if quantised else (w for copy in weights for w in copy)),
+            *data.trained.values(),
+        ],
+        masks=lambda: masks_of(data),
     )
 
 
@@ -148,7 +154,7 @@ def _dora_linear(data: CaseData) -> Prepared:
         len(weights),
         lambda i: data.trained,
         parameters=[*weights, *data.trained.values()],
-        masks=lambda: _masks(data),
+        masks=lambda: masks_of(data),
     )
 
 
@@ -192,7 +198,7 @@ def _linear_cross_entropy(data: CaseData) -> Prepared:
     return loss_call(data, lkf.linear_cross_entropy)
 
 
-def _masks(data: CaseData) -> list[Tensor]:
+def masks_of(data: CaseData) -> list[Tensor]:
     """One stream of the same seed for each layer."""
     case, seed = data.case, draw_seed(data.device)
     p = case.dropout
@@ -210,6 +216,7 @@ _BUILDERS = {
     "lora_linear": _lora_linear,
     "nf4_lora_linear": _nf4_lora_linear,
     "lora_packed": _lora_packed,
+    "nf4_lora_packed": _lora_packed,
     "lora_mlp": _lora_mlp,
     "glu": _glu,
     "dora_linear": _dora_linear,

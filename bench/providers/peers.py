@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bench.cases import Case
 from bench.data import CaseData, Projection
-from bench.providers.base import Outputs, Prepared, Result, linear_call
+from bench.providers.base import BASE, FULL, Outputs, Prepared, Result, linear_call
 from bench.providers.plain import plain_glu, torch_masks
 from lora_kernels import NF4Weight
 from lora_kernels.ops.gather import pages_of
@@ -34,7 +34,7 @@ def installed(module: str) -> Callable[[Case, torch.device], str | None]:
     return refuses
 
 
-def _frozen(w: Tensor) -> nn.Parameter:
+def frozen(w: Tensor) -> nn.Parameter:
     return nn.Parameter(w, requires_grad=False)
 
 
@@ -63,52 +63,81 @@ def bnb_layer(q: NF4Weight, bias: Tensor | None, dtype: torch.dtype) -> Any:
         module=layer,
     )
     if bias is not None:
-        layer.bias = _frozen(bias)
+        layer.bias = frozen(bias)
     return layer
 
 
-def bnb_layers(data: CaseData, *, evaluation: bool = False) -> list[Any]:
-    """Linear4bit layers, each over its own copy of the bytes.
+def bnb_layers(data: CaseData, *, evaluation: bool = False) -> list[list[Any]]:
+    """Copies of the case's Linear4bit layers, each over its own copy of the bytes.
 
     In evaluation mode on a CPU the first call repacks a layer's weight in place, which must not be
-    timed: one layer is called here, and the others get copies of what it became.
+    timed: the first copy is called here, and the others get copies of what it became.
     """
-    layers = [bnb_layer(q, data.bias, data.dtype) for q in data.quantised_copies()]
+    biases = [p.bias for p in data.projections]
+    copies = [
+        [bnb_layer(q, bias, data.dtype) for q, bias in zip(weights, biases, strict=True)]
+        for weights in data.quantised_layer_copies()
+    ]
     if not evaluation:
-        return layers
-    first = layers[0].eval()
+        return copies
     with torch.no_grad():
-        first(data.x[0][:1])
-    for layer in layers[1:]:
-        layer.eval()
-        layer.weight.data = first.weight.data.clone()
-        layer.weight.quant_state = copy.deepcopy(first.weight.quant_state)
-    return layers
+        for first in copies[0]:
+            first.eval()(data.x[0][:1])
+    for layers in copies[1:]:
+        for first, layer in zip(copies[0], layers, strict=True):
+            layer.eval()
+            layer.weight.data = first.weight.data.clone()
+            layer.weight.quant_state = copy.deepcopy(first.weight.quant_state)
+    return copies
+
+
+def _each(layers: Sequence[nn.Module], x: Tensor) -> Result:
+    y = tuple(layer(x) for layer in layers)
+    return y if len(y) > 1 else y[0]
 
 
 def bnb_eval_refuses(case: Case, device: torch.device) -> str | None:
     if case.backward:
         return "loses gradients after an evaluation on a CPU: forward only"
-    if device.type == "cpu" and case.n % 32:
-        return f"needs N % 32 == 0 on a CPU, N = {case.n}"
-    return installed("bitsandbytes")(case, device)
+    return _bnb_refuses_width(case, device) or installed("bitsandbytes")(case, device)
+
+
+def _bnb_refuses_width(case: Case, device: torch.device) -> str | None:
+    odd = [layer.n for layer in case.layers if layer.n % 32]
+    return f"needs N % 32 == 0 on a CPU, N = {odd[0]}" if odd and device.type == "cpu" else None
 
 
 def bnb_eval(data: CaseData) -> Prepared:
     """The inference path, on weights that it has already repacked for itself."""
-    layers = bnb_layers(data, evaluation=True)
-    return linear_call(data, lambda i, x: layers[i](x), len(layers))
+    copies = bnb_layers(data, evaluation=True)
+    computes = BASE if data.case.has_adapter else FULL
+    return linear_call(data, lambda i, x: _each(copies[i], x), len(copies), computes=computes)
 
 
 def bnb_train(data: CaseData) -> Prepared:
     """The training path: gradients on, also where only the forward is timed."""
-    layers = [layer.train() for layer in bnb_layers(data)]
+    copies = bnb_layers(data)  # in training mode
     if data.case.backward:
-        parameters = [t for layer in layers for t in _bnb_tensors(layer)]
-        return linear_call(data, lambda i, x: layers[i](x), len(layers), parameters=parameters)
+        return linear_call(
+            data,
+            lambda i, x: _each(copies[i], x),
+            len(copies),
+            parameters=[t for layers in copies for layer in layers for t in _bnb_tensors(layer)],
+            computes=BASE if data.case.has_adapter else FULL,
+        )
     leaves = [x.detach().requires_grad_() for x in data.x]
     by_input = {id(x): leaf for x, leaf in zip(data.x, leaves, strict=True)}
-    return linear_call(data, lambda i, x: layers[i](by_input[id(x)]), len(layers), grad=True)
+    return linear_call(data, lambda i, x: _each(copies[i], by_input[id(x)]), len(copies), grad=True)
+
+
+def bnb_base(data: CaseData) -> Prepared:
+    """The layer without its adapter: the inference path, or with gradients the training path."""
+    return bnb_train(data) if data.case.backward else bnb_eval(data)
+
+
+def bnb_base_refuses(case: Case, device: torch.device) -> str | None:
+    width = None if case.backward else _bnb_refuses_width(case, device)
+    return width or installed("bitsandbytes")(case, device)
 
 
 def _bnb_tensors(layer: Any) -> list[Tensor]:
@@ -122,7 +151,7 @@ def _bnb_tensors(layer: Any) -> list[Tensor]:
 def bnb_dequantize(data: CaseData) -> Prepared:
     import bitsandbytes.functional as bnbf
 
-    layers = bnb_layers(data)
+    layers = [layers[0] for layers in bnb_layers(data)]
     pairs = [(layer.weight.data, layer.weight.quant_state) for layer in layers]
     for _, state in pairs:
         state.dtype = data.dtype
@@ -199,7 +228,7 @@ def _peft(data: CaseData, bases: Sequence[Sequence[nn.Module]]) -> Prepared:
             gate, up, down = copies[i]
             return down(plain_glu(gate(x), up(x)))
         y = tuple(layer(x) for layer in copies[i])
-        return y if case.op == "lora_packed" else y[0]
+        return y if len(y) > 1 else y[0]
 
     parameters = [p for layers in copies for layer in layers for p in layer.parameters()]
     return linear_call(
@@ -212,19 +241,19 @@ def _peft(data: CaseData, bases: Sequence[Sequence[nn.Module]]) -> Prepared:
     )
 
 
-def _linear(w: Tensor, bias: Tensor | None) -> nn.Module:
+def linear_layer(w: Tensor, bias: Tensor | None) -> nn.Linear:
     n, k = w.shape
     layer = nn.Linear(k, n, bias=bias is not None, device="meta")
-    layer.weight = _frozen(w)
+    layer.weight = frozen(w)
     if bias is not None:
-        layer.bias = _frozen(bias)
+        layer.bias = frozen(bias)
     return layer
 
 
 def peft_dense(data: CaseData) -> Prepared:
     """PEFT over nn.Linear, the weights shared with the other dense providers."""
     biases = [p.bias for p in data.projections]
-    return _peft(data, [list(map(_linear, copy, biases)) for copy in data.layer_copies])
+    return _peft(data, [list(map(linear_layer, copy, biases)) for copy in data.layer_copies])
 
 
 def peft_mixed(data: CaseData) -> Prepared:
@@ -236,7 +265,7 @@ def peft_mixed(data: CaseData) -> Prepared:
     names = [f"s{slot}" if slot >= 0 else "__base__" for slot in data.slots.tolist()]
     layers = []
     for w in weights:
-        layer: Any = _linear(w, data.bias)
+        layer: Any = linear_layer(w, data.bias)
         model = nn.ModuleDict({"proj": layer})
         for slot in sorted({int(name[1:]) for name in names if name != "__base__"} or {0}):
             rank = int(pages.ranks[slot])
@@ -248,8 +277,8 @@ def peft_mixed(data: CaseData) -> Prepared:
             )
             layer = inject_adapter_in_model(config, model, adapter_name=f"s{slot}")["proj"]
             a, b = (t[rows].flatten(0, 1)[:rank].clone() for t in (pages.a, pages.b))
-            layer.lora_A[f"s{slot}"].weight = _frozen(a)
-            layer.lora_B[f"s{slot}"].weight = _frozen(b.T.contiguous())
+            layer.lora_A[f"s{slot}"].weight = frozen(a)
+            layer.lora_B[f"s{slot}"].weight = frozen(b.T.contiguous())
         layers.append(layer.eval())
     return linear_call(data, lambda i, x: layers[i](x, adapter_names=names), len(layers))
 
@@ -262,17 +291,15 @@ def peft_mixed_refuses(case: Case, device: torch.device) -> str | None:
 
 def peft_bnb(data: CaseData) -> Prepared:
     """PEFT over bitsandbytes' Linear4bit: what QLoRA is today."""
-    layers = bnb_layers(data, evaluation=not data.case.backward)
-    state_tensors = [t for layer in layers for t in _bnb_tensors(layer)]
-    prepared = _peft(data, [[layer] for layer in layers])
+    copies = bnb_layers(data, evaluation=not data.case.backward)
+    state_tensors = [t for layers in copies for layer in layers for t in _bnb_tensors(layer)]
+    prepared = _peft(data, copies)
     prepared.parameters = [*prepared.parameters, *state_tensors]
     return prepared
 
 
 def peft_bnb_refuses(case: Case, device: torch.device) -> str | None:
-    if device.type == "cpu" and not case.backward and case.n % 32:
-        return f"needs N % 32 == 0 on a CPU, N = {case.n}"
-    return installed("peft")(case, device) or installed("bitsandbytes")(case, device)
+    return installed("peft")(case, device) or bnb_base_refuses(case, device)
 
 
 # --------------------------------------------------------------------------------- torchao

@@ -161,7 +161,7 @@ def _expression(op: str, lora: Lora) -> Callable[..., Result]:
 
     if op == "lora_mlp":
         return mlp
-    return each if op == "lora_packed" else one
+    return each if op in ("lora_packed", "nf4_lora_packed") else one
 
 
 def _plain_call(

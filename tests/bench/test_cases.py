@@ -7,11 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.cases import BOTH, FWD, LAYERS, OPS, Case
+from bench.cases import BOTH, FWD, LAYERS, OPS, WHOLE, Case
 from bench.costmodel import saved_bytes
+from bench.model_providers import MODEL_PROVIDERS
+from bench.model_suite import SUITE_MODELS, Choice
 from bench.providers import PROVIDERS, select
 from bench.suites import SUITES, suite
-from bench.targets import FLOOR, NEEDED, SELF, STEP_OURS, TARGETS, reached
+from bench.targets import (
+    FLOOR,
+    MODEL_TARGETS,
+    NEEDED,
+    SELF,
+    STEP_OURS,
+    TARGETS,
+    by_row,
+    of_suite,
+    reached,
+)
 from lora_kernels.dispatch.registry import ops
 
 CPU = torch.device("cpu")
@@ -144,7 +156,7 @@ def test_suite_filter() -> None:
 
 def test_every_op_has_a_baseline_and_ours() -> None:
     for case in suite("full"):
-        if case.op == "step":
+        if case.op in WHOLE:
             continue
         serving = [p for p in PROVIDERS if p.refusal(case, CPU) is None]
         assert any(p.ours for p in serving), case.name
@@ -155,9 +167,12 @@ def test_provider_names_are_unique_and_selectable() -> None:
     names = [p.name for p in PROVIDERS]
     assert len(set(names)) == len(names)
     assert [p.name for p in select("dense|bnb-eval")] == ["dense", "bnb-eval"]
-    long, short = ([p.name for p in select(short=s)] for s in (False, True))
+    long, short = ([p.name for p in select(kind=k)] for k in ("long", "short"))
     assert set(long) ^ set(short) == {"compile", "ours:reference"}
     assert "compile" in long
+    assert [p.name for p in select(kind="models")] == [
+        *("ours:layer", "dense", "peft", "peft+bnb", "bnb-base")
+    ]
     with pytest.raises(ValueError, match="providers: 'zzz' matches none"):
         select("zzz")
 
@@ -237,3 +252,82 @@ def test_reached_compares_saved_bytes_with_x_and_s(more: int | None, met: bool |
     assert found.met is met
     if more == 0:
         assert found.ratio == 1.0
+
+
+def test_suite_models_is_every_layer_at_every_size() -> None:
+    cases = suite("models")
+    for model in SUITE_MODELS:
+        own = [c for c in cases if c.layer.startswith(f"{model}.")]
+        for op, count in (
+            *(("lora_linear", 4), ("nf4_lora_linear", 4)),
+            *(("lora_packed", 2), ("nf4_lora_packed", 2)),
+        ):
+            for direction, p in ((FWD, 0.0), (BOTH, 0.05)):
+                for m in (1, 8, 64, 512, 2048):
+                    found = [(c.op, c.direction, c.m, c.dropout) for c in own]
+                    assert found.count((op, direction, m, p)) == count
+    assert {(c.r, c.dtype, c.adapter_dtype) for c in cases} == {(16, "bf16", "fp32")}
+    whole = [(c.op, c.layer, c.m) for c in cases if c.op in WHOLE]
+    assert sorted(whole) == sorted(
+        (op, model, m)
+        for op, m in (("generate", 64), ("prefill", 512), ("step", 1024))
+        for model in ("smollm2-135m", "llama-3.2-1b")
+    )
+
+
+def test_a_choice_of_cases() -> None:
+    chosen = Choice(
+        model=["smollm2-135m", "llama-3.2-1b"],
+        layer=["q_proj", "down_proj"],
+        tokens=[1, 8],
+        kind=["lora", "qlora"],
+        direction=[FWD],
+    )
+    cases = suite("models", None, chosen)
+    assert len(cases) == 2 * 2 * 2 * 2
+    assert {c.layer for c in cases} == {
+        f"{m}.{p}" for m in ("smollm2-135m", "llama-3.2-1b") for p in ("q_proj", "down_proj")
+    }
+    (one,) = suite("models", None, Choice(model=["llama-3.2-1b"], kind=["prefill"]))
+    assert one.name == "prefill/llama-3.2-1b/M512/r16/a-fp32"
+    with pytest.raises(ValueError, match="--model: got gpt-2, and the suite has llama"):
+        suite("models", None, Choice(model=["gpt-2"]))
+    with pytest.raises(ValueError, match=r"no case of the suite fits all of \{'layer'.*'prefill'"):
+        suite("models", None, Choice(layer=["qkv"], kind=["prefill"]))
+
+
+def test_model_targets_name_measured_cases_and_providers() -> None:
+    measured = {c.name: c for c in suite("models")}
+    assert len({(t.case, t.peer, t.ours, t.row) for t in MODEL_TARGETS}) == len(MODEL_TARGETS)
+    layers = {p.name: p for p in PROVIDERS}
+    for target in MODEL_TARGETS:
+        case = measured[target.case.name]
+        assert target.row
+        for name in (target.peer, target.ours):
+            if case.op in WHOLE:
+                assert case.op in MODEL_PROVIDERS[name].ops, target
+            else:
+                assert layers[name].refusal(case, CPU) is None, target
+    assert {t.case.name for t in MODEL_TARGETS} == set(measured)  # PEFT, if no other
+
+
+def test_promises_row_by_row(capsys: pytest.CaptureFixture[str]) -> None:
+    row = "NF4 + LoRA forward, M ≤ 8, over dense"
+    own = [t for t in MODEL_TARGETS if t.row == row]
+
+    def rows(case: str, ours: float) -> list[dict[str, object]]:
+        return [
+            {"case": case, "provider": p, "samples": [t], "over_floor": None}
+            for p, t in (("ours:layer", ours), ("dense", 1.0))
+        ]
+
+    good, bad = (own[i].case.name for i in (0, 1))
+    doc = {"settings": {"suite": "models"}, "rows": [*rows(good, 0.5), *rows(bad, 0.625)]}
+    found = reached(doc, own)
+    assert [r.met for r in found[:3]] == [True, False, None]
+    (cells,) = zip(*(c.cells for c in by_row(found).columns), strict=True)
+    assert cells == (row, "0.50", f"2 of {len(own)}", "1", "0.62", bad, "missed")
+    summary, missed = of_suite(doc, measured=True)
+    assert summary.row_count == 1 and missed.row_count == 1
+    doc["settings"] = {"suite": "targets"}
+    assert [t.title for t in of_suite(doc)] == ["targets: ours / peer"]

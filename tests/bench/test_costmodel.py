@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from bench.cases import BOTH, FWD, Case
-from bench.costmodel import Cost, cost, quantised_bytes, saved_bytes, weight_bytes
+from bench.costmodel import (
+    Cost,
+    cost,
+    model_cost,
+    quantised_bytes,
+    saved_bytes,
+    weight_bytes,
+)
 from bench.data import CaseData
 from bench.memory import saved_for_backward
 from bench.providers import PROVIDERS
@@ -177,6 +184,35 @@ def test_floor_is_the_slower_of_arithmetic_and_traffic() -> None:
     assert Cost(0, 100, 40).seconds(**limits) == 80 / 20 + 60 / 10  # 40 pairs, 60 reads
 
 
-def test_step_has_no_formula() -> None:
+def test_whole_models_have_a_formula_of_their_own() -> None:
     with pytest.raises(ValueError, match="no cost model"):
         cost(STEP)
+
+
+def test_packed_4_bit_weights_are_read_each_in_its_own_blocks() -> None:
+    one, kv = (quantised_bytes(n, 128, 64, True) for n in (96, 64))
+    assert weight_bytes(Case("nf4_lora_packed", "tiny.qkv", 1, r=4)) == one + 2 * kv
+
+
+def test_floors_of_a_whole_model() -> None:
+    """A tiny Llama: 2 blocks, hidden 64, keys and values of 32, a gated MLP of 128, 256 tokens."""
+    base = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64
+    ranks = 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    head = 256 * 64
+    case = Case("generate", "tiny-llama", 5, r=4, adapter_dtype="fp32")
+    plain = model_cost(case, quantised=False, adapted=False)
+    assert plain.bytes == 5 * 2 * (2 * base + head)
+    tokens = 32 + 5 - 1
+    attention = 2 * 4 * 64 * tokens * (tokens + 1) // 2
+    assert plain.flops == 2 * 2 * tokens * base + attention + 2 * 5 * head
+    adapted = model_cost(case, quantised=False, adapted=True)
+    assert adapted.bytes - plain.bytes == 5 * 2 * 4 * ranks
+    assert adapted.flops - plain.flops == 2 * 2 * tokens * ranks
+    assert model_cost(case, quantised=True, adapted=False).bytes < plain.bytes
+    prefill = replace(case, op="prefill", m=9)
+    assert model_cost(prefill, False, False).bytes_read == 2 * (2 * base + head)
+    step = Case("step", "tiny-llama", 32, BOTH, 4, 0.05, adapter_dtype="fp32")
+    both = model_cost(step, quantised=False, adapted=True)
+    assert both.bytes_written == 2 * 4 * ranks
+    attention = 3 * 2 * 32 * 9 * 64
+    assert both.flops == 2 * (2 * 32 * (2 * base + 3 * ranks) + attention) + 4 * 32 * head

@@ -62,6 +62,7 @@ FAMILIES = {
     "packed": Case("lora_packed", "tiny.qkv", 16, BOTH, 4, 0.25),
     "packed-gate-up": Case("lora_packed", "smollm2-135m.gate_up", 5, BOTH, 4, adapter_dtype="fp32"),
     "packed-forward": Case("lora_packed", "tiny.qkv", 1, FWD, 4),
+    "packed-4-bit": Case("nf4_lora_packed", "tiny.qkv", 16, BOTH, 4, 0.25, adapter_dtype="fp32"),
     "mlp": Case("lora_mlp", "tiny.mlp", 16, BOTH, 4, 0.25),
     "mlp-no-dropout": Case("lora_mlp", "tiny.mlp", 16, BOTH, 4, 0.0, "fp32", "fp32"),
     "mlp-forward": Case("lora_mlp", "tiny.mlp", 1, FWD, 4, adapter_dtype="fp32"),
