@@ -134,7 +134,8 @@ test-triton-full: setup ## every case of the compiled kernels with every release
 test-cpp: setup
 	@if command -v $${CXX:-c++} >/dev/null; then \
 	    $(call ctest,build/native,-DCMAKE_BUILD_TYPE=Release); \
-	    $(call ctest,build/sanitized,$(SANITIZED)); \
+	    $(call ctest,build/sanitized,$(SANITIZED) \
+        "-DLORA_KERNELS_TIERS=$$($(PY) -m tools.sanitized_tiers $(SAMPLE))"); \
 	else echo "C++ checks skipped: no C++ compiler" >&2; fi
 
 # Where there is nvcc; it needs no GPU.

@@ -110,7 +110,10 @@ DenseReader<Order::natural> dense_reader(const BaseView& base) {
 bool forward(const LoraForward& f, const Parallel& parallel) {
   if (f.x.dtype != Dtype::bf16) return vector::forward(f, parallel);
   const BaseView& base = f.base;
-  if (takes_dots(f)) return forward_dots(f, parallel);
+  if (takes_dots(f)) {
+    const Dots result = forward_dots(f, parallel);
+    return result == Dots::unusual ? vector::forward(f, parallel) : result == Dots::done;
+  }
   if (base.quant != nullptr && !Nf4Reader::takes(*base.quant, base.k))
     return forward_blocked(AnyNf4Reader(*base.quant, base.k), f, parallel);
   if (base.quant != nullptr && f.x.rows <= (LK_AMX ? kSkinnyRows : kTile))

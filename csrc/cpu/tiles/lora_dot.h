@@ -9,6 +9,7 @@
 // Operations for 128 weights of a 4-bit W and M rows: 13 to decode, 4 M products.
 #pragma once
 
+#include "nf4_stream.h"
 #include "tiles/lora_forward.h"
 
 #if LK_BF16
@@ -311,17 +312,25 @@ struct Nf4Unit {
 LK_INLINE bool there(const Bf16Rows&) { return true; }
 LK_INLINE bool there(const Nf4Rows& rows) { return rows.scales != nullptr; }
 
-// False: out of memory.
+// Whether no weight is subnormal: these instructions take it for zero.
+LK_INLINE bool usual(const Bf16Rows&, int64_t) { return true; }
+LK_INLINE bool usual(const Nf4Rows& rows, int64_t count) {
+  return ordinary(rows.scales, count * rows.groups, BFloat16{});
+}
+
+enum class Dots { done, unusual, out_of_memory };
+
 template <class Unit>
-bool forward_dots_of(const LoraForward& f, const Unit& rows_of, const Bf16Rows& x,
+Dots forward_dots_of(const LoraForward& f, const Unit& rows_of, const Bf16Rows& x,
                      const DotBranch& branch, const Parallel& parallel) {
   const int64_t m = f.x.rows, n = f.base.n, k = f.base.k, ranks = branch.ranks;
-  bool ok = true;
+  Dots result = Dots::done;
+  const auto stop = [&](Dots why) { __atomic_store_n(&result, why, __ATOMIC_RELAXED); };
   parallel(0, ceil_div(n, kDotUnit), 2, [&](int64_t begin, int64_t end) {
     alignas(64) float sums[kDotRows * kDotUnit];
     float* b = static_cast<float*>(
         thread_scratch(kDotBranch, size_t(sizeof(float) * max64(kDotUnit * ranks, 16))));
-    if (b == nullptr) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+    if (b == nullptr) return stop(Dots::out_of_memory);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t row = unit * kDotUnit, count = min64(kDotUnit, n - row);
       for (int64_t i = 0; i < kDotUnit; ++i)
@@ -329,7 +338,8 @@ bool forward_dots_of(const LoraForward& f, const Unit& rows_of, const Bf16Rows& 
           _mm512_store_ps(b + i * ranks + j,
                           i < count ? scaled_b(f.lora, row + i, j) : _mm512_setzero_ps());
       const auto rows = rows_of(row, count);
-      if (!there(rows)) return __atomic_store_n(&ok, false, __ATOMIC_RELAXED);
+      if (!there(rows)) return stop(Dots::out_of_memory);
+      if (!usual(rows, count)) return stop(Dots::unusual);
       dot_rows(rows, count, x, m, k, b, branch.s, ranks, sums);
       __m512 b0 = _mm512_setzero_ps(), b1 = b0;
       if (f.bias.data != nullptr) {
@@ -343,19 +353,19 @@ bool forward_dots_of(const LoraForward& f, const Unit& rows_of, const Bf16Rows& 
                        _mm512_add_ps(_mm512_load_ps(sums + i * kDotUnit + 16), b1)));
     }
   });
-  return ok;
+  return result;
 }
 
-inline bool forward_dots(const LoraForward& f, const Parallel& parallel) {
+inline Dots forward_dots(const LoraForward& f, const Parallel& parallel) {
   const int64_t m = f.x.rows, k = f.base.k;
   DotBranch branch{round_up(f.lora.r(), 16), nullptr};
-  if (f.lora.r() > 0 && !dot_shrink(f, &branch, parallel)) return false;
+  if (f.lora.r() > 0 && !dot_shrink(f, &branch, parallel)) return Dots::out_of_memory;
   const Bf16Rows x{static_cast<const uint16_t*>(f.x.data), f.x.stride};
   if (f.base.quant == nullptr) return forward_dots_of(f, DenseUnit{f.base}, x, branch, parallel);
   const int64_t stride = round_up(k, kChunk);
   uint16_t* strided =
       static_cast<uint16_t*>(thread_scratch(kDotInput, sizeof(uint16_t) * size_t(m * stride)));
-  if (strided == nullptr) return false;
+  if (strided == nullptr) return Dots::out_of_memory;
   read_rows(DenseReader<Order::strided>{f.x.data, f.x.dtype, f.x.stride, k}, m, k, strided, stride);
   return forward_dots_of(f, Nf4Unit{f.base}, Bf16Rows{strided, stride}, branch, parallel);
 }
