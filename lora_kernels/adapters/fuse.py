@@ -62,6 +62,9 @@ def fuse_projections(model: nn.Module) -> FusedReport:
     forward of their own, or that differ in dropout or dtype, run alone. So do all layers in a graph
     that `torch.compile` makes, and those that are wrapped one by one (checkpointing, FSDP).
 
+    It is for GPUs. The CPU's kernels take one projection after the other, so that on the CPU it
+    gains nothing, and costs time where a model makes one token after the other.
+
     The layers of a group share one node of autograd's graph: a gradient through one of them and
     then, in a second backward, through another takes `retain_graph=True`.
 

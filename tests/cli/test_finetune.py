@@ -76,13 +76,13 @@ def test_run_leaves_everything(finetune, pairs, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_projections_run_as_one_unless_told_otherwise(finetune, pairs, tmp_path, capsys, quantize):
+def test_projections_run_as_one_if_asked(finetune, pairs, tmp_path, capsys, quantize):
     """Without dropout the losses differ by the order of a sum in the backward, so the first not."""
     options = ("--data", pairs, *SHORT, "--max-steps", 2, "--dropout", 0, "--quantize", quantize)
-    for name, more in (("as-one", ()), ("alone", ("--no-fuse",))):
+    for name, more in (("as-one", ("--fuse",)), ("alone", ("--no-fuse",))):
         assert finetune(*options, *more, "--output", tmp_path / name) == 0
         said = capsys.readouterr().err
-        assert ("run as one: 1 x q_proj + k_proj + v_proj" in said) == (not more)
+        assert ("run as one: 1 x q_proj + k_proj + v_proj" in said) == (more == ("--fuse",))
     together, alone = losses(tmp_path / "as-one"), losses(tmp_path / "alone")
     assert together[0] == alone[0]
 

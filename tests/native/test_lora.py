@@ -62,7 +62,9 @@ def test_within_the_budget(isa: str, op: str, dtype: torch.dtype, sample) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_do_not_depend_on_threads(isa: str, dtype: torch.dtype) -> None:
-    for m, base in itertools.product((1, 8, 9, 300), (BASES[1], BASES[4], Base(70, 1040, 64, 256))):
+    for m, base in itertools.product(
+        (1, 8, 9, 300), (BASES[1], BASES[4], Base(70, 1040, 64, 256), Base(33, 4160))
+    ):
         for op in ("lora_linear_fwd", "lora_linear_bwd"):
             args = Case(op, m, base, ALL._replace(rank=24), dtype).args()
             if op == "lora_linear_bwd":

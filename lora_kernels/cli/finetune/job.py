@@ -187,8 +187,13 @@ class Finetune:
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
-        if args.fuse:
+        if self.fuses():
             self.console.print(str(fuse_projections(self.model)).splitlines()[0])
+
+    def fuses(self) -> bool:
+        """Whether projections of one input run as one."""
+        chosen: bool | None = self.args.fuse
+        return torch.cuda.is_available() if chosen is None else chosen
 
     def quantization(self) -> dict[str, Any]:
         """The options of `apply_lora` and `load_adapter` for the base weights."""
@@ -380,7 +385,7 @@ class Finetune:
         device = self.model.device
         fresh = load_model(self.source, self.dtype)
         load_adapter(fresh, str(self.folder.adapter), **self.quantization())
-        if self.args.fuse:  # it computes as the trained one does
+        if self.fuses():  # it computes as the trained one does
             fuse_projections(fresh)
         fresh.to(device)
         result: dict[str, Any] = {"reload": verify.compare(trained, verify.logits_of(fresh, batch))}
