@@ -223,8 +223,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fuse",
         action=argparse.BooleanOptionalAction,
-        help="run projections of one input (q, k and v, gate and up) as one (default: on a GPU; the "
-        "CPU's kernels take one after the other, so that it gains nothing)",
+        help="run projections of one input (q, k and v, gate and up) as one (default: on a GPU; "
+        "the CPU's kernels take one after the other, so that it gains nothing)",
     )
     add("--seed", type=not_negative, default=0, help="(default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
