@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import RankWideConfig, split_size
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.triton.arguments import Matrix, mask, matrix, vector
-from lora_kernels.ops.common.triton.splitk_reduce import splitk_reduce
+from lora_kernels.ops.common.triton.splitk_reduce import Sum, splitk_reduce
 from lora_kernels.ops.common.triton.tiles import (
     cast,
     dot,
@@ -156,8 +156,7 @@ def shrink(
     )
     if not final:
         plain = out if out.is_contiguous() else torch.empty_like(out)
-        splitk_reduce(
-            [(target, plain, factor, rank)], residual, half=x.dtype == torch.float16 and not whole
-        )
+        half = x.dtype == torch.float16 and not whole
+        splitk_reduce([Sum(target, plain, factor, rank, residual=residual, half=half)])
         if plain is not out:
             out.copy_(plain)

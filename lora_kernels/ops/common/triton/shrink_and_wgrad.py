@@ -13,7 +13,7 @@ from lora_kernels.ops.common.configs import Device, split_size
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, one_read_parts
 from lora_kernels.ops.common.triton.arguments import matrix, vector
-from lora_kernels.ops.common.triton.splitk_reduce import splitk_reduce
+from lora_kernels.ops.common.triton.splitk_reduce import Sum, splitk_reduce
 from lora_kernels.ops.common.triton.tiles import (
     add_sums,
     cast,
@@ -148,6 +148,7 @@ def grad_pass(
         BR=br,
         ONES=ones_rows(device, br),
     )
-    splitk_reduce([(parts_ds, ds, scale, rank), (parts_db, db, factor_b, None)])
+    sums = [Sum(parts_ds, ds, scale, rank), Sum(parts_db, db, factor_b)]
     if dbias is not None and parts_bias is not None:
-        splitk_reduce([(parts_bias, dbias, 1.0, None)])
+        sums.append(Sum(parts_bias, dbias))
+    splitk_reduce(sums)

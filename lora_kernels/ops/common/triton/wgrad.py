@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import RankWideConfig, split_size
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.triton.arguments import Matrix, Vector, mask, matrix
-from lora_kernels.ops.common.triton.splitk_reduce import splitk_reduce
+from lora_kernels.ops.common.triton.splitk_reduce import Sum, splitk_reduce
 from lora_kernels.ops.common.triton.tiles import (
     add_sums,
     cast,
@@ -228,7 +228,5 @@ def wgrad(
         BR=br,
     )
     if split_k > 1:
-        jobs = [(parts_a, da, 1.0, None), (parts_b, db, 1.0, None)]
-        splitk_reduce([(p, o, f, v) for p, o, f, v in jobs if o is not None])  # type: ignore[misc]
-        if dbias is not None:
-            splitk_reduce([(parts_bias, dbias, 1.0, None)])  # type: ignore[list-item]
+        made = ((parts_a, da), (parts_b, db), (parts_bias, dbias))
+        splitk_reduce([Sum(p, out) for p, out in made if p is not None and out is not None])

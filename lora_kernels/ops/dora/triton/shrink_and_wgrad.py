@@ -13,12 +13,10 @@ from lora_kernels.ops.common.configs import Device, split_size
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import one_read_parts
 from lora_kernels.ops.common.triton.arguments import matrix, vector
-from lora_kernels.ops.common.triton.splitk_reduce import reduce_block
+from lora_kernels.ops.common.triton.splitk_reduce import Sum, splitk_reduce
 from lora_kernels.ops.common.triton.tiles import cast, dot, dot_rank
 from lora_kernels.ops.common.triton_host import precision, run
 from lora_kernels.ops.dora.triton.scale import scale_tile
-
-_SUM_BLOCK = 512  # four elements a thread: each fp32 load is 16 bytes beside its neighbour's
 
 
 @triton.jit
@@ -114,77 +112,6 @@ def _dora_pass_kernel(
             tl.store(p_dots + o_part, b_dots, mask=m_n)
 
 
-@triton.jit
-def _dora_finish_kernel(
-    p_parts_ds,
-    p_ds,
-    p_residual,
-    p_g,
-    p_db,
-    p_parts_bias,
-    p_dbias,
-    p_dots,
-    p_dmagnitude,
-    magnitude,
-    norm,
-    N,
-    R,
-    size_ds,
-    parts_ds,
-    parts,
-    scale,
-    blocks,
-    BN: tl.constexpr,
-    BR: tl.constexpr,
-    SUM_BLOCK: tl.constexpr,
-):
-    """The pass's parts added in their order: db = scale · m̂ ∘ g, dbias, dmagnitude and
-    ds = scale · Σ parts (residual: what rounding takes from it), each where it is wanted.
-    dmagnitude is the sum of the dots.
-
-    (R + 2)·N·parts additions; bytes: the parts once, the results.
-    Shapes: as in `_dora_pass_kernel`; db[N, R], dmagnitude and dbias[N].
-    Grid: [`blocks` of BN columns, then blocks of ds]. Sums in fp32.
-    """
-    pid = tl.program_id(0)
-    if pid < blocks:
-        o_n = (pid * BN + tl.arange(0, BN)).to(tl.int64)
-        m_n = o_n < N
-        b_m = scale_tile(magnitude, norm, o_n, m_n)  # [BN]
-        if p_db is not None:
-            for r0 in range(0, R, BR):
-                o_r = r0 + tl.arange(0, BR)
-                m_g = m_n[:, None] & (o_r < R)[None, :]
-                o_g = o_n[:, None] * R + o_r[None, :]
-                p_part = p_g
-                b_g = tl.full([BN, BR], 0.0, tl.float32)  # [BN, BR]
-                for _ in range(parts):
-                    b_g += tl.load(p_part + o_g, mask=m_g, other=0.0)
-                    p_part += tl.cast(N, tl.int64) * R
-                b_g *= (b_m * scale)[:, None]
-                tl.store(p_db + o_g, cast(b_g, p_db.dtype.element_ty), mask=m_g)
-        if p_dbias is not None:
-            p_part = p_parts_bias
-            b_sum = tl.full([BN], 0.0, tl.float32)  # [BN]
-            for _ in range(parts):
-                b_sum += tl.load(p_part + o_n, mask=m_n, other=0.0)
-                p_part += N
-            tl.store(p_dbias + o_n, cast(b_sum, p_dbias.dtype.element_ty), mask=m_n)
-        if p_dmagnitude is not None:
-            b_total = tl.full([BN], 0.0, tl.float32)  # [BN]
-            p_part = p_dots
-            for _ in range(parts):
-                b_total += tl.load(p_part + o_n, mask=m_n, other=0.0)
-                p_part += N
-            tl.store(p_dmagnitude + o_n, cast(b_total, p_dmagnitude.dtype.element_ty), mask=m_n)
-    else:
-        if p_ds is not None:
-            reduce_block(
-                p_parts_ds, p_ds, None, size_ds, parts_ds, R, scale, 1, pid - blocks, SUM_BLOCK,
-                p_residual,
-            )  # fmt: skip
-
-
 def shrink_and_wgrad(
     dy: Tensor,
     s: Tensor,
@@ -244,33 +171,10 @@ def shrink_and_wgrad(
         BN=bn,
         BR=br,
     )
-    block = 16  # with more columns, or ranks at a time, a thread spills
-    blocks = ceil(n / block)
-    elements = 0 if ds is None else ds.numel()
-    run(
-        _dora_finish_kernel,
-        (blocks + ceil(elements / _SUM_BLOCK),),
-        4,
-        2,
-        p_parts_ds=parts_ds,
-        p_ds=ds,
-        p_residual=residual,
-        p_g=parts_g,
-        p_db=db,
-        p_parts_bias=parts_bias,
-        p_dbias=dbias,
-        p_dots=parts_dots,
-        p_dmagnitude=dmagnitude,
-        magnitude=vector(magnitude),
-        norm=vector(norm),
-        N=n,
-        R=r,
-        size_ds=elements,
-        parts_ds=parts_n,
-        parts=parts_m,
-        scale=float(scale),
-        blocks=blocks,
-        BN=block,
-        BR=16,
-        SUM_BLOCK=_SUM_BLOCK,
+    sums = (
+        (parts_ds, ds, {"factor": scale, "residual": residual}),
+        (parts_g, db, {"factor": scale, "row": scales}),
+        (parts_bias, dbias, {}),
+        (parts_dots, dmagnitude, {}),
     )
+    splitk_reduce([Sum(p, out, **how) for p, out, how in sums if p is not None and out is not None])

@@ -17,7 +17,7 @@ from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import one_read_parts
 from lora_kernels.ops.common.triton.arguments import Matrix, matrix
 from lora_kernels.ops.common.triton.shrink_and_wgrad import ones_rows
-from lora_kernels.ops.common.triton.splitk_reduce import _SUM_BLOCK, reduce_block
+from lora_kernels.ops.common.triton.splitk_reduce import Sum, splitk_reduce
 from lora_kernels.ops.common.triton.tiles import (
     add_sums,
     cast,
@@ -41,16 +41,6 @@ class Projection(NamedTuple):
     dbias: Any
     N: Any
     R: Any
-
-
-class Reduction(NamedTuple):
-    """Parts, None where there are none, their number and size, and what takes their sum."""
-
-    parts: Any
-    out: Any
-    size: Any
-    count: Any
-    scale: Any
 
 
 @triton.jit
@@ -133,43 +123,6 @@ def _packed_grad_pass_kernel(
                 tl.store(p_dbias + pid_m.to(tl.int64) * N + o_n, first_of(b_dbias, 0), mask=m_n)
 
 
-@triton.jit
-def _packed_splitk_reduce_kernel(ds, db, dbias, BLOCK: tl.constexpr):
-    """ds_i = scale_i · Σ parts, db_i = scale_i · Σ parts and dbias_i = Σ parts, where given: three
-    `Reduction`s each.
-
-    Shapes: parts[count, size] in fp32; each result of one part's size and of any type.
-    Grid: [blocks of the largest result, projections, 3]. Parts are added in their order, in fp32.
-    """
-    if ds[0].parts is not None:
-        if tl.program_id(2) == 0:
-            _reduce_one(ds, BLOCK)
-    if db[0].parts is not None:
-        if tl.program_id(2) == 1:
-            _reduce_one(db, BLOCK)
-    if dbias[0].parts is not None:
-        if tl.program_id(2) == 2:
-            _reduce_one(dbias, BLOCK)
-
-
-@triton.jit
-def _reduce_one(r, BLOCK: tl.constexpr):
-    """One block of the reduction of this program's projection."""
-    which = tl.program_id(1)
-    reduce_block(
-        pick(which, r[0].parts, r[1].parts, r[2].parts),
-        pick(which, r[0].out, r[1].out, r[2].out),
-        None,
-        pick(which, r[0].size, r[1].size, r[2].size),
-        pick(which, r[0].count, r[1].count, r[2].count),
-        1,
-        pick(which, r[0].scale, r[1].scale, r[2].scale),
-        1,
-        tl.program_id(0),
-        BLOCK,
-    )
-
-
 def packed_grad_pass(
     dy: Sequence[Tensor],
     s: Sequence[Tensor],
@@ -225,26 +178,13 @@ def packed_grad_pass(
         ONES=ones_rows(device, br),
     )
 
-    def reductions(
-        made: list[Tensor | None], out: Sequence[Tensor] | None, scaled: bool = True
-    ) -> tuple[Reduction, ...]:
-        found = []
-        for i, t in enumerate(made):
-            scale = float(scales[i]) if scaled else 1.0
-            if t is None or out is None:
-                found.append(Reduction(None, None, 1, 1, 1.0))
-            else:
-                found.append(Reduction(t, out[i], t.shape[1:].numel(), t.shape[0], scale))
-        return three(found)
-
-    longest = max(m if ds is not None else 0, max(widths) if db is not None else 0)
-    run(
-        _packed_splitk_reduce_kernel,
-        (ceil(longest * max(ranks) / _SUM_BLOCK), len(dy), 3),
-        4,
-        2,
-        ds=reductions([p.ds for p in parts], ds),
-        db=reductions([p.db for p in parts], db),
-        dbias=reductions([p.dbias for p in parts], dbias, scaled=False),
-        BLOCK=_SUM_BLOCK,
-    )
+    sums = []
+    for i, p in enumerate(parts):
+        for made, out, factor in (
+            (p.ds, ds, scales[i]),
+            (p.db, db, scales[i]),
+            (p.dbias, dbias, 1.0),
+        ):
+            if out is not None:
+                sums.append(Sum(made, out[i], factor))
+    splitk_reduce(sums)
