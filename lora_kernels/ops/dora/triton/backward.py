@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import shrink_config, wgrad_config
+from lora_kernels.ops.common.configs import wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK
 from lora_kernels.ops.common.triton.base_weight import Weight
-from lora_kernels.ops.common.triton.shrink import shrink
+from lora_kernels.ops.common.triton.shrink import Projection, shrink
 from lora_kernels.ops.common.triton.wgrad import wgrad
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.magnitude import without_autocast
@@ -24,8 +24,6 @@ from lora_kernels.ops.dora.triton.shrink_and_wgrad import (
 )
 from lora_kernels.ops.lora.schema import DropoutMask
 from lora_kernels.ops.lora.triton.dropout import dropout_mask
-
-_OFF = Dropout(0.0, None, 0)
 
 
 @without_autocast
@@ -60,10 +58,7 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
     elif n:
         output_scales(magnitude, norm, scales)
     if want_ds and not ds_in_pass:
-        config = shrink_config(m, n, device, br, size)
-        shrink(
-            config, dy, b, ds, factor=scale, dropout=_OFF, row=scales, residual=residual, whole=half
-        )
+        shrink(dy, [Projection(b, ds, scale, residual=residual)], row=scales, whole=half)
     if want_x:
         gemm(
             plan_config(dy, w, k, r, device, dropout=dropout.on, backward=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import shrink_config, wgrad_config
+from lora_kernels.ops.common.configs import wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
 from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.rank import rank_dtype
@@ -13,10 +13,10 @@ from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK, choose
 from lora_kernels.ops.common.triton.base_product import vendor_product_t
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.linear import gemm
-from lora_kernels.ops.common.triton.shrink import shrink
+from lora_kernels.ops.common.triton.shrink import Projection, shrink
 from lora_kernels.ops.common.triton.shrink_and_wgrad import grad_pass
 from lora_kernels.ops.common.triton.wgrad import wgrad
-from lora_kernels.ops.common.triton_host import NO_DROPOUT, Dropout
+from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.lora.schema import LoRALinearBackward
 from lora_kernels.ops.lora.triton.diagonals import diagonals as diagonal_grads
 from lora_kernels.ops.lora.triton.forward import ADD_CONFIG
@@ -68,16 +68,7 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
                 col=out_diag,
             )
         else:
-            shrink(
-                shrink_config(m, n, device, problem.block_r, size),
-                dy,
-                b,
-                ds,
-                factor=scale,
-                dropout=NO_DROPOUT,
-                rank=rank_diag,
-                row=out_diag,
-            )
+            shrink(dy, [Projection(b, ds, scale, rank_diag)], row=out_diag)
     if want_x:
         grads[0] = vendor_product_t(dy, w) if plan.strategy == "addmm" else dy.new_empty((m, k))
         gemm(
