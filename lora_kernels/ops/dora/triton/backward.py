@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
-from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.shrink import Projection, shrink
-from lora_kernels.ops.common.triton.wgrad import wgrad
+from lora_kernels.ops.common.triton.wgrad import Gradient, wgrad
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.magnitude import without_autocast
 from lora_kernels.ops.dora.schema import DoRALinearBackward
@@ -36,7 +34,6 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
     want_x, want_a, want_b, want_magnitude, want_bias, want_w = c.needs
     dropout = Dropout(c.dropout_p, c.seed, 0)
     device = planned_device(dy.device)
-    size, br = dy.element_size(), block_rank(r)
     dx, da, db, dmagnitude, dbias, dw = c.fake()
     columns = want_b or want_magnitude or want_bias
     want_ds = want_x or want_a
@@ -81,11 +78,7 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
             backward=True,
         )
     if want_a:
-        config = wgrad_config(m, k, device, br, size)
-        wgrad(
-            config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout,
-            residual=residual, whole=half,
-        )  # fmt: skip
+        wgrad(x, [Gradient(ds, da, dropout.stream, residual)], dropout, whole=half)
     if want_w:
         dw = _weight_grad(dy, x, scales, c.dropout_p, dropout)
     return dx, da, db, dmagnitude, dbias, dw

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
 from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.rank import rank_dtype
@@ -15,7 +14,7 @@ from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.linear import gemm
 from lora_kernels.ops.common.triton.shrink import Projection, shrink
 from lora_kernels.ops.common.triton.shrink_and_wgrad import grad_pass
-from lora_kernels.ops.common.triton.wgrad import wgrad
+from lora_kernels.ops.common.triton.wgrad import Gradient, wgrad
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.lora.schema import LoRALinearBackward
 from lora_kernels.ops.lora.triton.diagonals import diagonals as diagonal_grads
@@ -30,7 +29,6 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
     want_x, want_a, want_b, want_bias, want_rank, want_out, want_w = c.needs
     dropout = Dropout(c.dropout_p, c.seed, c.stream)
     device = planned_device(dy.device)
-    size = dy.element_size()
     problem = Problem(m, n, k, r, dy.dtype, dropout.on, w.takes_tma(dy), w.quantised)
     plan = choose("lora_linear_bwd", problem, device)
     grads = [dy.new_empty(0, dtype=dtype) for dtype in c.dtypes]
@@ -90,18 +88,12 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
         )
     rest_b = None if made_b else outer_b
     if want_a or rest_b is not None:
-        columns = (k if want_a else 0) + (n if rest_b is not None else 0)
+        beside = {"dy": dy, "s": s, "db": rest_b, "dbias": dbias, "factor_b": factor_b}
         wgrad(
-            wgrad_config(m, columns, device, problem.block_r, size),
-            x if want_a else None,
-            ds if want_a else None,
-            dy if rest_b is not None else None,
-            s if rest_b is not None else None,
-            grads[1] if want_a else None,
-            rest_b,
-            dbias if rest_b is not None else None,
-            factor_b=factor_b,
-            dropout=dropout,
+            x,
+            [Gradient(ds, grads[1], dropout.stream)] if want_a else [],
+            dropout,
+            **(beside if rest_b is not None else {}),
         )
     if want_bias and outer_b is None:
         torch.sum(dy, 0, out=grads[3])
