@@ -139,19 +139,18 @@ def _wgrad_tile(
     pid_r = tl.program_id(1)
     split = tl.program_id(2).to(tl.int64)
     o_c = pid_c * BC + tl.arange(0, BC)
-    o_m = first + tl.arange(0, BM)
-    p_x = x.p + o_m[None, :].to(tl.int64) * x.row + (o_c % C)[:, None] * x.col
+    p_x = x.p + (o_c % C)[:, None] * x.col
     b_0 = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
     b_1 = tl.full([BC, BR], 0.0, tl.float32)
     b_2 = tl.full([BC, BR], 0.0, tl.float32)
     b_bias = tl.full([BC, 16], 0.0, tl.float32)  # [BC, 16]
     for m0 in range(first, last, BM):
+        o_m = m0 + tl.arange(0, BM)
+        o_x = o_m[None, :].to(tl.int64) * x.row
         if EVEN_M:
-            b_x = tl.load(p_x)  # [BC, BM]
+            b_x = tl.load(p_x + o_x)  # [BC, BM]
         else:
-            m_m = m0 + tl.arange(0, BM) < last
-            b_x = tl.load(p_x, mask=m_m[None, :], other=0.0)
-        p_x += BM * x.row
+            b_x = tl.load(p_x + o_x, mask=(o_m < last)[None, :], other=0.0)
         if p_bias is not None:
             fence_copies()
             b_bias = add_sums(b_bias, b_x, False, PRECISION)
