@@ -202,6 +202,16 @@ def first_of(b_sums, AXIS: tl.constexpr):
 
 
 @triton.jit
+def scale_tile(p_magnitude, magnitude_step, p_norm, norm_step, o_n, m_n):
+    """DoRA's m̂ = magnitude / norm in fp32, and 1 where the norm is 0 or masked: a row of zeros has
+    no direction to scale."""
+    b_norm = tl.load(p_norm + o_n * norm_step, mask=m_n, other=0.0).to(tl.float32)
+    b_magnitude = tl.load(p_magnitude + o_n * magnitude_step, mask=m_n, other=0.0).to(tl.float32)
+    m_norm = b_norm > 0
+    return tl.where(m_norm, tl.math.div_rn(b_magnitude, tl.where(m_norm, b_norm, 1.0)), 1.0)
+
+
+@triton.jit
 def grouped_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of a tile, numbered so that neighbours in time share rows and columns of L2:
     GROUP tile rows are walked column by column."""

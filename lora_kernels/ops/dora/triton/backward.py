@@ -9,6 +9,8 @@ from lora_kernels.ops.common.launch import executor, planned_device
 from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.shrink import Projection, shrink
+from lora_kernels.ops.common.triton.shrink_and_wgrad import Magnitude, grad_pass
+from lora_kernels.ops.common.triton.shrink_and_wgrad import Projection as OneRead
 from lora_kernels.ops.common.triton.wgrad import Gradient, wgrad
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.magnitude import without_autocast
@@ -17,9 +19,6 @@ from lora_kernels.ops.dora.triton.dropout import mask_words
 from lora_kernels.ops.dora.triton.forward import plan_config
 from lora_kernels.ops.dora.triton.linear import gemm
 from lora_kernels.ops.dora.triton.scale import output_scales
-from lora_kernels.ops.dora.triton.shrink_and_wgrad import (
-    shrink_and_wgrad,
-)
 from lora_kernels.ops.lora.schema import DropoutMask
 from lora_kernels.ops.lora.triton.dropout import dropout_mask
 
@@ -46,12 +45,12 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
         ds, residual = dy.new_empty((m, r), dtype=torch.float32), None
     scales = dy.new_empty(n, dtype=torch.float32)  # m̂
     if columns:
-        shrink_and_wgrad(
-            dy, s, b, magnitude, norm, c.u if want_magnitude else None, scales,
-            (ds, residual) if ds_in_pass else None,
-            db if want_b else None, dmagnitude if want_magnitude else None,
-            dbias if want_bias else None, scale, device,
+        read = OneRead(
+            dy, s, b, ds if ds_in_pass else None, db if want_b else None,
+            dbias if want_bias else None, scale, scale, residual=residual if ds_in_pass else None,
         )  # fmt: skip
+        kept = (c.u, dmagnitude) if want_magnitude else (None, None)
+        grad_pass([read], dora=Magnitude(magnitude, norm, scales, *kept))
     elif n:
         output_scales(magnitude, norm, scales)
     if want_ds and not ds_in_pass:

@@ -26,11 +26,12 @@ from lora_kernels.ops.common.triton.tiles import (
     fence_copies,
     grouped_tile,
     in_registers,
+    scale_tile,
     waited,
 )
 from lora_kernels.ops.common.triton_host import Dropout, run
 from lora_kernels.ops.dora.triton.dropout import unpack_mask, words_tile
-from lora_kernels.ops.dora.triton.scale import inverse_tile, scale_tile
+from lora_kernels.ops.dora.triton.scale import inverse_tile
 
 
 @triton.jit
@@ -204,7 +205,7 @@ def _dora_gemm_kernel(
             b_q = b_p + tl.where(m_keep, b_q * keep_scale, 0.0)
     else:
         o_n = n0 + tl.arange(0, BN)
-        b_m = scale_tile(magnitude, norm, o_n, o_n < N)
+        b_m = scale_tile(magnitude.p, magnitude.step, norm.p, norm.step, o_n, o_n < N)
         if p_kept is not None:
             b_kept = b_q * (inverse_tile(norm, o_n, o_n < N) * keep_scale)[None, :]
             store_tile(b_kept, Matrix(p_kept, y.row, 1), Vector(None, 1), m0, n0, M, N, tile)

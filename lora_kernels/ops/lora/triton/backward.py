@@ -13,6 +13,7 @@ from lora_kernels.ops.common.triton.base_product import vendor_product_t
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.linear import gemm
 from lora_kernels.ops.common.triton.shrink import Projection, shrink
+from lora_kernels.ops.common.triton.shrink_and_wgrad import Projection as OneRead
 from lora_kernels.ops.common.triton.shrink_and_wgrad import grad_pass
 from lora_kernels.ops.common.triton.wgrad import Gradient, wgrad
 from lora_kernels.ops.common.triton_host import Dropout
@@ -52,19 +53,8 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
         made_ds = True
         if outer_b is not None and r <= MAX_ONE_READ_RANK and m > 0:
             made_b = True
-            grad_pass(
-                dy,
-                s,
-                b,
-                ds,
-                outer_b,
-                dbias,
-                device=device,
-                scale=scale,
-                factor_b=factor_b,
-                rank=rank_diag,
-                col=out_diag,
-            )
+            made = OneRead(dy, s, b, ds, outer_b, dbias, scale, factor_b, rank_diag)
+            grad_pass([made], out=out_diag)
         else:
             shrink(dy, [Projection(b, ds, scale, rank_diag)], row=out_diag)
     if want_x:

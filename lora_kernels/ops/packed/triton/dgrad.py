@@ -30,9 +30,9 @@ from lora_kernels.ops.common.triton.lora_tiles import (
     product_tile,
     store_tile,
 )
+from lora_kernels.ops.common.triton.pick import pick, pick_given, pick_matrix, pick_pointer, three
 from lora_kernels.ops.common.triton.tiles import grouped_tile, keep_tile
 from lora_kernels.ops.common.triton_host import Dropout, run
-from lora_kernels.ops.packed.triton.groups import pick, pick_given, pick_matrix, pick_pointer, three
 
 
 class Projection(NamedTuple):

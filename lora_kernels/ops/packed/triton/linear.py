@@ -31,9 +31,7 @@ from lora_kernels.ops.common.triton.lora_tiles import (
     product_tile,
     store_tile,
 )
-from lora_kernels.ops.common.triton.tiles import grouped_tile
-from lora_kernels.ops.common.triton_host import Dropout, run, stride
-from lora_kernels.ops.packed.triton.groups import (
+from lora_kernels.ops.common.triton.pick import (
     ends,
     pick,
     pick_given,
@@ -41,6 +39,8 @@ from lora_kernels.ops.packed.triton.groups import (
     pick_pointer,
     three,
 )
+from lora_kernels.ops.common.triton.tiles import grouped_tile
+from lora_kernels.ops.common.triton_host import Dropout, run, stride
 
 
 class Projection(NamedTuple):
