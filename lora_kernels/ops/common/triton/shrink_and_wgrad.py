@@ -181,10 +181,11 @@ def _grad_pass_tile(
         tl.store(c.db + o_db, b_db, mask=m_n[None, :] & m_r[:, None])
     o_part = pid_m.to(tl.int64) * c.N + o_n
     if c.dbias is not None:
-        if rows.kept is None:
-            b_sums = first_of(b_dbias, 0)
         if pid_r == 0:
-            tl.store(c.dbias + o_part, b_sums, mask=m_n)
+            if rows.kept is None:
+                tl.store(c.dbias + o_part, first_of(b_dbias, 0), mask=m_n)
+            else:
+                tl.store(c.dbias + o_part, b_sums, mask=m_n)
     if rows.kept is not None:
         if pid_r == 0:
             tl.store(rows.dots + o_part, b_dots, mask=m_n)

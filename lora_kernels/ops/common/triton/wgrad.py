@@ -27,7 +27,7 @@ from lora_kernels.ops.common.triton.tiles import (
     keep_operand,
     waited,
 )
-from lora_kernels.ops.common.triton_host import NO_DROPOUT, Dropout, precision, run
+from lora_kernels.ops.common.triton_host import Dropout, precision, run
 
 
 class Gradient(NamedTuple):
@@ -38,6 +38,16 @@ class Gradient(NamedTuple):
     da: Tensor
     stream: int
     residual: Tensor | None = None
+
+
+class Beside(NamedTuple):
+    """db [N, R] = factor · dyᵀ·s and, where given, dbias = Σ_m dy."""
+
+    dy: Tensor
+    s: Tensor
+    db: Tensor
+    dbias: Tensor | None
+    factor: float
 
 
 class _Gradient(NamedTuple):
@@ -227,17 +237,14 @@ def _wgrad_kernel(
 def wgrad(
     x: Tensor,
     gradients: Sequence[Gradient],
-    dropout: Dropout = NO_DROPOUT,
+    dropout: Dropout,
+    beside: Beside | None = None,
     *,
-    s: Tensor | None = None,
-    dy: Tensor | None = None,
-    db: Tensor | None = None,
-    dbias: Tensor | None = None,
-    factor_b: float = 1.0,
     whole: bool = False,
 ) -> None:
-    """The da of up to three projections of x, and where given db [N, R] = factor_b · dyᵀ·s and
-    dbias = Σ_m dy. `whole`: what rounding takes from ds is in it."""
+    """The da of up to three projections of x, and in the same launch what is made of dy, where
+    given. `whole`: what rounding takes from ds is in it."""
+    dy, s, db, dbias, factor_b = beside or (None, None, None, None, 1.0)
     m, k = x.shape
     count, dtype = len(gradients), x.dtype
     n = 0 if dy is None else dy.shape[1]

@@ -15,7 +15,7 @@ from lora_kernels.ops.common.triton.linear import gemm
 from lora_kernels.ops.common.triton.shrink import Projection, shrink
 from lora_kernels.ops.common.triton.shrink_and_wgrad import Projection as OneRead
 from lora_kernels.ops.common.triton.shrink_and_wgrad import grad_pass
-from lora_kernels.ops.common.triton.wgrad import Gradient, wgrad
+from lora_kernels.ops.common.triton.wgrad import Beside, Gradient, wgrad
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.lora.schema import LoRALinearBackward
 from lora_kernels.ops.lora.triton.diagonals import diagonals as diagonal_grads
@@ -78,13 +78,8 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
         )
     rest_b = None if made_b else outer_b
     if want_a or rest_b is not None:
-        beside = {"dy": dy, "s": s, "db": rest_b, "dbias": dbias, "factor_b": factor_b}
-        wgrad(
-            x,
-            [Gradient(ds, grads[1], dropout.stream)] if want_a else [],
-            dropout,
-            **(beside if rest_b is not None else {}),
-        )
+        mine = [Gradient(ds, grads[1], dropout.stream)] if want_a else []
+        wgrad(x, mine, dropout, None if rest_b is None else Beside(dy, s, rest_b, dbias, factor_b))
     if want_bias and outer_b is None:
         torch.sum(dy, 0, out=grads[3])
     if g is not None:
