@@ -305,7 +305,9 @@ def grad_pass(
         8 if bn == 256 or (size == 2 and count > 1) else 4,
         # Products and lanes read the same tile of dy with `kept`: see `tiles.in_registers`.
         2 if kept is None else 1,
-        whole_registers=dy.dtype == torch.float16 and count > 1,  # see `wgrad`
+        # See `wgrad`; and a bias's sums without ds, for which ptxas would spill.
+        whole_registers=count > 1
+        and (dy.dtype == torch.float16 or (one.ds is None and one.dbias is not None)),
         projections=three(made) if count > 1 else tuple(made),
         rows=_Rows(
             *vector(out),
