@@ -14,8 +14,6 @@ from typing import TypeVar
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.common.triton.arguments import Matrix
-
 PER_LAUNCH = 3  # projections
 T = TypeVar("T")
 
@@ -35,27 +33,6 @@ def ends(widths: Sequence[int], block: int) -> list[int]:
 def pick(which, v_0, v_1, v_2):
     """v_which."""
     return tl.where(which == 0, v_0, tl.where(which == 1, v_1, v_2))
-
-
-@triton.jit
-def pick_pointer(which, p_0, p_1, p_2, DESCRIPTOR: tl.constexpr):
-    """p_which of pointers, or of descriptors of one box."""
-    if DESCRIPTOR:
-        p = p_0
-        if which == 1:
-            p = p_1
-        if which == 2:
-            p = p_2
-    else:
-        p = pick(which, p_0, p_1, p_2)
-    return p
-
-
-@triton.jit
-def pick_matrix(which, m_0, m_1, m_2, DESCRIPTOR: tl.constexpr):
-    """m_which of pointers, or of descriptors of one box."""
-    p = pick_pointer(which, m_0.p, m_1.p, m_2.p, DESCRIPTOR)
-    return Matrix(p, pick(which, m_0.row, m_1.row, m_2.row), pick(which, m_0.col, m_1.col, m_2.col))
 
 
 @triton.jit

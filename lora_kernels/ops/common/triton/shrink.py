@@ -22,6 +22,7 @@ from lora_kernels.ops.common.triton.tiles import (
     dot,
     fence_copies,
     keep_operand,
+    load_step,
     rank_value,
     rounding_residual,
     waited,
@@ -78,10 +79,7 @@ def _shrink_step(
     o_k = k0 + tl.arange(0, BK)
     o_r = tl.program_id(1) * BR + tl.arange(0, BR)
     p_q = c.q + o_k[:, None].to(tl.int64) * c.q_row + (o_r % c.R)[None, :] * c.q_col
-    if EVEN_K:
-        b_q = tl.load(p_q)  # [BK, BR]
-    else:
-        b_q = tl.load(p_q, mask=(o_k < last)[:, None], other=0.0)
+    b_q = load_step(p_q, (o_k < last)[:, None], EVEN_K)  # [BK, BR]
     if row.p is not None:
         b_row = tl.load(row.p + o_k * row.step, mask=o_k < last, other=0.0)  # [BK]
         b_q = b_q.to(tl.float32) * b_row[:, None].to(tl.float32)
@@ -163,11 +161,8 @@ def _shrink_kernel(
     b_1 = tl.full([BM, BR], 0.0, tl.float32)
     b_2 = tl.full([BM, BR], 0.0, tl.float32)
     for k0 in range(first, last, BK):
-        if EVEN_K:
-            b_x = tl.load(p_x)  # [BM, BK]
-        else:
-            m_k = k0 + tl.arange(0, BK) < last
-            b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
+        m_k = k0 + tl.arange(0, BK) < last
+        b_x = load_step(p_x, m_k[None, :], EVEN_K)  # [BM, BK]
         p_x += BK * x.col
         b_0 = _shrink_step(
             b_0, b_x, projections[0], row, mask, mask.stream, o_m, k0, last, EVEN_K, PRECISION,

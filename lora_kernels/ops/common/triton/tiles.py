@@ -148,6 +148,16 @@ def _on_hopper(_semantic=None):
 
 
 @triton.jit
+def load_step(p_tile, m_step, EVEN: tl.constexpr):
+    """A tile of one step of a sum, which EVEN steps fill; what is masked is 0."""
+    if EVEN:
+        b_tile = tl.load(p_tile)
+    else:
+        b_tile = tl.load(p_tile, mask=m_step, other=0.0)
+    return b_tile
+
+
+@triton.jit
 def waited(b_sum):
     """b_sum once its product is done, and every one before it: for the last product of a step that
     makes a left side in registers.

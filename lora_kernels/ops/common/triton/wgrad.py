@@ -25,6 +25,7 @@ from lora_kernels.ops.common.triton.tiles import (
     fence_copies,
     first_of,
     keep_operand,
+    load_step,
     waited,
 )
 from lora_kernels.ops.common.triton_host import Dropout, precision, run
@@ -90,19 +91,13 @@ def _wgrad_step(
     o_m = m0 + tl.arange(0, BM)
     o_r = pid_r * BR + tl.arange(0, BR)
     o_t = o_m[:, None].to(tl.int64) * g.t_row + (o_r % g.R)[None, :] * g.t_col
-    if EVEN_M:
-        b_t = tl.load(g.t + o_t)  # [BM, BR]
-    else:
-        b_t = tl.load(g.t + o_t, mask=(o_m < last)[:, None], other=0.0)
+    b_t = load_step(g.t + o_t, (o_m < last)[:, None], EVEN_M)  # [BM, BR]
     fence_copies()
     if DROPOUT:
         m_keep = keep_operand(mask.seed, o_m, c0, g.stream, mask.threshold, BM, BC)
         b_x = tl.where(m_keep.T, b_x, 0.0)
     if g.residual is not None:
-        if EVEN_M:
-            b_residual = tl.load(g.residual + o_t)
-        else:
-            b_residual = tl.load(g.residual + o_t, mask=(o_m < last)[:, None], other=0.0)
+        b_residual = load_step(g.residual + o_t, (o_m < last)[:, None], EVEN_M)
         fence_copies()
         b_out = dot(b_x, b_residual, b_out, PRECISION)
     b_out = dot_by_rank(b_x, b_t, b_out, dtype, PRECISION, RESIDUAL)
@@ -157,10 +152,7 @@ def _wgrad_tile(
     for m0 in range(first, last, BM):
         o_m = m0 + tl.arange(0, BM)
         o_x = o_m[None, :].to(tl.int64) * x.row
-        if EVEN_M:
-            b_x = tl.load(p_x + o_x)  # [BC, BM]
-        else:
-            b_x = tl.load(p_x + o_x, mask=(o_m < last)[None, :], other=0.0)
+        b_x = load_step(p_x + o_x, (o_m < last)[None, :], EVEN_M)  # [BC, BM]
         if p_bias is not None:
             fence_copies()
             b_bias = add_sums(b_bias, b_x, False, PRECISION)
