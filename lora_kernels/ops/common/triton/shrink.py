@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -12,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import shrink_config, split_size
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.rank_wide import shrink_config, split_size
 from lora_kernels.ops.common.triton.arguments import mask, matrix, vector
 from lora_kernels.ops.common.triton.splitk_reduce import Sum, splitk_reduce
 from lora_kernels.ops.common.triton.tiles import (
@@ -200,10 +199,8 @@ def shrink(
     r = max(p.q.shape[1] for p in projections)
     br = block_rank(r)
     config = shrink_config(m, k, planned_device(x.device), br, x.element_size())
-    if count > 1:  # their partners are in flight with x
-        warps = 8 if br > 32 and config.block == 64 else config.warps
-        stages = min(config.stages, 3)
-        config = replace(config, step=min(config.step, 64), warps=warps, stages=stages, split_k=1)
+    if count > 1:
+        config = config.of_several(br)
     per_split = split_size(k, config.split_k, config.step)
     split_k = max(1, ceil(k / per_split)) if k else 1
     final = split_k == 1

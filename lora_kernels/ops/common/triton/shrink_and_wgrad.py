@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import Device, split_size
+from lora_kernels.ops.common.configs import Device
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.rank_wide import split_size
 from lora_kernels.ops.common.strategies import WARPGROUP_ROWS, one_read_parts
 from lora_kernels.ops.common.triton.arguments import matrix, vector
 from lora_kernels.ops.common.triton.pick import ends, pick, pick_given, three

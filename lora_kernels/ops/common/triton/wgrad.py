@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -12,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import split_size, wgrad_config
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
+from lora_kernels.ops.common.rank_wide import split_size, wgrad_config
 from lora_kernels.ops.common.triton.arguments import mask, matrix
 from lora_kernels.ops.common.triton.splitk_reduce import Sum, splitk_reduce
 from lora_kernels.ops.common.triton.tiles import (
@@ -244,9 +243,8 @@ def wgrad(
     br = block_rank(r)
     columns = (k if count else 0) + n
     config = wgrad_config(m, columns, planned_device(x.device), br, x.element_size())
-    if count > 1:  # their partners are in flight with x
-        warps = 8 if br > 32 and config.block == 64 else config.warps
-        config = replace(config, warps=warps, stages=min(config.stages, 3), split_k=1)
+    if count > 1:
+        config = config.of_several(br)
     per_split = split_size(m, config.split_k, config.step)
     split_k = max(1, ceil(m / per_split)) if m else 1
 
