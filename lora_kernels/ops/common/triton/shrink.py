@@ -67,6 +67,7 @@ def _shrink_step(
     o_m,
     k0,
     last,
+    ONE: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -77,8 +78,12 @@ def _shrink_step(
     dtype = b_x.dtype
     o_k = k0 + tl.arange(0, BK)
     o_r = tl.program_id(1) * BR + tl.arange(0, BR)
-    p_q = c.q + o_k[:, None].to(tl.int64) * c.q_row + (o_r % c.R)[None, :] * c.q_col
-    b_q = load_step(p_q, (o_k < last)[:, None], EVEN_K)  # [BK, BR]
+    p_q = c.q + o_k[:, None].to(tl.int64) * c.q_row
+    if ONE:
+        b_q = load_step(p_q + (o_r % c.R)[None, :] * c.q_col, (o_k < last)[:, None], EVEN_K)
+    else:  # most of a tile may be past a rank of three
+        m_q = (o_k < last)[:, None] & (o_r < c.R)[None, :]
+        b_q = tl.load(p_q + o_r[None, :] * c.q_col, mask=m_q, other=0.0)  # [BK, BR]
     if row.p is not None:
         b_row = tl.load(row.p + o_k * row.step, mask=o_k < last, other=0.0)  # [BK]
         b_q = b_q.to(tl.float32) * b_row[:, None].to(tl.float32)
@@ -164,18 +169,18 @@ def _shrink_kernel(
         b_x = load_step(p_x, m_k[None, :], EVEN_K)  # [BM, BK]
         p_x += BK * x.col
         b_0 = _shrink_step(
-            b_0, b_x, projections[0], row, mask, mask.stream, o_m, k0, last, EVEN_K, PRECISION,
-            BM, BK, BR,
+            b_0, b_x, projections[0], row, mask, mask.stream, o_m, k0, last, COUNT == 1, EVEN_K,
+            PRECISION, BM, BK, BR,
         )  # fmt: skip
         if COUNT > 1:
             b_1 = _shrink_step(
-                b_1, b_x, projections[1], row, mask, mask.stream + 1, o_m, k0, last, EVEN_K,
-                PRECISION, BM, BK, BR,
+                b_1, b_x, projections[1], row, mask, mask.stream + 1, o_m, k0, last, COUNT == 1,
+                EVEN_K, PRECISION, BM, BK, BR,
             )  # fmt: skip
         if COUNT > 2:
             b_2 = _shrink_step(
-                b_2, b_x, projections[2], row, mask, mask.stream + 2, o_m, k0, last, EVEN_K,
-                PRECISION, BM, BK, BR,
+                b_2, b_x, projections[2], row, mask, mask.stream + 2, o_m, k0, last, COUNT == 1,
+                EVEN_K, PRECISION, BM, BK, BR,
             )  # fmt: skip
     _store(b_0, projections[0], o_m, M, DTYPE, FINAL, WHOLE, BR)
     if COUNT > 1:

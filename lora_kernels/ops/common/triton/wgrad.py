@@ -77,6 +77,7 @@ def _wgrad_step(
     last,
     c0,
     pid_r,
+    ONE: tl.constexpr,
     DROPOUT: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -89,8 +90,13 @@ def _wgrad_step(
     dtype = b_x.dtype
     o_m = m0 + tl.arange(0, BM)
     o_r = pid_r * BR + tl.arange(0, BR)
-    o_t = o_m[:, None].to(tl.int64) * g.t_row + (o_r % g.R)[None, :] * g.t_col
-    b_t = load_step(g.t + o_t, (o_m < last)[:, None], EVEN_M)  # [BM, BR]
+    if ONE:
+        o_t = o_m[:, None].to(tl.int64) * g.t_row + (o_r % g.R)[None, :] * g.t_col
+        b_t = load_step(g.t + o_t, (o_m < last)[:, None], EVEN_M)  # [BM, BR]
+    else:  # most of a tile may be past a rank of three
+        o_t = o_m[:, None].to(tl.int64) * g.t_row + o_r[None, :] * g.t_col
+        m_t = (o_m < last)[:, None] & (o_r < g.R)[None, :]
+        b_t = tl.load(g.t + o_t, mask=m_t, other=0.0)
     fence_copies()
     if DROPOUT:
         m_keep = keep_operand(mask.seed, o_m, c0, g.stream, mask.threshold, BM, BC)
@@ -144,30 +150,36 @@ def _wgrad_tile(
     split = tl.program_id(2).to(tl.int64)
     o_c = pid_c * BC + tl.arange(0, BC)
     p_x = x.p + (o_c % C)[:, None] * x.col
+    if COUNT == 1:  # of three the registers would not hold the pointers
+        p_x += (first + tl.arange(0, BM))[None, :].to(tl.int64) * x.row
     b_0 = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
     b_1 = tl.full([BC, BR], 0.0, tl.float32)
     b_2 = tl.full([BC, BR], 0.0, tl.float32)
     b_bias = tl.full([BC, 16], 0.0, tl.float32)  # [BC, 16]
     for m0 in range(first, last, BM):
         o_m = m0 + tl.arange(0, BM)
-        o_x = o_m[None, :].to(tl.int64) * x.row
-        b_x = load_step(p_x + o_x, (o_m < last)[None, :], EVEN_M)  # [BC, BM]
+        if COUNT == 1:
+            b_x = load_step(p_x, (o_m < last)[None, :], EVEN_M)  # [BC, BM]
+            p_x += BM * x.row
+        else:
+            o_x = o_m[None, :].to(tl.int64) * x.row
+            b_x = load_step(p_x + o_x, (o_m < last)[None, :], EVEN_M)
         if p_bias is not None:
             fence_copies()
             b_bias = add_sums(b_bias, b_x, False, PRECISION)
         b_0 = _wgrad_step(
-            b_0, b_x, gradients[0], mask, m0, last, pid_c * BC, pid_r, DROPOUT, RESIDUAL, EVEN_M,
-            PRECISION, BC, BM, BR,
+            b_0, b_x, gradients[0], mask, m0, last, pid_c * BC, pid_r, COUNT == 1, DROPOUT,
+            RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
         )  # fmt: skip
         if COUNT > 1:
             b_1 = _wgrad_step(
-                b_1, b_x, gradients[1], mask, m0, last, pid_c * BC, pid_r, DROPOUT, RESIDUAL,
-                EVEN_M, PRECISION, BC, BM, BR,
+                b_1, b_x, gradients[1], mask, m0, last, pid_c * BC, pid_r, COUNT == 1, DROPOUT,
+                RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
             )  # fmt: skip
         if COUNT > 2:
             b_2 = _wgrad_step(
-                b_2, b_x, gradients[2], mask, m0, last, pid_c * BC, pid_r, DROPOUT, RESIDUAL,
-                EVEN_M, PRECISION, BC, BM, BR,
+                b_2, b_x, gradients[2], mask, m0, last, pid_c * BC, pid_r, COUNT == 1, DROPOUT,
+                RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
             )  # fmt: skip
     _store(b_0, gradients[0], o_c, C, pid_r, split, BR)
     if COUNT > 1:
@@ -290,7 +302,8 @@ def wgrad(
         COUNT=count,
         WANT_B=db is not None,
         RESIDUAL=whole,
-        EVEN_M=m % config.step == 0,
+        # Of three, masked loads take the fewest registers.
+        EVEN_M=count < 2 and m % config.step == 0,
         PRECISION=precision(dtype),
         BC=config.block,
         BM=config.step,
