@@ -67,7 +67,7 @@ def _shrink_step(
     o_m,
     k0,
     last,
-    ONE: tl.constexpr,
+    EVEN_R: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BM: tl.constexpr,
@@ -79,9 +79,9 @@ def _shrink_step(
     o_k = k0 + tl.arange(0, BK)
     o_r = tl.program_id(1) * BR + tl.arange(0, BR)
     p_q = c.q + o_k[:, None].to(tl.int64) * c.q_row
-    if ONE:
+    if EVEN_R:
         b_q = load_step(p_q + (o_r % c.R)[None, :] * c.q_col, (o_k < last)[:, None], EVEN_K)
-    else:  # most of a tile may be past a rank of three
+    else:
         m_q = (o_k < last)[:, None] & (o_r < c.R)[None, :]
         b_q = tl.load(p_q + o_r[None, :] * c.q_col, mask=m_q, other=0.0)  # [BK, BR]
     if row.p is not None:
@@ -117,7 +117,11 @@ def _store(
         if c.rank is not None:
             b_rank = tl.load(c.rank + o_r * c.rank_step, mask=m_r, other=0.0)  # [BR]
             b_s *= b_rank[None, :].to(tl.float32)
-    o_out = tl.program_id(2).to(tl.int64) * c.split + o_m[:, None] * c.out_row + o_r[None, :]
+    o_out = (
+        tl.program_id(2).to(tl.int64) * c.split
+        + o_m[:, None].to(tl.int64) * c.out_row
+        + o_r[None, :]
+    )
     b_kept = b_s
     if FINAL and not WHOLE:
         b_kept = rank_value(b_s, DTYPE)
@@ -136,6 +140,7 @@ def _shrink_kernel(
     K,
     per_split,
     COUNT: tl.constexpr,
+    EVEN_R: tl.constexpr,
     FINAL: tl.constexpr,
     WHOLE: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -156,30 +161,35 @@ def _shrink_kernel(
     Grid: [cdiv(M, BM), cdiv(max R_i, BR), split_k]. Sums in fp32.
     """
     DTYPE: tl.constexpr = x.p.dtype.element_ty
-    o_m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     first = tl.program_id(2) * per_split
     last = min(first + per_split, K)
-    o_k = first + tl.arange(0, BK)
-    p_x = x.p + (o_m % M)[:, None] * x.row + o_k[None, :].to(tl.int64) * x.col
+    p_x = x.p + (o_m % M)[:, None].to(tl.int64) * x.row
+    if COUNT == 1:  # of three the registers would not hold the pointers
+        p_x += (first + tl.arange(0, BK))[None, :].to(tl.int64) * x.col
     b_0 = tl.full([BM, BR], 0.0, tl.float32)  # [BM, BR]
     b_1 = tl.full([BM, BR], 0.0, tl.float32)
     b_2 = tl.full([BM, BR], 0.0, tl.float32)
     for k0 in range(first, last, BK):
-        m_k = k0 + tl.arange(0, BK) < last
-        b_x = load_step(p_x, m_k[None, :], EVEN_K)  # [BM, BK]
-        p_x += BK * x.col
+        o_k = k0 + tl.arange(0, BK)
+        if COUNT == 1:
+            b_x = load_step(p_x, (o_k < last)[None, :], EVEN_K)  # [BM, BK]
+            p_x += BK * x.col
+        else:
+            o_x = o_k[None, :].to(tl.int64) * x.col
+            b_x = load_step(p_x + o_x, (o_k < last)[None, :], EVEN_K)
         b_0 = _shrink_step(
-            b_0, b_x, projections[0], row, mask, mask.stream, o_m, k0, last, COUNT == 1, EVEN_K,
+            b_0, b_x, projections[0], row, mask, mask.stream, o_m, k0, last, EVEN_R, EVEN_K,
             PRECISION, BM, BK, BR,
         )  # fmt: skip
         if COUNT > 1:
             b_1 = _shrink_step(
-                b_1, b_x, projections[1], row, mask, mask.stream + 1, o_m, k0, last, COUNT == 1,
+                b_1, b_x, projections[1], row, mask, mask.stream + 1, o_m, k0, last, EVEN_R,
                 EVEN_K, PRECISION, BM, BK, BR,
             )  # fmt: skip
         if COUNT > 2:
             b_2 = _shrink_step(
-                b_2, b_x, projections[2], row, mask, mask.stream + 2, o_m, k0, last, COUNT == 1,
+                b_2, b_x, projections[2], row, mask, mask.stream + 2, o_m, k0, last, EVEN_R,
                 EVEN_K, PRECISION, BM, BK, BR,
             )  # fmt: skip
     _store(b_0, projections[0], o_m, M, DTYPE, FINAL, WHOLE, BR)
@@ -237,6 +247,8 @@ def shrink(
         K=k,
         per_split=per_split,
         COUNT=count,
+        # A lone layer's few ranks are loaded again, three projections' are masked.
+        EVEN_R=count < 2 or all(p.q.shape[1] % br == 0 for p in projections),
         FINAL=final,
         WHOLE=whole,
         EVEN_K=k % config.step == 0,

@@ -77,7 +77,7 @@ def _wgrad_step(
     last,
     c0,
     pid_r,
-    ONE: tl.constexpr,
+    EVEN_R: tl.constexpr,
     DROPOUT: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -90,10 +90,10 @@ def _wgrad_step(
     dtype = b_x.dtype
     o_m = m0 + tl.arange(0, BM)
     o_r = pid_r * BR + tl.arange(0, BR)
-    if ONE:
+    if EVEN_R:
         o_t = o_m[:, None].to(tl.int64) * g.t_row + (o_r % g.R)[None, :] * g.t_col
         b_t = load_step(g.t + o_t, (o_m < last)[:, None], EVEN_M)  # [BM, BR]
-    else:  # most of a tile may be past a rank of three
+    else:
         o_t = o_m[:, None].to(tl.int64) * g.t_row + o_r[None, :] * g.t_col
         m_t = (o_m < last)[:, None] & (o_r < g.R)[None, :]
         b_t = tl.load(g.t + o_t, mask=m_t, other=0.0)
@@ -132,6 +132,7 @@ def _wgrad_tile(
     first,
     last,
     COUNT: tl.constexpr,
+    EVEN_R: tl.constexpr,
     DROPOUT: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -168,17 +169,17 @@ def _wgrad_tile(
             fence_copies()
             b_bias = add_sums(b_bias, b_x, False, PRECISION)
         b_0 = _wgrad_step(
-            b_0, b_x, gradients[0], mask, m0, last, pid_c * BC, pid_r, COUNT == 1, DROPOUT,
+            b_0, b_x, gradients[0], mask, m0, last, pid_c * BC, pid_r, EVEN_R, DROPOUT,
             RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
         )  # fmt: skip
         if COUNT > 1:
             b_1 = _wgrad_step(
-                b_1, b_x, gradients[1], mask, m0, last, pid_c * BC, pid_r, COUNT == 1, DROPOUT,
+                b_1, b_x, gradients[1], mask, m0, last, pid_c * BC, pid_r, EVEN_R, DROPOUT,
                 RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
             )  # fmt: skip
         if COUNT > 2:
             b_2 = _wgrad_step(
-                b_2, b_x, gradients[2], mask, m0, last, pid_c * BC, pid_r, COUNT == 1, DROPOUT,
+                b_2, b_x, gradients[2], mask, m0, last, pid_c * BC, pid_r, EVEN_R, DROPOUT,
                 RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
             )  # fmt: skip
     _store(b_0, gradients[0], o_c, C, pid_r, split, BR)
@@ -205,6 +206,7 @@ def _wgrad_kernel(
     per_split,
     blocks_a,
     COUNT: tl.constexpr,
+    EVEN_R: tl.constexpr,
     WANT_B: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -226,14 +228,14 @@ def _wgrad_kernel(
     if COUNT > 0:
         if pid < blocks_a:
             _wgrad_tile(
-                x, a, None, mask, M, K, pid, first, last, COUNT, mask.DROPOUT, RESIDUAL, EVEN_M,
-                PRECISION, BC, BM, BR,
+                x, a, None, mask, M, K, pid, first, last, COUNT, EVEN_R, mask.DROPOUT, RESIDUAL,
+                EVEN_M, PRECISION, BC, BM, BR,
             )  # fmt: skip
     if WANT_B:
         if pid >= blocks_a:
             _wgrad_tile(
-                dy, b, p_dbias, mask, M, N, pid - blocks_a, first, last, 1, False, False, EVEN_M,
-                PRECISION, BC, BM, BR,
+                dy, b, p_dbias, mask, M, N, pid - blocks_a, first, last, 1, True, False, False,
+                EVEN_M, PRECISION, BC, BM, BR,
             )  # fmt: skip
 
 
@@ -300,10 +302,11 @@ def wgrad(
         per_split=per_split,
         blocks_a=blocks_a,
         COUNT=count,
+        # A lone layer's few ranks are loaded again, three projections' are masked.
+        EVEN_R=count < 2 or all(g.ds.shape[1] % br == 0 for g in gradients),
         WANT_B=db is not None,
         RESIDUAL=whole,
-        # Of three, masked loads take the fewest registers.
-        EVEN_M=count < 2 and m % config.step == 0,
+        EVEN_M=m % config.step == 0,
         PRECISION=precision(dtype),
         BC=config.block,
         BM=config.step,
