@@ -26,7 +26,7 @@ TENSOR_CORES = {
 }
 # What moves matrices; the others add a few partial sums or make a mask.
 STREAMING = re.compile(
-    f"{resources.PRODUCTS.pattern}|shrink|grad_a|grad_pass|wgrad|splitk_reduce|glu|quantize_kernel"
+    f"{resources.PRODUCTS.pattern}|shrink|grad_pass|wgrad|splitk_reduce|glu|quantize_kernel"
 )
 
 RUN_HERE = ("sm_80", "sm_90")  # what the emulator executes

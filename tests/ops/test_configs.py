@@ -16,10 +16,8 @@ from lora_kernels.ops.common.configs import (
     best_gemm,
     device_of,
     is_valid,
-    shrink_config,
-    split_size,
-    wgrad_config,
 )
+from lora_kernels.ops.common.rank_wide import shrink_config, split_size, wgrad_config
 from lora_kernels.ops.common.strategies import (
     MAX_SINGLE_PASS_RANK,
     STRATEGIES,

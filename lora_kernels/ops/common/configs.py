@@ -119,29 +119,6 @@ class GemmConfig:
         return (sums + self.block_m * self.block_k * held // 4) // (32 * self.warps)
 
 
-@dataclass(frozen=True)
-class RankWideConfig:
-    """Tiles of a pass over x or dy with a rank-wide partner.
-
-    `block` runs along what stays (rows of s, columns of dy), `step` along the sum; `split_k` cuts
-    the sum into parts that are added in order afterwards.
-    """
-
-    block: int
-    step: int
-    warps: int
-    stages: int
-    split_k: int = 1
-
-    def __str__(self) -> str:
-        tile = f"{self.block}x{self.step} warps {self.warps} stages {self.stages}"
-        return f"{tile} split_k {self.split_k}"
-
-    def shared_bytes(self, size: int, block_r: int) -> int:
-        depth = max(1, self.stages - 1)
-        return depth * (self.block + block_r) * self.step * size
-
-
 GEMM_CONFIGS = (
     GemmConfig(128, 256, 64, 8, 3, tma=True),
     GemmConfig(128, 256, 32, 8, 4, tma=True),
@@ -368,54 +345,3 @@ def _gemm_seconds(
     tile_seconds = share * max(busy, asked / device.l2_bandwidth)
     dram = (size * (m * k + m * n) + weight * n * k) / device.bandwidth
     return max(waves * tile_seconds, dram) + device.launch_seconds, waves
-
-
-def shrink_config(m: int, k: int, device: Device, block_r: int, size: int = 2) -> RankWideConfig:
-    """Tiles of s[m, r] = x[m, k]·q: rows stay, k is summed.
-
-    Rows are cut until every multiprocessor has one, then k is.
-    """
-    if size == 4:
-        return RankWideConfig(16, 32, 4, 2)
-    block = 64 if m > 64 else max(16, next_power_of_2(m))
-    # Below 64 rows Hopper falls back to older instructions; at 16 a program asks for q as for x.
-    smallest = 64 if device.tma else 32 if m >= 1024 else 16
-    while block > smallest and ceil(m / block) < device.multiprocessors:
-        block //= 2
-    step = 128 if block <= 32 and block_r <= 64 else 64
-    blocks = ceil(m / block)
-    split_k = 1
-    while (
-        split_k < 16
-        and blocks * split_k * 2 <= device.multiprocessors
-        and k // (split_k * 2) >= 1024
-    ):
-        split_k *= 2
-    found = RankWideConfig(block, step, 4, 3 if block_r > 64 else 4, split_k)
-    # AMD's shared memory holds fewer long steps.
-    fits = found.shared_bytes(size, block_r) <= device.shared_bytes
-    return found if fits else replace(found, step=64)
-
-
-def wgrad_config(
-    m: int, columns: int, device: Device, block_r: int, size: int = 2
-) -> RankWideConfig:
-    """Tiles of out[columns, r] = xᵀ·t: columns stay, m is summed."""
-    if size == 4:
-        return RankWideConfig(32, 32, 4, 2)
-    block = 64 if block_r <= 64 else 32
-    blocks = ceil(columns / block)
-    split_k = 1
-    # Parts cost their own bytes, and a launch to add them: only where few programs would run.
-    while (
-        split_k < 16
-        and blocks * split_k * 4 <= device.multiprocessors
-        and m // (split_k * 2) >= 1024
-    ):
-        split_k *= 2
-    return RankWideConfig(block, 64, 4, 3 if block_r > 64 else 4, split_k)
-
-
-def split_size(total: int, split_k: int, step: int) -> int:
-    """Elements of one of `split_k` parts, in whole steps."""
-    return ceil(ceil(total / split_k) / step) * step

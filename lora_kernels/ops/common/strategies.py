@@ -28,12 +28,10 @@ from lora_kernels.ops.common.configs import (
     gemm_asked_bytes,
     gemm_tiles,
     mask_seconds,
-    shrink_config,
-    split_size,
-    wgrad_config,
 )
 from lora_kernels.ops.common.problem import OPS, STRATEGIES, Problem
 from lora_kernels.ops.common.problem import block_rank as block_rank
+from lora_kernels.ops.common.rank_wide import shrink_config, split_size, wgrad_config
 from lora_kernels.ops.common.tuned import Table
 
 # Rank columns that fit beside a full tile of sums; more do not pay either.

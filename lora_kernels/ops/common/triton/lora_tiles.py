@@ -16,6 +16,7 @@ from lora_kernels.ops.common.triton.tiles import (
     in_registers,
     keep_operand,
     keep_tile,
+    load_step,
     rank_value,
     waited,
 )
@@ -82,6 +83,39 @@ def branch_tile(
 
 
 @triton.jit
+def left_pointers(x, m0, M, BM: tl.constexpr, BK: tl.constexpr):
+    """Pointers to the first step's tile [BM, BK] of x. A row past the last is the last one again,
+    never stored."""
+    o_m = tl.minimum(tl.arange(0, BM), M - 1 - m0)
+    p_x = x.p + m0.to(tl.int64) * x.row
+    return p_x + (o_m[:, None] * x.row + tl.arange(0, BK)[None, :] * x.col)
+
+
+@triton.jit
+def right_pointers(base, n0, N, W_ROWS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
+    """Pointers to the first step's tile [BK, BN] of a dense w; past the last column stands one that
+    is not stored."""
+    p_w = base.w
+    o_n = tl.arange(0, BN)
+    if W_ROWS:
+        o_n = tl.minimum(o_n, N - 1 - n0)
+        p_w += n0.to(tl.int64) * base.w_col
+    else:  # neighbours stay neighbours under a remainder, which wide loads need
+        o_n = ((n0 + o_n) % N).to(tl.int64)
+    return p_w + (tl.arange(0, BK)[:, None] * base.w_row + o_n[None, :] * base.w_col)
+
+
+@triton.jit
+def right_box(w, k0, n0, W_ROWS: tl.constexpr):
+    """The tile [BK, BN] of a descriptor: see `product_tile`."""
+    if W_ROWS:
+        b_w = w.load([n0, k0]).T
+    else:
+        b_w = w.load([k0, n0])
+    return b_w
+
+
+@triton.jit
 def product_tile(
     b_y,
     b_s,
@@ -119,18 +153,9 @@ def product_tile(
     if base.CHUNK > 0:
         b_table = tl.load(base.table + tl.arange(0, 16))
     if not TMA:
-        # What lies past the last row or column is that row or column again, never stored.
-        o_m = tl.minimum(tl.arange(0, BM), M - 1 - m0)
-        o_n = tl.arange(0, BN)
-        p_x = x.p + m0.to(tl.int64) * x.row
-        p_x += o_m[:, None] * x.row + o_k[None, :] * x.col
+        p_x = left_pointers(x, m0, M, BM, BK)
         if base.CHUNK == 0:
-            if W_ROWS:
-                o_n = tl.minimum(o_n, N - 1 - n0)
-                p_w = base.w + n0.to(tl.int64) * base.w_col
-            else:  # neighbours stay neighbours under a remainder, which wide loads need
-                o_n = ((n0 + o_n) % N).to(tl.int64)
-            p_w += o_k[:, None] * base.w_row + o_n[None, :] * base.w_col
+            p_w = right_pointers(base, n0, N, W_ROWS, BK, BN)
     if OWN_BRANCH:
         o_r = tl.arange(0, tile.BR) % adapter.R
         p_q_tile = adapter.q + o_k[:, None] * adapter.q_row + o_r[None, :] * adapter.q_col
@@ -138,21 +163,14 @@ def product_tile(
         m_k = o_k < K - k0
         if TMA:
             b_x = x.p.load([m0, k0])  # [BM, BK]
-        elif EVEN_K:
-            b_x = tl.load(p_x)
         else:
-            b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
+            b_x = load_step(p_x, m_k[None, :], EVEN_K)
         if base.CHUNK > 0:
             b_w = right_tile(base, b_table, k0, n0, K, N, W_ROWS, b_x.dtype, BK, BN)  # [BK, BN]
         elif TMA:
-            if W_ROWS:
-                b_w = base.w.load([n0, k0]).T
-            else:
-                b_w = base.w.load([k0, n0])
-        elif EVEN_K:
-            b_w = tl.load(p_w)
+            b_w = right_box(base.w, k0, n0, W_ROWS)
         else:
-            b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
+            b_w = load_step(p_w, m_k[:, None], EVEN_K)
         if not TMA:
             p_x += BK * x.col
             if base.CHUNK == 0:
@@ -171,10 +189,7 @@ def product_tile(
             b_x = tl.where(m_keep | (K > 0), b_x, 0.0)
         b_y = dot(b_x, b_w, b_y, PRECISION)
         if OWN_BRANCH:
-            if EVEN_K:
-                b_q = tl.load(p_q_tile)  # [BK, BR]
-            else:
-                b_q = tl.load(p_q_tile, mask=m_k[:, None], other=0.0)
+            b_q = load_step(p_q_tile, m_k[:, None], EVEN_K)  # [BK, BR]
             p_q_tile += BK * adapter.q_row
             if BACKWARD:
                 if adapter.out is not None:

@@ -148,6 +148,16 @@ def _on_hopper(_semantic=None):
 
 
 @triton.jit
+def load_step(p_tile, m_step, EVEN: tl.constexpr):
+    """A tile of one step of a sum, which EVEN steps fill; what is masked is 0."""
+    if EVEN:
+        b_tile = tl.load(p_tile)
+    else:
+        b_tile = tl.load(p_tile, mask=m_step, other=0.0)
+    return b_tile
+
+
+@triton.jit
 def waited(b_sum):
     """b_sum once its product is done, and every one before it: for the last product of a step that
     makes a left side in registers.
@@ -199,6 +209,16 @@ def first_of(b_sums, AXIS: tl.constexpr):
     """The first row (AXIS 0) or column (1) of a tile."""
     o = tl.expand_dims(tl.arange(0, b_sums.shape[AXIS]), 1 - AXIS)
     return tl.sum(tl.where(o == 0, b_sums, 0.0), axis=AXIS)
+
+
+@triton.jit
+def scale_tile(p_magnitude, magnitude_step, p_norm, norm_step, o_n, m_n):
+    """DoRA's m̂ = magnitude / norm in fp32, and 1 where the norm is 0 or masked: a row of zeros has
+    no direction to scale."""
+    b_norm = tl.load(p_norm + o_n * norm_step, mask=m_n, other=0.0).to(tl.float32)
+    b_magnitude = tl.load(p_magnitude + o_n * magnitude_step, mask=m_n, other=0.0).to(tl.float32)
+    m_norm = b_norm > 0
+    return tl.where(m_norm, tl.math.div_rn(b_magnitude, tl.where(m_norm, b_norm, 1.0)), 1.0)
 
 
 @triton.jit

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import RankWideConfig, split_size
+from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
-from lora_kernels.ops.common.triton.arguments import Matrix, Vector, mask, matrix
-from lora_kernels.ops.common.triton.splitk_reduce import splitk_reduce
+from lora_kernels.ops.common.rank_wide import split_size, wgrad_config
+from lora_kernels.ops.common.triton.arguments import mask, matrix
+from lora_kernels.ops.common.triton.splitk_reduce import Sum, splitk_reduce
 from lora_kernels.ops.common.triton.tiles import (
     add_sums,
     cast,
@@ -21,108 +24,189 @@ from lora_kernels.ops.common.triton.tiles import (
     fence_copies,
     first_of,
     keep_operand,
+    load_step,
     waited,
 )
 from lora_kernels.ops.common.triton_host import Dropout, precision, run
 
 
+class Gradient(NamedTuple):
+    """da [R, K] = keep_scale · dsᵀ·keep(x), contiguous, with the mask of `stream`; residual, of
+    ds's strides, is what rounding took from it."""
+
+    ds: Tensor
+    da: Tensor
+    stream: int
+    residual: Tensor | None = None
+
+
+class Beside(NamedTuple):
+    """db [N, R] = factor · dyᵀ·s and, where given, dbias = Σ_m dy."""
+
+    dy: Tensor
+    s: Tensor
+    db: Tensor
+    dbias: Tensor | None
+    factor: float
+
+
+class _Gradient(NamedTuple):
+    """out[c, r] = factor · Σ_m x[m, c]·t[m, r] as the kernel takes it; `split`: from one part of M
+    to the next."""
+
+    t: Any
+    t_row: Any
+    t_col: Any
+    residual: Any
+    out: Any
+    out_row: Any
+    out_col: Any
+    split: Any
+    R: Any
+    factor: Any
+    stream: Any
+
+
 @triton.jit
-def _wgrad_tile(
-    x,
-    t,
-    out,
-    p_bias,
+def _wgrad_step(
+    b_out,
+    b_x,
+    g,
     mask,
-    M,
-    C,
-    R,
-    pid_c,
-    pid_r,
-    first,
+    m0,
     last,
-    factor,
+    c0,
+    pid_r,
+    EVEN_R: tl.constexpr,
     DROPOUT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
     BR: tl.constexpr,
-    p_residual=None,
-    RESIDUAL: tl.constexpr = False,
 ):
-    """out[c, r] = factor · Σ_m keep(x)[m, c] · t[m, r] and bias[c] = Σ_m x[m, c], over a part of m.
-
-    One block of C and R; x[M, C] t[M, R], and in p_residual the rounding residual of t, or RESIDUAL
-    where that is in t; sums in fp32.
-    """
-    dtype = x.p.dtype.element_ty
-    o_c = pid_c * BC + tl.arange(0, BC)
+    """b_out + keep(b_x)·t of one step of M; b_x[BC, BM]."""
+    dtype = b_x.dtype
+    o_m = m0 + tl.arange(0, BM)
     o_r = pid_r * BR + tl.arange(0, BR)
-    m_c = o_c < C
-    m_r = o_r < R
-    o_m = first + tl.arange(0, BM)
-    p_x_tile = x.p + o_m[None, :].to(tl.int64) * x.row + (o_c % C)[:, None] * x.col
-    o_t = o_m[:, None].to(tl.int64) * t.row + (o_r % R)[None, :] * t.col
-    p_t_tile = t.p + o_t
-    p_residual_tile = p_t_tile if p_residual is None else p_residual + o_t
-    b_out = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
+    if EVEN_R:
+        o_t = o_m[:, None].to(tl.int64) * g.t_row + (o_r % g.R)[None, :] * g.t_col
+        b_t = load_step(g.t + o_t, (o_m < last)[:, None], EVEN_M)  # [BM, BR]
+    else:
+        o_t = o_m[:, None].to(tl.int64) * g.t_row + o_r[None, :] * g.t_col
+        m_t = (o_m < last)[:, None] & (o_r < g.R)[None, :]
+        b_t = tl.load(g.t + o_t, mask=m_t, other=0.0)
+    fence_copies()
+    if DROPOUT:
+        m_keep = keep_operand(mask.seed, o_m, c0, g.stream, mask.threshold, BM, BC)
+        b_x = tl.where(m_keep.T, b_x, 0.0)
+    if g.residual is not None:
+        b_residual = load_step(g.residual + o_t, (o_m < last)[:, None], EVEN_M)
+        fence_copies()
+        b_out = dot(b_x, b_residual, b_out, PRECISION)
+    b_out = dot_by_rank(b_x, b_t, b_out, dtype, PRECISION, RESIDUAL)
+    if DROPOUT:
+        b_out = waited(b_out)
+    return b_out
+
+
+@triton.jit
+def _store(b_out, g, o_c, C, pid_r, split, BR: tl.constexpr):
+    o_r = pid_r * BR + tl.arange(0, BR)
+    o_out = o_c[:, None].to(tl.int64) * g.out_row + o_r[None, :].to(tl.int64) * g.out_col
+    m_out = (o_c < C)[:, None] & (o_r < g.R)[None, :]
+    b_out = cast(b_out * g.factor, g.out.dtype.element_ty)
+    tl.store(g.out + split * g.split + o_out, b_out, mask=m_out)
+
+
+@triton.jit
+def _wgrad_tile(
+    x,
+    gradients,
+    p_bias,
+    mask,
+    M,
+    C,
+    pid_c,
+    first,
+    last,
+    COUNT: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    EVEN_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """out_i[c, r] = factor_i · Σ_m keep_i(x)[m, c] · t_i[m, r] and bias[c] = Σ_m x[m, c], over a
+    part of m.
+
+    One block of C and R; x[M, C] t_i[M, R_i], and in residual_i the rounding residual of t_i, or
+    RESIDUAL where that is in t_i; sums in fp32.
+    """
+    pid_r = tl.program_id(1)
+    split = tl.program_id(2).to(tl.int64)
+    o_c = pid_c * BC + tl.arange(0, BC)
+    p_x = x.p + (o_c % C)[:, None] * x.col
+    if COUNT == 1:  # of three the registers would not hold the pointers
+        p_x += (first + tl.arange(0, BM))[None, :].to(tl.int64) * x.row
+    b_0 = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
+    b_1 = tl.full([BC, BR], 0.0, tl.float32)
+    b_2 = tl.full([BC, BR], 0.0, tl.float32)
     b_bias = tl.full([BC, 16], 0.0, tl.float32)  # [BC, 16]
     for m0 in range(first, last, BM):
-        if EVEN_M:
-            b_x = tl.load(p_x_tile)  # [BC, BM]
-            b_t = tl.load(p_t_tile)  # [BM, BR]
+        o_m = m0 + tl.arange(0, BM)
+        if COUNT == 1:
+            b_x = load_step(p_x, (o_m < last)[None, :], EVEN_M)  # [BC, BM]
+            p_x += BM * x.row
         else:
-            m_m = m0 + tl.arange(0, BM) < last
-            b_x = tl.load(p_x_tile, mask=m_m[None, :], other=0.0)
-            b_t = tl.load(p_t_tile, mask=m_m[:, None], other=0.0)
-        p_x_tile += BM * x.row
-        p_t_tile += BM * t.row
-        fence_copies()
+            o_x = o_m[None, :].to(tl.int64) * x.row
+            b_x = load_step(p_x + o_x, (o_m < last)[None, :], EVEN_M)
         if p_bias is not None:
-            b_bias = add_sums(b_bias, b_x, False, PRECISION)
-        if DROPOUT:
-            o_rows = m0 + tl.arange(0, BM)
-            m_keep = keep_operand(
-                mask.seed, o_rows, pid_c * BC, mask.stream, mask.threshold, BM, BC
-            )
-            b_x = tl.where(m_keep.T, b_x, 0.0)
-        if p_residual is not None:
-            if EVEN_M:
-                b_residual = tl.load(p_residual_tile)
-            else:
-                b_residual = tl.load(p_residual_tile, mask=m_m[:, None], other=0.0)
-            p_residual_tile += BM * t.row
             fence_copies()
-            b_out = dot(b_x, b_residual, b_out, PRECISION)
-        b_out = dot_by_rank(b_x, b_t, b_out, dtype, PRECISION, RESIDUAL)
-        if DROPOUT:
-            b_out = waited(b_out)
-    o_out = o_c[:, None].to(tl.int64) * out.row + o_r[None, :].to(tl.int64) * out.col
-    b_out *= factor
-    tl.store(out.p + o_out, cast(b_out, out.p.dtype.element_ty), mask=m_c[:, None] & m_r[None, :])
+            b_bias = add_sums(b_bias, b_x, False, PRECISION)
+        b_0 = _wgrad_step(
+            b_0, b_x, gradients[0], mask, m0, last, pid_c * BC, pid_r, EVEN_R, DROPOUT,
+            RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
+        )  # fmt: skip
+        if COUNT > 1:
+            b_1 = _wgrad_step(
+                b_1, b_x, gradients[1], mask, m0, last, pid_c * BC, pid_r, EVEN_R, DROPOUT,
+                RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
+            )  # fmt: skip
+        if COUNT > 2:
+            b_2 = _wgrad_step(
+                b_2, b_x, gradients[2], mask, m0, last, pid_c * BC, pid_r, EVEN_R, DROPOUT,
+                RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
+            )  # fmt: skip
+    _store(b_0, gradients[0], o_c, C, pid_r, split, BR)
+    if COUNT > 1:
+        _store(b_1, gradients[1], o_c, C, pid_r, split, BR)
+    if COUNT > 2:
+        _store(b_2, gradients[2], o_c, C, pid_r, split, BR)
     if p_bias is not None and pid_r == 0:
-        tl.store(p_bias + o_c, cast(first_of(b_bias, 1), p_bias.dtype.element_ty), mask=m_c)
+        b_first = cast(first_of(b_bias, 1), p_bias.dtype.element_ty)  # [BC]
+        tl.store(p_bias + split * C + o_c, b_first, mask=o_c < C)
 
 
 @triton.jit
 def _wgrad_kernel(
     x,
-    ds,
-    p_residual,
-    da,
+    a,
     dy,
-    s,
-    db,
-    dbias,
+    b,
+    p_dbias,
     mask,
     M,
     K,
     N,
-    R,
     per_split,
-    factor_b,
     blocks_a,
-    WANT_A: tl.constexpr,
+    COUNT: tl.constexpr,
+    EVEN_R: tl.constexpr,
     WANT_B: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EVEN_M: tl.constexpr,
@@ -131,94 +215,95 @@ def _wgrad_kernel(
     BM: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """da = keep_scale · dsᵀ·keep(x), db = factor_b · dyᵀ·s and dbias = Σ_m dy: one pass over each.
+    """da_i = keep_scale · ds_iᵀ·keep_i(x) for COUNT <= 3 projections, db = factor · dyᵀ·s and
+    dbias = Σ_m dy: one pass over x and one over dy.
 
-    Shapes: x[M, K] ds[M, R] da[R, K] dy[M, N] s[M, R] db[N, R] dbias[N]; with several parts of m
-        the results are fp32 partial sums, a part apart.
-    Grid: [blocks of K for da, then of N for db; cdiv(R, BR); split_k]. Sums in fp32.
+    Shapes: x[M, K] ds_i[M, R_i] da_i[R_i, K] dy[M, N] s[M, R] db[N, R] dbias[N]; with several parts
+        of m the results are fp32 partial sums, a part apart.
+    Grid: [blocks of K for da, then of N for db; cdiv(max R_i, BR); split_k]. Sums in fp32.
     """
     pid = tl.program_id(0)
-    pid_r = tl.program_id(1)
-    split = tl.program_id(2).to(tl.int64)
     first = tl.program_id(2) * per_split
     last = min(first + per_split, M)
-    if WANT_A:
+    if COUNT > 0:
         if pid < blocks_a:
             _wgrad_tile(
-                x, ds, Matrix(da.p + split * da.step, 1, K), None, mask, M, K, R, pid, pid_r, first,
-                last, mask.keep_scale, mask.DROPOUT, EVEN_M, PRECISION, BC, BM, BR, p_residual,
-                RESIDUAL,
+                x, a, None, mask, M, K, pid, first, last, COUNT, EVEN_R, mask.DROPOUT, RESIDUAL,
+                EVEN_M, PRECISION, BC, BM, BR,
             )  # fmt: skip
     if WANT_B:
         if pid >= blocks_a:
-            p_bias = dbias.p
-            if dbias.p is not None:
-                p_bias = dbias.p + split * dbias.step
             _wgrad_tile(
-                dy, s, Matrix(db.p + split * db.step, R, 1), p_bias, mask, M, N, R, pid - blocks_a,
-                pid_r, first, last, factor_b, False, EVEN_M, PRECISION, BC, BM, BR,
+                dy, b, p_dbias, mask, M, N, pid - blocks_a, first, last, 1, True, False, False,
+                EVEN_M, PRECISION, BC, BM, BR,
             )  # fmt: skip
 
 
 def wgrad(
-    config: RankWideConfig,
-    x: Tensor | None,
-    ds: Tensor | None,
-    dy: Tensor | None,
-    s: Tensor | None,
-    da: Tensor | None,
-    db: Tensor | None,
-    dbias: Tensor | None,
-    *,
-    factor_b: float,
+    x: Tensor,
+    gradients: Sequence[Gradient],
     dropout: Dropout,
-    residual: Tensor | None = None,
+    beside: Beside | None = None,
+    *,
     whole: bool = False,
 ) -> None:
-    """da = dsᵀ·keep(x) (scaled), db = factor_b · dyᵀ·s and dbias = Σ_m dy, each where given.
-    residual, of ds's strides, is what rounding took from ds, unless ds is `whole`."""
-    some = da if da is not None else db
-    assert some is not None
-    like = x if x is not None else dy
-    assert like is not None
-    m, dtype = like.shape[0], like.dtype
-    r = ds.shape[1] if ds is not None else s.shape[1]  # type: ignore[union-attr]
-    k = x.shape[1] if da is not None else 0  # type: ignore[union-attr]
-    n = dy.shape[1] if db is not None else 0  # type: ignore[union-attr]
+    """The da of up to three projections of x, and in the same launch what is made of dy, where
+    given. `whole`: what rounding takes from ds is in it."""
+    dy, s, db, dbias, factor_b = beside or (None, None, None, None, 1.0)
+    m, k = x.shape
+    count, dtype = len(gradients), x.dtype
+    n = 0 if dy is None else dy.shape[1]
+    r = max([g.ds.shape[1] for g in gradients] + ([] if s is None else [s.shape[1]]))
     br = block_rank(r)
+    columns = (k if count else 0) + n
+    config = wgrad_config(m, columns, planned_device(x.device), br, x.element_size())
+    if count > 1:
+        config = config.of_several(br)
     per_split = split_size(m, config.split_k, config.step)
     split_k = max(1, ceil(m / per_split)) if m else 1
-    parts_a, parts_b, parts_bias = da, db, dbias
-    if split_k > 1:
-        fp32 = torch.float32
-        parts_a = None if da is None else like.new_empty((split_k, r, k), dtype=fp32)
-        parts_b = None if db is None else like.new_empty((split_k, n, r), dtype=fp32)
-        parts_bias = None if dbias is None else like.new_empty((split_k, n), dtype=fp32)
-    blocks_a, blocks_b = ceil(k / config.block), ceil(n / config.block)
+
+    def parts(out: Tensor | None) -> Tensor | None:
+        if out is None or split_k == 1:
+            return out
+        return out.new_empty((split_k, *out.shape), dtype=torch.float32)
+
+    outs = [*(g.da for g in gradients), db, dbias]
+    targets = [parts(t) for t in outs]
+    blocks_a = ceil(k / config.block) if count else 0
     run(
         _wgrad_kernel,
-        (blocks_a + blocks_b, ceil(r / br), split_k),
+        (blocks_a + ceil(n / config.block), ceil(r / br), split_k),
         config.warps,
         config.stages,
         # Powers of two take a few registers beside the mask's.
-        whole_registers=dtype == torch.float16,
+        whole_registers=dtype == torch.float16 and count < 2,
         x=matrix(x),
-        ds=matrix(ds),
-        p_residual=residual,
-        da=Vector(parts_a, r * k),
+        a=tuple(
+            _Gradient(
+                *matrix(g.ds),
+                g.residual,
+                targets[i],
+                1,
+                k,
+                g.da.numel(),
+                g.ds.shape[1],
+                dropout.keep_scale,
+                g.stream,
+            )
+            for i, g in enumerate(gradients)
+        ),
         dy=matrix(dy),
-        s=matrix(s),
-        db=Vector(parts_b, n * r),
-        dbias=Vector(parts_bias, n),
+        b=(_Gradient(*matrix(s), None, targets[-2], r, 1, n * r, r, float(factor_b), 0),),
+        p_dbias=targets[-1],
         mask=mask(dropout),
         M=m,
         K=k,
         N=n,
-        R=r,
         per_split=per_split,
-        factor_b=float(factor_b),
         blocks_a=blocks_a,
-        WANT_A=da is not None,
+        COUNT=count,
+        # A lone layer's few ranks are loaded again, three projections' are masked.
+        EVEN_R=count < 2 or all(g.ds.shape[1] % br == 0 for g in gradients),
         WANT_B=db is not None,
         RESIDUAL=whole,
         EVEN_M=m % config.step == 0,
@@ -228,7 +313,5 @@ def wgrad(
         BR=br,
     )
     if split_k > 1:
-        jobs = [(parts_a, da, 1.0, None), (parts_b, db, 1.0, None)]
-        splitk_reduce([(p, o, f, v) for p, o, f, v in jobs if o is not None])  # type: ignore[misc]
-        if dbias is not None:
-            splitk_reduce([(parts_bias, dbias, 1.0, None)])  # type: ignore[list-item]
+        pairs = zip(targets, outs, strict=True)
+        splitk_reduce([Sum(p, out) for p, out in pairs if p is not None and out is not None])

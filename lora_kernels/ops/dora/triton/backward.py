@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import shrink_config, wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
-from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK
 from lora_kernels.ops.common.triton.base_weight import Weight
-from lora_kernels.ops.common.triton.shrink import shrink
-from lora_kernels.ops.common.triton.wgrad import wgrad
+from lora_kernels.ops.common.triton.shrink import Projection, shrink
+from lora_kernels.ops.common.triton.shrink_and_wgrad import Magnitude, grad_pass
+from lora_kernels.ops.common.triton.shrink_and_wgrad import Projection as OneRead
+from lora_kernels.ops.common.triton.wgrad import Gradient, wgrad
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.magnitude import without_autocast
 from lora_kernels.ops.dora.schema import DoRALinearBackward
@@ -19,13 +19,8 @@ from lora_kernels.ops.dora.triton.dropout import mask_words
 from lora_kernels.ops.dora.triton.forward import plan_config
 from lora_kernels.ops.dora.triton.linear import gemm
 from lora_kernels.ops.dora.triton.scale import output_scales
-from lora_kernels.ops.dora.triton.shrink_and_wgrad import (
-    shrink_and_wgrad,
-)
 from lora_kernels.ops.lora.schema import DropoutMask
 from lora_kernels.ops.lora.triton.dropout import dropout_mask
-
-_OFF = Dropout(0.0, None, 0)
 
 
 @without_autocast
@@ -38,7 +33,6 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
     want_x, want_a, want_b, want_magnitude, want_bias, want_w = c.needs
     dropout = Dropout(c.dropout_p, c.seed, 0)
     device = planned_device(dy.device)
-    size, br = dy.element_size(), block_rank(r)
     dx, da, db, dmagnitude, dbias, dw = c.fake()
     columns = want_b or want_magnitude or want_bias
     want_ds = want_x or want_a
@@ -51,19 +45,16 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
         ds, residual = dy.new_empty((m, r), dtype=torch.float32), None
     scales = dy.new_empty(n, dtype=torch.float32)  # m̂
     if columns:
-        shrink_and_wgrad(
-            dy, s, b, magnitude, norm, c.u if want_magnitude else None, scales,
-            (ds, residual) if ds_in_pass else None,
-            db if want_b else None, dmagnitude if want_magnitude else None,
-            dbias if want_bias else None, scale, device,
+        read = OneRead(
+            dy, s, b, ds if ds_in_pass else None, db if want_b else None,
+            dbias if want_bias else None, scale, scale, residual=residual if ds_in_pass else None,
         )  # fmt: skip
+        kept = (c.u, dmagnitude) if want_magnitude else (None, None)
+        grad_pass([read], dora=Magnitude(magnitude, norm, scales, *kept))
     elif n:
         output_scales(magnitude, norm, scales)
     if want_ds and not ds_in_pass:
-        config = shrink_config(m, n, device, br, size)
-        shrink(
-            config, dy, b, ds, factor=scale, dropout=_OFF, row=scales, residual=residual, whole=half
-        )
+        shrink(dy, [Projection(b, ds, scale, residual=residual)], row=scales, whole=half)
     if want_x:
         gemm(
             plan_config(dy, w, k, r, device, dropout=dropout.on, backward=True),
@@ -86,11 +77,7 @@ def dora_linear_bwd(c: DoRALinearBackward) -> tuple[Tensor, ...]:
             backward=True,
         )
     if want_a:
-        config = wgrad_config(m, k, device, br, size)
-        wgrad(
-            config, x, ds, None, None, da, None, None, factor_b=1.0, dropout=dropout,
-            residual=residual, whole=half,
-        )  # fmt: skip
+        wgrad(x, [Gradient(ds, da, dropout.stream, residual)], dropout, whole=half)
     if want_w:
         dw = _weight_grad(dy, x, scales, c.dropout_p, dropout)
     return dx, da, db, dmagnitude, dbias, dw

@@ -11,13 +11,12 @@ from lora_kernels.ops.common.configs import (
     Device,
     GemmConfig,
     best_gemm,
-    shrink_config,
 )
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
 from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.common.triton.base_weight import Weight
-from lora_kernels.ops.common.triton.shrink import shrink
+from lora_kernels.ops.common.triton.shrink import Projection, shrink
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.dora.schema import DoRALinearForward
 from lora_kernels.ops.dora.triton.dropout import mask_words
@@ -74,19 +73,12 @@ def _holds(config: GemmConfig, size: int, dropout: bool, backward: bool, quantis
 def dora_linear_fwd(c: DoRALinearForward) -> tuple[Tensor, Tensor, Tensor]:
     """s = drop(x)·Aᵀ in one pass over x, then y [M, N], and u where kept, in one product."""
     x, a, w = c.x, c.a, Weight(c.base, c.meta)
-    m, k, n, r = x.shape[0], x.shape[1], c.meta[0], a.shape[0]
+    m, n, r = x.shape[0], c.meta[0], a.shape[0]
     dropout = Dropout(c.dropout_p, c.seed, 0)
     device = planned_device(x.device)
     s, y = x.new_empty((m, r), dtype=rank_dtype(x.dtype)), x.new_empty((m, n))
     u = x.new_empty((m, n) if c.keep_u else 0)
-    shrink(
-        shrink_config(m, k, device, block_rank(r), x.element_size()),
-        x,
-        a.T,
-        s,
-        factor=dropout.keep_scale,
-        dropout=dropout,
-    )
+    shrink(x, [Projection(a.T, s, dropout.keep_scale)], dropout=dropout)
     gemm(
         plan_config(x, w, n, r, device, dropout=dropout.on, backward=False),
         device,

@@ -18,7 +18,14 @@ from lora_kernels.ops.common.triton.arguments import (
     vector,
 )
 from lora_kernels.ops.common.triton.base_weight import Weight
-from lora_kernels.ops.common.triton.lora_tiles import branch_tile, product_tile, store_tile
+from lora_kernels.ops.common.triton.lora_tiles import (
+    branch_tile,
+    left_pointers,
+    product_tile,
+    right_box,
+    right_pointers,
+    store_tile,
+)
 from lora_kernels.ops.common.triton.nf4_tiles import right_tile
 from lora_kernels.ops.common.triton.tiles import (
     cast,
@@ -26,11 +33,13 @@ from lora_kernels.ops.common.triton.tiles import (
     fence_copies,
     grouped_tile,
     in_registers,
+    load_step,
+    scale_tile,
     waited,
 )
 from lora_kernels.ops.common.triton_host import Dropout, run
 from lora_kernels.ops.dora.triton.dropout import unpack_mask, words_tile
-from lora_kernels.ops.dora.triton.scale import inverse_tile, scale_tile
+from lora_kernels.ops.dora.triton.scale import inverse_tile
 
 
 @triton.jit
@@ -74,40 +83,22 @@ def _pair_tile(
     p_x = x.p
     p_w = base.w
     if not TMA:
-        # What lies past the last row or column is that row or column again, never stored.
-        o_m = tl.minimum(tl.arange(0, BM), M - 1 - m0)
-        o_n = tl.arange(0, BN)
-        p_x = x.p + m0.to(tl.int64) * x.row
-        p_x += o_m[:, None] * x.row + o_k[None, :] * x.col
+        p_x = left_pointers(x, m0, M, BM, BK)
         if base.CHUNK == 0:
-            if W_ROWS:
-                o_n = tl.minimum(o_n, N - 1 - n0)
-                p_w = base.w + n0.to(tl.int64) * base.w_col
-            else:  # neighbours stay neighbours under a remainder, which wide loads need
-                o_n = ((n0 + o_n) % N).to(tl.int64)
-            p_w += o_k[:, None] * base.w_row + o_n[None, :] * base.w_col
+            p_w = right_pointers(base, n0, N, W_ROWS, BK, BN)
     for k0 in range(0, K, BK):
         m_k = o_k < K - k0
         if TMA:
             b_x = x.p.load([m0, k0])  # [BM, BK]
         else:
-            if EVEN_K:
-                b_x = tl.load(p_x)
-            else:
-                b_x = tl.load(p_x, mask=m_k[None, :], other=0.0)
+            b_x = load_step(p_x, m_k[None, :], EVEN_K)
             p_x += BK * x.col
         if base.CHUNK > 0:
             b_w = right_tile(base, b_table, k0, n0, K, N, W_ROWS, b_x.dtype, BK, BN)  # [BK, BN]
         elif TMA:
-            if W_ROWS:
-                b_w = base.w.load([n0, k0]).T
-            else:
-                b_w = base.w.load([k0, n0])
+            b_w = right_box(base.w, k0, n0, W_ROWS)
         else:
-            if EVEN_K:
-                b_w = tl.load(p_w)
-            else:
-                b_w = tl.load(p_w, mask=m_k[:, None], other=0.0)
+            b_w = load_step(p_w, m_k[:, None], EVEN_K)
             p_w += BK * base.w_row
         fence_copies()
         if MASK_X:
@@ -204,7 +195,7 @@ def _dora_gemm_kernel(
             b_q = b_p + tl.where(m_keep, b_q * keep_scale, 0.0)
     else:
         o_n = n0 + tl.arange(0, BN)
-        b_m = scale_tile(magnitude, norm, o_n, o_n < N)
+        b_m = scale_tile(magnitude.p, magnitude.step, norm.p, norm.step, o_n, o_n < N)
         if p_kept is not None:
             b_kept = b_q * (inverse_tile(norm, o_n, o_n < N) * keep_scale)[None, :]
             store_tile(b_kept, Matrix(p_kept, y.row, 1), Vector(None, 1), m0, n0, M, N, tile)

@@ -9,19 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.triton.arguments import vector
+from lora_kernels.ops.common.triton.tiles import scale_tile
 from lora_kernels.ops.common.triton_host import run
 
 _BLOCK = 512  # four elements a thread: each fp32 store is 16 bytes beside its neighbour's
-
-
-@triton.jit
-def scale_tile(magnitude, norm, o_n, m_n):
-    """m̂ = magnitude / norm in fp32, and 1 where the norm is 0 or masked: a row of zeros has no
-    direction to scale."""
-    b_norm = tl.load(norm.p + o_n * norm.step, mask=m_n, other=0.0).to(tl.float32)
-    b_magnitude = tl.load(magnitude.p + o_n * magnitude.step, mask=m_n, other=0.0).to(tl.float32)
-    m_norm = b_norm > 0
-    return tl.where(m_norm, tl.math.div_rn(b_magnitude, tl.where(m_norm, b_norm, 1.0)), 1.0)
 
 
 @triton.jit
@@ -40,7 +31,7 @@ def _scale_kernel(magnitude, norm, p_out, N, BN: tl.constexpr):
     """
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
-    b_m = scale_tile(magnitude, norm, o_n, m_n)  # [BN]
+    b_m = scale_tile(magnitude.p, magnitude.step, norm.p, norm.step, o_n, m_n)  # [BN]
     tl.store(p_out + o_n, b_m, mask=m_n)
 
 

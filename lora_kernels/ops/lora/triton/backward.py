@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import shrink_config, wgrad_config
 from lora_kernels.ops.common.launch import executor, planned_device
 from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.rank import rank_dtype
@@ -13,10 +12,11 @@ from lora_kernels.ops.common.strategies import MAX_ONE_READ_RANK, choose
 from lora_kernels.ops.common.triton.base_product import vendor_product_t
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.linear import gemm
-from lora_kernels.ops.common.triton.shrink import shrink
+from lora_kernels.ops.common.triton.shrink import Projection, shrink
+from lora_kernels.ops.common.triton.shrink_and_wgrad import Projection as OneRead
 from lora_kernels.ops.common.triton.shrink_and_wgrad import grad_pass
-from lora_kernels.ops.common.triton.wgrad import wgrad
-from lora_kernels.ops.common.triton_host import NO_DROPOUT, Dropout
+from lora_kernels.ops.common.triton.wgrad import Beside, Gradient, wgrad
+from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.lora.schema import LoRALinearBackward
 from lora_kernels.ops.lora.triton.diagonals import diagonals as diagonal_grads
 from lora_kernels.ops.lora.triton.forward import ADD_CONFIG
@@ -30,7 +30,6 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
     want_x, want_a, want_b, want_bias, want_rank, want_out, want_w = c.needs
     dropout = Dropout(c.dropout_p, c.seed, c.stream)
     device = planned_device(dy.device)
-    size = dy.element_size()
     problem = Problem(m, n, k, r, dy.dtype, dropout.on, w.takes_tma(dy), w.quantised)
     plan = choose("lora_linear_bwd", problem, device)
     grads = [dy.new_empty(0, dtype=dtype) for dtype in c.dtypes]
@@ -54,30 +53,10 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
         made_ds = True
         if outer_b is not None and r <= MAX_ONE_READ_RANK and m > 0:
             made_b = True
-            grad_pass(
-                dy,
-                s,
-                b,
-                ds,
-                outer_b,
-                dbias,
-                device=device,
-                scale=scale,
-                factor_b=factor_b,
-                rank=rank_diag,
-                col=out_diag,
-            )
+            made = OneRead(dy, s, b, ds, outer_b, dbias, scale, factor_b, rank_diag)
+            grad_pass([made], out=out_diag)
         else:
-            shrink(
-                shrink_config(m, n, device, problem.block_r, size),
-                dy,
-                b,
-                ds,
-                factor=scale,
-                dropout=NO_DROPOUT,
-                rank=rank_diag,
-                row=out_diag,
-            )
+            shrink(dy, [Projection(b, ds, scale, rank_diag)], row=out_diag)
     if want_x:
         grads[0] = vendor_product_t(dy, w) if plan.strategy == "addmm" else dy.new_empty((m, k))
         gemm(
@@ -99,19 +78,8 @@ def lora_linear_bwd(c: LoRALinearBackward) -> tuple[Tensor, ...]:
         )
     rest_b = None if made_b else outer_b
     if want_a or rest_b is not None:
-        columns = (k if want_a else 0) + (n if rest_b is not None else 0)
-        wgrad(
-            wgrad_config(m, columns, device, problem.block_r, size),
-            x if want_a else None,
-            ds if want_a else None,
-            dy if rest_b is not None else None,
-            s if rest_b is not None else None,
-            grads[1] if want_a else None,
-            rest_b,
-            dbias if rest_b is not None else None,
-            factor_b=factor_b,
-            dropout=dropout,
-        )
+        mine = [Gradient(ds, grads[1], dropout.stream)] if want_a else []
+        wgrad(x, mine, dropout, None if rest_b is None else Beside(dy, s, rest_b, dbias, factor_b))
     if want_bias and outer_b is None:
         torch.sum(dy, 0, out=grads[3])
     if g is not None:

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.ops.common.configs import next_power_of_2
-from lora_kernels.ops.common.triton.splitk_reduce import splitk_reduce
+from lora_kernels.ops.common.triton.splitk_reduce import Sum, splitk_reduce
 from lora_kernels.ops.common.triton.tiles import cast
 from lora_kernels.ops.common.triton_host import run, stride
 
@@ -111,4 +111,4 @@ def diagonals(
         BR=br,
     )
     if drank is not None and parts is not None:
-        splitk_reduce([(parts, drank, 1.0, None)])
+        splitk_reduce([Sum(parts, drank)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lora_kernels.ops.common.configs import GemmConfig, shrink_config
+from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import Problem
 from lora_kernels.ops.common.rank import rank_dtype
@@ -12,7 +12,7 @@ from lora_kernels.ops.common.strategies import choose
 from lora_kernels.ops.common.triton.base_product import vendor_product
 from lora_kernels.ops.common.triton.base_weight import Weight
 from lora_kernels.ops.common.triton.linear import gemm
-from lora_kernels.ops.common.triton.shrink import shrink
+from lora_kernels.ops.common.triton.shrink import Projection, shrink
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.lora.schema import LoRALinearForward
 
@@ -30,14 +30,7 @@ def lora_linear_fwd(c: LoRALinearForward) -> tuple[Tensor, Tensor]:
     problem = Problem(m, n, k, r, x.dtype, dropout.on, w.takes_tma(x), w.quantised)
     plan = choose("lora_linear_fwd", problem, device)
     if plan.strategy != "single_pass" or n == 0:
-        shrink(
-            shrink_config(m, k, device, problem.block_r, x.element_size()),
-            x,
-            a.T,
-            s,
-            factor=dropout.keep_scale,
-            dropout=dropout,
-        )
+        shrink(x, [Projection(a.T, s, dropout.keep_scale)], dropout=dropout)
     if plan.strategy == "addmm":
         y = vendor_product(x, w)
     else:

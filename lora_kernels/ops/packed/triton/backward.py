@@ -7,14 +7,14 @@ from torch import Tensor
 
 from lora_kernels.ops.common.launch import executor
 from lora_kernels.ops.common.rank import rank_dtype
+from lora_kernels.ops.common.triton.shrink_and_wgrad import Projection, grad_pass
+from lora_kernels.ops.common.triton.wgrad import Gradient, wgrad
 from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.lora.triton.backward import lora_linear_bwd
 from lora_kernels.ops.packed.schema import LoRAPackedBackward, rank_slices
 from lora_kernels.ops.packed.triton.dgrad import grad_x
 from lora_kernels.ops.packed.triton.groups import groups, split_weights
 from lora_kernels.ops.packed.triton.plan import plan_config
-from lora_kernels.ops.packed.triton.shrink_and_wgrad import packed_grad_pass
-from lora_kernels.ops.packed.triton.wgrad import grad_a
 
 
 def lora_packed_bwd(
@@ -48,7 +48,9 @@ def lora_packed_bwd(
         want_a = any(want[0] for want in wants[part])
         # One after the other, the rows of each whole.
         flat = x.new_empty(m * sum(t.shape[0] for t in a[part]), dtype=rank_dtype(x.dtype))
-        ds = list(flat.split([m * t.shape[0] for t in a[part]]))
+        ranks = [t.shape[0] for t in a[part]]
+        rows = flat.split([m * rank for rank in ranks])
+        ds = [t.view(m, rank) for t, rank in zip(rows, ranks, strict=True)]
         made = single_pass or not (want_x or want_a)
         for asked_b in (True, False):
             some = [i for i in group if wants[i][1] == asked_b]
@@ -56,17 +58,22 @@ def lora_packed_bwd(
                 continue
             # A bias's gradient without dB's is a sum of torch.
             asked_bias = asked_b and any(wants[i][2] for i in some)
-            packed_grad_pass(
-                [dy[i] for i in some],
-                [s[:, columns[i]] for i in some],
-                [b[i] for i in some],
-                [scales[i] for i in some],
-                None if made else [ds[i - group.start] for i in some],
-                [db[i] for i in some] if asked_b else None,
-                [dbias[i] if wants[i][2] else x.new_empty(dy[i].shape[1]) for i in some]
-                if asked_bias
-                else None,
-            )
+            reads = []
+            for i in some:
+                bias = dbias[i] if wants[i][2] else x.new_empty(dy[i].shape[1])
+                reads.append(
+                    Projection(
+                        dy[i],
+                        s[:, columns[i]],
+                        b[i],
+                        None if made else ds[i - group.start],
+                        db[i] if asked_b else None,
+                        bias if asked_bias else None,
+                        scales[i],
+                        scales[i],
+                    )
+                )
+            grad_pass(reads)
         if want_x:
             more = x.new_empty((m, k))
             grad_x(
@@ -75,7 +82,8 @@ def lora_packed_bwd(
             )  # fmt: skip
             dx = dx.add_(more) if group.start else more
         if want_a:
-            grad_a(x, flat, a[part], [da[i] if wants[i][0] else None for i in group], dropout)
+            made_ds = zip(group, ds, strict=True)
+            wgrad(x, [Gradient(t, da[i], i) for i, t in made_ds if wants[i][0]], dropout)
         for i in group:
             if wants[i][2] and not wants[i][1]:
                 torch.sum(dy[i], 0, out=dbias[i])

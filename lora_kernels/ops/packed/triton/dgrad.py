@@ -12,27 +12,18 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import GemmConfig, gemm_tiles
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
-from lora_kernels.ops.common.triton.arguments import (
-    Adapter,
-    Base,
-    Mask,
-    Matrix,
-    Vector,
-    left,
-    mask,
-    matrix,
-    tile,
-)
+from lora_kernels.ops.common.triton.arguments import Matrix, Vector, left, mask, matrix, tile
 from lora_kernels.ops.common.triton.base_weight import Weight
-from lora_kernels.ops.common.triton.lora_tiles import (
-    branch_tile,
-    own_branch_tile,
-    product_tile,
-    store_tile,
-)
+from lora_kernels.ops.common.triton.lora_tiles import store_tile
+from lora_kernels.ops.common.triton.pick import pick, three
 from lora_kernels.ops.common.triton.tiles import grouped_tile, keep_tile
 from lora_kernels.ops.common.triton_host import Dropout, run
-from lora_kernels.ops.packed.triton.groups import pick, pick_given, pick_matrix, pick_pointer, three
+from lora_kernels.ops.packed.triton.tiles import (
+    packed_branch_tile,
+    packed_own_branch_tile,
+    packed_product_tile,
+    pick_matrix,
+)
 
 
 class Projection(NamedTuple):
@@ -71,7 +62,6 @@ def _packed_grad_x_kernel(
     """
     BM: tl.constexpr = tile.BM
     BN: tl.constexpr = tile.BN
-    DENSE_TMA: tl.constexpr = tile.TMA and bases[0].CHUNK == 0
     p_0, p_1, p_2 = projections
     DTYPE: tl.constexpr = p_dx.dtype.element_ty
     tiles_m = tl.cdiv(M, BM)
@@ -92,17 +82,8 @@ def _packed_grad_x_kernel(
                     b_z = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
                 else:
                     b_z = b_y
-                b_z = branch_tile(
-                    b_z,
-                    Matrix(p_t, R, 1),
-                    Adapter(None, 1, 1, u.p, u.row, u.col, None, 1, None, 1, R, None),
-                    None,
-                    m0,
-                    n0,
-                    M,
-                    N,
-                    DTYPE,
-                    tile,
+                b_z = packed_branch_tile(
+                    b_z, Matrix(p_t, R, 1), u, R, None, m0, n0, M, N, DTYPE, tile
                 )
                 if mask.DROPOUT:
                     b_y += tl.where(m_keep, b_z * mask.keep_scale, 0.0)
@@ -114,52 +95,16 @@ def _packed_grad_x_kernel(
             R = pick(i, p_0.R, p_1.R, p_2.R)
             q = pick_matrix(i, p_0.q, p_1.q, p_2.q, False)
             b_s = tl.full([BM, tile.BR], 0.0, tl.float32)  # [BM, BR]
-            b_y, b_s = product_tile(
-                b_y,
-                b_s,
-                dy,
-                Base(
-                    pick_pointer(i, bases[0].w, bases[1].w, bases[2].w, DENSE_TMA),
-                    pick(i, bases[0].w_row, bases[1].w_row, bases[2].w_row),
-                    pick(i, bases[0].w_col, bases[1].w_col, bases[2].w_col),
-                    pick_given(i, bases[0].absmax, bases[1].absmax, bases[2].absmax),
-                    pick_given(i, bases[0].nested, bases[1].nested, bases[2].nested),
-                    pick_given(i, bases[0].map, bases[1].map, bases[2].map),
-                    pick_given(i, bases[0].offset, bases[1].offset, bases[2].offset),
-                    bases[0].table,
-                    bases[0].CHUNK,
-                    bases[0].BLOCK,
-                    bases[0].NESTED,
-                ),
-                Adapter(q.p, q.row, q.col, None, 1, 1, None, 1, None, 1, R, None),
-                mask,
-                m0,
-                n0,
-                M,
-                N,
-                K,
-                SINGLE_PASS,
-                True,
-                tile,
+            b_y, b_s = packed_product_tile(
+                b_y, b_s, i, dy, bases, q, R, mask, m0, n0, M, N, K, SINGLE_PASS, True, tile
             )
             if SINGLE_PASS:
                 p_t = p_ds + pick(i, 0, p_0.R, p_0.R + p_1.R).to(tl.int64) * M
                 u = pick_matrix(i, p_0.u, p_1.u, p_2.u, False)
                 scale = pick(i, p_0.scale, p_1.scale, p_2.scale)
-                stream = mask.stream + i
-                b_y = own_branch_tile(
-                    b_y,
-                    b_s,
-                    Matrix(p_t, R, 1),
-                    Adapter(None, 1, 1, u.p, u.row, u.col, None, 1, None, 1, R, scale),
-                    Mask(mask.seed, mask.threshold, stream, mask.keep_scale, mask.DROPOUT),
-                    m0,
-                    n0,
-                    M,
-                    N,
-                    True,
-                    DTYPE,
-                    tile,
+                t = Matrix(p_t, R, 1)
+                b_y = packed_own_branch_tile(
+                    b_y, b_s, i, t, u, R, scale, mask, m0, n0, M, N, True, DTYPE, tile
                 )
         store_tile(b_y, Matrix(p_dx, N, 1), Vector(None, 1), m0, n0, M, N, tile)
 

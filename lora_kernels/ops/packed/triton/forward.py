@@ -5,18 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from lora_kernels.ops.common.rank import rank_dtype
-from lora_kernels.ops.common.triton_host import (
-    Dropout,
-)
+from lora_kernels.ops.common.triton.shrink import Projection, shrink
+from lora_kernels.ops.common.triton_host import Dropout
 from lora_kernels.ops.lora.triton.forward import lora_linear_fwd
 from lora_kernels.ops.packed.schema import LoRAPackedForward, rank_slices
-from lora_kernels.ops.packed.triton.groups import (
-    groups,
-    split_weights,
-)
+from lora_kernels.ops.packed.triton.groups import groups, split_weights
 from lora_kernels.ops.packed.triton.linear import project
 from lora_kernels.ops.packed.triton.plan import plan_config
-from lora_kernels.ops.packed.triton.shrink import shrink
 
 
 def lora_packed_fwd(c: LoRAPackedForward) -> tuple[list[Tensor], Tensor]:
@@ -42,7 +37,8 @@ def lora_packed_fwd(c: LoRAPackedForward) -> tuple[list[Tensor], Tensor]:
         y[part] = [x.new_empty((m, w.meta.n)) for w in weights[part]]
         single_pass = strategy == "single_pass" and all(t.numel() > 0 for t in y[part])
         if not single_pass:
-            shrink(x, a[part], own, dropout)
+            made = [Projection(a[i].T, s[:, columns[i]], dropout.keep_scale) for i in group]
+            shrink(x, made, dropout=dropout)
         project(
             x, weights[part], y[part], own, a[part], c.b[part], c.bias[part], c.scales[part],
             dropout, config, single_pass,

@@ -13,33 +13,17 @@ from torch import Tensor
 from lora_kernels.ops.common.configs import GemmConfig
 from lora_kernels.ops.common.launch import planned_device
 from lora_kernels.ops.common.problem import block_rank
-from lora_kernels.ops.common.triton.arguments import (
-    Adapter,
-    Base,
-    Mask,
-    Matrix,
-    Vector,
-    left,
-    mask,
-    matrix,
-    tile,
-)
+from lora_kernels.ops.common.triton.arguments import Matrix, Vector, left, mask, matrix, tile
 from lora_kernels.ops.common.triton.base_weight import Weight
-from lora_kernels.ops.common.triton.lora_tiles import (
-    branch_tile,
-    own_branch_tile,
-    product_tile,
-    store_tile,
-)
+from lora_kernels.ops.common.triton.lora_tiles import store_tile
+from lora_kernels.ops.common.triton.pick import ends, pick, three
 from lora_kernels.ops.common.triton.tiles import grouped_tile
 from lora_kernels.ops.common.triton_host import Dropout, run, stride
-from lora_kernels.ops.packed.triton.groups import (
-    ends,
-    pick,
-    pick_given,
+from lora_kernels.ops.packed.triton.tiles import (
+    packed_branch_tile,
+    packed_own_branch_tile,
+    packed_product_tile,
     pick_matrix,
-    pick_pointer,
-    three,
 )
 
 
@@ -82,7 +66,6 @@ def _packed_forward_kernel(
     """
     BM: tl.constexpr = tile.BM
     BN: tl.constexpr = tile.BN
-    DENSE_TMA: tl.constexpr = tile.TMA and bases[0].CHUNK == 0
     p_0, p_1, p_2 = projections
     DTYPE: tl.constexpr = p_0.y.dtype.element_ty
     tiles_m = tl.cdiv(M, BM)
@@ -103,7 +86,6 @@ def _packed_forward_kernel(
         q = pick_matrix(which, p_0.q, p_1.q, p_2.q, False)
         u = pick_matrix(which, p_0.u, p_1.u, p_2.u, False)
         scale = pick(which, p_0.scale, p_1.scale, p_2.scale)
-        stream = mask.stream + which
         b_y = tl.full([BM, BN], 0.0, tl.float32)  # [BM, BN]
         b_s = tl.full([BM, tile.BR], 0.0, tl.float32)  # [BM, BR]
         if BIAS:
@@ -113,62 +95,16 @@ def _packed_forward_kernel(
             o_bias = o_n * pick(which, p_0.bias.step, p_1.bias.step, p_2.bias.step)
             b_bias = tl.load(p_bias + o_bias, mask=m_bias, other=0.0)  # [BN]
             b_y += b_bias[None, :].to(tl.float32)
-        b_y, b_s = product_tile(
-            b_y,
-            b_s,
-            x,
-            Base(
-                pick_pointer(which, bases[0].w, bases[1].w, bases[2].w, DENSE_TMA),
-                pick(which, bases[0].w_row, bases[1].w_row, bases[2].w_row),
-                pick(which, bases[0].w_col, bases[1].w_col, bases[2].w_col),
-                pick_given(which, bases[0].absmax, bases[1].absmax, bases[2].absmax),
-                pick_given(which, bases[0].nested, bases[1].nested, bases[2].nested),
-                pick_given(which, bases[0].map, bases[1].map, bases[2].map),
-                pick_given(which, bases[0].offset, bases[1].offset, bases[2].offset),
-                bases[0].table,
-                bases[0].CHUNK,
-                bases[0].BLOCK,
-                bases[0].NESTED,
-            ),
-            Adapter(q.p, q.row, q.col, None, 1, 1, None, 1, None, 1, R, None),
-            Mask(mask.seed, mask.threshold, stream, mask.keep_scale, mask.DROPOUT),
-            m0,
-            n0,
-            M,
-            N,
-            K,
-            SINGLE_PASS,
-            False,
-            tile,
+        b_y, b_s = packed_product_tile(
+            b_y, b_s, which, x, bases, q, R, mask, m0, n0, M, N, K, SINGLE_PASS, False, tile
         )
+        t = Matrix(p_t, s.row, 1)
         if SINGLE_PASS:
-            b_y = own_branch_tile(
-                b_y,
-                b_s,
-                Matrix(p_t, s.row, 1),
-                Adapter(None, 1, 1, u.p, u.row, u.col, None, 1, None, 1, R, scale),
-                Mask(mask.seed, mask.threshold, stream, mask.keep_scale, mask.DROPOUT),
-                m0,
-                n0,
-                M,
-                N,
-                False,
-                DTYPE,
-                tile,
+            b_y = packed_own_branch_tile(
+                b_y, b_s, which, t, u, R, scale, mask, m0, n0, M, N, False, DTYPE, tile
             )
         else:
-            b_y = branch_tile(
-                b_y,
-                Matrix(p_t, s.row, 1),
-                Adapter(None, 1, 1, u.p, u.row, u.col, None, 1, None, 1, R, None),
-                scale,
-                m0,
-                n0,
-                M,
-                N,
-                DTYPE,
-                tile,
-            )
+            b_y = packed_branch_tile(b_y, t, u, R, scale, m0, n0, M, N, DTYPE, tile)
         p_y = pick(which, p_0.y, p_1.y, p_2.y)
         store_tile(b_y, Matrix(p_y, N, 1), Vector(None, 1), m0, n0, M, N, tile)
 
