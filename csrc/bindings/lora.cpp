@@ -120,6 +120,23 @@ bool rows_of_floats(const Tensor& t, int64_t rows, int64_t columns, ScalarType d
          t.size(1) == columns && (columns == 1 || t.stride(1) == 1);
 }
 
+bool usual_bias(const std::optional<Tensor>& bias, int64_t n, ScalarType dtype) {
+  return !bias.has_value() ||
+         (bias->dim() == 1 && bias->size(0) == n && bias->scalar_type() == dtype &&
+          bias->is_cpu() && bias->is_contiguous());
+}
+
+MatrixView view_of(const Tensor& t, int64_t rows, int64_t columns, int64_t stride) {
+  return {t.const_data_ptr(), kernel_dtype("x", t), rows, columns, stride};
+}
+
+// A new tensor of x's leading sizes: [..., columns].
+Tensor rows_like(const Tensor& x, int64_t columns) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = columns;
+  return torch::stable::new_empty(x, sizes, x.scalar_type());
+}
+
 // The forward of a layer that is not trained: no dropout, no diagonals, and s is not kept. x is
 // [..., K]. Nothing where it is not as usual; then lora_linear_fwd, or the checks before it, have a
 // say.
@@ -140,21 +157,14 @@ std::optional<Tensor> lora_linear_infer(const Tensor& x, const std::vector<Tenso
   if (meta.size() == 2 &&
       (base_tensors.size() != 1 || !rows_of_floats(base_tensors[0], n, k, dtype)))
     return std::nullopt;
-  if (bias.has_value() && (bias->dim() != 1 || bias->size(0) != n || bias->scalar_type() != dtype ||
-                           !bias->is_cpu() || !bias->is_contiguous()))
-    return std::nullopt;
+  if (!usual_bias(bias, n, dtype)) return std::nullopt;
   const Base base(base_tensors, meta);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = n;
-  Tensor y = torch::stable::new_empty(x, sizes, dtype);
+  Tensor y = rows_like(x, n);
   const int64_t rows = x.numel() / k;
   if (rows == 0) return y;
-  const auto view = [](const Tensor& t, int64_t rows, int64_t columns, int64_t stride) {
-    return MatrixView{t.const_data_ptr(), kernel_dtype("x", t), rows, columns, stride};
-  };
   LoraView lora{};
-  lora.a = view(a, r, k, a.stride(0));
-  lora.b = view(b, n, r, b.stride(0));
+  lora.a = view_of(a, r, k, a.stride(0));
+  lora.b = view_of(b, n, r, b.stride(0));
   lora.scale = static_cast<float>(scale);
   constexpr int64_t kFew = 2048;
   alignas(64) char few[sizeof(float) * kFew];  // s of a token or a few
@@ -164,8 +174,29 @@ std::optional<Tensor> lora_linear_infer(const Tensor& x, const std::vector<Tenso
     more = new_tensor(x, {rows, r}, rank_dtype(dtype));
     s = more.mutable_data_ptr();
   }
-  const LoraForward call{view(x, rows, k, k),  base.view, vector_view("bias", bias, n), lora,
-                         y.mutable_data_ptr(), s};
+  const LoraForward call{view_of(x, rows, k, k), base.view, vector_view("bias", bias, n), lora,
+                         y.mutable_data_ptr(),   s};
+  check_memory(lora_table().forward(call, torch_parallel()));
+  return y;
+}
+
+// A plain layer of bf16 that is not trained, for as few rows as its time is that of reading W.
+// Nothing where torch's product may be faster.
+std::optional<Tensor> linear_infer(const Tensor& x, const Tensor& weight,
+                                   const std::optional<Tensor>& bias) {
+  constexpr ScalarType dtype = ScalarType::BFloat16;
+  if (x.scalar_type() != dtype || !x.is_cpu() || x.dim() == 0 || !x.is_contiguous() ||
+      weight.dim() != 2)
+    return std::nullopt;
+  const int64_t n = weight.size(0), k = weight.size(1), rows = k > 0 ? x.numel() / k : 0;
+  const int64_t most = current() >= Isa::avx512_bf16 ? 8 : 1;
+  if (x.size(-1) != k || n == 0 || rows == 0 || rows > most || current() == Isa::scalar ||
+      !rows_of_floats(weight, n, k, dtype) || !usual_bias(bias, n, dtype))
+    return std::nullopt;
+  Tensor y = rows_like(x, n);
+  const BaseView base{view_of(weight, n, k, weight.stride(0)), nullptr, n, k};
+  const LoraForward call{view_of(x, rows, k, k), base,   vector_view("bias", bias, n), LoraView{},
+                         y.mutable_data_ptr(),   nullptr};
   check_memory(lora_table().forward(call, torch_parallel()));
   return y;
 }
@@ -257,6 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
   m.impl("lora_linear_fwd", TORCH_BOX(&lora_linear_fwd));
   m.impl("lora_linear_bwd", TORCH_BOX(&lora_linear_bwd));
   m.impl("lora_linear_infer", TORCH_BOX(&lora_linear_infer));
+  m.impl("linear_infer", TORCH_BOX(&linear_infer));
 }
 
 }  // namespace lora_kernels

@@ -21,7 +21,8 @@ from lora_kernels.adapters.resolve import resolve_config
 from lora_kernels.adapters.targets import find_targets
 from lora_kernels.adapters.token_indices import train_tokens
 from lora_kernels.integrations.peft import ALL_LINEAR
-from lora_kernels.integrations.transformers import remember_vocabulary
+from lora_kernels.integrations.transformers import output_layer, remember_vocabulary
+from lora_kernels.nn.frozen_linear import shorten
 from lora_kernels.ops.common.kinds import check_kinds
 
 
@@ -60,8 +61,9 @@ def apply_lora(
     dense, for quantising it would free nothing. A layer with a forward of its own is left as it
     is, and so is one whose weight the model's code reads without calling it (Mamba's `dt_proj`).
     If other code does call it, it gets an adapter when it is named, and stays dense. Hooks on a
-    layer move to the one in its place. The options are kept as `model.lora_config`, for
-    `save_adapter`.
+    layer move to the one in its place. A plain output layer stays what it is, and has a forward
+    that takes a token or a few to a faster product, on a CPU in bf16. The options are kept as
+    `model.lora_config`, for `save_adapter`.
 
     Every layer is checked before the first is replaced, so an error leaves the model unchanged.
     Layers are quantised one after the other, each on all of torch's threads. Each dense weight is
@@ -138,4 +140,5 @@ def put_adapters(model: nn.Module, plan: Plan, progress: bool | Progress | None 
     train_whole(model, plan.trained, tied=plan.config.ensure_weight_tying)
     train_tokens(model, plan.rows, plan.adapter_dtype)
     remember_vocabulary(unwrap(model))
+    shorten(output_layer(unwrap(model)))
     model.lora_config = plan.config  # type: ignore[assignment]

@@ -26,8 +26,9 @@ from lora_kernels.adapters.token_indices import (
     token_modules,
     token_owners,
 )
-from lora_kernels.integrations.transformers import share_weight, untie
+from lora_kernels.integrations.transformers import output_layer, share_weight, untie
 from lora_kernels.nn import LoRAMixin
+from lora_kernels.nn.frozen_linear import restore
 from lora_kernels.nn.token_rows import DELTA, TokenRows
 
 
@@ -126,6 +127,7 @@ def merge_and_unload(
             if not bool(torch.isfinite(t).all()):
                 raise ValueError(f"{name}: holds non-finite values; nothing was changed")
     unfuse_projections(model)
+    restore(output_layer(model))
     shared = share_weight(model)
     keep(model)
     merge_tokens(model)
@@ -178,6 +180,7 @@ def unload(model: nn.Module) -> nn.Module:
     model = unwrap(model)
     adapters = require_adapters(model)
     unfuse_projections(model)
+    restore(output_layer(model))
     for _, layer in adapters:
         replace_module(model, layer, kind_of(layer).base_layer(layer))
     put_back(model)

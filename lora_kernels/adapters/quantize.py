@@ -9,11 +9,13 @@ from torch import nn
 
 from lora_kernels.adapters.checks import check_model, check_quantize
 from lora_kernels.adapters.config import LoRAConfig
-from lora_kernels.adapters.layers import count_bytes
+from lora_kernels.adapters.layers import count_bytes, unwrap
 from lora_kernels.adapters.plan import make_plan, replace_layers
 from lora_kernels.adapters.progress import Progress, with_progress
 from lora_kernels.adapters.report import LoRAReport, make_report
 from lora_kernels.adapters.targets import Targets
+from lora_kernels.integrations.transformers import output_layer
+from lora_kernels.nn.frozen_linear import shorten
 from lora_kernels.ops.common.kinds import check_kinds
 
 
@@ -69,4 +71,5 @@ def quantize_model(
         )
     bytes_before = count_bytes(model)
     replace_layers(model, plan, with_progress(plan.replaced, progress))
+    shorten(output_layer(unwrap(model)))
     return make_report(model, plan, bytes_before)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_kernels.functional import linear_cross_entropy
 from lora_kernels.integrations.transformers import output_layer
+from lora_kernels.nn.frozen_linear import is_short
 
 # Causal language models whose forward is only: body, output layer, loss. Others also change the
 # logits (soft caps, scales) or the loss (routers).
@@ -71,7 +72,7 @@ def _fits(model: nn.Module) -> bool:
         type(head) is nn.Linear
         and head.bias is None
         and not any(getattr(head, hooks) for hooks in _HOOKS)
-        and "forward" not in vars(head)
+        and ("forward" not in vars(head) or is_short(head))
         and getattr(loss, "__name__", None) == "ForCausalLMLoss"
     )
 

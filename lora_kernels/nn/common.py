@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lora_kernels.nn.frozen_linear import ShortForward
 from lora_kernels.ops.common.checks import FLOATS, check_finite, names
 
 
@@ -43,6 +44,8 @@ def check_linear_layer(linear: nn.Module) -> None:
 def _check_own_forward(linear: nn.Linear) -> None:
     """Raise TypeError for a forward set on the instance, except accelerate's that moves inputs."""
     forward = vars(linear).get("forward", linear.forward)
+    if isinstance(forward, ShortForward):
+        return
     if getattr(forward, "__func__", None) is nn.Linear.forward and forward.__self__ is linear:
         return
     inner = getattr(vars(linear).get("_old_forward"), "__func__", None)

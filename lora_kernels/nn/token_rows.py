@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from lora_kernels.nn.common import check_linear_layer
+from lora_kernels.nn.frozen_linear import is_short, restore
 
 DELTA = "trainable_tokens_delta"
 _INDICES, _ROW_OF = "token_indices", "_row_of_token"
@@ -127,7 +128,7 @@ def check_rows(name: str, module: nn.Module, tokens: Sequence[int]) -> None:
             f"trainable_token_indices: got {max(tokens)}, but {name} has {count} rows; "
             "model.resize_token_embeddings makes more"
         )
-    if "forward" in vars(module):
+    if "forward" in vars(module) and not is_short(module):
         raise TypeError(
             f"trainable_token_indices: {name} has a forward that is set on the instance, expected "
             "the class's own"
@@ -176,6 +177,7 @@ def train_rows(
     shared: TokenRows | None = None,
 ) -> TokenRows:
     """Give a checked module trainable rows; those of `shared`, if it is given."""
+    restore(module)  # the class's forward is the one that sees the rows
     made: Any = module
     weight: Tensor = made.weight
     made._plain = type(module)
