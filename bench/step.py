@@ -165,8 +165,14 @@ def run_model(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         run = _Run(case, device, spec, folder, stack, tell, python)
-        if named:
-            _share_weights(run)
+        try:
+            if named:
+                _share_weights(run)
+        except RuntimeError as error:  # without the model nobody can begin
+            return [
+                Row(case, p.name, status=FAILED, note=str(error))
+                for p in chosen(case, pattern, named)
+            ]
         live = list(_loaded(run, rows, pattern, named))
         live = _warm_up(run, live)
         if not verify_only:

@@ -79,6 +79,9 @@ def test_what_it_leaves_to_the_usual_way(taken: list[bool]) -> None:
     assert len(lk.explain(fn.lora_linear, **given)) == 1
     with torch.autocast("cpu", torch.bfloat16):
         fn.lora_linear(**given)
+    for name in ("lora_a", "lora_b", "weight", "bias"):
+        with pytest.raises(ValueError, match=name):
+            fn.lora_linear(**{**given, name: given[name].to("meta")})
     columns = x.T.contiguous().T  # not contiguous
     assert torch.equal(fn.lora_linear(**{**given, "x": columns}), usual)
     wide = {k: v.double() for k, v in given.items()}
@@ -87,7 +90,7 @@ def test_what_it_leaves_to_the_usual_way(taken: list[bool]) -> None:
     fn.lora_linear(**{**given, "lora_a": given["lora_a"].clone().requires_grad_()})
     meta = {k: v.to("meta") for k, v in given.items()}
     assert fn.lora_linear(**meta).is_meta
-    assert taken == [True] + [False] * (len(taken) - 1) and len(taken) == 9
+    assert taken == [True] + [False] * (len(taken) - 1) and len(taken) == 13
     with torch.no_grad():
         fn.lora_linear(**{**given, "lora_a": given["lora_a"].clone().requires_grad_()})
     assert taken[-1]

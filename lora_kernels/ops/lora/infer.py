@@ -39,6 +39,10 @@ def _native(name: str) -> Any:
     return getattr(torch.ops.lora_kernels_native, name).default
 
 
+def _plain(t: Tensor) -> bool:
+    return type(t) in _PLAIN and t.is_cpu
+
+
 def infer(
     x: Tensor,
     base: Sequence[Tensor],
@@ -53,9 +57,8 @@ def infer(
     if (
         not unobserved(x)
         or torch.is_autocast_enabled("cpu")
-        or type(a) not in _PLAIN
-        or type(b) not in _PLAIN
-        or type(base[0]) not in _PLAIN
+        or not (_plain(a) and _plain(b) and _plain(base[0]))
+        or not (bias is None or _plain(bias))
         or type(scale) is not float
     ):
         return None
@@ -78,7 +81,8 @@ def infer_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
         x.dtype is not torch.bfloat16
         or not unobserved(x)
         or torch.is_autocast_enabled("cpu")
-        or type(weight) not in _PLAIN
+        or not _plain(weight)
+        or not (bias is None or _plain(bias))
     ):
         return None
     if torch.is_grad_enabled() and (
