@@ -208,3 +208,11 @@ def test_parts_of_a_sum_cover_it_once(device, block_r):
             per_split = split_size(total, config.split_k, config.step)
             assert per_split % config.step == 0
             assert per_split * config.split_k >= total
+
+
+def test_four_warps_by_pointers_leave_room_on_hopper() -> None:
+    """128 x 64 x 32 with 64 ranks had values on the stack there."""
+    four, eight = GemmConfig(128, 64, 32, 4, 4), GemmConfig(128, 64, 32, 8, 4)
+    assert not is_valid(four, H100, 2, block_r=64)
+    assert is_valid(four, A100, 2, block_r=64) and is_valid(four, H100, 2, block_r=32)
+    assert is_valid(eight, H100, 2, block_r=64)

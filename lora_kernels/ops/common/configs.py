@@ -176,10 +176,13 @@ def is_valid(
     decoded = config.block_n * config.block_k // (32 * config.warps) if quantised else 0
     if size == 4 and config.block_m * config.block_n * config.block_k > _MAX_FP32_TILE:
         return False
+    # With four warps Hopper's products by pointers need more beside the sums: 128 x 64 x 32 with 64
+    # ranks, 128 registers of sums, left 8 bytes on the stack.
+    pointers = 24 if device.tma and not config.tma and config.warps == 4 else 0
     return (
         ((tma and device.tma) or not config.tma)
         and config.shared_bytes(size, block_r) <= device.shared_bytes
-        and config.registers(block_r, masked, held) + decoded <= device.sum_registers
+        and config.registers(block_r, masked, held) + decoded <= device.sum_registers - pointers
     )
 
 
