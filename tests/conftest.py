@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import os
 import platform
 import random
@@ -89,11 +90,16 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
+_TRIMMED_EVERY = 32  # tests
+_tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
 def _memory_given_back():
-    """A worker runs tests for many minutes: what glibc keeps of each module's adds up."""
+    """A worker runs tests for many minutes: what glibc keeps of each adds up."""
     yield
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    linux = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    if next(_tests_run) % _TRIMMED_EVERY == 0 and linux:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.sampling import ROOT, Described, choose, families, part_of, touched_families
+from tools.sanitized_tiers import tiers
 
 CASES = [
     Described(
@@ -154,3 +155,12 @@ def test_it_deselects_and_says_so(elsewhere: pytest.Pytester):
     assert result.parseoutcomes()["deselected"] == 10 - passed
     bare = elsewhere.runpytest_subprocess("--sample", "0", "--sample-bare")
     assert bare.parseoutcomes() == {"passed": 1, "deselected": 9}
+
+
+def test_the_sanitizers_take_the_best_tier_and_another() -> None:
+    usable = ("avx512", "avx2", "scalar")
+    drawn = {tuple(tiers(usable, 0.05, f"commit {i}")) for i in range(40)}
+    assert drawn == {("avx512", "avx2"), ("avx512", "scalar")}
+    assert tiers(usable, 1.0, "any") == list(usable)
+    assert tiers(("neon", "scalar"), 0.05, "any") == ["neon", "scalar"]
+    assert tiers((), 0.05, "any") == []
