@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -74,7 +75,8 @@ def resized_vocabulary(model: nn.Module) -> tuple[int, int] | None:
     if size is None:
         return None
     before = vars(model).get(_SEEN)
-    if name is not None:
+    # Of a folder without the file (one with a GGUF) transformers gives the class's defaults.
+    if name is not None and (not Path(name).is_dir() or (Path(name) / "config.json").is_file()):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             before = _vocabulary(type(config).from_pretrained(name, local_files_only=True))
     return None if before is None or before == size else (before, size)

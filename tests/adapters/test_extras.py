@@ -258,3 +258,18 @@ def test_a_resized_vocabulary_is_said(base, tmp_path):
 def test_a_vocabulary_as_it_was_is_not_saved(base, tmp_path):
     save_adapter(adapted(type(llama()).from_pretrained(base)), tmp_path / "a")
     assert all("lora" in key for key in load_file(tmp_path / "a" / WEIGHTS))
+
+
+def test_a_folder_without_a_configuration_says_nothing_of_the_vocabulary(tmp_path):
+    """One with a GGUF: transformers would give the class's default size, 32000."""
+    folder = tmp_path / "gguf"
+    folder.mkdir()
+    model = llama()
+    model.config._name_or_path = str(folder)
+    apply_lora(model)
+    save_adapter(model, tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / WEIGHTS)
+    assert names and all("lora_" in name for name in names)
+    model.resize_token_embeddings(104)
+    save_adapter(model, tmp_path / "resized")
+    assert any("embed_tokens" in n for n in load_file(tmp_path / "resized" / WEIGHTS))
