@@ -216,9 +216,4 @@ class LlamaCpp:
         return np.ctypeslib.as_array(pointer, shape=(size,))
 
     def memory(self) -> dict[str, Any]:
-        if not memory.reset_peak() or (before := memory.resident_bytes()) is None:
-            return {"peak_bytes": None, "resident_bytes": None}
-        self.step()
-        after = memory.resident_bytes()
-        assert after is not None
-        return {"peak_bytes": after[1], "resident_bytes": before[0]}
+        return memory.of_process(self.step)

@@ -49,6 +49,16 @@ def reset_peak() -> bool:
     return True
 
 
+def of_process(step: Callable[[], object]) -> dict[str, int | None]:
+    """The peak of the whole process in a step, and what it held before; None where unknown."""
+    if not reset_peak() or (before := resident_bytes()) is None:
+        return {"peak_bytes": None, "resident_bytes": None}
+    step()
+    after = resident_bytes()
+    assert after is not None
+    return {"peak_bytes": after[1], "resident_bytes": before[0]}
+
+
 def peak_extra(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes by which one call's peak exceeds what was resident before it.
 

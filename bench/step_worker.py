@@ -75,12 +75,7 @@ class Worker:
             self.step()
             peak = torch.cuda.max_memory_allocated(self.device)
             return {"peak_bytes": peak, "resident_bytes": resident}
-        if not memory.reset_peak() or (before := memory.resident_bytes()) is None:
-            return {"peak_bytes": None, "resident_bytes": None}
-        self.step()
-        after = memory.resident_bytes()
-        assert after is not None
-        return {"peak_bytes": after[1], "resident_bytes": before[0]}
+        return memory.of_process(self.step)
 
     def draw(self, rows: int, tokens: int) -> Tensor:
         """The same random tokens for every provider."""

@@ -1,8 +1,9 @@
 """A shorter way through a plain nn.Linear that is not trained, for a token or a few.
 
-The output layer of a language model is most of a small model's weights. torch's product of one row
-by a bf16 weight takes about twice the time of reading it; the kernel of a layer with an adapter
-does not. The layer's class and state stay as they are.
+A token reads all of a model's weights, and of a small model the output layer is a large part. The
+kernel of a layer with an adapter, run without one, is faster there than torch's product: 0.63 to
+0.74 of its time for one row of bf16, 576 -> 49152, on 2 cores of a Zen 4. The layer's class and
+state stay as they are.
 """
 
 from __future__ import annotations

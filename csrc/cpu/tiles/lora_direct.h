@@ -5,7 +5,8 @@
 // Threads share the rows of x where there are many, else the columns of y. A thread packs the rows
 // of x that it needs by itself, even if another one packs the same: what one core has written costs
 // another core more to read than to compute, and the first one more to write again in the next
-// call. (512 rows of x, K = 576: 190 us for all of them with two threads, 40 us a thread apart.)
+// call. (512 rows of x, 576 -> 192, two threads on a Zen 4: 1.74 times the plain layer's time with
+// shared packing, 1.23 times with each thread's own.)
 // Only where many threads would compute the same s they share the packing.
 #pragma once
 
