@@ -66,29 +66,14 @@ class Tiles {
                                  int64_t depth, const Step& step) {
     for (int64_t i = 0; i < depth; ++i) step(i);
     if (depth == 0) return;
-    const Rows first{a0, 64, kTileBytes}, second{a1, 64, kTileBytes};
-    rows8<0>(first, b0, b1, depth);
-    rows8<8>(first, b0, b1, depth);
-    rows8<16>(second, b0, b1, depth);
-    rows8<24>(second, b0, b1, depth);
+    rows32<2>({a0, 64, kTileBytes}, {a1, 64, kTileBytes}, b0, b1, depth);
   }
 
   // The same with A as 32 rows in memory, `stride` bytes apart, and one panel of B or two.
   template <bool two>
   LK_INLINE void multiply_rows(const char* a, int64_t stride, const char* b0, const char* b1,
                                int64_t depth) {
-    const Rows first{a, stride, 64}, second{a + 16 * stride, stride, 64};
-    if constexpr (two) {
-      rows8<0>(first, b0, b1, depth);
-      rows8<8>(first, b0, b1, depth);
-      rows8<16>(second, b0, b1, depth);
-      rows8<24>(second, b0, b1, depth);
-    } else {
-      rows8<0>(first, b0, depth);
-      rows8<8>(first, b0, depth);
-      rows8<16>(second, b0, depth);
-      rows8<24>(second, b0, depth);
-    }
+    rows32<two ? 2 : 1>({a, stride, 64}, {a + 16 * stride, stride, 64}, b0, b1, depth);
   }
 
  private:
@@ -109,56 +94,47 @@ class Tiles {
     int64_t stride, step;
   };
 
-  // The sums of the rows [row, row + 8) of 32 by 32 columns: `rows` is the panel that has them.
-  template <int row>
+  template <int panels>
+  LK_INLINE void rows32(const Rows& first, const Rows& second, const char* b0, const char* b1,
+                        int64_t depth) {
+    rows8<0, panels>(first, b0, b1, depth);
+    rows8<8, panels>(first, b0, b1, depth);
+    rows8<16, panels>(second, b0, b1, depth);
+    rows8<24, panels>(second, b0, b1, depth);
+  }
+
+  // The sums of the rows [row, row + 8) of 32 by one panel of B or two: `rows` is the panel of A
+  // that has them. Not of 16 rows by one: where they are a multiple of 4 KiB apart an L1 cache with
+  // eight ways cannot hold a line of each.
+  template <int row, int panels>
   LK_INLINE void rows8(const Rows& rows, const char* b0, const char* b1, int64_t depth) {
     float* c = sums_[row / 16 * 2] + row % 16 * 16;
     const char* a = rows.data + row % 16 * rows.stride;
-    __m512 sum[8][2];
+    const char* b[2] = {b0, b1};
+    __m512 sum[8][panels];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      sum[i][0] = _mm512_load_ps(c + 16 * i);
-      sum[i][1] = _mm512_load_ps(c + 256 + 16 * i);
-    }
-    for (int64_t t = 0; t < depth; ++t, a += rows.step, b0 += kTileBytes, b1 += kTileBytes) {
+    for (int i = 0; i < 8; ++i)
+#pragma GCC unroll 2
+      for (int p = 0; p < panels; ++p) sum[i][p] = _mm512_load_ps(c + 256 * p + 16 * i);
+    for (int64_t t = 0; t < depth; ++t, a += rows.step) {
 #pragma GCC unroll 2
       for (int q = 0; q < 16; ++q) {
-        const __m512bh v0 = (__m512bh)_mm512_load_si512(b0 + 64 * q);
-        const __m512bh v1 = (__m512bh)_mm512_load_si512(b1 + 64 * q);
+        __m512bh v[panels];
+#pragma GCC unroll 2
+        for (int p = 0; p < panels; ++p)
+          v[p] = (__m512bh)_mm512_load_si512(b[p] + t * kTileBytes + 64 * q);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
           const __m512bh x = pair(a + i * rows.stride + 4 * q);
-          sum[i][0] = _mm512_dpbf16_ps(sum[i][0], v0, x);
-          sum[i][1] = _mm512_dpbf16_ps(sum[i][1], v1, x);
+#pragma GCC unroll 2
+          for (int p = 0; p < panels; ++p) sum[i][p] = _mm512_dpbf16_ps(sum[i][p], v[p], x);
         }
       }
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      _mm512_store_ps(c + 16 * i, sum[i][0]);
-      _mm512_store_ps(c + 256 + 16 * i, sum[i][1]);
-    }
-  }
-
-  // The sums of the rows [row, row + 8) by 16 columns. Not of 16 rows: where they are a multiple of
-  // 4 KiB apart an L1 cache with eight ways cannot hold a line of each.
-  template <int row>
-  LK_INLINE void rows8(const Rows& rows, const char* b, int64_t depth) {
-    float* c = sums_[row / 16 * 2] + row % 16 * 16;
-    const char* a = rows.data + row % 16 * rows.stride;
-    __m512 sum[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) sum[i] = _mm512_load_ps(c + 16 * i);
-    for (int64_t t = 0; t < depth; ++t, a += rows.step, b += kTileBytes)
+    for (int i = 0; i < 8; ++i)
 #pragma GCC unroll 2
-      for (int q = 0; q < 16; ++q) {
-        const __m512bh v = (__m512bh)_mm512_load_si512(b + 64 * q);
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i)
-          sum[i] = _mm512_dpbf16_ps(sum[i], v, pair(a + i * rows.stride + 4 * q));
-      }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) _mm512_store_ps(c + 16 * i, sum[i]);
+      for (int p = 0; p < panels; ++p) _mm512_store_ps(c + 256 * p + 16 * i, sum[i][p]);
   }
 
   alignas(64) float sums_[4][256];
