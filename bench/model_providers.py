@@ -28,7 +28,7 @@ class ModelProvider:
         unasked: whether it runs where no provider is named.
         heavy: not unasked over a large model: all together would not fit into 24 GiB.
         fused: ours after `lora_kernels.fuse_projections`.
-        compiled: the forward compiled, over a static cache.
+        compiled: after `lora_kernels.compile_decoding`.
     """
 
     name: str
@@ -188,7 +188,9 @@ def adapt(model: Any, provider: ModelProvider, spec: ModelSpec) -> Any:
     same_start(model, 0.0 if spec.op == "step" else B_STD)
     model.train(spec.op == "step")
     if provider.compiled:
-        compile_decoding(model)
+        import lora_kernels
+
+        lora_kernels.compile_decoding(model)  # of the plain model too
     return model
 
 
@@ -256,12 +258,6 @@ def same_start(model: nn.Module, b_std: float = 0.0) -> list[nn.Parameter]:
             std = p.shape[1] ** -0.5 if "lora_A" in name else b_std
             p.copy_(torch.randn(p.shape, generator=generator) * std)
     return trainable
-
-
-def compile_decoding(model: Any) -> None:
-    """`torch.compile` over a cache of one size: a graph for the prompt and one for a token."""
-    model.generation_config.cache_implementation = "static"
-    model.forward = torch.compile(model.forward, dynamic=False)
 
 
 def _unsloth(model: Any, spec: ModelSpec) -> Any:

@@ -18,6 +18,7 @@ from lora_kernels.adapters import (
     unmerge_adapters,
 )
 from lora_kernels.dispatch import explain, installed, use_backend
+from lora_kernels.integrations.decoding import compile_decoding, uncompile_decoding
 from lora_kernels.integrations.fused_loss import fuse_loss
 from lora_kernels.nn import LoRAGateUp, LoRALinear, LoRAMLP, LoRAQKV, NF4Linear, QLoRALinear
 from lora_kernels.ops.nf4 import NF4Weight
@@ -35,6 +36,7 @@ __all__ = [
     "NF4Weight",
     "QLoRALinear",
     "apply_lora",
+    "compile_decoding",
     "disable_adapters",
     "explain",
     "functional",
@@ -48,6 +50,7 @@ __all__ = [
     "save_adapter",
     "serving",
     "training",
+    "uncompile_decoding",
     "unfuse_projections",
     "unload",
     "unmerge_adapters",

@@ -137,9 +137,8 @@ Tensor rows_like(const Tensor& x, int64_t columns) {
   return torch::stable::new_empty(x, sizes, x.scalar_type());
 }
 
-// The forward of a layer that is not trained: no dropout, no diagonals, and s is not kept. x is
-// [..., K]. Nothing where it is not as usual; then lora_linear_fwd, or the checks before it, have a
-// say.
+}  // namespace
+
 std::optional<Tensor> lora_linear_infer(const Tensor& x, const std::vector<Tensor>& base_tensors,
                                         const std::vector<int64_t>& meta, const Tensor& a,
                                         const Tensor& b, double scale,
@@ -180,8 +179,6 @@ std::optional<Tensor> lora_linear_infer(const Tensor& x, const std::vector<Tenso
   return y;
 }
 
-// A plain layer of bf16 that is not trained, for as few rows as its time is that of reading W.
-// Nothing where torch's product may be faster.
 std::optional<Tensor> linear_infer(const Tensor& x, const Tensor& weight,
                                    const std::optional<Tensor>& bias) {
   constexpr ScalarType dtype = ScalarType::BFloat16;
@@ -200,6 +197,8 @@ std::optional<Tensor> linear_infer(const Tensor& x, const Tensor& weight,
   check_memory(lora_table().forward(call, torch_parallel()));
   return y;
 }
+
+namespace {
 
 // leftᵀ · (keep ∘ right), fp32 [R, C].
 Tensor wgrad(const MatrixView& left, const MatrixView& right, const Dropout& dropout,

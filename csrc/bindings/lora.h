@@ -32,4 +32,16 @@ Tensor rows_of(const char* name, const Tensor& t, int64_t columns);
 Tensor linear_forward(const Tensor& x, const Base& base, const std::optional<Tensor>& bias);
 Tensor linear_backward(const Tensor& dy, const Base& base);
 
+// The forward of a layer that is not trained: no dropout, no diagonals, and s is not kept. x is
+// [..., K]. Nothing where it is not as usual; then lora_linear_fwd, or the checks before it, have a
+// say.
+std::optional<Tensor> lora_linear_infer(const Tensor& x, const std::vector<Tensor>& base,
+                                        const std::vector<int64_t>& meta, const Tensor& a,
+                                        const Tensor& b, double scale,
+                                        const std::optional<Tensor>& bias);
+// A plain layer of bf16 that is not trained, for as few rows as its time is that of reading W.
+// Nothing where torch's product may be faster.
+std::optional<Tensor> linear_infer(const Tensor& x, const Tensor& weight,
+                                   const std::optional<Tensor>& bias);
+
 }  // namespace lora_kernels

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/observers.h"
 #include "lora_kernels/build_facts.h"
 #include "lora_kernels/isa.h"
 #include "lora_kernels/tuning.h"
@@ -117,4 +118,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_tuning", set_tuning, py::arg("values"),
         "Use other block sizes, process-wide; those not named stay. ValueError, and no change, for "
         "a name or a value that does not fit.");
+  m.def("set_observers", lk::set_observers, py::arg("count"),
+        "How many blocks are open that force a backend or ask which one runs.");
 }

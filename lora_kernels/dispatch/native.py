@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
@@ -23,6 +24,9 @@ from lora_kernels.dispatch import tuning as tuning_file
 _MODULE = "lora_kernels._C"
 # The floor of the stable ABI functions that the extension calls.
 _OLDEST_TORCH = (2, 10)
+_lock = threading.Lock()
+_loaded: list[ModuleType] = []  # of one at most
+_observers = 0
 _REBUILD = f"build it with `{installed.BUILD}` (needs a C++ compiler)"
 
 
@@ -55,7 +59,20 @@ def _load() -> _Loaded:
             f"{_MODULE} does not load with torch {torch.__version__}: {error}; {_REBUILD}",
         )
     tuning_file.apply_file(module)
+    with _lock:
+        module.set_observers(_observers)
+        _loaded.append(module)
     return _Loaded(module, None)
+
+
+def observe(change: int) -> None:
+    """A block that forces a backend, or asks which one runs, begins (1) or ends (-1). Ops that a
+    compiled graph calls without Python then leave the choice to Python."""
+    global _observers
+    with _lock:
+        _observers += change
+        for module in _loaded:
+            module.set_observers(_observers)
 
 
 def _module() -> ModuleType:

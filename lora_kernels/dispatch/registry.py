@@ -19,6 +19,7 @@ import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
+from lora_kernels.dispatch import native
 from lora_kernels.dispatch.flops import Formula, register_flops
 from lora_kernels.dispatch.schema import schema_of
 from lora_kernels.dispatch.settings import Setting
@@ -179,6 +180,22 @@ def define_native(name: str, schema: str) -> None:
     _native_library.define(name + schema)
 
 
+def define_twin(
+    name: str,
+    schema: str,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    call: Callable[..., Any],
+    flops: Formula | None,
+) -> None:
+    """Define `lora_kernels::<name>`, another way to call an op, with the body that runs where
+    torch finds no kernel for the device; `call` and `flops` are as `register_flops` takes them."""
+    _library.define(name + schema)
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    register_flops(NAMESPACE, name, call, flops)
+
+
 def _define_by_tensor(op: Op, fake: Callable[..., Any], flops: Formula | None) -> None:
     """The twin of an op with a scale that takes it as a tensor on the CPU (`common/scale.py`)."""
     schema = op.schema.replace("float scale", "Tensor scale")
@@ -193,10 +210,7 @@ def _define_by_tensor(op: Op, fake: Callable[..., Any], flops: Formula | None) -
             return _run(op, *call._replace(scales=[float(s) for s in call.scales]))
         return _run(op, *call._replace(scale=float(call.scale)))
 
-    _library.define(name + schema)
-    _library.impl(name, by_value, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    register_flops(NAMESPACE, name, op.call, flops)
+    define_twin(name, schema, by_value, fake, op.call, flops)
 
 
 def register(name: str, implementation: Implementation) -> None:
@@ -254,10 +268,10 @@ def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
 
     The way through torch's dispatcher and back into Python takes as long as a small layer's kernel.
     """
-    native = _ops[name].implementations.get("native")
-    if native is None or not unobserved(call[0]) or native.supports(call) is not None:
+    found = _ops[name].implementations.get("native")
+    if found is None or not unobserved(call[0]) or found.supports(call) is not None:
         return None
-    return native.fn
+    return found.fn
 
 
 def unobserved(x: Any) -> bool:
@@ -411,5 +425,7 @@ def _from_environment() -> str | None:
     return name
 
 
-_forced: Setting[str | None] = Setting("backend", _from_environment())
-_log: Setting[list[Explanation] | None] = Setting("explain", None)
+_forced: Setting[str | None] = Setting("backend", _from_environment(), native.observe)
+_log: Setting[list[Explanation] | None] = Setting("explain", None, native.observe)
+if _forced.default is not None:
+    native.observe(1)

@@ -25,10 +25,13 @@ class Setting(Generic[T]):
     Args:
         name: for its repr.
         default: where no block has set it.
+        observe: is told of a block that begins (1) and of one that ends (-1), in any thread.
     """
 
-    def __init__(self, name: str, default: T) -> None:
-        self.default = default
+    def __init__(
+        self, name: str, default: T, observe: Callable[[int], None] = lambda change: None
+    ) -> None:
+        self.default, self._observe = default, observe
         self._variable: ContextVar[T] = ContextVar(name, default=default)
         self.get: Callable[[], T] = self._variable.get
         _all.append(self)
@@ -37,9 +40,11 @@ class Setting(Generic[T]):
     def use(self, value: T) -> Iterator[None]:
         """Set it until the block ends."""
         token = self._variable.set(value)
+        self._observe(1)
         try:
             yield
         finally:
+            self._observe(-1)
             self._variable.reset(token)
 
 

@@ -32,6 +32,7 @@ from lora_kernels.ops.common.flatten import autocast, from_rows, needs_grad, to_
 from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import check_dropout, threshold
 from lora_kernels.ops.common.scale import as_scale, run_scaled
+from lora_kernels.ops.lora.graph import lora_linear_in_graph
 from lora_kernels.ops.lora.infer import infer
 from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearForward
 from lora_kernels.ops.nf4.weight import NF4Weight
@@ -202,9 +203,14 @@ def _run(c: LoRALinearForward) -> Tensor:
         seed = None
     elif seed is None:
         seed = draw_seed(x.device)
-    c = c._replace(x=to_rows(x), seed=seed)
     dense = c.base[0] if len(c.base) == 1 else None
-    if needs_grad(x, c.a, c.b, c.bias, c.rank_diag, c.out_diag, dense):
+    trained = needs_grad(x, c.a, c.b, c.bias, c.rank_diag, c.out_diag, dense)
+    if not trained and seed is None and c.rank_diag is None and c.out_diag is None:
+        y = lora_linear_in_graph(c)
+        if y is not None:
+            return y
+    c = c._replace(x=to_rows(x), seed=seed)
+    if trained:
         y = LoRALinearFunction.apply(_FIELDS.counts(c), *_FIELDS.spread(c))
     else:
         y, _ = run_scaled("lora_linear_fwd", c)
