@@ -175,3 +175,25 @@ def test_what_is_no_such_model_is_refused():
     model.forward = lambda *args, **kwargs: None
     with pytest.raises(TypeError, match="model: its forward was replaced"):
         lk.compile_decoding(model)
+
+
+def test_every_way_to_generate_gives_the_same_tokens():
+    ids = torch.randint(1, 97, (3, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[2, :2] = 0
+
+    def ways(model):
+        common = {"max_new_tokens": 7, "pad_token_id": 0}
+        yield model.generate(ids, attention_mask=mask, do_sample=False, **common)
+        yield model.generate(ids, attention_mask=mask, num_beams=3, do_sample=False, **common)
+        torch.manual_seed(5)
+        yield model.generate(ids, attention_mask=mask, do_sample=True, **common)
+        yield model.generate(ids[:1, :1], do_sample=False, **common)
+        with torch.inference_mode():
+            yield model.generate(ids, attention_mask=mask, do_sample=False, **common)
+
+    model = llama().float()
+    want = list(ways(model))
+    lk.compile_decoding(model, backend="aot_eager")
+    for got, expected in zip(ways(model), want, strict=True):
+        assert torch.equal(got, expected)
