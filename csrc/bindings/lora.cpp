@@ -144,8 +144,8 @@ ScalarType dtype_of(const std::optional<Tensor>& t, ScalarType otherwise) {
 
 }  // namespace
 
-LoraGrads lora_grads(const LoraSaved& saved, const Base& base, const LoraView& lora, const Tensor& a,
-                     const Tensor& b, const std::optional<Tensor>& rank_diag,
+LoraGrads lora_grads(const LoraSaved& saved, const Base& base, const LoraView& lora,
+                     const Tensor& a, const Tensor& b, const std::optional<Tensor>& rank_diag,
                      const std::optional<Tensor>& out_diag, const LoraNeeds& needs) {
   const Tensor& dy = saved.dy;
   const ScalarType dtype = dy.scalar_type();

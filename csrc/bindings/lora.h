@@ -44,8 +44,8 @@ struct LoraGrads {
   std::optional<Tensor> dx, da, db, drank_diag, dout_diag;
 };
 // The gradients that are needed, those of the parameters in the parameters' types.
-LoraGrads lora_grads(const LoraSaved& saved, const Base& base, const LoraView& lora, const Tensor& a,
-                     const Tensor& b, const std::optional<Tensor>& rank_diag,
+LoraGrads lora_grads(const LoraSaved& saved, const Base& base, const LoraView& lora,
+                     const Tensor& a, const Tensor& b, const std::optional<Tensor>& rank_diag,
                      const std::optional<Tensor>& out_diag, const LoraNeeds& needs);
 Tensor bias_grad(const Tensor& dy);
 

@@ -1,6 +1,6 @@
-// The ops of the short way (lora_kernels/ops/lora/short.py): a usual call of a layer on the CPU from
-// its arguments to the kernel, and nothing for any other call, which the checks of every call and
-// lora_linear_{fwd,bwd} then take. x, dy and y are [..., K] and [..., N].
+// The ops of the short way (lora_kernels/ops/lora/short.py): a usual call of a layer on the CPU
+// from its arguments to the kernel, and nothing for any other call, which the checks of every call
+// and lora_linear_{fwd,bwd} then take. x, dy and y are [..., K] and [..., N].
 //
 // A base comes as the tensors of a 4-bit weight and its meta, or as a dense weight and zeros: each
 // list among an op's arguments takes 0.5 us on its way through torch.
@@ -85,9 +85,12 @@ std::optional<Tensor> lora_linear_infer(const Tensor& x, const std::vector<Tenso
     more = new_tensor(x, {rows, r}, rank_dtype(x.scalar_type()));
     s = more->mutable_data_ptr();
   }
-  const LoraForward call{view_of(x, rows, meta[1], meta[1]), base.view,
-                         vector_view("bias", bias, meta[0]), adapter_of(a, b, scale),
-                         y.mutable_data_ptr(),               s};
+  const LoraForward call{view_of(x, rows, meta[1], meta[1]),
+                         base.view,
+                         vector_view("bias", bias, meta[0]),
+                         adapter_of(a, b, scale),
+                         y.mutable_data_ptr(),
+                         s};
   check_memory(lora_table().forward(call, torch_parallel()));
   return y;
 }
@@ -99,8 +102,7 @@ MaybeTensor infer(const Tensor& x, const Tensor& weight, const MaybeTensor& absm
                   const MaybeTensor& nested_offset, int64_t n, int64_t k, int64_t block_size,
                   int64_t quant_type, int64_t nested_block, const Tensor& a, const Tensor& b,
                   double scale, const MaybeTensor& bias) {
-  return lora_linear_infer(x,
-                           tensors_of(weight, absmax, nested_absmax, nested_map, nested_offset),
+  return lora_linear_infer(x, tensors_of(weight, absmax, nested_absmax, nested_map, nested_offset),
                            meta_of(weight, n, k, block_size, quant_type, nested_block), a, b, scale,
                            bias);
 }
@@ -112,8 +114,7 @@ Tensor draw_seed(const Tensor& like) {
                           torch::stable::detail::from(int64_t{0}),
                           torch::stable::detail::from(std::optional<int64_t>(INT64_MAX)),
                           torch::stable::detail::from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::random_", "from", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::random_", "from", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -142,9 +143,12 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> lora_linear_train(
   }
   Tensor y = rows_like(x, meta[0]);
   Tensor s = new_tensor(x, {rows, r}, rank_dtype(x.scalar_type()));
-  const LoraForward call{view_of(x, rows, meta[1], meta[1]), base.view,
-                         vector_view("bias", bias, meta[0]), lora,
-                         y.mutable_data_ptr(),               s.mutable_data_ptr()};
+  const LoraForward call{view_of(x, rows, meta[1], meta[1]),
+                         base.view,
+                         vector_view("bias", bias, meta[0]),
+                         lora,
+                         y.mutable_data_ptr(),
+                         s.mutable_data_ptr()};
   if (rows > 0) check_memory(lora_table().forward(call, torch_parallel()));
   return {y, s, drawn};
 }
