@@ -1,9 +1,6 @@
 // The ops of the short way (lora_kernels/ops/lora/short.py): a usual call of a layer on the CPU
 // from its arguments to the kernel, and nothing for any other call, which the checks of every call
 // and lora_linear_{fwd,bwd} then take. x, dy and y are [..., K] and [..., N].
-//
-// A base comes as the tensors of a 4-bit weight and its meta, or as a dense weight and zeros: each
-// list among an op's arguments takes 0.5 us on its way through torch.
 #include "bindings/lora.h"
 
 namespace lora_kernels {
@@ -29,30 +26,16 @@ MatrixView view_of(const Tensor& t, int64_t rows, int64_t columns, int64_t strid
   return {t.const_data_ptr(), kernel_dtype("x", t), rows, columns, stride};
 }
 
-std::vector<Tensor> tensors_of(const Tensor& weight, const MaybeTensor& absmax,
-                               const MaybeTensor& nested_absmax, const MaybeTensor& nested_map,
-                               const MaybeTensor& nested_offset) {
-  std::vector<Tensor> base{weight};
-  for (const MaybeTensor* t : {&absmax, &nested_absmax, &nested_map, &nested_offset})
-    if (t->has_value()) base.push_back(**t);
-  return base;
-}
-
-std::vector<int64_t> meta_of(const Tensor& weight, int64_t n, int64_t k, int64_t block_size,
-                             int64_t quant_type, int64_t nested_block) {
-  if (block_size > 0) return {n, k, block_size, quant_type, nested_block};
-  return {weight.size(0), weight.size(1)};
-}
-
 // Whether the kernels take x over this base, and A and B as they are.
-bool usual(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& meta, const Tensor& a,
-           const Tensor& b, const MaybeTensor& bias) {
+bool usual(const Tensor& x, const std::vector<Tensor>& base, const std::vector<int64_t>& meta,
+           const Tensor& a, const Tensor& b, const MaybeTensor& bias) {
+  if (meta.size() < 2 || base.empty() || (meta.size() == 2 && base.size() != 1)) return false;
   const ScalarType dtype = x.scalar_type(), adapters = a.scalar_type();
   const int64_t n = meta[0], k = meta[1], r = a.dim() == 2 ? a.size(0) : 0;
   return known(dtype) && known(adapters) && n > 0 && k > 0 && r > 0 && x.is_cpu() && x.dim() > 0 &&
          x.size(-1) == k && x.is_contiguous() && rows_of_floats(a, r, k, adapters) &&
          rows_of_floats(b, n, r, adapters) &&
-         (meta.size() > 2 || rows_of_floats(weight, n, k, dtype)) && usual_vector(bias, n, dtype);
+         (meta.size() > 2 || rows_of_floats(base[0], n, k, dtype)) && usual_vector(bias, n, dtype);
 }
 
 LoraView adapter_of(const Tensor& a, const Tensor& b, double scale) {
@@ -70,9 +53,7 @@ std::optional<Tensor> lora_linear_infer(const Tensor& x, const std::vector<Tenso
                                         const std::vector<int64_t>& meta, const Tensor& a,
                                         const Tensor& b, double scale,
                                         const std::optional<Tensor>& bias) {
-  if (meta.size() < 2 || base_tensors.empty() || (meta.size() == 2 && base_tensors.size() != 1) ||
-      !usual(x, base_tensors[0], meta, a, b, bias))
-    return std::nullopt;
+  if (!usual(x, base_tensors, meta, a, b, bias)) return std::nullopt;
   const Base base(base_tensors, meta);
   Tensor y = rows_like(x, meta[0]);
   const int64_t rows = x.numel() / meta[1], r = a.size(0);
@@ -97,14 +78,11 @@ std::optional<Tensor> lora_linear_infer(const Tensor& x, const std::vector<Tenso
 
 namespace {
 
-MaybeTensor infer(const Tensor& x, const Tensor& weight, const MaybeTensor& absmax,
-                  const MaybeTensor& nested_absmax, const MaybeTensor& nested_map,
-                  const MaybeTensor& nested_offset, int64_t n, int64_t k, int64_t block_size,
-                  int64_t quant_type, int64_t nested_block, const Tensor& a, const Tensor& b,
-                  double scale, const MaybeTensor& bias) {
-  return lora_linear_infer(x, tensors_of(weight, absmax, nested_absmax, nested_map, nested_offset),
-                           meta_of(weight, n, k, block_size, quant_type, nested_block), a, b, scale,
-                           bias);
+// A list among an op's arguments takes 0.5 us on its way through torch, as long as half the kernel
+// of a token: for a dense weight there is none.
+MaybeTensor lora_dense_infer(const Tensor& x, const Tensor& weight, const Tensor& a,
+                             const Tensor& b, double scale, const MaybeTensor& bias) {
+  return lora_linear_infer(x, {weight}, {weight.size(0), weight.size(1)}, a, b, scale, bias);
 }
 
 // What torch.randint gives for these arguments (`draw_seed` in lora_kernels/ops/lora/seed.py).
@@ -120,19 +98,16 @@ Tensor draw_seed(const Tensor& like) {
 
 // y, s [M, R], and the seed where one was drawn. dropout_p is 0 or such that some are dropped.
 std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> lora_linear_train(
-    const Tensor& x, const Tensor& weight, const MaybeTensor& absmax,
-    const MaybeTensor& nested_absmax, const MaybeTensor& nested_map,
-    const MaybeTensor& nested_offset, int64_t n, int64_t k, int64_t block_size, int64_t quant_type,
-    int64_t nested_block, const Tensor& a, const Tensor& b, double scale, const MaybeTensor& bias,
-    double dropout_p, const MaybeTensor& seed, const MaybeTensor& rank_diag) {
-  const std::vector<int64_t> meta = meta_of(weight, n, k, block_size, quant_type, nested_block);
-  if (!usual(x, weight, meta, a, b, bias)) return {};
+    const Tensor& x, const std::vector<Tensor>& base_tensors, const std::vector<int64_t>& meta,
+    const Tensor& a, const Tensor& b, double scale, const MaybeTensor& bias, double dropout_p,
+    const MaybeTensor& seed, const MaybeTensor& rank_diag) {
+  if (!usual(x, base_tensors, meta, a, b, bias)) return {};
   const int64_t rows = x.numel() / meta[1], r = a.size(0);
   if (seed.has_value() && !usual_vector(seed, 1, ScalarType::Long)) return {};
   if (rank_diag.has_value() &&
       !(known(rank_diag->scalar_type()) && usual_vector(rank_diag, r, rank_diag->scalar_type())))
     return {};
-  const Base base(tensors_of(weight, absmax, nested_absmax, nested_map, nested_offset), meta);
+  const Base base(base_tensors, meta);
   LoraView lora = adapter_of(a, b, scale);
   lora.rank_diag = vector_view("rank_diag", rank_diag, r);
   MaybeTensor drawn;
@@ -157,29 +132,28 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> lora_linear_train(
 // lora_linear_train took and gave, x as rows. Nothing where dy is not contiguous, nor rows of two
 // dimensions, or where what was kept has come back as something else.
 std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> lora_linear_train_bwd(
-    const Tensor& dy, const Tensor& s, const Tensor& x, const Tensor& weight,
-    const MaybeTensor& absmax, const MaybeTensor& nested_absmax, const MaybeTensor& nested_map,
-    const MaybeTensor& nested_offset, const Tensor& a, const Tensor& b, const MaybeTensor& seed,
-    const MaybeTensor& rank_diag, int64_t n, int64_t k, int64_t block_size, int64_t quant_type,
-    int64_t nested_block, double scale, double dropout_p, bool need_x, bool need_a, bool need_b,
-    bool need_bias, bool need_rank_diag) {
-  const std::vector<int64_t> meta = meta_of(weight, n, k, block_size, quant_type, nested_block);
+    const Tensor& dy, const Tensor& x, const Tensor& s, const std::vector<Tensor>& base_tensors,
+    const std::vector<int64_t>& meta, const Tensor& a, const Tensor& b, double scale,
+    double dropout_p, const MaybeTensor& seed, const MaybeTensor& rank_diag,
+    const std::vector<bool>& needs) {
+  LK_CHECK(needs.size() == 5 && meta.size() >= 2, "needs: got ", needs.size(),
+           " flags, expected 5 (x, lora_a, lora_b, bias, rank_diag)");
   const ScalarType dtype = x.scalar_type();
   const int64_t rows = x.size(0), columns = meta[0], r = s.size(-1);
-  if (!usual(x, weight, meta, a, b, std::nullopt) || a.size(0) != r || !dy.is_cpu() ||
+  if (!usual(x, base_tensors, meta, a, b, std::nullopt) || a.size(0) != r || !dy.is_cpu() ||
       dy.scalar_type() != dtype || dy.dim() == 0 || dy.size(-1) != columns ||
       dy.numel() != rows * columns ||
       !(dy.is_contiguous() || (dy.dim() == 2 && dy.stride(1) == 1)) ||
       !rows_of_floats(s, rows, r, rank_dtype(dtype)))
     return {};
-  const Base base(tensors_of(weight, absmax, nested_absmax, nested_map, nested_offset), meta);
+  const Base base(base_tensors, meta);
   const LoraView lora = lora_view(base, a, b, scale, dropout_p, seed, rank_diag, std::nullopt, 0);
   const LoraSaved saved{dy, view_of(dy, rows, columns, dy.is_contiguous() ? columns : dy.stride(0)),
                         view_of(x, rows, meta[1], meta[1]), view_of(s, rows, r, s.stride(0))};
   LoraGrads grads = lora_grads(saved, base, lora, a, b, rank_diag, std::nullopt,
-                               {need_x, need_a, need_b, need_rank_diag, false});
+                               {needs[0], needs[1], needs[2], needs[4], false});
   MaybeTensor dbias;
-  if (need_bias) dbias = bias_grad(dy.dim() == 2 ? dy : torch::stable::view(dy, {rows, columns}));
+  if (needs[3]) dbias = bias_grad(dy.dim() == 2 ? dy : torch::stable::view(dy, {rows, columns}));
   return {grads.dx, grads.da, grads.db, dbias, grads.drank_diag};
 }
 
@@ -204,7 +178,8 @@ MaybeTensor linear_infer(const Tensor& x, const Tensor& weight, const MaybeTenso
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels_native, CPU, m) {
-  m.impl("lora_linear_infer", TORCH_BOX(&infer));
+  m.impl("lora_linear_infer", TORCH_BOX(&lora_linear_infer));
+  m.impl("lora_dense_infer", TORCH_BOX(&lora_dense_infer));
   m.impl("lora_linear_train", TORCH_BOX(&lora_linear_train));
   m.impl("lora_linear_train_bwd", TORCH_BOX(&lora_linear_train_bwd));
   m.impl("linear_infer", TORCH_BOX(&linear_infer));

@@ -34,7 +34,7 @@ from lora_kernels.ops.common.philox import check_dropout, threshold
 from lora_kernels.ops.common.scale import as_scale, run_scaled
 from lora_kernels.ops.lora.graph import lora_linear_in_graph
 from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearForward
-from lora_kernels.ops.lora.short import DENSE, short
+from lora_kernels.ops.lora.short import short
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 _FIELDS = Fields(LoRALinearForward)
@@ -116,9 +116,9 @@ def lora_linear(
     try:
         if weight.dim() != 2:
             raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K]")
+        meta = [*weight.shape]
         if out_diag is None:
-            base = (weight, *DENSE)
-            y = short(x, base, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag)
+            y = short(x, [weight], meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag)
             if y is not None:
                 return y
         x, weight, bias = autocast(x, weight, bias)
@@ -126,7 +126,7 @@ def lora_linear(
             LoRALinearForward(
                 x,
                 [weight],
-                [weight.shape[0], weight.shape[-1]],
+                meta,
                 lora_a,
                 lora_b,
                 as_scale(scale),
@@ -169,17 +169,17 @@ def nf4_lora_linear(
         torch.Size([3, 32])
     """
     try:
-        base = qweight.check().flat
+        base, meta = qweight.check().base, qweight.meta
         if out_diag is None:
-            y = short(x, base, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag)
+            y = short(x, base, meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag)
             if y is not None:
                 return y
         x, bias = autocast(x, bias)
         return _run(
             LoRALinearForward(
                 x,
-                qweight.base,
-                qweight.meta,
+                base,
+                meta,
                 lora_a,
                 lora_b,
                 as_scale(scale),

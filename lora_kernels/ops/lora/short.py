@@ -9,7 +9,7 @@ then takes the way of every call. Both ways run the same kernels and give the sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,37 +23,33 @@ from lora_kernels.ops.common.native import refuse_device
 from lora_kernels.ops.lora.schema import LoRALinearBackward
 
 _PLAIN = (Tensor, Parameter)
-# A base as these ops take it: its tensors and its meta, entry by entry (`NF4Weight.flat`).
-_TENSORS = (
-    "Tensor weight, Tensor? absmax, Tensor? nested_absmax, Tensor? nested_map,"
-    " Tensor? nested_offset"
-)
-_META = "int n, int k, int block_size, int quant_type, int nested_block"
-_COMPONENTS = 5
-DENSE = (None, None, None, None, 0, 0, 0, 0, 0)  # what follows a dense weight
-_FORWARD = f"(Tensor x, {_TENSORS}, {_META}, Tensor a, Tensor b, float scale, Tensor? bias"
+_CALL = "(Tensor x, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale, Tensor? bias"
 
 define_native("linear_infer", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor?")
-define_native("lora_linear_infer", _FORWARD + ") -> Tensor?")
+define_native("lora_linear_infer", _CALL + ") -> Tensor?")
+define_native(
+    "lora_dense_infer",
+    "(Tensor x, Tensor weight, Tensor a, Tensor b, float scale, Tensor? bias) -> Tensor?",
+)
 define_native(
     "lora_linear_train",
-    _FORWARD + ", float dropout_p, Tensor? seed, Tensor? rank_diag)"
-    " -> (Tensor? y, Tensor? s, Tensor? seed)",
+    _CALL + ", float dropout_p, Tensor? seed, Tensor? rank_diag)"
+    " -> (Tensor? y, Tensor? s, Tensor? drawn_seed)",
 )
 define_native(
     "lora_linear_train_bwd",
-    f"(Tensor dy, Tensor s, Tensor x, {_TENSORS}, Tensor a, Tensor b, Tensor? seed,"
-    f" Tensor? rank_diag, {_META}, float scale, float dropout_p, bool need_x, bool need_a,"
-    " bool need_b, bool need_bias, bool need_rank_diag)"
+    "(Tensor dy, Tensor x, Tensor s, Tensor[] base, int[] meta, Tensor a, Tensor b, float scale,"
+    " float dropout_p, Tensor? seed, Tensor? rank_diag, bool[] needs)"
     " -> (Tensor? dx, Tensor? da, Tensor? db, Tensor? dbias, Tensor? drank_diag)",
 )
 
 
 class _Ops(NamedTuple):
-    linear: Callable[..., Any]
-    infer: Callable[..., Any]
-    train: Callable[..., Any]
-    backward: Callable[..., Any]
+    linear_infer: Callable[..., Any]
+    lora_linear_infer: Callable[..., Any]
+    lora_dense_infer: Callable[..., Any]
+    lora_linear_train: Callable[..., Any]
+    lora_linear_train_bwd: Callable[..., Any]
 
 
 @functools.cache
@@ -62,8 +58,7 @@ def _ops() -> _Ops | None:
     if refuse_device("lora_linear_infer", torch.device("cpu")) is not None:
         return None
     native = torch.ops.lora_kernels_native
-    names = ("linear_infer", "lora_linear_infer", "lora_linear_train", "lora_linear_train_bwd")
-    return _Ops(*(getattr(native, name).default._op for name in names))
+    return _Ops(*(getattr(native, name).default._op for name in _Ops._fields))
 
 
 def _plain(t: Tensor) -> bool:
@@ -72,7 +67,8 @@ def _plain(t: Tensor) -> bool:
 
 def short(
     x: Tensor,
-    base: tuple[Any, ...],
+    base: Sequence[Tensor],
+    meta: Sequence[int],
     a: Tensor,
     b: Tensor,
     scale: float,
@@ -82,11 +78,7 @@ def short(
     rank_diag: Tensor | None,
 ) -> Tensor | None:
     """y [..., N] of `lora_linear` without an output diagonal; None where the call is not one of
-    plain CPU tensors that no mode of torch's or ours looks at, or the weight is trained.
-
-    Args:
-        base: the weight's tensors and meta, each one entry.
-    """
+    plain CPU tensors that no mode of torch's or ours looks at, or the weight is trained."""
     weight = base[0]
     if (
         not unobserved(x)
@@ -109,7 +101,9 @@ def short(
     )
     if dropout_p == 0.0:
         if not trained and rank_diag is None:
-            return ops.infer(x, *base, a, b, scale, bias)
+            if len(base) == 1:
+                return ops.lora_dense_infer(x, weight, a, b, scale, bias)
+            return ops.lora_linear_infer(x, base, meta, a, b, scale, bias)
         seed = None
     elif not (type(dropout_p) is float and 1e-4 < dropout_p < 0.999):  # some are dropped, some kept
         return None
@@ -119,10 +113,12 @@ def short(
         or (trained and (weight.requires_grad or torch._C._are_functorch_transforms_active()))
     ):
         return None
-    y, s, drawn = ops.train(x, *base, a, b, scale, bias, dropout_p, seed, rank_diag)
+    y, s, drawn = ops.lora_linear_train(
+        x, base, meta, a, b, scale, bias, dropout_p, seed, rank_diag
+    )
     if y is None or not trained:
         return y
-    made = (y, s, base, scale, dropout_p, seed if drawn is None else drawn)
+    made = (y, s, base, meta, scale, dropout_p, seed if drawn is None else drawn)
     return _apply(x, a, b, bias, rank_diag, made)
 
 
@@ -140,9 +136,9 @@ class ShortLoRALinearFunction(torch.autograd.Function):
         rank_diag: Tensor | None,
         made: tuple[Any, ...],
     ) -> Tensor:
-        y, s, base, scale, dropout_p, seed = made
-        ctx.save_for_backward(s, to_rows(x), *base[:_COMPONENTS], a, b, seed, rank_diag)
-        ctx.rest = (*base[_COMPONENTS:], scale, dropout_p)
+        y, s, base, meta, scale, dropout_p, seed = made
+        ctx.save_for_backward(s, to_rows(x), *base, a, b, seed, rank_diag)
+        ctx.rest = (meta, scale, dropout_p)
         return y
 
     @staticmethod
@@ -156,35 +152,23 @@ _apply = super(torch.autograd.Function, ShortLoRALinearFunction).apply
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
+    s, x, *base, a, b, seed, rank_diag = ctx.saved_tensors
+    meta, scale, dropout_p = ctx.rest
+    needs = ctx.needs_input_grad[:5]
+    call = (x, s, base, meta, a, b, scale, dropout_p, seed, rank_diag)
     ops = _ops()
     if unobserved(dy) and ops is not None and not torch._C._are_functorch_transforms_active():
-        grads = ops.backward(dy, *saved, *ctx.rest, *needs)
+        grads = ops.lora_linear_train_bwd(dy, *call, needs)
         for grad in grads:
             if grad is not None:
                 return (*grads, None)
-    s, x, *base, a, b, seed, rank_diag = saved
-    *meta, scale, dropout_p = ctx.rest
-    if meta[2] == 0:
-        meta = list(base[0].shape)
-    call = LoRALinearBackward(
-        to_rows(dy),
-        x,
-        s,
-        [t for t in base if t is not None],
-        meta,
-        a,
-        b,
-        scale,
-        dropout_p,
-        seed,
-        rank_diag,
-        None,
-        [*needs, False, False],
+    made = run(
+        "lora_linear_bwd", LoRALinearBackward(to_rows(dy), *call, None, [*needs, False, False])
     )
-    dx, *grads = run("lora_linear_bwd", call)[:5]
-    made = (from_rows(dx, dy) if needs[0] else dx, *grads)
-    return (*(grad if need else None for grad, need in zip(made, needs, strict=True)), None)
+    dx, da, db, dbias, drank, *_ = (
+        grad if need else None for grad, need in zip(made, [*needs, False, False], strict=True)
+    )
+    return (None if dx is None else from_rows(dx, dy), da, db, dbias, drank, None)
 
 
 _checked_gradients = once_differentiable(_gradients)
@@ -206,4 +190,4 @@ def infer_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | Non
     ):
         return None
     ops = _ops()
-    return None if ops is None else ops.linear(x, weight, bias)
+    return None if ops is None else ops.linear_infer(x, weight, bias)

@@ -46,7 +46,6 @@ class NF4Weight:
             own scales (fp32), code map (fp32 [256]), offset (fp32 [1]) and block size; None and 0
             when the scales are plain.
         base, meta: the component tensors, and the sizes and format, as the ops take them.
-        flat: both in one row, None for a component that is not there.
 
     Examples:
         >>> weight = lk.NF4Weight.quantize(torch.randn(32, 64), block_size=64)
@@ -71,7 +70,6 @@ class NF4Weight:
     # Derived once, for a layer's every call: what the ops take, and whether it was checked.
     base: list[Tensor] = field(init=False, repr=False)
     meta: list[int] = field(init=False, repr=False)
-    flat: tuple[Any, ...] = field(init=False, repr=False)
     _fits: bool = field(init=False, repr=False)
 
     @classmethod
@@ -127,8 +125,6 @@ class NF4Weight:
         meta = [*self.shape, self.block_size, quant_type, self.nested_block_size]
         object.__setattr__(self, "base", base)
         object.__setattr__(self, "meta", meta)
-        absent = [None] * (len(COMPONENTS) - len(base))
-        object.__setattr__(self, "flat", (*base, *absent, *meta))
         object.__setattr__(self, "_fits", False)
 
     def check(self) -> NF4Weight:
