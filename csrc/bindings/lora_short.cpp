@@ -85,7 +85,7 @@ MaybeTensor lora_dense_infer(const Tensor& x, const Tensor& weight, const Tensor
   return lora_linear_infer(x, {weight}, {weight.size(0), weight.size(1)}, a, b, scale, bias);
 }
 
-// What torch.randint gives for these arguments (`draw_seed` in lora_kernels/ops/lora/seed.py).
+// What torch.randint gives for these arguments (`draw_seed` in lora_kernels/ops/lora/api.py).
 Tensor draw_seed(const Tensor& like) {
   Tensor seed = new_tensor(like, {1}, ScalarType::Long);
   StableIValue stack[] = {torch::stable::detail::from(seed),

@@ -114,13 +114,20 @@ def test_what_it_leaves_to_the_usual_way(taken: list[bool]) -> None:
         ({"lora_b": torch.zeros(N, R).half()}, TypeError, r"lora_b: got dtype"),
         ({"bias": torch.zeros(N)}, TypeError, r"bias: got dtype"),
         ({"bias": torch.zeros(N + 1).bfloat16()}, ValueError, r"bias: got shape \[97\]"),
+        ({"rank_diag": torch.zeros(R + 1)}, ValueError, r"rank_diag: got shape \[9\]"),
+        ({"seed": torch.zeros(1)}, TypeError, r"seed: got dtype"),
+        ({"seed": torch.zeros(2).long(), "dropout_p": 0.5}, ValueError, r"seed: got shape \[2\]"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p: got 1.0"),
+        ({"dropout_p": float("nan")}, ValueError, r"dropout_p: got nan"),
     ],
 )
+@pytest.mark.parametrize("trained", [False, True])
 def test_errors_are_those_of_every_call(
-    changed: dict[str, Tensor], error: type[Exception], message: str
+    changed: dict[str, Any], error: type[Exception], message: str, trained: bool
 ) -> None:
+    given = operands(torch.bfloat16, 3) | changed
     with pytest.raises(error, match=message):
-        fn.lora_linear(**operands(torch.bfloat16, 3) | changed)
+        fn.lora_linear(**given | {"lora_a": given["lora_a"].clone().requires_grad_(trained)})
 
 
 # --- trained --------------------------------------------------------------------------------------
@@ -198,12 +205,14 @@ def test_a_trained_call_has_the_same_bits(
         options = {"scale": 0.5, "dropout_p": (0.0, 0.3)[i % 2], "quantised": quantised}
         cases += [(given | more, asked, {**options, "seed": SEED})]
     cases += [({k: v.to(dtype) for k, v in given.items()}, ASKED[0], {"quantised": quantised})]
-    for tensors, asked, options in cases:
-        for dy in GRADS.values():
-            found = step(tensors, asked, lambda y, dy=dy: dy(y).to(y.dtype), **options)
-            with usual():
-                wanted = step(tensors, asked, lambda y, dy=dy: dy(y).to(y.dtype), **options)
-            same(found, wanted)
+    kinds = list(GRADS.values())
+    for i, (tensors, asked, options) in enumerate(cases):
+        kind = kinds[(i + sum(leading)) % len(kinds)]
+        dy = lambda y, kind=kind: kind(y).to(y.dtype)  # noqa: E731
+        found = step(tensors, asked, dy, **options)
+        with usual():
+            wanted = step(tensors, asked, dy, **options)
+        same(found, wanted)
     assert taken and all(taken)
 
 

@@ -99,16 +99,15 @@ def short(
         or (bias is not None and bias.requires_grad)
         or (rank_diag is not None and rank_diag.requires_grad)
     )
-    if dropout_p == 0.0:
-        if not trained and rank_diag is None:
-            if len(base) == 1:
-                return ops.lora_dense_infer(x, weight, a, b, scale, bias)
-            return ops.lora_linear_infer(x, base, meta, a, b, scale, bias)
-        seed = None
-    elif not (type(dropout_p) is float and 1e-4 < dropout_p < 0.999):  # some are dropped, some kept
-        return None
+    drops = dropout_p != 0.0
+    if not (drops or trained) and rank_diag is None and seed is None:
+        if len(base) == 1:
+            return ops.lora_dense_infer(x, weight, a, b, scale, bias)
+        return ops.lora_linear_infer(x, base, meta, a, b, scale, bias)
     if (
-        not (rank_diag is None or _plain(rank_diag))
+        # Some are dropped, and some are kept.
+        (drops and not (type(dropout_p) is float and 1e-4 < dropout_p < 0.999))
+        or not (rank_diag is None or _plain(rank_diag))
         or not (seed is None or _plain(seed))
         or (trained and (weight.requires_grad or torch._C._are_functorch_transforms_active()))
     ):
@@ -118,7 +117,8 @@ def short(
     )
     if y is None or not trained:
         return y
-    made = (y, s, base, meta, scale, dropout_p, seed if drawn is None else drawn)
+    seed = None if not drops else seed if drawn is None else drawn
+    made = (y, s, base, meta, scale, dropout_p, seed)
     return _apply(x, a, b, bias, rank_diag, made)
 
 
