@@ -45,6 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # value), so an output element that a kernel forgot to write cannot pass for a right one.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    from lora_kernels.dispatch import native
+
+    native.fill_new_tensors(True)  # whose kernels take a shorter way to a new tensor otherwise
     if _INTERPRETING and importlib.util.find_spec("triton"):
         patch_once()
 

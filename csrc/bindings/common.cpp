@@ -1,5 +1,7 @@
 #include "bindings/common.h"
 
+#include <atomic>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -88,8 +90,36 @@ Dtype kernel_dtype(const char* name, ScalarType dtype) {
   }
 }
 
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, shape, dtype);
+namespace {
+
+std::atomic<bool> filled{false};
+constexpr size_t kMostDimensions = 8;
+
+// torch::stable::new_empty goes through the dispatcher by name and takes 1.7 us on a Zen 4 machine,
+// this one 0.6.
+Tensor empty_on_cpu(Sizes shape, ScalarType dtype) {
+  int64_t strides[kMostDimensions];
+  const size_t dims = shape.size();
+  int64_t stride = 1;
+  for (size_t i = dims; i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i] > 1 ? shape[i] : 1;
+  }
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(dims), shape.data(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+}  // namespace
+
+void fill_new_tensors(bool on) { filled = on; }
+
+Tensor new_tensor(const Tensor& like, Sizes shape, ScalarType dtype) {
+  const bool short_way = shape.size() <= kMostDimensions && like.is_cpu() && !filled;
+  Tensor t = short_way ? empty_on_cpu(shape, dtype) : torch::stable::new_empty(like, shape, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHugePage = 2 << 20;
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();

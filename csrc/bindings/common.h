@@ -69,9 +69,17 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
 // An uninitialised tensor on the device of `like`. A large one asks for huge pages, as the kernel's
 // first touch of 4 KiB pages costs more than most kernels do.
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype);
+Tensor new_tensor(const Tensor& like, Sizes shape, ScalarType dtype);
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shape,
+                         ScalarType dtype) {
+  return new_tensor(like, Sizes(shape.begin(), shape.size()), dtype);
+}
+// Have torch fill new tensors as it fills its own in its deterministic mode: for tests.
+void fill_new_tensors(bool on);
 
 // torch's intra-op threads.
 Parallel torch_parallel();

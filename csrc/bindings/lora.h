@@ -28,6 +28,27 @@ LoraView lora_view(const Base& base, const Tensor& a, const Tensor& b, double sc
 // Activations have any strides, and kernels read rows: the tensor itself, or a contiguous copy.
 Tensor rows_of(const char* name, const Tensor& t, int64_t columns);
 
+// A new tensor of x's leading sizes and dtype: [..., columns].
+Tensor rows_like(const Tensor& x, int64_t columns);
+void check_memory(bool ok);
+
+// What a backward has, as the rows that kernels read. dx gets the leading sizes of dy.
+struct LoraSaved {
+  Tensor dy;
+  MatrixView dy_rows, x_rows, s_rows;
+};
+struct LoraNeeds {
+  bool x, a, b, rank_diag, out_diag;
+};
+struct LoraGrads {
+  std::optional<Tensor> dx, da, db, drank_diag, dout_diag;
+};
+// The gradients that are needed, those of the parameters in the parameters' types.
+LoraGrads lora_grads(const LoraSaved& saved, const Base& base, const LoraView& lora,
+                     const Tensor& a, const Tensor& b, const std::optional<Tensor>& rank_diag,
+                     const std::optional<Tensor>& out_diag, const LoraNeeds& needs);
+Tensor bias_grad(const Tensor& dy);
+
 // The base alone: y [M, N] = x · Wᵀ + bias, and dx [M, K] = dy · W.
 Tensor linear_forward(const Tensor& x, const Base& base, const std::optional<Tensor>& bias);
 Tensor linear_backward(const Tensor& dy, const Base& base);

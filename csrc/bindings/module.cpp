@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/common.h"
 #include "bindings/observers.h"
 #include "lora_kernels/build_facts.h"
 #include "lora_kernels/isa.h"
@@ -120,4 +121,7 @@ PYBIND11_MODULE(_C, m) {
         "a name or a value that does not fit.");
   m.def("set_observers", lk::set_observers, py::arg("count"),
         "How many blocks are open that force a backend or ask which one runs.");
+  m.def(
+      "fill_new_tensors", lk::fill_new_tensors, py::arg("on"),
+      "Have torch fill what the CPU kernels write to, as its deterministic mode does: for tests.");
 }

@@ -82,6 +82,14 @@ def _module() -> ModuleType:
     return module
 
 
+def fill_new_tensors(on: bool) -> None:
+    """Have torch fill what the CPU kernels write to, as its deterministic mode does its own new
+    tensors: for tests, process-wide, and to no effect without the extension."""
+    module = _load().module
+    if module is not None:
+        module.fill_new_tensors(on)
+
+
 def available() -> bool:
     """Whether the extension is loaded; loads it on the first call."""
     return _load().module is not None

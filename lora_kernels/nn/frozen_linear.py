@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_kernels.ops.lora.graph import linear_in_graph
-from lora_kernels.ops.lora.infer import infer_linear
+from lora_kernels.ops.lora.short import infer_linear
 
 
 class ShortForward:

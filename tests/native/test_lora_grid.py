@@ -35,6 +35,16 @@ def test_fresh_memory_is_nan(isa: str) -> None:
     assert isa in native.isas()
     for dtype in DTYPES:
         assert torch.empty(1000, dtype=dtype).isnan().all()
+    x, seed = torch.zeros(2, 8), torch.zeros(1, dtype=torch.int64)
+    for call in (
+        lambda: torch.ops.lora_kernels_native.dropout_mask(seed, 2, 8, 0.5, 0),
+        lambda: torch.ops.lora_kernels.lora_linear_fwd(
+            x, [x], [2, 8], x, x[:, :2].contiguous(), 1.0, None, 0.0, None, None, None
+        ),
+    ):
+        with torch.autograd.profiler.profile() as profile:
+            call()
+        assert "aten::fill_" in {event.name for event in profile.function_events}
 
 
 def _features(case: Case) -> list[str]:

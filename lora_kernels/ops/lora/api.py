@@ -33,8 +33,8 @@ from lora_kernels.ops.common.kinds import check_kinds
 from lora_kernels.ops.common.philox import check_dropout, threshold
 from lora_kernels.ops.common.scale import as_scale, run_scaled
 from lora_kernels.ops.lora.graph import lora_linear_in_graph
-from lora_kernels.ops.lora.infer import infer
 from lora_kernels.ops.lora.schema import DropoutMask, LoRALinearForward
+from lora_kernels.ops.lora.short import short
 from lora_kernels.ops.nf4.weight import NF4Weight
 
 _FIELDS = Fields(LoRALinearForward)
@@ -116,9 +116,9 @@ def lora_linear(
     try:
         if weight.dim() != 2:
             raise ValueError(f"weight: got shape {list(weight.shape)}, expected [N, K]")
-        meta = [weight.shape[0], weight.shape[-1]]
-        if dropout_p == 0.0 and rank_diag is None and out_diag is None:
-            y = infer(x, [weight], meta, lora_a, lora_b, scale, bias)
+        meta = [*weight.shape]
+        if out_diag is None:
+            y = short(x, [weight], meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag)
             if y is not None:
                 return y
         x, weight, bias = autocast(x, weight, bias)
@@ -170,8 +170,8 @@ def nf4_lora_linear(
     """
     try:
         base, meta = qweight.check().base, qweight.meta
-        if dropout_p == 0.0 and rank_diag is None and out_diag is None:
-            y = infer(x, base, meta, lora_a, lora_b, scale, bias)
+        if out_diag is None:
+            y = short(x, base, meta, lora_a, lora_b, scale, bias, dropout_p, seed, rank_diag)
             if y is not None:
                 return y
         x, bias = autocast(x, bias)
