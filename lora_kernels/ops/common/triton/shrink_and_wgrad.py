@@ -128,7 +128,7 @@ def _grad_pass_tile(
     pid_r = tl.program_id(2)
     first = pid_m * per_split
     last = min(first + per_split, M)
-    o_n = pid_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_n = (pid_n * BN + tl.arange(0, BN)).to(tl.int64)
     o_r = pid_r * BR + tl.arange(0, BR)
     m_n = o_n < c.N
     m_r = o_r < c.R
