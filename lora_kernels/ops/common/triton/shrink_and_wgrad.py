@@ -128,7 +128,7 @@ def _grad_pass_tile(
     pid_r = tl.program_id(2)
     first = pid_m * per_split
     last = min(first + per_split, M)
-    o_n = pid_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_n = (pid_n * BN + tl.arange(0, BN)).to(tl.int64)
     o_r = pid_r * BR + tl.arange(0, BR)
     m_n = o_n < c.N
     m_r = o_r < c.R
@@ -218,10 +218,12 @@ def _grad_pass_kernel(
     Grid: [end_2, parts of the rows, cdiv(max R_i, BR)]. Sums in fp32.
     """
     if COUNT == 1:
+        pid_n = tl.program_id(0)
+        if rows.magnitude is None:  # with m̂ ptxas would put 64-bit columns on the stack
+            pid_n = pid_n.to(tl.int64)
         _grad_pass_tile(
-            projections[0], rows, tl.program_id(0), M, per_split, EVEN_N, S_FIRST, PRECISION, BM,
-            BN, BR, ONES,
-        )  # fmt: skip
+            projections[0], rows, pid_n, M, per_split, EVEN_N, S_FIRST, PRECISION, BM, BN, BR, ONES
+        )
     else:
         p_0, p_1, p_2 = projections
         for block in tl.range(tl.program_id(0), ends[2], ends[2], disable_licm=True):  # one round
@@ -244,7 +246,7 @@ def _grad_pass_kernel(
                     pick(i, p_0.R, p_1.R, p_2.R),
                 ),
                 rows,
-                block - pick(i, 0, ends[0], ends[1]),
+                (block - pick(i, 0, ends[0], ends[1])).to(tl.int64),
                 M,
                 per_split,
                 EVEN_N,

@@ -88,7 +88,7 @@ def _splitk_reduce_kernel(sums, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """
     pid = tl.program_id(0)
     for i in tl.static_range(COUNT):
-        if pid >= 0 and pid < sums[i].blocks:
+        if pid.to(tl.uint32) < sums[i].blocks:  # below 0 is above all
             _reduce_block(sums[i], pid, BLOCK)
         pid -= sums[i].blocks
 

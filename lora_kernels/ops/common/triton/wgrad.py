@@ -68,41 +68,51 @@ class _Gradient(NamedTuple):
 
 
 @triton.jit
+def _rank_offsets(g, o_m, pid_r, WRAP: tl.constexpr, BR: tl.constexpr):
+    """Offsets of t's tile [BM, BR]; with WRAP a column past the last is one again."""
+    o_r = pid_r * BR + tl.arange(0, BR)
+    if WRAP:
+        o_r = o_r % g.R
+    return o_m[:, None].to(tl.int64) * g.t_row + o_r[None, :] * g.t_col
+
+
+@triton.jit
+def _load_rank(g, o_m, last, pid_r, EVEN_R: tl.constexpr, EVEN_M: tl.constexpr, BR: tl.constexpr):
+    """t's tile [BM, BR], 0 from row `last` on."""
+    p_t = g.t + _rank_offsets(g, o_m, pid_r, EVEN_R, BR)
+    m_t = (o_m < last)[:, None]
+    if not EVEN_R:
+        m_t = m_t & (pid_r * BR + tl.arange(0, BR) < g.R)[None, :]
+    return load_step(p_t, m_t, EVEN_M and EVEN_R)
+
+
+@triton.jit
 def _wgrad_step(
     b_out,
     b_x,
+    b_t,
+    p_residual,
     g,
     mask,
     m0,
     last,
     c0,
-    pid_r,
-    EVEN_R: tl.constexpr,
     DROPOUT: tl.constexpr,
     RESIDUAL: tl.constexpr,
     EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr,
     BC: tl.constexpr,
     BM: tl.constexpr,
-    BR: tl.constexpr,
 ):
-    """b_out + keep(b_x)·t of one step of M; b_x[BC, BM]."""
+    """b_out + keep(b_x)·b_t of one step of M; b_x[BC, BM] b_t[BM, BR], and p_residual points to the
+    residual's tile where g has one."""
     dtype = b_x.dtype
     o_m = m0 + tl.arange(0, BM)
-    o_r = pid_r * BR + tl.arange(0, BR)
-    if EVEN_R:
-        o_t = o_m[:, None].to(tl.int64) * g.t_row + (o_r % g.R)[None, :] * g.t_col
-        b_t = load_step(g.t + o_t, (o_m < last)[:, None], EVEN_M)  # [BM, BR]
-    else:
-        o_t = o_m[:, None].to(tl.int64) * g.t_row + o_r[None, :] * g.t_col
-        m_t = (o_m < last)[:, None] & (o_r < g.R)[None, :]
-        b_t = tl.load(g.t + o_t, mask=m_t, other=0.0)
-    fence_copies()
     if DROPOUT:
         m_keep = keep_operand(mask.seed, o_m, c0, g.stream, mask.threshold, BM, BC)
         b_x = tl.where(m_keep.T, b_x, 0.0)
     if g.residual is not None:
-        b_residual = load_step(g.residual + o_t, (o_m < last)[:, None], EVEN_M)
+        b_residual = load_step(p_residual, (o_m < last)[:, None], EVEN_M)
         fence_copies()
         b_out = dot(b_x, b_residual, b_out, PRECISION)
     b_out = dot_by_rank(b_x, b_t, b_out, dtype, PRECISION, RESIDUAL)
@@ -152,7 +162,14 @@ def _wgrad_tile(
     o_c = pid_c * BC + tl.arange(0, BC)
     p_x = x.p + (o_c % C)[:, None] * x.col
     if COUNT == 1:  # of three the registers would not hold the pointers
-        p_x += (first + tl.arange(0, BM))[None, :].to(tl.int64) * x.row
+        one = gradients[0]
+        o_m = first + tl.arange(0, BM)
+        p_x += o_m[None, :].to(tl.int64) * x.row
+        o_t = _rank_offsets(one, o_m, pid_r, True, BR)
+        p_t = one.t + o_t
+        p_residual = p_t
+        if one.residual is not None:
+            p_residual = one.residual + o_t
     b_0 = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
     b_1 = tl.full([BC, BR], 0.0, tl.float32)
     b_2 = tl.full([BC, BR], 0.0, tl.float32)
@@ -161,27 +178,39 @@ def _wgrad_tile(
         o_m = m0 + tl.arange(0, BM)
         if COUNT == 1:
             b_x = load_step(p_x, (o_m < last)[None, :], EVEN_M)  # [BC, BM]
+            b_t = load_step(p_t, (o_m < last)[:, None], EVEN_M)  # [BM, BR]
+            fence_copies()
+            if p_bias is not None:
+                b_bias = add_sums(b_bias, b_x, False, PRECISION)
+            b_0 = _wgrad_step(
+                b_0, b_x, b_t, p_residual, gradients[0], mask, m0, last, pid_c * BC, DROPOUT,
+                RESIDUAL, EVEN_M, PRECISION, BC, BM,
+            )  # fmt: skip
             p_x += BM * x.row
+            p_t += BM * gradients[0].t_row
+            p_residual += BM * gradients[0].t_row
         else:
             o_x = o_m[None, :].to(tl.int64) * x.row
             b_x = load_step(p_x + o_x, (o_m < last)[None, :], EVEN_M)
-        if p_bias is not None:
+            b_t = _load_rank(gradients[0], o_m, last, pid_r, EVEN_R, EVEN_M, BR)
             fence_copies()
-            b_bias = add_sums(b_bias, b_x, False, PRECISION)
-        b_0 = _wgrad_step(
-            b_0, b_x, gradients[0], mask, m0, last, pid_c * BC, pid_r, EVEN_R, DROPOUT,
-            RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
-        )  # fmt: skip
-        if COUNT > 1:
+            b_0 = _wgrad_step(
+                b_0, b_x, b_t, None, gradients[0], mask, m0, last, pid_c * BC, DROPOUT, RESIDUAL,
+                EVEN_M, PRECISION, BC, BM,
+            )  # fmt: skip
+            b_t = _load_rank(gradients[1], o_m, last, pid_r, EVEN_R, EVEN_M, BR)
+            fence_copies()
             b_1 = _wgrad_step(
-                b_1, b_x, gradients[1], mask, m0, last, pid_c * BC, pid_r, EVEN_R, DROPOUT,
-                RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
+                b_1, b_x, b_t, None, gradients[1], mask, m0, last, pid_c * BC, DROPOUT, RESIDUAL,
+                EVEN_M, PRECISION, BC, BM,
             )  # fmt: skip
-        if COUNT > 2:
-            b_2 = _wgrad_step(
-                b_2, b_x, gradients[2], mask, m0, last, pid_c * BC, pid_r, EVEN_R, DROPOUT,
-                RESIDUAL, EVEN_M, PRECISION, BC, BM, BR,
-            )  # fmt: skip
+            if COUNT > 2:
+                b_t = _load_rank(gradients[2], o_m, last, pid_r, EVEN_R, EVEN_M, BR)
+                fence_copies()
+                b_2 = _wgrad_step(
+                    b_2, b_x, b_t, None, gradients[2], mask, m0, last, pid_c * BC, DROPOUT,
+                    RESIDUAL, EVEN_M, PRECISION, BC, BM,
+                )  # fmt: skip
     _store(b_0, gradients[0], o_c, C, pid_r, split, BR)
     if COUNT > 1:
         _store(b_1, gradients[1], o_c, C, pid_r, split, BR)
