@@ -246,3 +246,36 @@ def test_sampler_is_a_permutation_with_like_lengths():
     sampler.set_epoch(0)
     assert list(sampler) == order
     assert list(LengthGroupedSampler(lengths[:3], 8, seed=1)) != []
+
+
+def batches_of(lengths: list[int], epoch: int, first: int, seed: int = 1) -> list[list[int]]:
+    """The lengths of each batch of eight."""
+    sampler = LengthGroupedSampler(lengths, 8, seed, longest_first=first)
+    sampler.set_epoch(epoch)
+    order = [lengths[i] for i in sampler]
+    return [order[i : i + 8] for i in range(0, len(order), 8)]
+
+
+@pytest.mark.parametrize("count", [8, 200, 203, 257, 1000])
+@pytest.mark.parametrize("first", [1, 2, 6, 10**6])
+def test_the_longest_batches_come_first_in_the_first_epoch(count: int, first: int):
+    """They are those of the shuffled order, and the others keep theirs."""
+    lengths = [(i * 37) % 401 + 1 for i in range(count)]
+    plain, sorted_ = batches_of(lengths, 0, 0), batches_of(lengths, 0, first)
+    whole = [b for b in plain if len(b) == 8]
+    largest = sorted(whole, key=lambda b: (max(b), sum(b)), reverse=True)[:first]
+    assert sorted_[: len(largest)] == largest
+    assert sorted_[len(largest) :] == [b for b in plain if b not in largest]
+    assert max(sorted_[0]) == max(lengths)  # which a short batch at the end would keep for later
+    assert batches_of(lengths, 1, first) == batches_of(lengths, 1, 0)
+
+
+def test_of_batches_as_long_the_fullest_comes_first():
+    lengths = [64] * 8 + [64, *[40] * 7] * 20
+    longest = batches_of(lengths, 0, 1)[0]
+    assert longest == [64] * 8
+
+
+def test_fewer_examples_than_a_batch():
+    for count in (0, 1, 7):
+        assert sorted(LengthGroupedSampler(range(count), 8, 1, longest_first=2)) == [*range(count)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,19 +65,31 @@ def can_trim_logits(model: Any) -> bool:
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """A shuffled order in which the examples of one batch have similar lengths.
+    """A shuffled order in which the examples of one batch have similar lengths, and the longest
+    batches come first.
 
     Examples are shuffled, cut into groups of `batch_size * GROUP` and sorted by length inside a
-    group; then the batches are shuffled. The order depends only on `seed` and the epoch, so a
+    group; then the batches are shuffled. In the first epoch the `longest_first` longest ones go to
+    its beginning: memory is at its most at once, and where it is too little, the run ends in its
+    first steps and not after hours. The order depends only on the arguments and the epoch, so a
     resumed run sees the same batches. (transformers' own grouping does not guarantee that.)
+
+    Args:
+        lengths: of each example.
+        batch_size: examples of a batch.
+        seed: of the shuffling.
+        longest_first: batches.
     """
 
     GROUP = 16
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, longest_first: int = 0
+    ) -> None:
         self.lengths = list(lengths)
         self.batch_size = batch_size
         self.seed = seed
+        self.longest_first = longest_first
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -89,13 +102,39 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        group = self.batch_size * self.GROUP
-        batches: list[list[int]] = []
-        for start in range(0, len(order), group):
-            part = sorted(order[start : start + group], key=lambda i: -self.lengths[i])
-            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        batches = self._batches(order)
         # A short batch must stay last, or it would shift the batches after it.
-        tail = batches.pop() if len(batches[-1]) < self.batch_size else []
-        for i in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[i]
+        tail = batches.pop() if batches and len(batches[-1]) < self.batch_size else []
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        if self.epoch == 0:
+            batches = self._longest_first(batches)
+        for batch in batches:
+            yield from batch
         yield from tail
+
+    def _batches(self, order: list[int]) -> list[list[int]]:
+        """Of like lengths. The last one may be short, and then holds the shortest of its group."""
+        group = self.batch_size * self.GROUP
+        # A rest of less than a batch joins the group before it: alone it would be a short batch,
+        # perhaps with the longest example, which no whole batch would have met.
+        starts = list(range(0, len(order), group))
+        if len(starts) > 1 and len(order) - starts[-1] < self.batch_size:
+            starts.pop()
+        batches: list[list[int]] = []
+        for start, end in pairwise([*starts, len(order)]):
+            part = sorted(order[start:end], key=lambda i: -self.lengths[i])
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        return batches
+
+    def _longest_first(self, batches: list[list[int]]) -> list[list[int]]:
+        """By the longest row, which the others are padded to; of equal ones by all of their tokens.
+        The rest keeps its order."""
+
+        def size(place: int) -> tuple[int, int]:
+            lengths = [self.lengths[i] for i in batches[place]]
+            return max(lengths), sum(lengths)
+
+        by_size = sorted(range(len(batches)), key=size, reverse=True)
+        first = by_size[: self.longest_first]
+        chosen = set(first)
+        return [batches[i] for i in first] + [b for i, b in enumerate(batches) if i not in chosen]

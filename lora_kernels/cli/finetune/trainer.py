@@ -69,7 +69,9 @@ class FinetuneTrainer(AdapterCheckpoints, Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         data = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(example["input_ids"]) for example in data]
-        return LengthGroupedSampler(lengths, self._train_batch_size, self.args.seed)
+        # Of two steps in every process: the second has the optimiser's state in memory as well.
+        step = self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(lengths, self._train_batch_size, self.args.seed, 2 * step)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
