@@ -155,7 +155,8 @@ def adapter_rows(model: Any, adapter_names: Sequence[str]) -> Iterator[None]:
         >>> loss.backward()
     """
     tuner = getattr(model, "base_model", model)
-    block = tuner._enable_peft_forward_hooks(adapter_names=list(adapter_names))
+    # A tuple: nothing is kept from one call of the model to the next, between which it may learn.
+    block = tuner._enable_peft_forward_hooks(adapter_names=tuple(adapter_names))
     training, tuner.training = tuner.training, False  # all that PEFT's check looks at
     try:
         block.__enter__()

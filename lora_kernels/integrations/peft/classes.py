@@ -9,6 +9,7 @@ from peft.tuners import lora
 from torch import nn
 
 from lora_kernels.integrations.peft.linear import Accelerated, Linear
+from lora_kernels.integrations.peft.mixed import RowNames
 
 # Why a class of PEFT has none; the rest are named by `reason_of`.
 _LEFT = {
@@ -35,6 +36,11 @@ class LoraModel(lora.LoraModel):
         made = make(lora_config, adapter_name, target, **kwargs)
         accelerate_module(made)
         return made
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if type(kwargs.get("adapter_names")) is list:
+            kwargs["adapter_names"] = RowNames(kwargs["adapter_names"])
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
 
 
 @functools.cache

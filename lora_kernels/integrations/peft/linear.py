@@ -23,6 +23,7 @@ from lora_kernels.integrations.peft.state import (
     active_branches,
     base_for,
     plain,
+    refuse_base,
     refuse_tensor,
     together,
     watched,
@@ -50,7 +51,7 @@ class Accelerated:
         if isinstance(base, str):
             return base
         branches = active_branches(layer)
-        return branches if isinstance(branches, str) else None
+        return branches if isinstance(branches, str) else refuse_base(base, branches)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward: of the active adapters, or with `adapter_names` of each row's own."""
@@ -77,7 +78,7 @@ def _forward(layer: Any, x: Tensor) -> Tensor | None:
     if base is None:
         return None
     branches = active_branches(layer)
-    if isinstance(branches, str):
+    if isinstance(branches, str) or refuse_base(base, branches):
         return None
     if not branches:
         return layer.without_adapters(x)
