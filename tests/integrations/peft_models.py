@@ -69,13 +69,14 @@ def in_four_bit(model: Any, compute_dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-def adapted(base: Any, **options: Any) -> Any:
+def adapted(base: nn.Module, autocast_adapter_dtype: bool = True, **options: Any) -> Any:
     """A PEFT model of a Net over `base`, its adapter awake."""
-    net = Net(base) if not isinstance(base, Net) else base
+    net = Net(base)
     if type(net.layer).__name__ == "Linear4bit":
         net.is_loaded_in_4bit = True  # type: ignore[assignment]
     options = {"r": 4, "lora_alpha": 10, "target_modules": ["layer"]} | options
-    return wake(get_peft_model(net, LoraConfig(**options)))
+    config = LoraConfig(**options)
+    return wake(get_peft_model(net, config, autocast_adapter_dtype=autocast_adapter_dtype))
 
 
 def peft_llama(dtype: torch.dtype = torch.float32, base: Any = None, **options: Any) -> Any:
@@ -119,19 +120,28 @@ def exact(model: Any) -> Any:
     return made.double()
 
 
-def both(model: Any, call: Callable[[Any], dict[str, Tensor]]) -> None:
+def both(
+    model: Any, call: Callable[[Any], dict[str, Tensor]], dtype: torch.dtype | None = None
+) -> None:
     """Hold an accelerated model's results and gradients against PEFT's, within the budget.
 
     `call` takes a model and gives tensors by name; gradients of the first one's sum are compared
-    for every parameter that PEFT gives one.
+    for every parameter that PEFT gives one. `dtype`: of x, for which adapters are cast to it in the
+    plain expression, as everywhere in this package; PEFT widens x to the adapters instead.
     """
+    plain_model = copy.deepcopy(model)
+    for layer in layers(plain_model) if dtype is not None else ():
+        for factors in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            p = next(factors.parameters(), None)
+            if p is not None and torch.finfo(p.dtype).eps < torch.finfo(dtype).eps:
+                factors.to(dtype)
     results = []
-    for made in (copy.deepcopy(model), copy.deepcopy(model), exact(model)):
+    for made in (copy.deepcopy(model), plain_model, exact(model)):
         results.append(_run(made, call, len(results) == 0))
     got, plain, oracle = results
     assert got.keys() == plain.keys() == oracle.keys()
     for name, t in got.items():
-        assert_within_budget(t, oracle[name].double(), plain[name], name)
+        assert_within_budget(t, oracle[name].double(), plain[name].to(t.dtype), name)
 
 
 def _run(

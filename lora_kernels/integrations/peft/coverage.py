@@ -53,21 +53,17 @@ TRIED: tuple[Option, ...] = (
     *(
         Option("init_lora_weights", v, {"True": True, "False": False}.get(v, v), four_bit=four)
         for v in _START
-        for four in [REFUSED if v in ("olora", "pissa", "pissa_niter_4") else YES]
+        for four in [REFUSED if v in ("orthogonal", "pissa", "pissa_niter_4") else YES]
     ),
     Option("init_lora_weights", "mica", "mica", four_bit=REFUSED),
     Option("use_dora", "True", True, conv1d=YES),
     Option(
         *("use_dora", "True, with lora_bias", True),
-        *["DoRA with lora_bias counts the bias into the weight's norm"] * 3,
+        *[REFUSED] * 3,
         extra={"lora_bias": True},
     ),
-    Option("kasa_config", "KasaConfig()", "KasaConfig()"),
-    Option(
-        *("alora_invocation_tokens", "[1, 2]", [1, 2]),
-        *[_own("ALoraLinearVariant")] * 3,
-        extra={"task_type": "CAUSAL_LM"},
-    ),
+    Option("kasa_config", "KasaConfig()", "KasaConfig()", conv1d=REFUSED),
+    Option("alora_invocation_tokens", "[1, 2]", [1, 2], *[_own("ALoraLinearVariant")] * 3),
     Option(
         *("velora_config", "VeloraConfig()", "VeloraConfig(num_groups=4)"),
         *(_own("VeloraLinearVariant"), REFUSED, _own("VeloraLinearVariant")),
@@ -78,13 +74,13 @@ TRIED: tuple[Option, ...] = (
     ),
     Option(
         *("use_bdlora", "BdLoraConfig()", 'BdLoraConfig(["layer"], nblocks=2)'),
-        *(_own("BdLoraLinearVariant"), YES, _own("BdLoraLinearVariant")),
+        *(_own("BdLoraLinearVariant"), YES, REFUSED),
     ),
     Option(
         *("arrow_config", "ArrowConfig()", "ArrowConfig()"),
         *[_own("ArrowLinearVariant")] * 3,
     ),
-    Option("use_qalora", "True, not on GPTQ", True, REFUSED, YES, REFUSED),
+    Option("use_qalora", "True, of effect on GPTQ alone", True),
     Option("qalora_group_size", "16, without use_qalora", 16),
 )
 

@@ -155,11 +155,8 @@ def read_branch(layer: Any, adapter: str) -> Branch | str:
 def _refuse_variant(layer: Any, adapter: str, variant: Any) -> str | None:
     kind = type(variant).__name__
     if kind == _DORA:
-        if layer.lora_bias.get(adapter):
-            return "DoRA with lora_bias counts the bias into the weight's norm"
-        if layer.ephemeral_gpu_offload:
-            return "DoRA with ephemeral_gpu_offload moves its weights at each call"
-        return None
+        moves = "DoRA with ephemeral_gpu_offload moves its weights at each call"
+        return moves if layer.ephemeral_gpu_offload else None
     if kind == _KASA:
         waits = adapter in getattr(layer, "_lora_kasa_truncation_deferred", ())
         return "KaSA has not cut the base weight yet: its first call does" if waits else None
