@@ -60,10 +60,12 @@ def four_bit(linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> nn.
 
 
 def in_four_bit(model: Any, compute_dtype: torch.dtype | None = None) -> Any:
-    """A model whose linear layers but the head are bitsandbytes'."""
+    """A model whose linear layers are bitsandbytes', but for the head and those of a width that
+    bitsandbytes cannot run in eval mode on every CPU."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and name != "lm_head":
+            fits = type(child) is nn.Linear and child.in_features % 64 == 0
+            if fits and name != "lm_head":
                 setattr(module, name, four_bit(child, compute_dtype))
     model.is_loaded_in_4bit = True
     return model
