@@ -43,7 +43,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         >>> peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> report = accelerate(peft_model)
         >>> len(report.accelerated), report.left
-        (14, ())
+        (7, ())
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
