@@ -30,6 +30,7 @@ MODULES = (
     "lora_kernels.training",
     "lora_kernels.dispatch",
     "lora_kernels.testing",
+    "lora_kernels.integrations.peft",
     "lora_kernels.integrations.bitsandbytes",
 )
 
@@ -59,6 +60,8 @@ def globals_of(text: str) -> dict[str, Any]:
         from tests.cli.conftest import make_model, make_tokenizer
 
         names |= {"model": make_model(), "tokenizer": make_tokenizer()}
+    if "from peft import" in text:
+        pytest.importorskip("peft", reason="PEFT is not installed")
     if "integrations.bitsandbytes" in text:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     return names
