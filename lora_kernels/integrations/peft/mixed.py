@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels import functional
 from lora_kernels.integrations.peft.state import Base, Branch, read_branch, widened
 from lora_kernels.ops.common.philox import threshold
-from lora_kernels.ops.lora.infer import infer_linear
+from lora_kernels.ops.lora.short import infer_linear
 
 NO_ADAPTER = "__base__"
 
