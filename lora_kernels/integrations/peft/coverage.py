@@ -36,6 +36,10 @@ def _own(variant: str) -> str:
     return f"{variant} has a forward of its own"
 
 
+def _on_all(answer: str) -> tuple[str, str, str]:
+    return answer, answer, answer
+
+
 _START = ("True", "False", "gaussian", "olora", "pissa", "pissa_niter_4", "orthogonal", "eva")
 
 # What changes the forward, or might: each is tried.
@@ -59,11 +63,11 @@ TRIED: tuple[Option, ...] = (
     Option("use_dora", "True", True, conv1d=YES),
     Option(
         *("use_dora", "True, with lora_bias", True),
-        *[REFUSED] * 3,
+        *_on_all(REFUSED),
         extra={"lora_bias": True},
     ),
     Option("kasa_config", "KasaConfig()", "KasaConfig()", conv1d=REFUSED),
-    Option("alora_invocation_tokens", "[1, 2]", [1, 2], *[_own("ALoraLinearVariant")] * 3),
+    Option("alora_invocation_tokens", "[1, 2]", [1, 2], *_on_all(_own("ALoraLinearVariant"))),
     Option(
         *("velora_config", "VeloraConfig()", "VeloraConfig(num_groups=4)"),
         *(_own("VeloraLinearVariant"), REFUSED, _own("VeloraLinearVariant")),
@@ -78,7 +82,7 @@ TRIED: tuple[Option, ...] = (
     ),
     Option(
         *("arrow_config", "ArrowConfig()", "ArrowConfig()"),
-        *[_own("ArrowLinearVariant")] * 3,
+        *_on_all(_own("ArrowLinearVariant")),
     ),
     Option("use_qalora", "True, of effect on GPTQ alone", True),
     Option("qalora_group_size", "16, without use_qalora", 16),
