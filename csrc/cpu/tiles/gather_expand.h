@@ -115,17 +115,8 @@ struct Expand {
     alignas(64) float sum[4][256];
     const int64_t tile = pairs() * 64, panel = depth() * tile;
     zero_accumulators(tiles);
-    for (int64_t d = 0; d < depth(); ++d, ranks += tile) {
-      tiles.load<4>(sums + d * kTileBytes, 64);
-      tiles.load<6>(ranks, 64);
-      tiles.multiply<0, 4, 6>();
-      tiles.load<7>(ranks + panel, 64);
-      tiles.multiply<1, 4, 7>();
-      tiles.load<6>(ranks + 2 * panel, 64);
-      tiles.multiply<2, 4, 6>();
-      tiles.load<7>(ranks + 3 * panel, 64);
-      tiles.multiply<3, 4, 7>();
-    }
+    for (int64_t d = 0; d < depth(); ++d, ranks += tile)
+      multiply_four(tiles, sums + d * kTileBytes, ranks, panel);
     store_accumulators(tiles, sum[0]);
     for (int64_t t = 0; t < tokens; ++t) {
       __m512 v[4];

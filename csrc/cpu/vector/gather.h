@@ -306,21 +306,9 @@ void wgrad_as(const GatherPass& f, const MatrixView& m, const Parallel& parallel
       });
 }
 
-template <class Fn>
-void with_pages(Dtype dtype, const Fn& fn) {
-  switch (dtype) {
-    case Dtype::f16:
-      return fn(Half{});
-    case Dtype::bf16:
-      return fn(BFloat16{});
-    default:
-      return fn(float{});
-  }
-}
-
 inline bool shrink(const GatherPass& f, const MatrixView& m, void* s, int64_t stride,
                    const Parallel& parallel) {
-  with_pages(f.dtype, [&](auto p) {
+  with_type(f.dtype, [&](auto p) {
     shrink_as<decltype(p)>(f, m, {s, rank_dtype(m.dtype), stride}, parallel);
   });
   return true;
@@ -328,12 +316,12 @@ inline bool shrink(const GatherPass& f, const MatrixView& m, void* s, int64_t st
 
 inline bool expand(const GatherPass& f, const float* factor, bool overwrite, const MatrixView& out,
                    const Parallel& parallel) {
-  with_pages(f.dtype, [&](auto p) { expand_as<decltype(p)>(f, factor, overwrite, out, parallel); });
+  with_type(f.dtype, [&](auto p) { expand_as<decltype(p)>(f, factor, overwrite, out, parallel); });
   return true;
 }
 
 inline bool wgrad(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
-  with_pages(f.dtype, [&](auto p) { wgrad_as<decltype(p)>(f, m, parallel); });
+  with_type(f.dtype, [&](auto p) { wgrad_as<decltype(p)>(f, m, parallel); });
   return true;
 }
 
