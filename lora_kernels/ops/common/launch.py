@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.dispatch.op import Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.dispatch.settings import Setting
 from lora_kernels.ops.common import triton_version
 from lora_kernels.ops.common.checks import names

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import native
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE, Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.ops.common.checks import names
 
 # csrc/include/lora_kernels/nf4_linear_cuda.h

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE, Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, register_native
 from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.cross_entropy.schema import CrossEntropy, LinearCrossEntropy, loss_dtype

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE, Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.common.native import EMPTY, refuse_device, refuse_dtypes, refuse_linear
 from lora_kernels.ops.common.philox import keep_scale, threshold

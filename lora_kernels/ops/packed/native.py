@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE, Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.ops.common.native import refuse_linear
 from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.packed.schema import (
