@@ -6,7 +6,7 @@ derive the projections, `ops/glu/api.py` the gate.
 Backward, with dy = ∂L/∂y:
     dh               from dy through down
     dg, du, h        from dh, g and u, in one elementwise pass
-    dA_down          from dy and h; ds_down = scale·dy·B_down [M, r] is thin and made again for it
+    dA_down          from dy and h; ds_down = scale·dy·B_down [M, r] is small and computed again
     dx and the rest  from dg and du through gate and up
 Saved: x, s of gate and up, g, u, s of down and the seed (and the parameters themselves); h is made
 again from g and u.
