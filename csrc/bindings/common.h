@@ -23,9 +23,9 @@ namespace lora_kernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The Python side has checked the arguments with better words; these checks keep a direct call of
-// lora_kernels_native::<op> from touching memory that is not there. std::invalid_argument becomes
-// ValueError in Python.
+// The Python side has already checked the arguments, with better messages. These checks keep a
+// direct call of lora_kernels_native::<op> from reading or writing out of bounds.
+// std::invalid_argument becomes ValueError in Python.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream text;

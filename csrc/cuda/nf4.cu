@@ -41,7 +41,7 @@ struct PairF16 : Pair16<__half, __half2, __float2half_rn, __floats2half2_rn> {};
 struct PairBF16
     : Pair16<__nv_bfloat16, __nv_bfloat162, __float2bfloat16_rn, __floats2bfloat162_rn> {};
 
-// The scale of a block, read by one thread alone. The product and the sum round separately.
+// The scale of a block, read by a single thread. The product and the sum are rounded separately.
 template <bool kNested>
 __device__ float block_scale(const DeviceQuantView& q, const float* map, int64_t block) {
   if (!kNested) return __ldg(q.absmax + block);
@@ -50,8 +50,9 @@ __device__ float block_scale(const DeviceQuantView& q, const float* map, int64_t
   return __fadd_rn(product, __ldg(q.nested_offset));
 }
 
-// The scales of blocks first .. first + 31, one a lane, `count` of them wanted (the warp together).
-// nested_absmax, shared by most lanes, is read by the first lane that needs it.
+// The scales of the blocks first .. first + 31, one in each lane. Only the first `count` are
+// needed. All lanes of the warp call this together. Most lanes need the same nested_absmax, which
+// the first of them reads.
 template <bool kNested>
 __device__ float warp_scales(const DeviceQuantView& q, const float* map, int64_t first, int count,
                              int lane) {
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (tile >= q.n) return;
   const float code_value = device_codes[q.quant_type][lane & 15];
 
-  if (tile + kWarpTile > q.n || !aligned) {  // the ragged end: a byte, two weights, at a time
+  if (tile + kWarpTile > q.n || !aligned) {  // a partial tile: one byte, two weights, at a time
     const int64_t end = tile + kWarpTile < q.n ? tile + kWarpTile : q.n;
     for (int64_t i = tile + 2 * lane; i < end; i += 64) {
       const uint8_t byte = q.packed[i >> 1];

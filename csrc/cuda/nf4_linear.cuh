@@ -2,9 +2,9 @@
 // nf4_linear_load.cuh loads codes and x; nf4_linear_kernel.cuh is the kernel itself. It serves
 // nf4_linear and, with a branch, lora_linear.
 //
-// Weights are the A operand of mma.m16n8k16 (16 outputs x 16 of K), tokens are B's 8 columns, so
-// one decode serves all tokens and the multiply-adds cost next to no instructions. The sum over K
-// may run in any order, so lane (g, t) = (lane / 4, lane % 4) takes a run of `kRun`
+// Weights are the A operand of mma.m16n8k16 (16 outputs x 16 of K), and tokens are the 8 columns of
+// B. One decode therefore serves all tokens, and the multiply-adds take very few instructions. The
+// sum over K may run in any order, so lane (g, t) = (lane / 4, lane % 4) takes a run of `kRun`
 // consecutive codes of rows g and g + 8, one wide load each; x is laid out in shared memory in the
 // same order.
 #pragma once

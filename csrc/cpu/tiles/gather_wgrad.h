@@ -28,7 +28,7 @@ inline void pack_entries(const GatherPass& f, const SlotGroup& g, int64_t first,
   for (int r = 0; r < 16; ++r) _mm512_store_si512(tile + 64 * r, v[r]);
 }
 
-// Packs four B tiles: 64 columns of 32 entries, with zeros where dropout drops.
+// Packs four B tiles: 64 columns of 32 entries. Dropped elements become zero.
 inline void pack_rows(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,
                       int64_t word, char* tiles) {
   const int64_t c = word * kWord;

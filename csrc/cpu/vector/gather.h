@@ -1,7 +1,7 @@
 // The passes over rank pages on fp32 vectors. A pass streams four rows of a page at a time and uses
-// each element for up to four entries. It goes by blocks of columns, so that the other operand
-// stays in the L1 cache. With a single entry it streams one row after the other: the time is that
-// of reading memory, which is fastest in one long stream.
+// each element for up to four entries. It works on one block of columns at a time, so that the
+// other operand stays in the L1 cache. With a single entry it streams one row after the other: the
+// time is that of reading memory, which is fastest in one long stream.
 #pragma once
 
 #include "gather_schedule.h"
@@ -24,7 +24,8 @@ LK_INLINE bool drops(const GatherPass& f, const SlotGroup& g) {
   return f.dropout.seeds != nullptr && f.dropout.thresholds[g.slot] != 0;
 }
 
-// Dropout of the columns from `first` on: zeros where it drops, the others times its factor.
+// Applies dropout to the columns from `first` on: dropped elements become zero, the others are
+// scaled.
 inline void mask_row(const GatherPass& f, const SlotGroup& g, int32_t entry, int64_t first,
                      int64_t count, float* values) {
   const uint32_t threshold = uint32_t(f.dropout.thresholds[g.slot]);
