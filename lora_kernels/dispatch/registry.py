@@ -34,7 +34,7 @@ from lora_kernels.dispatch.schema import schema_of
 from lora_kernels.dispatch.settings import Setting
 
 BACKEND_VARIABLE = "LORA_KERNELS_BACKEND"
-BY_TENSOR = "_by_tensor"  # the name's end of an op's twin whose scale is a tensor
+BY_TENSOR = "_by_tensor"  # suffix of the variant of an op that takes its scale as a tensor
 
 Call = TypeVar("Call")
 Function = TypeVar("Function", bound=Callable[[Any], Any])
@@ -109,7 +109,8 @@ def define_twin(
 
 
 def _define_by_tensor(op: Op, fake: Callable[..., Any], flops: Formula | None) -> None:
-    """The twin of an op with a scale that takes it as a tensor on the CPU (`common/scale.py`)."""
+    """Define the variant of an op that takes its scale as a tensor on the CPU
+    (`common/scale.py`)."""
     schema = op.schema.replace("float scale", "Tensor scale")
     schema = schema.replace("float[] scales", "Tensor[] scales")
     if schema == op.schema:
@@ -147,7 +148,7 @@ def register(name: str, implementation: Implementation) -> None:
 
 
 def register_reference(fn: Function) -> Function:
-    """Decorates the reference of the op that has the function's name."""
+    """Decorates the reference implementation of an op. The function has the op's name."""
     register(fn.__name__, Implementation("reference", fn))
     return fn
 
@@ -174,9 +175,9 @@ def implementation(name: str, backend: str) -> Callable[[Any], Any]:
 
 
 def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
-    """The native implementation, where a call outside autograd on a plain CPU tensor would come to
-    it anyway: nobody forces or asks for a backend, in Python or by a mode of torch's, and it
-    refuses nothing. Else None.
+    """The native function for a call outside autograd, or None if the call has to go through
+    torch's dispatcher. The dispatcher would choose the same function: x is a plain CPU tensor, no
+    backend is forced, nothing observes the call, and the native backend does not refuse it.
 
     The way through torch's dispatcher and back into Python takes as long as a small layer's kernel.
     """
@@ -187,8 +188,8 @@ def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
 
 
 def unobserved(x: Any) -> bool:
-    """Whether a call with x, a plain CPU tensor, is seen by nobody: no backend is forced, nobody
-    asks which one runs, and neither a graph nor a mode of torch's records it."""
+    """Whether x is a plain CPU tensor and nothing observes a call with it: no backend is forced,
+    `explain` does not run, and neither a graph nor a mode of torch records the call."""
     return (
         type(x) is torch.Tensor
         and not torch.compiler.is_compiling()
@@ -230,8 +231,8 @@ def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_forward_mode(name: str, call: Any) -> None:
-    """Raise where a derivative is carried forward: a kernel would drop it without a word."""
-    # Inside torch.func.jvp an op cannot see which of its arguments carry one.
+    """Raise in forward-mode differentiation: a kernel would silently drop the tangents."""
+    # Inside torch.func.jvp an op cannot see which of its arguments have a tangent.
     if eager_transforms.JVP_NESTING > 0 or any(
         forward_ad.unpack_dual(t).tangent is not None for t in _tensors(call)
     ):

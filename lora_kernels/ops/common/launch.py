@@ -37,8 +37,8 @@ class Launch:
         grid: programs along x (and y).
         args: every argument by name: tensors, descriptors, numbers, and the constexprs.
         warps, stages: of the compiled kernel.
-        whole_registers: whether a thread may take every register. Else ptxas may put a few values
-            on the stack, so that one more program finds room.
+        whole_registers: whether a thread may take every register. Otherwise ptxas may put a few
+            values on the stack, so that one more program fits the multiprocessor.
     """
 
     kernel: Any

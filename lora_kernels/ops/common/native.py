@@ -16,7 +16,7 @@ from lora_kernels.ops.common.checks import names
 
 # csrc/include/lora_kernels/nf4_linear_cuda.h
 CUDA_TOKENS = 64
-# Tiles of nothing are no work for a kernel: plain torch gives empty results and zeros.
+# With an empty dimension a kernel has nothing to do: plain torch gives the empty results and zeros.
 EMPTY = "takes no layer without inputs, outputs or ranks"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}

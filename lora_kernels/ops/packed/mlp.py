@@ -53,7 +53,7 @@ class LoRAMLP(NamedTuple):
     activation: int
 
     def projections(self) -> LoRAPackedForward:
-        """No property: the torch.compile of 2.10 reads none of a named tuple."""
+        """Not a property: torch.compile in 2.10 cannot read properties of a named tuple."""
         return LoRAPackedForward(*self[:-1])
 
 
@@ -118,7 +118,7 @@ class LoRAMLPFunction(KeepsSettings):
 
 
 def _of_down(*grads: Tensor) -> list[list[Tensor]]:
-    """The lists of all three projections where only down's gradients were asked for."""
+    """Lists for all three projections, though only down's gradients were computed."""
     return [[grad] * (DOWN + 1) for grad in grads]
 
 

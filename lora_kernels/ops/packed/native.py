@@ -1,4 +1,4 @@
-"""Packed projections out of the compiled kernels of one projection (csrc/bindings/lora.cpp)."""
+"""Packed projections made of the compiled kernels for one projection (csrc/bindings/lora.cpp)."""
 
 from __future__ import annotations
 
