@@ -168,7 +168,7 @@ void check_round_trip(Dtype dtype, int64_t n, int64_t block, int type, Random& r
     }
   }
   if (n < 3) return;
-  // The lowest of several bad elements is named, whichever thread finds one first.
+  // The lowest of several bad elements is named, whichever thread meets one first.
   const int64_t bad = n / 3;
   store_as(dtype, x.data(), n - 1, std::numeric_limits<float>::infinity());
   store_as(dtype, x.data(), bad, std::numeric_limits<float>::quiet_NaN());

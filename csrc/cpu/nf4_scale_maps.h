@@ -43,8 +43,7 @@ class ScaleMaps {
         shift(view.nested_block > 0 ? __builtin_ctzll(uint64_t(view.nested_block)) : 0),
         last_slot(slots(view, blocks) - 1) {}
 
-  // Computes the tables for the blocks [first, first + count), unless they have been computed
-  // before.
+  // Computes the tables for the blocks [first, first + count), except those computed already.
   LK_INLINE void begin(int64_t first, int64_t count) {
     const int64_t group0 = first >> shift, end = ((first + count - 1) >> shift) + 1;
     for (int64_t g = group0 >= ready0 && group0 <= ready1 ? ready1 : group0; g < end; ++g)

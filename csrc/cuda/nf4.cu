@@ -50,9 +50,9 @@ __device__ float block_scale(const DeviceQuantView& q, const float* map, int64_t
   return __fadd_rn(product, __ldg(q.nested_offset));
 }
 
-// The scales of the blocks first .. first + 31, one in each lane. Only the first `count` are
-// needed. All lanes of the warp call this together. Most lanes need the same nested_absmax, which
-// the first of them reads.
+// The scales of blocks first .. first + 31, one per lane; only the first `count` are read. All
+// lanes of a warp call this together. nested_absmax, shared by most lanes, is read by the first
+// lane that needs it.
 template <bool kNested>
 __device__ float warp_scales(const DeviceQuantView& q, const float* map, int64_t first, int count,
                              int lane) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (tile >= q.n) return;
   const float code_value = device_codes[q.quant_type][lane & 15];
 
-  if (tile + kWarpTile > q.n || !aligned) {  // a partial tile: one byte, two weights, at a time
+  if (tile + kWarpTile > q.n || !aligned) {  // two weights, a byte, at a time
     const int64_t end = tile + kWarpTile < q.n ? tile + kWarpTile : q.n;
     for (int64_t i = tile + 2 * lane; i < end; i += 64) {
       const uint8_t byte = q.packed[i >> 1];

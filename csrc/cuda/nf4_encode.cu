@@ -104,10 +104,9 @@ __device__ uint32_t code(float v, float even) {
 // absmax[b] = max |x| of block b; code of x[i] = rank of x[i] * (1 / absmax) among the thresholds.
 //
 // x [n] -> packed [(n + 1) / 2], high nibble first, an odd n padded with the code of 0; absmax
-// [ceil(n / block)]. *bad becomes the index of the first element that is not finite; it keeps its
-// value if there is none. Grid: a block of threads takes 4 warps x 8 loads x 32 lanes x 16 bytes,
-// always whole quantisation blocks. Load j of a warp is 512 consecutive bytes; a lane's codes of it
-// are stored at once.
+// [ceil(n / block)]. *bad becomes the index of the first element that is not finite, if any is.
+// Grid: a thread block takes 4 warps x 8 loads x 32 lanes x 16 bytes: whole quantisation blocks.
+// Load j of a warp is 512 consecutive bytes; a lane's codes of it are stored at once.
 template <class T, int kType>
 __global__ void __launch_bounds__(32 * kWarps)
     quantize_kernel(const T* __restrict__ x, int64_t n, int block_shift,
@@ -224,8 +223,7 @@ constexpr int kScaleThreads = 256;
 // (absmax - offset) * (1 / nested_absmax).
 //
 // bad[0] becomes the index of the first scale that is not finite, bad[1] that of the first map
-// entry below the one before it; each keeps its value if there is none. Grid: one block of threads
-// for each group of scales.
+// entry below the one before it, if there is one. Grid: one thread block per group.
 __global__ void __launch_bounds__(kScaleThreads)
     quantize_scales_kernel(const float* __restrict__ absmax, int64_t blocks, int64_t nested_block,
                            const float* __restrict__ nested_map,

@@ -132,7 +132,7 @@ def _traits(layer: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     found = shared_traits(layer)
     if x.requires_grad or not torch.is_grad_enabled():
         return found
-    # A layer that does not train would compute a gradient through its output for nothing.
+    # A frozen layer does not share with trained ones: autograd would compute its gradients, unused.
     return *found, any(p is not None and p.requires_grad for p in layer._parameters.values())
 
 

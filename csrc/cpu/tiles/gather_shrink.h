@@ -2,9 +2,9 @@
 // passes on tiles share. (gather_expand.h, gather_wgrad.h: the other two.)
 //
 // C[rank, token] += A[rank, 32 columns] · B[columns, token]. The rows of a page are A tiles as they
-// lie in memory. The tokens' rows are packed as B tiles; the row of a single token needs no
-// packing. The order in which an element of C is summed does not depend on the other tokens in the
-// batch.
+// stand in memory; the tokens' rows are packed as B tiles, except that of a single token,
+// which is a B tile already. An element of C is summed in the same order whatever other tokens are
+// in the batch.
 #pragma once
 
 #include "gather_schedule.h"

@@ -33,8 +33,8 @@ struct Tuning {
   // each such piece.
   int64_t activation_bytes = int64_t(32) << 20;
 
-  // Blocked products on fp32 vectors (csrc/cpu/vector/gemm.h): the most bytes of a packed block of
-  // rows, and the fewest and the most rows that it may have.
+  // Blocked products on fp32 vectors (csrc/cpu/vector/gemm.h): a packed block of rows takes
+  // at most so many bytes, with these bounds on its rows.
   int64_t packed_bytes = int64_t(16) << 20;
   int64_t packed_fewest_rows = 96;
   int64_t packed_most_rows = 768;
