@@ -21,7 +21,7 @@ from bench.model_providers import MODEL_PROVIDERS
 from bench.providers import Prepared, Provider
 from bench.timing import GRAPH_BELOW_SECONDS, Stopwatch, percentile, quiet_gc
 from bench.verify import Verifier
-from lora_kernels.dispatch.registry import BackendError
+from lora_kernels.dispatch.op import BackendError
 
 OK, REFUSED, WRONG, FAILED = "ok", "refused", "wrong", "failed"
 BASELINE, STEP_BASELINE = "dense", "peft"  # what `Row.ratio` is against

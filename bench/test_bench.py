@@ -30,7 +30,7 @@ from bench.runner import OK, REFUSED, Row, refusal
 from bench.step_worker import Server
 from bench.suites import kind, suite
 from bench.verify import Verifier
-from lora_kernels.dispatch.registry import BackendError
+from lora_kernels.dispatch.op import BackendError
 
 SUITE = os.environ.get("LORA_KERNELS_BENCH_SUITE", "smoke")
 DEVICE = torch.device(os.environ.get("LORA_KERNELS_BENCH_DEVICE", "cpu"))

@@ -56,39 +56,31 @@ def _nf4_linear(data: CaseData) -> Prepared:
 
 
 def _lora_linear(data: CaseData) -> Prepared:
-    case, a, b, bias = data.case, data.a, data.b, data.bias
     weights = data.dense_copies
-
-    def forward(i: int, x: Tensor) -> Tensor:
-        return lkf.lora_linear(
-            x, weights[i], a, b, scale=case.scale, bias=bias, dropout_p=case.dropout
-        )
-
-    return linear_call(
-        data,
-        forward,
-        len(weights),
-        lambda i: data.trained,
-        parameters=[*weights, a, b],
-        masks=lambda: masks_of(data),
-    )
+    return _with_adapter(data, lkf.lora_linear, weights, weights)
 
 
 def _nf4_lora_linear(data: CaseData) -> Prepared:
-    case, a, b, bias = data.case, data.a, data.b, data.bias
     weights = data.quantised_copies()
+    stored = [t for w in weights for t in w.tensors().values()]
+    return _with_adapter(data, lkf.nf4_lora_linear, weights, stored)
+
+
+def _with_adapter(
+    data: CaseData, op: Callable[..., Tensor], weights: Sequence[Any], stored: Sequence[Tensor]
+) -> Prepared:
+    """An op over one projection; `stored` are the tensors of its weights."""
+    case, a, b, bias = data.case, data.a, data.b, data.bias
 
     def forward(i: int, x: Tensor) -> Tensor:
-        return lkf.nf4_lora_linear(
-            x, weights[i], a, b, scale=case.scale, bias=bias, dropout_p=case.dropout
-        )
+        return op(x, weights[i], a, b, scale=case.scale, bias=bias, dropout_p=case.dropout)
 
     return linear_call(
         data,
         forward,
         len(weights),
         lambda i: data.trained,
-        parameters=[*(t for w in weights for t in w.tensors().values()), a, b],
+        parameters=[*stored, a, b],
         masks=lambda: masks_of(data),
     )
 

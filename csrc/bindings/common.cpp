@@ -196,20 +196,8 @@ void check_quantised(const std::vector<Tensor>& base, const Meta& meta) {
 QuantView quant_view(const std::vector<Tensor>& base, const Meta& meta) {
   check_quantised(base, meta);
   for (const Tensor& t : base) LK_CHECK(t.is_cpu(), "base: is not on the CPU");
-  QuantView q{};
-  q.n = meta.n * meta.k;
-  q.block_size = meta.block_size;
-  q.nested_block = meta.nested_block;
-  q.quant_type = meta.quant_type;
-  q.packed = data<uint8_t>(base[0]);
-  if (meta.nested_block == 0) {
-    q.absmax = data<float>(base[1]);
-    return q;
-  }
-  q.absmax8 = data<uint8_t>(base[1]);
-  q.nested_absmax = data<float>(base[2]);
-  q.nested_map = data<float>(base[3]);
-  q.nested_offset = *data<float>(base[4]);
+  QuantView q = view_without_offset<QuantView>(base, meta);
+  if (meta.nested_block > 0) q.nested_offset = *data<float>(base[4]);
   return q;
 }
 

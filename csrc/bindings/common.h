@@ -23,9 +23,9 @@ namespace lora_kernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The Python side has checked the arguments with better words; these checks keep a direct call of
-// lora_kernels_native::<op> from touching memory that is not there. std::invalid_argument becomes
-// ValueError in Python.
+// The Python side has already checked the arguments, with better messages. These checks keep a
+// direct call of lora_kernels_native::<op> from reading or writing out of bounds.
+// std::invalid_argument becomes ValueError in Python.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream text;
@@ -94,7 +94,26 @@ struct Meta {
 Meta parse_meta(const std::vector<int64_t>& meta);
 // Checks every component tensor of a 4-bit base: number, dtype, shape, contiguity.
 void check_quantised(const std::vector<Tensor>& base, const Meta& meta);
-// A checked view of a base on the CPU, which it borrows.
+// Fills a view from a base that check_quantised has accepted. nested_offset is left to the caller:
+// QuantView holds its value, DeviceQuantView its address.
+template <class View>
+View view_without_offset(const std::vector<Tensor>& base, const Meta& meta) {
+  View q{};
+  q.n = meta.n * meta.k;
+  q.block_size = meta.block_size;
+  q.nested_block = meta.nested_block;
+  q.quant_type = meta.quant_type;
+  q.packed = data<uint8_t>(base[0]);
+  if (meta.nested_block == 0) {
+    q.absmax = data<float>(base[1]);
+    return q;
+  }
+  q.absmax8 = data<uint8_t>(base[1]);
+  q.nested_absmax = data<float>(base[2]);
+  q.nested_map = data<float>(base[3]);
+  return q;
+}
+// Checks a 4-bit base on the CPU and returns a view of it. The view owns no memory.
 QuantView quant_view(const std::vector<Tensor>& base, const Meta& meta);
 
 }  // namespace lora_kernels

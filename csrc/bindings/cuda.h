@@ -32,25 +32,13 @@ inline void check_on(const char* name, const Tensor& t, int32_t device) {
            ", as the input is");
 }
 
-// A checked view of a 4-bit base on a device, which it borrows.
+// Checks a 4-bit base on a device and returns a view of it. The view owns no memory.
 inline DeviceQuantView device_view(const std::vector<Tensor>& base, const Meta& meta,
                                    int32_t device) {
   check_quantised(base, meta);
   for (const Tensor& t : base) check_on("base", t, device);
-  DeviceQuantView q{};
-  q.n = meta.n * meta.k;
-  q.block_size = meta.block_size;
-  q.nested_block = meta.nested_block;
-  q.quant_type = meta.quant_type;
-  q.packed = data<uint8_t>(base[0]);
-  if (meta.nested_block == 0) {
-    q.absmax = data<float>(base[1]);
-    return q;
-  }
-  q.absmax8 = data<uint8_t>(base[1]);
-  q.nested_absmax = data<float>(base[2]);
-  q.nested_map = data<float>(base[3]);
-  q.nested_offset = data<float>(base[4]);
+  DeviceQuantView q = view_without_offset<DeviceQuantView>(base, meta);
+  if (meta.nested_block > 0) q.nested_offset = data<float>(base[4]);
   return q;
 }
 

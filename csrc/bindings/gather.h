@@ -1,5 +1,5 @@
 // The arguments of the multi-adapter ops (lora_kernels/ops/gather/schema.py). Their values are
-// checked too: every slot, token and page that they name exists before memory is touched.
+// checked too: every slot, token and page that they name must exist before any memory is read.
 #pragma once
 
 #include "bindings/lora.h"

@@ -10,19 +10,6 @@ namespace lora_kernels {
 
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-// fn(T{}) of the type that a dtype names.
-template <class Fn>
-void with_type(Dtype dtype, const Fn& fn) {
-  switch (dtype) {
-    case Dtype::f16:
-      return fn(Half{});
-    case Dtype::bf16:
-      return fn(BFloat16{});
-    default:
-      return fn(float{});
-  }
-}
-
 inline void check_memory(bool ok) {
   if (!ok) throw std::runtime_error("out of memory for a kernel's workspace");
 }

@@ -1,5 +1,6 @@
 // lora_kernels::lora_linear_eval and linear_eval on the CPU: what a compiled graph calls for a
-// layer that is not trained. Without Python, unless the call is unusual or somebody looks on.
+// layer that is not trained. They run without Python, unless the call is unusual or observed
+// (observers.h).
 #include <array>
 #include <atomic>
 

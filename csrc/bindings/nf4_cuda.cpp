@@ -8,8 +8,8 @@ namespace {
 
 constexpr int64_t kNone = -1;
 
-// The first bad element that a quantising kernel found. Reading it waits for the kernel, which is
-// no harm: weights are quantised once.
+// The first bad element that a quantising kernel found. Reading it waits for the kernel, which does
+// not matter: weights are quantised once.
 class Faults {
  public:
   explicit Faults(const Tensor& like) : found_(new_tensor(like, {2}, ScalarType::Long)) {

@@ -1,5 +1,5 @@
-// Whether anybody looks on: a `use_backend` or `explain` block of any thread is open. Ops that a
-// compiled graph calls without Python then go through the choice of a backend in Python.
+// Whether a `use_backend` or `explain` block is open in any thread. Ops that a compiled graph calls
+// without Python then leave the choice of a backend to Python.
 #pragma once
 
 namespace lora_kernels {

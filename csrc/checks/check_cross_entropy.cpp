@@ -1,4 +1,4 @@
-// Every tier's cross-entropy against double, over widths that divide nothing.
+// Every tier's cross-entropy against double, over widths that are multiples of no vector's length.
 #include <cmath>
 #include <cstdint>
 #include <limits>

@@ -1,9 +1,9 @@
-// Every tier's passes over rank pages against double, over ranks, groups and widths that divide
-// nothing. The allowed error is the a-priori bound of a sum of rounded products, and one rounding
-// of the sums that meet 16-bit pages.
+// Every tier's passes over rank pages against double, over ranks, groups and widths that are
+// multiples of no block size. The allowed error is the a-priori bound of a sum of rounded products,
+// and one rounding of the sums that meet 16-bit pages.
 //
-// Ranks past an adapter's own and what lies between rows are NaN, and nothing lies behind the last
-// page: an element that nobody may read shows.
+// Ranks past an adapter's own and what lies between rows are NaN, and there is no memory behind the
+// last page. So the check notices a read of what must not be read.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Every tier's gated linear units against double, over widths that divide nothing and over the
-// whole range of the activations.
+// Every tier's gated linear units against double, over widths that are multiples of no vector's
+// length, and over the whole range of the activations.
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>

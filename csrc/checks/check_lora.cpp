@@ -1,9 +1,10 @@
-// The linear kernels of every tier against sums in double, over shapes that divide nothing. The
-// allowed error is the a-priori bound of a sum of K rounded products, gamma_K Σ|x||w|, one rounding
-// of the result, and one of each adapter element, which kernels may round to the type of x.
+// The linear kernels of every tier against sums in double, over shapes that are multiples of no
+// block size. The allowed error is the a-priori bound of a sum of K rounded products, gamma_K
+// Σ|x||w|, one rounding of the result, and one of each adapter element, which kernels may round to
+// the type of x.
 //
-// Results start as NaN, as does what lies between the rows of operands: an element that nobody
-// wrote, or one that nobody may read, shows.
+// Results start as NaN, as does what lies between the rows of operands. So the check notices an
+// element that was not written, and one that must not be read.
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -31,7 +32,8 @@ double unit_roundoff(Dtype dtype) {
   return dtype == Dtype::f16 ? 0x1p-11 : dtype == Dtype::bf16 ? 0x1p-8 : 0x1p-24;
 }
 
-// Rows of numbers of a type, `stride` apart, NaN between them; nothing lies behind the last one.
+// Rows of numbers of a type, `stride` apart, NaN between them; there is no memory behind the last
+// one.
 struct Array {
   Dtype dtype;
   int64_t rows, columns, stride;
@@ -255,7 +257,8 @@ std::vector<Array> check_backward(Layer& f, const Parallel& parallel, bool wants
   return {dx, ds};
 }
 
-// The sums over M of both adapters' gradients, and what is made of one of them.
+// The products summed over M for the gradients of A and B, and all gradients that follow from that
+// of B.
 std::vector<Array> check_gradients(Layer& f, const Parallel& parallel, Random random) {
   const auto& [m, n, k, r, block, nested, p, diagonals] = f.shape;
   Array left = Array::random(rank_dtype(f.dtype), m, r, kPad, random);

@@ -168,7 +168,7 @@ void check_round_trip(Dtype dtype, int64_t n, int64_t block, int type, Random& r
     }
   }
   if (n < 3) return;
-  // The lowest of several bad elements is named, whoever meets one first.
+  // The lowest of several bad elements is named, whichever thread meets one first.
   const int64_t bad = n / 3;
   store_as(dtype, x.data(), n - 1, std::numeric_limits<float>::infinity());
   store_as(dtype, x.data(), bad, std::numeric_limits<float>::quiet_NaN());
@@ -177,7 +177,8 @@ void check_round_trip(Dtype dtype, int64_t n, int64_t block, int type, Random& r
       CHECK(quantize(isa, x, dtype, n, block, type, parallel).bad == bad, "%s", isa_name(isa));
 }
 
-// Scales that some paths round otherwise: subnormal products, infinities, NaN, among plain ones.
+// Scales that some paths would round in another way: subnormal products, infinities and NaN, among
+// ordinary ones.
 void check_special_scales(Dtype dtype, int64_t block, int type, Random& random) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   constexpr float kNan = std::numeric_limits<float>::quiet_NaN();

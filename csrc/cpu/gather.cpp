@@ -15,7 +15,8 @@ namespace lora_kernels {
 
 namespace {
 
-// It does not ask for the number of entries: a result must not depend on what else is in the batch.
+// The number of entries must not matter here: a token's result must not depend on the rest of the
+// batch.
 bool on_tiles(const GatherPass& f) {
   return f.activations == Dtype::bf16 && f.dtype == Dtype::bf16;
 }

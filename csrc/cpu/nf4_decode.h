@@ -1,6 +1,6 @@
 // Decoding of NF4/FP4 blocks for the tier being compiled. The 16 values of a block are multiplied
-// with its absmax and rounded to the output type once; elements are then table look-ups. So the
-// result is exactly round(table[code] * absmax), on every tier.
+// with its absmax and rounded to the output type once; elements are then table look-ups. The result
+// is exactly round(table[code] * absmax), on every tier.
 //
 // Each tier has scaled_table, which makes the table of a block, and decode32: 16 bytes -> 32
 // elements.

@@ -1,6 +1,6 @@
-// Encoding of NF4/FP4 blocks for the tier being compiled: four comparisons find between which of
-// the 15 thresholds x * (1 / absmax) lies, that is its rank among the 16 values; then the code of
-// that rank.
+// Encoding of NF4/FP4 blocks for the tier being compiled. Four comparisons count how many of the 15
+// thresholds are below x * (1 / absmax). That count is the rank of x among the 16 values, and a
+// table gives the code of each rank.
 //
 // Each tier has Encoder (the thresholds of a quant type), encode32: 32 elements -> 16 bytes, and
 // max_magnitude32: the bits of max |x| as an unsigned integer. Infinity and NaN are larger than

@@ -43,7 +43,7 @@ class ScaleMaps {
         shift(view.nested_block > 0 ? __builtin_ctzll(uint64_t(view.nested_block)) : 0),
         last_slot(slots(view, blocks) - 1) {}
 
-  // Computes the tables for the blocks [first, first + count), but those that are there already.
+  // Computes the tables for the blocks [first, first + count), except those computed already.
   LK_INLINE void begin(int64_t first, int64_t count) {
     const int64_t group0 = first >> shift, end = ((first + count - 1) >> shift) + 1;
     for (int64_t g = group0 >= ready0 && group0 <= ready1 ? ready1 : group0; g < end; ++g)
@@ -84,7 +84,7 @@ class ScaleMaps {
   float* maps;
   int shift;
   int64_t last_slot;
-  int64_t ready0 = 0, ready1 = 0;  // the groups whose tables are there
+  int64_t ready0 = 0, ready1 = 0;  // the groups whose tables have been computed
   bool safe = true;
 };
 

@@ -10,7 +10,6 @@
 namespace lora_kernels {
 namespace {
 
-using nf4_linear::kAll;
 using nf4_linear::Math;
 
 constexpr int kThreads = 512;

@@ -6,8 +6,8 @@
 #include <cstdint>
 
 #include "launch.cuh"
-#include "lora_kernels/nf4_codes.h"
 #include "lora_kernels/nf4_cuda.h"
+#include "nf4_codes.cuh"
 
 namespace lora_kernels {
 namespace {
@@ -15,16 +15,9 @@ namespace {
 constexpr int kWarps = 8;                   // of a block
 constexpr int kLoads = 8;                   // 4-byte loads of a thread
 constexpr int kWarpTile = 32 * 8 * kLoads;  // weights of a warp: 32 blocks of 64
-constexpr unsigned kAll = 0xffffffffu;
 
-#define LK_CODE_ROW(type)                                                                  \
-  {kCodeTable[type][0],  kCodeTable[type][1],  kCodeTable[type][2],  kCodeTable[type][3],  \
-   kCodeTable[type][4],  kCodeTable[type][5],  kCodeTable[type][6],  kCodeTable[type][7],  \
-   kCodeTable[type][8],  kCodeTable[type][9],  kCodeTable[type][10], kCodeTable[type][11], \
-   kCodeTable[type][12], kCodeTable[type][13], kCodeTable[type][14], kCodeTable[type][15]}
-__constant__ float device_codes[2][16] = {LK_CODE_ROW(kNf4), LK_CODE_ROW(kFp4)};
-
-// Two products, rounded to nearest even, into one 32-bit register or two.
+// How two products are rounded, to nearest even, and packed into one 32-bit register (16-bit types)
+// or two (fp32).
 struct PairF32 {
   using Element = float;
   static constexpr int kPerStore = 4;  // weights in 16 bytes
@@ -34,26 +27,21 @@ struct PairF32 {
   }
   __device__ static float convert(float a) { return a; }
 };
-struct PairF16 {
-  using Element = __half;
+template <class T, class Two, T (*kRoundOne)(float), Two (*kRoundTwo)(float, float)>
+struct Pair16 {
+  using Element = T;
   static constexpr int kPerStore = 8;
   __device__ static void put(uint32_t* word, int i, float a, float b) {
-    const __half2 pair = __floats2half2_rn(a, b);
+    const Two pair = kRoundTwo(a, b);
     word[i] = *reinterpret_cast<const uint32_t*>(&pair);
   }
-  __device__ static __half convert(float a) { return __float2half_rn(a); }
+  __device__ static T convert(float a) { return kRoundOne(a); }
 };
-struct PairBF16 {
-  using Element = __nv_bfloat16;
-  static constexpr int kPerStore = 8;
-  __device__ static void put(uint32_t* word, int i, float a, float b) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-    word[i] = *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  __device__ static __nv_bfloat16 convert(float a) { return __float2bfloat16_rn(a); }
-};
+struct PairF16 : Pair16<__half, __half2, __float2half_rn, __floats2half2_rn> {};
+struct PairBF16
+    : Pair16<__nv_bfloat16, __nv_bfloat162, __float2bfloat16_rn, __floats2bfloat162_rn> {};
 
-// The scale of a block, read by one thread alone. The product and the sum round separately.
+// The scale of a block, read by a single thread. The product and the sum are rounded separately.
 template <bool kNested>
 __device__ float block_scale(const DeviceQuantView& q, const float* map, int64_t block) {
   if (!kNested) return __ldg(q.absmax + block);
@@ -62,8 +50,9 @@ __device__ float block_scale(const DeviceQuantView& q, const float* map, int64_t
   return __fadd_rn(product, __ldg(q.nested_offset));
 }
 
-// The scales of blocks first .. first + 31, one a lane, `count` of them wanted (the warp together).
-// nested_absmax, shared by most lanes, is read by the first lane that needs it.
+// The scales of blocks first .. first + 31, one per lane; only the first `count` are read. All
+// lanes of a warp call this together. nested_absmax, shared by most lanes, is read by the first
+// lane that needs it.
 template <bool kNested>
 __device__ float warp_scales(const DeviceQuantView& q, const float* map, int64_t first, int count,
                              int lane) {
@@ -103,7 +92,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   if (tile >= q.n) return;
   const float code_value = device_codes[q.quant_type][lane & 15];
 
-  if (tile + kWarpTile > q.n || !aligned) {  // the ragged end: a byte, two weights, at a time
+  if (tile + kWarpTile > q.n || !aligned) {  // two weights, a byte, at a time
     const int64_t end = tile + kWarpTile < q.n ? tile + kWarpTile : q.n;
     for (int64_t i = tile + 2 * lane; i < end; i += 64) {
       const uint8_t byte = q.packed[i >> 1];

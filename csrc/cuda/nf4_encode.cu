@@ -35,7 +35,7 @@ constexpr uint32_t kCodes = codes_of(kCodeOrder[kType] + first);
    kThreshold<t, 8>, kThreshold<t, 10>, kThreshold<t, 12>, kThreshold<t, 14>}
 __constant__ float even_thresholds[2][8] = {LK_EVEN_THRESHOLDS(kNf4), LK_EVEN_THRESHOLDS(kFp4)};
 
-// The types of the weight: 16 bytes of it as four words.
+// How 16 bytes of a weight, as four words, are read for each of its types.
 template <class T>
 struct Read;
 
@@ -82,7 +82,8 @@ struct Read<__nv_bfloat16> {
   }
 };
 
-// The number of thresholds below v, by four comparisons; lane l holds threshold 2 (l % 8).
+// The number of thresholds below v, found by four comparisons. `even` of lane l is threshold 2 (l %
+// 8).
 template <int kType>
 __device__ int rank(float v, float even) {
   const bool upper = v > kThreshold<kType, 7>;
@@ -103,8 +104,8 @@ __device__ uint32_t code(float v, float even) {
 // absmax[b] = max |x| of block b; code of x[i] = rank of x[i] * (1 / absmax) among the thresholds.
 //
 // x [n] -> packed [(n + 1) / 2], high nibble first, an odd n padded with the code of 0; absmax
-// [ceil(n / block)]. *bad becomes the index of the first element that is not finite, or stays.
-// Grid: a block of threads takes 4 warps x 8 loads x 32 lanes x 16 bytes, whole blocks always.
+// [ceil(n / block)]. *bad becomes the index of the first element that is not finite, if any is.
+// Grid: a thread block takes 4 warps x 8 loads x 32 lanes x 16 bytes: whole quantisation blocks.
 // Load j of a warp is 512 consecutive bytes; a lane's codes of it are stored at once.
 template <class T, int kType>
 __global__ void __launch_bounds__(32 * kWarps)
@@ -222,7 +223,7 @@ constexpr int kScaleThreads = 256;
 // (absmax - offset) * (1 / nested_absmax).
 //
 // bad[0] becomes the index of the first scale that is not finite, bad[1] that of the first map
-// entry below the one before it; or they stay. Grid: a group each.
+// entry below the one before it, if there is one. Grid: one thread block per group.
 __global__ void __launch_bounds__(kScaleThreads)
     quantize_scales_kernel(const float* __restrict__ absmax, int64_t blocks, int64_t nested_block,
                            const float* __restrict__ nested_map,

@@ -2,9 +2,9 @@
 // nf4_linear_load.cuh loads codes and x; nf4_linear_kernel.cuh is the kernel itself. It serves
 // nf4_linear and, with a branch, lora_linear.
 //
-// Weights are the A operand of mma.m16n8k16 (16 outputs x 16 of K), tokens are B's 8 columns, so
-// one decode serves all tokens and the multiply-adds cost next to no instructions. The sum over K
-// may run in any order, so lane (g, t) = (lane / 4, lane % 4) takes a run of `kRun`
+// Weights are the A operand of mma.m16n8k16 (16 outputs x 16 of K), and tokens are the 8 columns of
+// B. One decode therefore serves all tokens, and the multiply-adds take very few instructions. The
+// sum over K may run in any order, so lane (g, t) = (lane / 4, lane % 4) takes a run of `kRun`
 // consecutive codes of rows g and g + 8, one wide load each; x is laid out in shared memory in the
 // same order.
 #pragma once
@@ -15,13 +15,12 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "lora_kernels/nf4_codes.h"
 #include "lora_kernels/nf4_linear_cuda.h"
+#include "nf4_codes.cuh"
 
 namespace lora_kernels {
 namespace nf4_linear {
 
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kRowTiles = 2;  // 16-row tiles of a warp, which share the loads of x
 constexpr int kRowWarps = 2;
 constexpr int kRows = 16 * kRowTiles * kRowWarps;  // outputs of a block
@@ -50,13 +49,6 @@ struct Tile {
   static constexpr int kStages = kSharedBytes / 2 / kStageBytes;
   static_assert(kStages >= 2 && (kStages & (kStages - 1)) == 0, "a ring of stages in the lines");
 };
-
-#define LK_CODE_ROW(type)                                                                  \
-  {kCodeTable[type][0],  kCodeTable[type][1],  kCodeTable[type][2],  kCodeTable[type][3],  \
-   kCodeTable[type][4],  kCodeTable[type][5],  kCodeTable[type][6],  kCodeTable[type][7],  \
-   kCodeTable[type][8],  kCodeTable[type][9],  kCodeTable[type][10], kCodeTable[type][11], \
-   kCodeTable[type][12], kCodeTable[type][13], kCodeTable[type][14], kCodeTable[type][15]}
-static __constant__ float device_codes[2][16] = {LK_CODE_ROW(kNf4), LK_CODE_ROW(kFp4)};
 
 // The decode table in shared memory: line b holds the two fp32 values of the byte b of codes, 16
 // times. An 8-byte access serves half a warp at a time, and each of its 16 lanes reads a copy of

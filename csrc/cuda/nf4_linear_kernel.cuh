@@ -39,7 +39,8 @@ __device__ void store_outputs(const Nf4Linear& c, int64_t m, int64_t n, float4 s
 
 constexpr int kPitch = kRows + 4;  // of the sums of a token in shared memory
 
-// Writes a lane's sums, token 2 t of row g at `to`, or adds them to those that it wrote before.
+// Writes a lane's sums, with token 2 t of row g at `to`. With `more` it adds them to the sums that
+// it wrote before.
 template <class S>
 __device__ void put_sums(float* to, const Sums<S>& sums, int t, bool more) {
   const auto put = [&](int at, float d) { to[at] = more ? __fadd_rn(to[at], d) : d; };

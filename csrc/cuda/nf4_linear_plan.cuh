@@ -14,8 +14,9 @@ struct Plan {
   int64_t groups, steps, steps_per_split, splits;
 };
 
-// At least two blocks for every multiprocessor, or one of the larger blocks, while there are steps
-// to share. Each more part costs 8 bytes of workspace traffic per output.
+// Splits K until there are two blocks of a narrow tile for every multiprocessor, or one of a wide
+// tile, as long as there are steps to share. Each further part costs 8 bytes of workspace traffic
+// per output.
 template <class S>
 Plan plan(int64_t m, int64_t n, int64_t k) {
   const int64_t cores = std::max(device_attribute(cudaDevAttrMultiProcessorCount), 1);

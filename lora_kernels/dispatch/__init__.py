@@ -1,10 +1,7 @@
 """Which implementation of an op runs, and why."""
 
+from lora_kernels.dispatch.op import BACKENDS, BackendError, Explanation, Implementation
 from lora_kernels.dispatch.registry import (
-    BACKENDS,
-    BackendError,
-    Explanation,
-    Implementation,
     chosen,
     define,
     explain,

@@ -26,8 +26,8 @@ _waiting: list[Callable[[], None]] = []
 def register_flops(
     namespace: str, name: str, call: Callable[..., Any], formula: Formula | None
 ) -> None:
-    """Make FlopCounterMode count an op, whose calls `call` makes; None: it multiplies no
-    matrices."""
+    """Make FlopCounterMode count an op. `call` makes the op's calls. A formula of None: the op
+    multiplies no matrices."""
 
     def count(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return 0 if formula is None else formula(call(*args, **kwargs))
@@ -43,8 +43,8 @@ def register_flops(
 
 
 class _WhenImported(MetaPathFinder):
-    """Registers the formulas once somebody imports torch's counter: that imports Triton, which
-    takes half a second, and few want to count."""
+    """Registers the formulas when torch's counter is imported, not before: that imports Triton,
+    which takes half a second, and few programs count FLOPs."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if name != COUNTER:

@@ -32,7 +32,7 @@ def extension(package: Path) -> Path | None:
 
 
 def failure(package: Path = PACKAGE) -> str | None:
-    """The line that setup.py left of a build that failed."""
+    """The line that setup.py wrote about a build that failed."""
     try:
         lines = (package / FAILED).read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -67,8 +67,8 @@ def why_missing(package: Path = PACKAGE) -> str:
 
 
 def warning(package: Path = PACKAGE) -> str | None:
-    """What a user should know who did not ask for less: a build that failed, or a copy of the
-    package that hides the built one. None in a source tree where nothing was built."""
+    """A warning for the user: the build failed, or this copy of the package hides the built one.
+    None if the user switched the extension off, or in a source tree where nothing was built."""
     if switched_off():
         return None
     if extension(package) is not None:
@@ -79,7 +79,7 @@ def warning(package: Path = PACKAGE) -> str | None:
 
 
 def warn() -> None:
-    """Warn, of the line that imports the package."""
+    """Warn. The warning points at the line that imports the package."""
     if text := warning():
         silent = f"; set {SWITCH}=1 to do without it and without this warning"
         details = f" (details: {PACKAGE / FAILED})" if failure() else ""

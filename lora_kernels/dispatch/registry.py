@@ -12,7 +12,6 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -21,116 +20,29 @@ from torch.autograd import forward_ad
 
 from lora_kernels.dispatch import native
 from lora_kernels.dispatch.flops import Formula, register_flops
+from lora_kernels.dispatch.op import (
+    BACKENDS,
+    NAMESPACE,
+    NATIVE_NAMESPACE,
+    BackendError,
+    Explanation,
+    Implementation,
+    Op,
+    check_backend,
+)
 from lora_kernels.dispatch.schema import schema_of
 from lora_kernels.dispatch.settings import Setting
 
-NAMESPACE = "lora_kernels"
-NATIVE_NAMESPACE = "lora_kernels_native"
-BACKENDS = ("native", "triton", "reference")
 BACKEND_VARIABLE = "LORA_KERNELS_BACKEND"
-BY_TENSOR = "_by_tensor"  # the name's end of an op's twin whose scale is a tensor
-
+BY_TENSOR = "_by_tensor"  # suffix of the variant of an op that takes its scale as a tensor
 
 Call = TypeVar("Call")
 Function = TypeVar("Function", bound=Callable[[Any], Any])
-
-
-class BackendError(RuntimeError):
-    """No backend can run the op on these arguments, or the one that was asked for cannot.
-
-    Examples:
-        >>> x, weight = torch.randn(3, 64), torch.randn(32, 64)
-        >>> a, b = torch.randn(8, 64), torch.randn(32, 8)
-        >>> try:
-        ...     with lk.use_backend("native"):  # which has no fp64
-        ...         lk.functional.lora_linear(x.double(), weight.double(), a.double(), b.double())
-        ... except lk.dispatch.BackendError as error:
-        ...     str(error).splitlines()[0]
-        'lora_linear_fwd: no backend (native was asked for)'
-    """
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """A backend's function for one op.
-
-    Both functions take a call of the op. `supports` reads only metadata (shape, dtype, strides,
-    device) and returns None, or one line that says why this backend refuses the call.
-
-    Examples:
-        >>> def supports(call):
-        ...     return None if call.x.is_cuda else f"x is on {call.x.device}, not on CUDA"
-        >>> triton = lk.dispatch.Implementation("triton", lambda call: call.x.clone(), supports)
-        >>> triton.supports(lk.dispatch.ops()["lora_linear_fwd"].call(torch.ones(2), *[None] * 10))
-        'x is on cpu, not on CUDA'
-    """
-
-    backend: str
-    fn: Callable[[Any], Any]
-    supports: Callable[[Any], str | None] = lambda call: None
-
-    def __post_init__(self) -> None:
-        _check_backend(self.backend)
-
-
-@dataclass
-class Op:
-    """An op of this package: its schema, the class of its calls (a NamedTuple of the op's
-    arguments) and the implementations known so far."""
-
-    name: str
-    schema: str
-    call: Callable[..., Any]
-    implementations: dict[str, Implementation] = field(default_factory=dict)
-
-    @functools.cached_property
-    def overload(self) -> Any:
-        """The op in torch."""
-        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
-
-    def in_order(self) -> list[Implementation]:
-        return [self.implementations[b] for b in BACKENDS if b in self.implementations]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Each backend's answer for a call of an op: `refusals[backend]` is None when it accepts.
-
-    Examples:
-        >>> refusals = {"native": "x is on cuda:0, not on the CPU", "reference": None}
-        >>> print(lk.dispatch.Explanation("nf4_linear_fwd", refusals))
-        nf4_linear_fwd: reference
-          native    x is on cuda:0, not on the CPU
-          reference accepts
-    """
-
-    op: str
-    refusals: dict[str, str | None]
-    forced: str | None = None
-
-    @property
-    def chosen(self) -> str | None:
-        """The backend that runs, or None when the call would raise."""
-        candidates = [self.forced] if self.forced else list(self.refusals)
-        return next((b for b in candidates if self.refusals.get(b, "") is None), None)
-
-    def __str__(self) -> str:
-        head = f"{self.op}: {self.chosen or 'no backend'}"
-        if self.forced:
-            head += f" ({self.forced} was asked for)"
-        lines = [f"  {b:<10}{reason or 'accepts'}" for b, reason in self.refusals.items()]
-        return "\n".join([head, *lines])
-
 
 _ops: dict[str, Op] = {}
 # Library objects unregister their ops when they are collected.
 _library = torch.library.Library(NAMESPACE, "DEF")
 _native_library = torch.library.Library(NATIVE_NAMESPACE, "DEF")
-
-
-def _check_backend(name: str) -> None:
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
 
 
 def define(name: str, returns: str, *, flops: Formula | None) -> Callable[[type[Call]], type[Call]]:
@@ -199,7 +111,8 @@ def define_twin(
 
 
 def _define_by_tensor(op: Op, fake: Callable[..., Any], flops: Formula | None) -> None:
-    """The twin of an op with a scale that takes it as a tensor on the CPU (`common/scale.py`)."""
+    """Define the variant of an op that takes its scale as a tensor on the CPU
+    (`common/scale.py`)."""
     schema = op.schema.replace("float scale", "Tensor scale")
     schema = schema.replace("float[] scales", "Tensor[] scales")
     if schema == op.schema:
@@ -237,7 +150,7 @@ def register(name: str, implementation: Implementation) -> None:
 
 
 def register_reference(fn: Function) -> Function:
-    """Decorates the reference of the op that has the function's name."""
+    """Decorates the reference implementation of an op. The function has the op's name."""
     register(fn.__name__, Implementation("reference", fn))
     return fn
 
@@ -264,9 +177,9 @@ def implementation(name: str, backend: str) -> Callable[[Any], Any]:
 
 
 def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
-    """The native implementation, where a call outside autograd on a plain CPU tensor would come to
-    it anyway: nobody forces or asks for a backend, in Python or by a mode of torch's, and it
-    refuses nothing. Else None.
+    """The native function for a call outside autograd, or None if the call has to go through
+    torch's dispatcher. The dispatcher would choose the same function: x is a plain CPU tensor, no
+    backend is forced, nothing observes the call, and the native backend does not refuse it.
 
     The way through torch's dispatcher and back into Python takes as long as a small layer's kernel.
     """
@@ -277,8 +190,8 @@ def direct(name: str, call: Any) -> Callable[[Any], Any] | None:
 
 
 def unobserved(x: Any) -> bool:
-    """Whether a call with x, a plain CPU tensor, is seen by nobody: no backend is forced, nobody
-    asks which one runs, and neither a graph nor a mode of torch's records it."""
+    """Whether x is a plain CPU tensor and nothing observes a call with it: no backend is forced,
+    `explain` does not run, and neither a graph nor a mode of torch records the call."""
     return (
         type(x) is torch.Tensor
         and not torch.compiler.is_compiling()
@@ -320,8 +233,8 @@ def _run(op: Op, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_forward_mode(name: str, call: Any) -> None:
-    """Raise where a derivative is carried forward: a kernel would drop it without a word."""
-    # Inside torch.func.jvp an op cannot see which of its arguments carry one.
+    """Raise in forward-mode differentiation: a kernel would silently drop the tangents."""
+    # Inside torch.func.jvp an op cannot see which of its arguments have a tangent.
     if eager_transforms.JVP_NESTING > 0 or any(
         forward_ad.unpack_dual(t).tangent is not None for t in _tensors(call)
     ):
@@ -413,7 +326,7 @@ def use_backend(name: str | None) -> Iterator[None]:
         ...     y = lk.functional.lora_linear(x, weight, a, b)
     """
     if name is not None:
-        _check_backend(name)
+        check_backend(name)
     with _forced.use(name):
         yield
 

@@ -1,7 +1,7 @@
-"""What a `with` block sets for its own context: its thread, or its asyncio task, and no other.
+"""Values that a `with` block sets for its own thread or asyncio task, and for no other.
 
-Autograd runs the backward of CUDA tensors in threads of its own, which have no context. There a
-backward takes what its forward had (`keep`, `resume`).
+Autograd runs the backward of CUDA tensors in threads of its own, where these values are not set. A
+backward there uses the values that its forward had (`keep`, `resume`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Setting(Generic[T]):
     Args:
         name: for its repr.
         default: where no block has set it.
-        observe: is told of a block that begins (1) and of one that ends (-1), in any thread.
+        observe: called with 1 when a block begins and with -1 when one ends, in any thread.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class Setting(Generic[T]):
 
 
 class KeepsSettings(torch.autograd.Function):
-    """An autograd function whose backward, where another thread runs it, has the settings of its
-    forward."""
+    """An autograd function whose backward has the settings of its forward, also if another thread
+    runs it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

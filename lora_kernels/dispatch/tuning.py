@@ -23,8 +23,9 @@ T = TypeVar("T")
 
 
 def from_file(variable: str, take: Callable[[str, Any], T], instead: str) -> T | None:
-    """What `take` makes of the name and the JSON value of the file that an environment variable
-    names; None where it names none, and with a warning where the file does not fit.
+    """Read the JSON file that an environment variable names and return what `take` makes of the
+    file's name and content. Returns None if the variable is not set, and None with a warning if the
+    file does not fit.
 
     Args:
         take: raises ValueError, which says what it found and what it expected.
@@ -48,7 +49,7 @@ def check_head(doc: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def head(module: ModuleType) -> dict[str, Any]:
-    """The format and what it was tuned on: a file with another head does not fit."""
+    """The format, and what the file was tuned on. A file with other values is refused."""
     return {"format": FORMAT, "cpu": cpu_model(), "isa": module.current_isa()}
 
 

@@ -124,7 +124,7 @@ def make_linear(weight: Tensor, bias: Parameter | None, *, training: bool) -> nn
 
 
 def frozen(parameter: Any) -> Any:
-    """The same parameter (or None), taken out of training."""
+    """The same parameter (or None), which no longer requires a gradient."""
     return None if parameter is None else parameter.requires_grad_(False)
 
 
@@ -155,7 +155,7 @@ def set_buffer(module: nn.Module, name: str, t: Tensor | None) -> None:
 
 def draw_kaiming(t: Tensor, generator: torch.Generator | None = None) -> None:
     """Fill in place as nn.Linear and LoRA do: Kaiming-uniform with a=√5."""
-    if t.numel() > 0:  # torch warns about empty tensors
+    if t.numel() > 0:  # torch warns if a tensor is empty
         nn.init.kaiming_uniform_(t, a=math.sqrt(5), generator=generator)
 
 

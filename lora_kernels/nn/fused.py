@@ -1,9 +1,10 @@
 """Sibling layers of any module, run by one packed op: the first that is called computes for all.
 
 While the owner's forward runs, the first sibling called with x computes every sibling's output. The
-others' are kept, and each takes its own if it is called with the very same x. They are dropped when
-the forward ends, so a result is never of other weights or of another call. Two hooks on the owner
-mark where its forward begins and ends; module tree, parameters and state dict stay as they are.
+other results are kept, and each sibling takes its own if it is called with the very same x. They
+are dropped when the forward ends, so a result never comes from other weights or another call. Two
+hooks on the owner mark where its forward begins and ends; module tree, parameters and state dict
+stay as they are.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class EndGroups:
 
 
 class _Kept:
-    """What was computed for a group's layers, and what has to be the same when one takes it."""
+    """What was computed for a group's layers, and what has to be unchanged when a layer takes its
+    part."""
 
     __slots__ = ("outputs", "state", "traits", "x")
 
@@ -102,7 +104,7 @@ class _Call:
         self.groups = tuple(other for other in self.groups if other is not group)
         try:
             y = functional.lora_packed_linear(x, **packed_arguments(layers, x))
-        except (TypeError, ValueError):  # the layer alone says it in its own words
+        except (TypeError, ValueError):  # alone, the layer raises its own error
             return None
         outputs = dict(zip(layers, y, strict=True))
         mine = outputs.pop(layer)
@@ -111,8 +113,8 @@ class _Call:
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
-    """Counts the writes to x (in inference mode nobody does), and the modes of torch that a
-    result depends on."""
+    """The version of x, which counts the writes to it (None in inference mode, which counts
+    none), and the modes of torch that a result depends on."""
     kind = "cpu" if x.is_cpu else x.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)
     return (
@@ -130,7 +132,7 @@ def _traits(layer: nn.Module, x: Tensor) -> tuple[Any, ...] | None:
     found = shared_traits(layer)
     if x.requires_grad or not torch.is_grad_enabled():
         return found
-    # One that nothing trains would get a gradient through its output, for nothing.
+    # A frozen layer does not share with trained ones: autograd would compute its gradients, unused.
     return *found, any(p is not None and p.requires_grad for p in layer._parameters.values())
 
 

@@ -31,8 +31,9 @@ _open = _Open()
 
 def begin(owner: nn.Module, call: Call) -> None:
     """The owner's forward begins."""
-    # Nothing stays in memory of a call that was interrupted: Ctrl-C runs no hook. One that is still
-    # running, around this one, has its siblings called one right after the other.
+    # Results of an interrupted call are dropped here, because no hook runs after Ctrl-C. A call
+    # that is still running around this one loses nothing: it calls its siblings one right after the
+    # other.
     for other in _open.calls.values():
         other.drop()
     _open.calls[id(owner)] = call

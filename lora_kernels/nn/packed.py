@@ -89,7 +89,7 @@ class PackedLayers(nn.Module):
 def packed_arguments(layers: Sequence[Layer], x: Tensor) -> dict[str, Any]:
     """What `functional.lora_packed_linear` takes beside x, of layers with one dropout and mode."""
     first = layers[0]
-    own: list[Any] = [layer._parameters for layer in layers]  # torch's way to a parameter is long
+    own: list[Any] = [layer._parameters for layer in layers]  # getattr is slow
     weights = []
     for p, layer in zip(own, layers, strict=True):
         dense = p.get("weight")
@@ -105,7 +105,7 @@ def packed_arguments(layers: Sequence[Layer], x: Tensor) -> dict[str, Any]:
 
 
 def why_not_plain(layer: nn.Module) -> str | None:
-    """What of the layer's forward the packed op would not do; None if nothing."""
+    """Why the packed op cannot stand for the layer's forward; None if it can."""
     if type(layer) not in (LoRALinear, QLoRALinear):
         return f"is a {type(layer).__name__}, expected LoRALinear or QLoRALinear"
     if "lora_A" not in layer._parameters:

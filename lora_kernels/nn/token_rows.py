@@ -176,7 +176,7 @@ def train_rows(
     dtype: torch.dtype,
     shared: TokenRows | None = None,
 ) -> TokenRows:
-    """Give a checked module trainable rows; those of `shared`, if it is given."""
+    """Give a checked module trainable rows: its own, or those of `shared`."""
     restore(module)  # the class's forward is the one that sees the rows
     made: Any = module
     weight: Tensor = made.weight

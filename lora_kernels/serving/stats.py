@@ -16,7 +16,7 @@ class PoolStats:
         slots: all slots, used or free.
         pages_used, pages_free: sums over all modules.
         hits, misses: adapters that `acquire` found loaded, and that it had to load.
-        evictions: adapters taken out of their slot to make room, or by `evict`.
+        evictions: adapters taken out of their slot because another one needed it, or by `evict`.
         disk_reads: directories read and found valid.
         device_bytes: size of all pages and tables, fixed when the pool is made.
         used_bytes: size of the pages in use and of all tables.

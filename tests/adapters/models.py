@@ -49,6 +49,23 @@ def logits(model: Any) -> Tensor:
         return model(tokens()).logits
 
 
+def assert_training_moves_trainable_only(model: Any, steps: int) -> None:
+    """After some steps of AdamW the loss is lower, every trainable parameter has changed, and no
+    other one has."""
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(tokens(), labels=tokens()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad, name
+
+
 class Mlp(nn.Module):
     """up, down and an output head."""
 

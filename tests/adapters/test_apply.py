@@ -14,7 +14,15 @@ from lora_kernels.adapters import LoRAConfig, adapter_layers, apply_lora
 from lora_kernels.dispatch import use_backend
 from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
 from lora_kernels.testing import assert_within_budget
-from tests.adapters.models import LLAMA_LAYERS, llama, logits, mlp, tokens, wake
+from tests.adapters.models import (
+    LLAMA_LAYERS,
+    assert_training_moves_trainable_only,
+    llama,
+    logits,
+    mlp,
+    tokens,
+    wake,
+)
 
 
 def test_all_linear_leaves_the_output_layer():
@@ -343,18 +351,7 @@ def test_the_report():
 def test_training_moves_the_adapters_only():
     model = llama().train()
     apply_lora(model, r=4, quantize="nf4", dropout=0.1)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(tokens(), labels=tokens()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) != p.requires_grad, name
+    assert_training_moves_trainable_only(model, steps=8)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

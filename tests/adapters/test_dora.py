@@ -24,7 +24,14 @@ from lora_kernels.adapters import (
 )
 from lora_kernels.nn import LoRALinear
 from lora_kernels.testing import assert_within_budget
-from tests.adapters.models import llama, logits, mlp, tokens, wake
+from tests.adapters.models import (
+    assert_training_moves_trainable_only,
+    llama,
+    logits,
+    mlp,
+    tokens,
+    wake,
+)
 
 WEIGHTS = "adapter_model.safetensors"
 KEY = "base_model.model.up.lora_magnitude_vector"
@@ -75,18 +82,7 @@ def test_apply(quantize):
 def test_training_moves_the_magnitudes(quantize):
     model = llama().train()
     apply_lora(model, r=4, dropout=0.1, use_dora=True, quantize=quantize)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(6):
-        loss = model(tokens(), labels=tokens()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) != p.requires_grad, name
+    assert_training_moves_trainable_only(model, steps=6)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

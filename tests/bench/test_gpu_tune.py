@@ -18,7 +18,8 @@ from bench.gpu import tune
 from bench.gpu.measurer import Candidate, Measurer, Point, Timing
 from bench.runner import FAILED, OK, WRONG, Settings
 from lora_kernels import use_backend
-from lora_kernels.dispatch.registry import Implementation, ops
+from lora_kernels.dispatch.op import Implementation
+from lora_kernels.dispatch.registry import ops
 from lora_kernels.ops.common import tuned
 from lora_kernels.ops.common.configs import DEVICES, GEMM_CONFIGS, GENERIC, GemmConfig
 from lora_kernels.ops.common.launch import Executor, planned_device, use_executor

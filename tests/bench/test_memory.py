@@ -18,7 +18,7 @@ from bench.providers import PROVIDERS, Outputs, Prepared, Provider
 from bench.runner import Settings, run_case
 from bench.timing import Stopwatch
 from lora_kernels.dispatch import native
-from lora_kernels.dispatch.registry import BackendError
+from lora_kernels.dispatch.op import BackendError
 
 CPU = torch.device("cpu")
 OURS = {p.name: p for p in PROVIDERS if p.ours}

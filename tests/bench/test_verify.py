@@ -13,7 +13,7 @@ from bench.providers import PROVIDERS, Outputs, Prepared, Provider
 from bench.runner import FAILED, OK, REFUSED, WRONG, Settings, refusal, run_case
 from bench.verify import Verifier
 from lora_kernels import NF4Weight
-from lora_kernels.dispatch.registry import BackendError
+from lora_kernels.dispatch.op import BackendError
 
 CPU = torch.device("cpu")
 FAST = Settings(seconds=0.01, min_rounds=2, max_rounds=3, rotate_bytes=1 << 16)

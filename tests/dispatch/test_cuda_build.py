@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 from lora_kernels import use_backend
 from lora_kernels.dispatch import explain, native, ops
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE
 from lora_kernels.ops.common import native as common
 
 BINDINGS = Path(__file__).parents[2] / "csrc" / "bindings"

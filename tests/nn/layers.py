@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.nn import LoRALinear, QLoRALinear
 
@@ -38,3 +39,19 @@ def plain_args(layer: LoRALinear | QLoRALinear, x: Tensor) -> tuple[Any, ...]:
     bias = None if layer.bias is None else layer.bias.detach().to(x.dtype)
     w = dense_weight(layer, x.dtype)
     return x, w, layer.lora_A.detach(), layer.lora_B.detach(), bias, layer.scale
+
+
+def assert_checkpointing_repeats(layer: nn.Module, reentrant: bool) -> None:
+    """Activation checkpointing draws the same dropout mask again: the same y and gradients."""
+    results = []
+    for run in (lambda x: layer(x), lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
+        x = torch.ones(5, K, requires_grad=True)
+        layer.zero_grad()
+        torch.manual_seed(7)
+        y = run(x)
+        y.square().sum().backward()
+        trained = [p.grad for p in layer.parameters() if p.requires_grad]
+        results.append([y.detach(), x.grad, *trained])
+    assert len(results[0]) > 2
+    for plain_result, checkpointed in zip(*results, strict=True):
+        assert torch.equal(plain_result, checkpointed)

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.dispatch import use_backend
 from lora_kernels.nn import LoRALinear, NF4Linear, QLoRALinear
@@ -20,7 +19,7 @@ from tests.nn.dora_layers import (
     plain,
     plain_args,
 )
-from tests.nn.layers import KINDS, K, N, R, dense_weight
+from tests.nn.layers import KINDS, K, N, R, assert_checkpointing_repeats, dense_weight
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -267,17 +266,7 @@ def test_a_row_of_zeros_is_finite(kind):
 @kinds
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_repeats_the_dropout(kind, reentrant):
-    layer = make(kind, dropout=0.3)
-    results = []
-    for run in (lambda x: layer(x), lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
-        x = torch.ones(5, K, requires_grad=True)
-        layer.zero_grad()
-        torch.manual_seed(7)
-        y = run(x)
-        y.square().sum().backward()
-        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
-    for a, b in zip(*results, strict=True):
-        assert (a is None and b is None) or torch.equal(a, b)
+    assert_checkpointing_repeats(make(kind, dropout=0.3), reentrant)
 
 
 @kinds

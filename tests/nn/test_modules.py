@@ -7,13 +7,22 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.dispatch import use_backend
 from lora_kernels.functional import dropout_mask
 from lora_kernels.nn import LoRALinear, QLoRALinear
 from lora_kernels.testing import assert_call_within_budget, assert_within_budget
-from tests.nn.layers import KINDS, K, N, R, dense_weight, make, plain, plain_args
+from tests.nn.layers import (
+    KINDS,
+    K,
+    N,
+    R,
+    assert_checkpointing_repeats,
+    dense_weight,
+    make,
+    plain,
+    plain_args,
+)
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -188,17 +197,7 @@ def _cast_args(layer, x):
 @kinds
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_repeats_the_dropout(kind, reentrant):
-    layer = make(kind, dropout=0.3)
-    results = []
-    for run in (lambda x: layer(x), lambda x: checkpoint(layer, x, use_reentrant=reentrant)):
-        x = torch.ones(5, K, requires_grad=True)
-        layer.zero_grad()
-        torch.manual_seed(7)
-        y = run(x)
-        y.square().sum().backward()
-        results.append((y.detach(), x.grad, layer.lora_A.grad, layer.lora_B.grad))
-    for plain_result, checkpointed in zip(*results, strict=True):
-        assert torch.equal(plain_result, checkpointed)
+    assert_checkpointing_repeats(make(kind, dropout=0.3), reentrant)
 
 
 def _compile_matches(layer, backend):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -189,3 +189,16 @@ CALLS = (
         lambda: {"ids": torch.tensor([3, 3, 0, 11, 7, 7]), **_slots()},
     ),
 )
+
+
+def results_and_gradients(outputs: Sequence[Tensor], tensors: Tensors) -> list[Tensor]:
+    """The outputs, and the gradient of each tensor where a weighted sum of them is the loss."""
+    weighted = (y * torch.linspace(-1, 2, y.numel()).view_as(y) for y in outputs)
+    sum(y.sum() for y in weighted).backward()
+    return [*(y.detach() for y in outputs), *(v.grad for v in tensors.values())]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Equal to the bit, and none is missing."""
+    for got, want in zip(found, expected, strict=True):
+        assert want is not None and torch.equal(got, want)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_kernels import use_backend
 from lora_kernels.dispatch import native
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE
 from lora_kernels.ops.gather import (
     PAGE,
     RankPages,

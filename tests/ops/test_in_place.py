@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.ops.public_calls import CALLS, Call
+from tests.ops.public_calls import CALLS, Call, assert_same, results_and_gradients
 
 
 def _changed(y: Tensor) -> Tensor:
@@ -47,21 +47,14 @@ def _step(call: Call, after: Callable[[Tensor], Tensor], layer: Callable | None 
     """Results and every gradient where `after` is applied to each output."""
     t, fixed = call.tensors(), call.fixed()
     outputs = [after(y) for y in (layer or call.outputs)(t, fixed)]
-    weighted = (y * torch.linspace(-1, 2, y.numel()).view_as(y) for y in outputs)
-    sum(y.sum() for y in weighted).backward()
-    return [*(y.detach() for y in outputs), *(v.grad for v in t.values())]
-
-
-def _same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for got, want in zip(found, expected, strict=True):
-        assert want is not None and torch.equal(got, want)
+    return results_and_gradients(outputs, t)
 
 
 @calls
 @pairs
 def test_eager(call: Call, pair: tuple[Callable, Callable]):
     in_place, elsewhere = pair
-    _same(_step(call, in_place), _step(call, elsewhere))
+    assert_same(_step(call, in_place), _step(call, elsewhere))
 
 
 @calls
@@ -70,7 +63,7 @@ def test_on_the_output_of_a_compiled_layer(call: Call, pair: tuple[Callable, Cal
     torch._dynamo.reset()
     in_place, elsewhere = pair
     compiled = torch.compile(call.outputs, backend="aot_eager")
-    _same(_step(call, in_place, compiled), _step(call, elsewhere))
+    assert_same(_step(call, in_place, compiled), _step(call, elsewhere))
 
 
 @calls
@@ -82,5 +75,5 @@ def test_within_a_compiled_graph(call: Call):
     def body(t, fixed):
         return [_changed(y) for y in call.outputs(t, fixed)]
 
-    _same(_step(call, _as_it_is, body), _step(call, _changed_elsewhere))
+    assert_same(_step(call, _as_it_is, body), _step(call, _changed_elsewhere))
     assert counter.frame_count == 1

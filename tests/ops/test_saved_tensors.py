@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tests.ops.public_calls import CALLS, Call, Tensors
+from tests.ops.public_calls import (
+    CALLS,
+    Call,
+    Tensors,
+    assert_same,
+    results_and_gradients,
+)
 
 calls = pytest.mark.parametrize("call", CALLS, ids=str)
 
@@ -27,21 +33,14 @@ def _step(call: Call, run: Callable | None = None, context: Callable = nullconte
 
     with context():
         outputs = body(*t.values()) if run is None else run(body, *t.values())
-    weighted = (y * torch.linspace(-1, 2, y.numel()).view_as(y) for y in outputs)
-    sum(y.sum() for y in weighted).backward()
-    return [*(y.detach() for y in outputs), *(v.grad for v in t.values())]
-
-
-def _same(found: list[Tensor], expected: list[Tensor]) -> None:
-    for got, want in zip(found, expected, strict=True):
-        assert want is not None and torch.equal(got, want)
+    return results_and_gradients(outputs, t)
 
 
 @calls
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoint(call: Call, use_reentrant: bool):
     run = lambda body, *v: checkpoint(body, *v, use_reentrant=use_reentrant)  # noqa: E731
-    _same(_step(call, run), _step(call))
+    assert_same(_step(call, run), _step(call))
 
 
 @calls
@@ -50,12 +49,12 @@ def test_nested_checkpoints(call: Call):
         inner = lambda *v: checkpoint(body, *v, use_reentrant=False)  # noqa: E731
         return checkpoint(inner, *values, use_reentrant=False)
 
-    _same(_step(call, run), _step(call))
+    assert_same(_step(call, run), _step(call))
 
 
 @calls
 def test_save_on_cpu(call: Call):
-    _same(_step(call, context=torch.autograd.graph.save_on_cpu), _step(call))
+    assert_same(_step(call, context=torch.autograd.graph.save_on_cpu), _step(call))
 
 
 @calls
@@ -71,7 +70,7 @@ def test_each_saved_tensor_is_read_once(call: Call):
         reads[kept[0]] += 1
         return kept[2]
 
-    _same(_step(call, context=context), _step(call))
+    assert_same(_step(call, context=context), _step(call))
     assert reads and max(reads) == 1
 
 
@@ -84,4 +83,4 @@ def test_compiled_checkpoint(call: Call):
         inner = lambda *v: checkpoint(body, *v, use_reentrant=False)  # noqa: E731
         return torch.compile(inner, backend="aot_eager")(*values)
 
-    _same(_step(call, run), _step(call))
+    assert_same(_step(call, run), _step(call))

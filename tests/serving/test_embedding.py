@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from torch import nn
 
 from lora_kernels.nn.multi_lora_embedding import MultiLoRAEmbedding
-from lora_kernels.serving import AdapterPool, attach_pool, detach_pool, generate_batch
+from lora_kernels.serving import AdapterPool, attach_pool, detach_pool
 from lora_kernels.testing import assert_within_budget
 from tests.adapters.models import llama
-from tests.serving.test_model import PROMPTS, Characters, alone, tokens
+from tests.serving.peft_rows import assert_rows_are_peft, drawn_peft
+from tests.serving.test_model import tokens
 
 NAMES = {"tokens": ["embed_tokens"], "both": ["q_proj", "embed_tokens"], "body": ["q_proj"]}
 ROWS = ["both", None, "tokens", "body", "tokens", ""]
@@ -25,12 +26,7 @@ def folders(root: Path, **config: Any) -> dict[str, Path]:
     made = {}
     for i, (name, targets) in enumerate(NAMES.items()):
         options = LoraConfig(r=3 + 9 * i, lora_alpha=9, target_modules=targets)
-        peft = get_peft_model(llama(**config), options)
-        g = torch.Generator().manual_seed(i)
-        with torch.no_grad():
-            for key, p in peft.named_parameters():
-                if "lora_" in key:
-                    p.normal_(std=0.2, generator=g)
+        peft = drawn_peft(llama(**config), options, "lora_", seed=i)
         made[name] = root / name
         peft.save_pretrained(made[name])
     return made
@@ -61,17 +57,7 @@ def test_each_row_has_its_own_embedding(tmp_path, tied):
         mixed = model(tokens(len(ROWS))).logits
     nobody = [i for i, row in enumerate(ROWS) if not row]
     assert torch.equal(mixed[nobody], base[nobody])
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    made = generate_batch(model, Characters(), PROMPTS, ROWS, **settings)
-    for name, folder in saved.items():
-        peft = PeftModel.from_pretrained(llama(tie_word_embeddings=tied), folder).eval()
-        rows = [i for i, row in enumerate(ROWS) if row == name]
-        plain = peft(tokens(len(ROWS))).logits[rows]
-        for i in rows:
-            assert made.tokens[i].tolist() == alone(peft, PROMPTS[i], **settings).tolist()
-        exact = peft.double()(tokens(len(ROWS))).logits[rows]
-        assert_within_budget(mixed[rows], exact, plain, name)
-        assert not torch.equal(plain, base[rows])
+    assert_rows_are_peft(model, saved, ROWS, mixed, base, tie_word_embeddings=tied)
     assert len(detach_pool(model)) == 3
     assert type(model.model.embed_tokens) is nn.Embedding
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied

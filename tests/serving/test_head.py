@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 
-from lora_kernels.serving import AdapterPool, attach_pool, detach_pool, generate_batch
-from lora_kernels.testing import assert_within_budget
+from lora_kernels.serving import AdapterPool, attach_pool, detach_pool
 from tests.adapters.models import llama
-from tests.serving.test_model import PROMPTS, Characters, alone, tokens
+from tests.serving.peft_rows import assert_rows_are_peft, drawn_peft
+from tests.serving.test_model import tokens
 
 NAMES = {"head": ["lm_head"], "both": ["q_proj", "lm_head"], "body": ["q_proj"]}
 ROWS = ["both", None, "head", "body", "head", ""]
@@ -22,12 +22,7 @@ def folders(root: Path, tied: bool, **options: Any) -> dict[str, Path]:
     made = {}
     for i, (name, targets) in enumerate(NAMES.items()):
         config = LoraConfig(r=3 + 5 * i, lora_alpha=9, target_modules=targets)
-        peft = get_peft_model(llama(tie_word_embeddings=tied), config)
-        g = torch.Generator().manual_seed(i)
-        with torch.no_grad():
-            for key, p in peft.named_parameters():
-                if "lora_B" in key:
-                    p.normal_(std=0.2, generator=g)
+        peft = drawn_peft(llama(tie_word_embeddings=tied), config, "lora_B", seed=i)
         made[name] = root / name
         peft.save_pretrained(made[name], **options)
     return made
@@ -50,18 +45,7 @@ def test_each_row_has_its_own_head(tmp_path, tied, options):
         mixed = model(tokens(len(ROWS))).logits
     nobody = [i for i, row in enumerate(ROWS) if not row]
     assert torch.equal(mixed[nobody], base[nobody])
-    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    made = generate_batch(model, Characters(), PROMPTS, ROWS, **settings)
-    for name, folder in saved.items():
-        single = llama(tie_word_embeddings=tied)
-        peft = PeftModel.from_pretrained(single, folder).eval()
-        rows = [i for i, row in enumerate(ROWS) if row == name]
-        plain = peft(tokens(len(ROWS))).logits[rows]
-        for i in rows:
-            assert made.tokens[i].tolist() == alone(peft, PROMPTS[i], **settings).tolist()
-        exact = peft.double()(tokens(len(ROWS))).logits[rows]
-        assert_within_budget(mixed[rows], exact, plain, name)
-        assert not torch.equal(plain, base[rows])
+    assert_rows_are_peft(model, saved, ROWS, mixed, base, tie_word_embeddings=tied)
     detach_pool(model)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())

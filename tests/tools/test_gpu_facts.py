@@ -181,8 +181,8 @@ def test_models_grow_with_dropout() -> None:
 
 def test_addmm_order_forward_by_hand() -> None:
     z = LORAFUSION_SIZES
-    mb, thin = 2 << 20, 32 << 10
-    expected = (3 * mb) + (mb + 2 * thin) + (2 * mb + 2 * thin)
+    mb, rank_wide = 2 << 20, 32 << 10
+    expected = (3 * mb) + (mb + 2 * rank_wide) + (2 * mb + 2 * rank_wide)
     found = next(r for r in baselines(z, "forward", False) if r.name == "addmm_ order")
     assert found.unique == expected / z.floor["forward"] and found.launches == 3
 

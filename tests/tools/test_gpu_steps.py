@@ -63,7 +63,7 @@ def test_argument_lists(tmp_path: Path) -> None:
 def test_a_call_that_is_refused_or_fails_is_in_the_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lora_kernels.dispatch.registry import BackendError
+    from lora_kernels.dispatch.op import BackendError
 
     def refuse() -> None:
         raise BackendError("not here")

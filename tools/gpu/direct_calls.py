@@ -17,7 +17,7 @@ import torch
 
 from lora_kernels import NF4Weight, use_backend
 from lora_kernels import functional as F
-from lora_kernels.dispatch.registry import BackendError
+from lora_kernels.dispatch.op import BackendError
 from tests.device.calls import CALLS, SCALE, TINY, Draw, Sizes, low, make
 
 DONE = "direct calls done:"

@@ -26,8 +26,8 @@ class Sizes:
 
     @property
     def flops(self) -> dict[str, int]:
-        product, thin = 2 * self.m * self.n * self.k, 2 * self.m * self.r * (self.n + self.k)
-        return {"forward": product + thin, "backward": product + 2 * thin}
+        product, branch = 2 * self.m * self.n * self.k, 2 * self.m * self.r * (self.n + self.k)
+        return {"forward": product + branch, "backward": product + 2 * branch}
 
 
 @dataclass(frozen=True)

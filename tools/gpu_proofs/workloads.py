@@ -75,17 +75,17 @@ def _packed(shape: Shape, dropout: float, source: Source) -> list[Workload]:
     dy, (x, w, _, a, b, *_) = back[0], args
     z = Sizes(m, sum(widths), k, r)
     floor = nbytes(x, *w, *a, *b, *dy)
-    thin = 2 * m * r * sum(width + k for width in widths)
+    branch = 2 * m * r * sum(width + k for width in widths)
     product = 2 * m * sum(widths) * k
     both = ("single_pass", "epilogue")
     return [
         Workload(
             "packed forward", "lora_packed_fwd", args, z, dropout,
-            floor, product + thin, m * sum(widths), both,
+            floor, product + branch, m * sum(widths), both,
         ),
         Workload(
             "packed backward", "lora_packed_bwd", back, z, dropout,
-            floor + nbytes(x, *a, *b), product + 2 * thin, m * k, both,
+            floor + nbytes(x, *a, *b), product + 2 * branch, m * k, both,
         ),
     ]  # fmt: skip
 

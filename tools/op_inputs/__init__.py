@@ -1,4 +1,4 @@
-"""The one room where the arguments of an op are made, for tests, proofs and benchmarks.
+"""The one place where the arguments of an op are made, for tests, proofs and benchmarks.
 
 A call is a small dataclass of sizes, dtype, kind of base and options (`Layer`, `Dora`, `Packed`,
 `Glu`, `Codec`, `Gather`); a `Source` draws its tensors from a seed, `Hollow` only makes room.

@@ -19,7 +19,7 @@ inline void pack_ranks(const GatherPass& f, const SlotGroup& g, int64_t c, int64
   for (int64_t d = 0; d < depth; ++d) {
     const char* row[kTileDepth];
     const int64_t there = min64(g.rank - 32 * d, 2 * pairs);
-    for (int64_t r = 0; r < 2 * pairs; ++r)  // past the rank any row does: it is masked
+    for (int64_t r = 0; r < 2 * pairs; ++r)  // past the rank the last row stands in: it is masked
       row[r] =
           reinterpret_cast<const char*>(page_row<BFloat16>(f, g, 32 * d + min64(r, there - 1)) + c);
     for (int64_t h = 0; h < halves; ++h) {
@@ -59,7 +59,7 @@ class FlushDenormals {
 struct Expand {
   // Bytes of B tiles that stay in the L1 cache beside the A tiles of 16 tokens and their sums.
   static constexpr int64_t kBlockBytes = 24 << 10, kLongest = 512;
-  // Up to so many entries vectors are faster, as they need no packing. One token each for 64
+  // Up to this number of entries vectors are faster, as they need no packing. One token each for 64
   // adapters of rank 16, N = 4096, one thread: 0.42 ms against 0.64.
   static constexpr int64_t kVectorEntries = 4, kVectorColumns = 1024;
   const GatherPass& f;
@@ -89,7 +89,7 @@ struct Expand {
                       _mm512_maskz_loadu_ps(lanes16(left - 16), from + 16));
   }
 
-  // out (+)= factor · drop'(v) for 64 columns from c on, but none from `end` on.
+  // out (+)= factor · drop'(v) for the 64 columns from c on, as far as they are below `end`.
   LK_INLINE void finish(int32_t entry, int64_t c, int64_t end, __m512 v[4]) const {
     const uint64_t keep =
         drops_tiles(f, g)
@@ -115,17 +115,8 @@ struct Expand {
     alignas(64) float sum[4][256];
     const int64_t tile = pairs() * 64, panel = depth() * tile;
     zero_accumulators(tiles);
-    for (int64_t d = 0; d < depth(); ++d, ranks += tile) {
-      tiles.load<4>(sums + d * kTileBytes, 64);
-      tiles.load<6>(ranks, 64);
-      tiles.multiply<0, 4, 6>();
-      tiles.load<7>(ranks + panel, 64);
-      tiles.multiply<1, 4, 7>();
-      tiles.load<6>(ranks + 2 * panel, 64);
-      tiles.multiply<2, 4, 6>();
-      tiles.load<7>(ranks + 3 * panel, 64);
-      tiles.multiply<3, 4, 7>();
-    }
+    for (int64_t d = 0; d < depth(); ++d, ranks += tile)
+      multiply_four(tiles, sums + d * kTileBytes, ranks, panel);
     store_accumulators(tiles, sum[0]);
     for (int64_t t = 0; t < tokens; ++t) {
       __m512 v[4];

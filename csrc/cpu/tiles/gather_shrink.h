@@ -2,8 +2,9 @@
 // passes on tiles share. (gather_expand.h, gather_wgrad.h: the other two.)
 //
 // C[rank, token] += A[rank, 32 columns] · B[columns, token]. The rows of a page are A tiles as they
-// stand in memory; the tokens' rows are packed as B tiles, but a single token, which is one as it
-// stands. An element of C is summed in the same order whatever other tokens are in the batch.
+// stand in memory; the tokens' rows are packed as B tiles, except that of a single token,
+// which is a B tile already. An element of C is summed in the same order whatever other tokens are
+// in the batch.
 #pragma once
 
 #include "gather_schedule.h"
@@ -28,8 +29,8 @@ LK_INLINE float kept_factor(const GatherPass& f, const SlotGroup& g) {
   return drops_tiles(f, g) ? dropout_scale(uint32_t(f.dropout.thresholds[g.slot])) : 1.0f;
 }
 
-// Packs the rows of the entries [at, at + tokens) as B tiles of 64 * tokens bytes, with zeros where
-// dropout drops. The sums are multiplied with `kept_factor` later.
+// Packs the rows of the entries [at, at + tokens) as B tiles of 64 * tokens bytes. Dropped elements
+// become zero. The factor of kept ones is applied later, to the sums (`kept_factor`).
 inline void pack_tokens(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t at,
                         int64_t tokens, char* to) {
   const bool masked = drops_tiles(f, g);
@@ -52,7 +53,7 @@ inline void pack_tokens(const GatherPass& f, const SlotGroup& g, const MatrixVie
     for (int64_t t = 0; t < tokens; ++t) read(t, k, &v[0][t], &v[1][t]);
     for (int64_t h = 0; h < min64(2, tiles - k); ++h) {
       char* tile = to + (k + h) * 64 * tokens;
-      if (tokens == 1) {  // one row is the tile as it stands
+      if (tokens == 1) {  // one row of x is already a tile
         _mm512_storeu_si512(tile, v[h][0]);
         continue;
       }
@@ -64,8 +65,9 @@ inline void pack_tokens(const GatherPass& f, const SlotGroup& g, const MatrixVie
   }
 }
 
-// Row `row` of four tiles of sums, put in the order of their 64 columns: interleaved rows give the
-// columns 8 l .. 8 l + 3 of each 32 to one tile, and the four after them to the next.
+// Row `row` of four tiles of sums, in the order of its 64 columns. Packing interleaved two rows,
+// which put the columns 8 l .. 8 l + 3 of each 32 into one tile and the four after them into the
+// next.
 LK_INLINE void row_in_order(const float (*tiles)[256], int64_t row, __m512 v[4]) {
   const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
   const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);

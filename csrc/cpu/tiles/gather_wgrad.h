@@ -28,7 +28,7 @@ inline void pack_entries(const GatherPass& f, const SlotGroup& g, int64_t first,
   for (int r = 0; r < 16; ++r) _mm512_store_si512(tile + 64 * r, v[r]);
 }
 
-// Packs four B tiles: 64 columns of 32 entries, with zeros where dropout drops.
+// Packs four B tiles: 64 columns of 32 entries. Dropped elements become zero.
 inline void pack_rows(const GatherPass& f, const SlotGroup& g, const MatrixView& m, int64_t first,
                       int64_t word, char* tiles) {
   const int64_t c = word * kWord;
@@ -80,18 +80,9 @@ inline bool wgrad_tiles(const GatherPass& f, const MatrixView& m, const Parallel
         pack_rows(f, g, m, d * kTileDepth, w, right + d * 4 * kTileBytes);
       for (int64_t p = 0; p < pages; ++p) {
         zero_accumulators(tiles);
-        for (int64_t d = 0; d < depth; ++d) {
-          const char* b = right + d * 4 * kTileBytes;
-          tiles.load<4>(left + (p * depth + d) * kTileBytes, 64);
-          tiles.load<6>(b, 64);
-          tiles.multiply<0, 4, 6>();
-          tiles.load<7>(b + kTileBytes, 64);
-          tiles.multiply<1, 4, 7>();
-          tiles.load<6>(b + 2 * kTileBytes, 64);
-          tiles.multiply<2, 4, 6>();
-          tiles.load<7>(b + 3 * kTileBytes, 64);
-          tiles.multiply<3, 4, 7>();
-        }
+        for (int64_t d = 0; d < depth; ++d)
+          multiply_four(tiles, left + (p * depth + d) * kTileBytes, right + d * 4 * kTileBytes,
+                        kTileBytes);
         store_accumulators(tiles, sum[0]);
         const int64_t c = w * kWord;
         BFloat16* page = const_cast<BFloat16*>(page_row<BFloat16>(f, g, p * kPage)) + c;

@@ -3,11 +3,11 @@
 // 32 at a time.
 //
 // Threads share the rows of x where there are many, else the columns of y. A thread packs the rows
-// of x that it needs by itself, even if another one packs the same: what one core has written costs
-// another core more to read than to compute, and the first one more to write again in the next
-// call. (512 rows of x, 576 -> 192, two threads on a Zen 4: 1.74 times the plain layer's time with
-// shared packing, 1.23 times with each thread's own.)
-// Only where many threads would compute the same s they share the packing.
+// of x that it needs by itself, even if another one packs the same rows. A core takes longer to
+// read what another core has just written than to pack it again, and the writer's next call is
+// slower too. (512 rows of x, 576 -> 192, two threads on a Zen 4: 1.74 times the plain layer's time
+// with shared packing, 1.23 times with each thread's own.) The packing is shared only where many
+// threads would compute the same s.
 #pragma once
 
 #include "tiles/lora_forward.h"
@@ -17,8 +17,8 @@
 namespace lora_kernels {
 namespace {
 
-// Rows of x up to which it is used. AMX reads operands from the L1 cache alone at its full speed,
-// so that more rows want a packed W.
+// Rows of x up to which it is used. AMX runs at full speed only on operands in the L1 cache, so
+// with more rows it is faster to pack W.
 constexpr int64_t kDirectRows = LK_AMX ? 64 : INT64_MAX;
 constexpr int64_t kGroupRows = 2 * kTile;    // rows of W worked on together
 constexpr int64_t kPairRows = 2 * kTile;     // rows of x worked on together
@@ -47,7 +47,7 @@ struct DenseRows {
     begin(f.base.dense, row, f.base.n, copy);
   }
 
-  // `copy`: room for 32 rows of whole chunks, for where fewer than 32 are left.
+  // `copy`: memory for 32 rows of whole chunks, used where fewer than 32 rows are left.
   LK_INLINE void begin(const MatrixView& matrix, int64_t row, int64_t rows_end, char* copy) {
     const int64_t k = matrix.columns, count = min64(kGroupRows, rows_end - row);
     stride = matrix.stride * 2;
@@ -155,7 +155,7 @@ bool direct_pack(Tiles& tiles, const LoraForward& f, const ForwardPacked& p, int
   return true;
 }
 
-// Room for the packed rows of x and their s. Null: out of memory.
+// Memory for the packed rows of x and their s. Null: out of memory.
 inline char* direct_memory(ForwardPacked* p, int64_t panels, int64_t depth) {
   const int64_t x_bytes = panels * p->x_panel_bytes();
   p->x = static_cast<char*>(

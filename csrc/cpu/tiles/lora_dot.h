@@ -2,9 +2,9 @@
 // W is read once; a dense one as it lies in memory, a 4-bit one is decoded into registers. Its time
 // is that of reading or decoding W up to about 8 rows.
 //
-// 32 outputs, a unit, are stored together. Of a unit R rows of W and C rows of x are multiplied at
-// a time: R C sums of 16 lanes in registers. The branch's ranks go on in the lanes of the same
-// sums, so that one reduction over the lanes serves both.
+// A unit is 32 outputs, which are stored together. R rows of W and C rows of x are multiplied at a
+// time, with R·C sums of 16 lanes each in registers. The products of the LoRA branch are added to
+// the same sums, so that one reduction over the lanes serves both.
 //
 // Operations for 128 weights of a 4-bit W and M rows: 13 to decode, 4 M products.
 #pragma once
@@ -312,7 +312,7 @@ struct Nf4Unit {
 LK_INLINE bool there(const Bf16Rows&) { return true; }
 LK_INLINE bool there(const Nf4Rows& rows) { return rows.scales != nullptr; }
 
-// Whether no weight is subnormal: these instructions take it for zero.
+// Whether no weight is subnormal: vdpbf16ps treats subnormal numbers as zero.
 LK_INLINE bool usual(const Bf16Rows&, int64_t) { return true; }
 LK_INLINE bool usual(const Nf4Rows& rows, int64_t count) {
   return ordinary(rows.scales, count * rows.groups, BFloat16{});

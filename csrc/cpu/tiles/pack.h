@@ -211,8 +211,8 @@ LK_INLINE void store_pair(const __m512i v[4], const __m512i w[4], char* to, int6
 }
 
 // Packers write the panels of a block of a weight in steps small enough to hide between two tile
-// products (blocked_gemm.h). Rows from `rows_end` on are zeros. They prefetch, as the hardware does
-// not for so short pieces of rows.
+// products (blocked_gemm.h). Rows from `rows_end` on are zeros. They prefetch, because the hardware
+// does not for such short pieces of rows.
 constexpr int64_t kRowsAhead = 8;
 
 // Panels of A tiles, of sixteen rows each. A step is one chunk of four rows; the tiles of a chunk

@@ -226,8 +226,8 @@ struct Nf4Reader {
   }
 };
 
-// Any other 4-bit weight: begin() decodes the chunks to memory, in natural order. As slow to make
-// as a dense weight is to read, it takes the block sizes of one.
+// Any other 4-bit weight: begin() decodes the chunks to memory, in natural order. That is as slow
+// as reading a dense weight, so it has a dense weight's block sizes.
 struct AnyNf4Reader {
   static constexpr Order kOrder = Order::natural;
   static constexpr int64_t kMaxChunks = 18;

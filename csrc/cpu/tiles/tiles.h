@@ -67,6 +67,19 @@ LK_INLINE void store_accumulators(Tiles& tiles, float* c) {
   tiles.store<3>(c + 768);
 }
 
+// Adds one A tile by four B tiles, `stride` bytes apart, to the four accumulators in turn.
+LK_INLINE void multiply_four(Tiles& tiles, const char* a, const char* b, int64_t stride) {
+  tiles.load<4>(a, 64);
+  tiles.load<6>(b, 64);
+  tiles.multiply<0, 4, 6>();
+  tiles.load<7>(b + stride, 64);
+  tiles.multiply<1, 4, 7>();
+  tiles.load<6>(b + 2 * stride, 64);
+  tiles.multiply<2, 4, 6>();
+  tiles.load<7>(b + 3 * stride, 64);
+  tiles.multiply<3, 4, 7>();
+}
+
 // Adds two panels by two panels, over `depth` tiles, to the four accumulators. `step` is called
 // once for each tile of depth, for other work.
 template <Stream stream = Stream::none, class Step = NoStep>

@@ -1,7 +1,7 @@
 // The passes over rank pages on fp32 vectors. A pass streams four rows of a page at a time and uses
-// each element for up to four entries. It goes by blocks of columns, so that the other operand
-// stays in the L1 cache. With a single entry it streams one row after the other: the time is that
-// of reading memory, which is fastest in one long stream.
+// each element for up to four entries. It works on one block of columns at a time, so that the
+// other operand stays in the L1 cache. With a single entry it streams one row after the other: the
+// time is that of reading memory, which is fastest in one long stream.
 #pragma once
 
 #include "gather_schedule.h"
@@ -24,7 +24,8 @@ LK_INLINE bool drops(const GatherPass& f, const SlotGroup& g) {
   return f.dropout.seeds != nullptr && f.dropout.thresholds[g.slot] != 0;
 }
 
-// Dropout of the columns from `first` on: zeros where it drops, the others times its factor.
+// Applies dropout to the columns from `first` on: dropped elements become zero, the others are
+// scaled.
 inline void mask_row(const GatherPass& f, const SlotGroup& g, int32_t entry, int64_t first,
                      int64_t count, float* values) {
   const uint32_t threshold = uint32_t(f.dropout.thresholds[g.slot]);
@@ -306,21 +307,9 @@ void wgrad_as(const GatherPass& f, const MatrixView& m, const Parallel& parallel
       });
 }
 
-template <class Fn>
-void with_pages(Dtype dtype, const Fn& fn) {
-  switch (dtype) {
-    case Dtype::f16:
-      return fn(Half{});
-    case Dtype::bf16:
-      return fn(BFloat16{});
-    default:
-      return fn(float{});
-  }
-}
-
 inline bool shrink(const GatherPass& f, const MatrixView& m, void* s, int64_t stride,
                    const Parallel& parallel) {
-  with_pages(f.dtype, [&](auto p) {
+  with_type(f.dtype, [&](auto p) {
     shrink_as<decltype(p)>(f, m, {s, rank_dtype(m.dtype), stride}, parallel);
   });
   return true;
@@ -328,12 +317,12 @@ inline bool shrink(const GatherPass& f, const MatrixView& m, void* s, int64_t st
 
 inline bool expand(const GatherPass& f, const float* factor, bool overwrite, const MatrixView& out,
                    const Parallel& parallel) {
-  with_pages(f.dtype, [&](auto p) { expand_as<decltype(p)>(f, factor, overwrite, out, parallel); });
+  with_type(f.dtype, [&](auto p) { expand_as<decltype(p)>(f, factor, overwrite, out, parallel); });
   return true;
 }
 
 inline bool wgrad(const GatherPass& f, const MatrixView& m, const Parallel& parallel) {
-  with_pages(f.dtype, [&](auto p) { wgrad_as<decltype(p)>(f, m, parallel); });
+  with_type(f.dtype, [&](auto p) { wgrad_as<decltype(p)>(f, m, parallel); });
   return true;
 }
 

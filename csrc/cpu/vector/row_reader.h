@@ -58,8 +58,8 @@ LK_INLINE FloatTable fast_table(const float* codes, float scale, BFloat16) {
 #endif
 #endif
 
-// Elements [first, first + count) of a 4-bit weight with fp32 scales, rounded to T. It shifts, as
-// 64-bit divisions would take longer than the decoding.
+// Elements [first, first + count) of a 4-bit weight with fp32 scales, rounded to T. Block numbers
+// are found by shifts: 64-bit divisions would take longer than the decoding.
 template <class T>
 void decode_range(const QuantView& q, int64_t first, int64_t count, float* out, T type) {
   const float* codes = kCodeTable[q.quant_type];

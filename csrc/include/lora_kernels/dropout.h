@@ -10,7 +10,7 @@
 namespace lora_kernels {
 
 struct DropoutKernels {
-  // keep[rows, cols], one byte each: 1 kept, 0 dropped.
+  // keep[rows, cols], one byte for each element: 1 if kept, 0 if dropped.
   void (*mask)(const Dropout& dropout, int64_t rows, int64_t cols, uint8_t* keep,
                const Parallel& parallel);
 };

@@ -23,6 +23,19 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Calls fn with a value of the C++ type for `dtype`.
+template <class Fn>
+LK_INLINE void with_type(Dtype dtype, const Fn& fn) {
+  switch (dtype) {
+    case Dtype::f16:
+      return fn(Half{});
+    case Dtype::bf16:
+      return fn(BFloat16{});
+    default:
+      return fn(float{});
+  }
+}
+
 LK_INLINE uint32_t float_bits(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);

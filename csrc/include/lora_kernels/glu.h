@@ -17,7 +17,7 @@ struct Glu {
   Activation activation;
   Dtype dtype;            // of every tensor
   int64_t rows, columns;  // M, I
-  // [M, I], rows so many elements apart
+  // [M, I] with the distance between rows, in elements
   const void *g, *u, *dh;
   int64_t g_stride, u_stride, dh_stride;
   // [M, I] contiguous

@@ -29,7 +29,7 @@ inline bool isa_usable(Isa isa) { return isa_compiled(isa) && isa_supported(isa)
 Isa detect();
 // The tier in use: detect(), or what a test set.
 Isa current();
-// False, and no change, where the tier is not usable. Not to be called while kernels run.
+// Returns false and changes nothing if the tier is not usable. Not to be called while kernels run.
 bool set_for_testing(Isa isa);
 
 }  // namespace lora_kernels

@@ -62,7 +62,7 @@ struct Wgrad {
   float* out;
 };
 
-// The gradients that s_dy = sᵀ·dy [R, N] fp32 (Wgrad) gives; each is wanted where it is not null:
+// The gradients that follow from s_dy = sᵀ·dy [R, N], fp32 (Wgrad). Null: not wanted.
 //   db[N, R] = scale · g ∘ s_dyᵀ ∘ d, in B's type
 //   drank_diag[R] = scale · Σ_n g · B ∘ s_dyᵀ, dout_diag[N] = scale · Σ_r d · B ∘ s_dyᵀ, fp32
 struct AdapterGrads {

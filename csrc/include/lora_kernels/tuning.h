@@ -33,8 +33,8 @@ struct Tuning {
   // each such piece.
   int64_t activation_bytes = int64_t(32) << 20;
 
-  // Blocked products on fp32 vectors (csrc/cpu/vector/gemm.h): the most bytes of a packed block of
-  // rows, but the fewest and the most rows of one.
+  // Blocked products on fp32 vectors (csrc/cpu/vector/gemm.h): a packed block of rows takes
+  // at most so many bytes, with these bounds on its rows.
   int64_t packed_bytes = int64_t(16) << 20;
   int64_t packed_fewest_rows = 96;
   int64_t packed_most_rows = 768;
@@ -69,9 +69,9 @@ int64_t l2_bytes();
 // By the size of the L2 cache, 0 being unknown.
 Tuning default_tuning(int64_t l2);
 
-// The one in use: the default of this machine, or what was set. Kernels read it once a call.
+// The block sizes in use: this machine's defaults, or what was set. Kernels read them once a call.
 const Tuning& tuning();
-// False, and no change, where a knob does not take its value. Not to be called while kernels run.
+// Returns false and changes nothing if a value is not allowed. Not to be called while kernels run.
 bool set_tuning(const Tuning& t);
 
 }  // namespace lora_kernels

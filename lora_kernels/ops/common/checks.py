@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-# torch.jit.trace warns wherever Python looks at a shape, as it does of torch's own code by default.
-# What a trace keeps of ours does not depend on it: only an error would.
+# torch.jit.trace warns wherever Python code reads a shape. The traced graph does not depend on the
+# shapes read here, except that a shape may raise an error.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"lora_kernels\.")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

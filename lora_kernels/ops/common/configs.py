@@ -2,8 +2,8 @@
 
 The model counts: FLOPs against the tensor cores' peak, bytes that DRAM must move, bytes that tiles
 ask of L2, waves of programs over the multiprocessors, and launches. What it says is modelled, not
-measured; its inputs are the makers' data sheets. A table written by `python -m bench tune` comes
-first where it has an answer (`tuned.py`).
+measured; its inputs are the makers' data sheets. A table written by `python -m bench tune` has
+precedence if it has an entry for the call (`tuned.py`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ class Device:
         bandwidth, l2_bandwidth: bytes/s of DRAM and of L2.
         matrix_flops: of 16-bit tensor cores, dense, FLOP/s.
         fp32_flops: of fp32 multiply-adds, FLOP/s; integer operations are taken at half of it.
-        tma: whether tensor descriptors are copied by hardware.
-        rank_sums: whether a product of 64 rows or more may carry the rank's sums as well. On
-            Blackwell what Triton 3.9 makes of it has been neither run nor emulated.
-        sum_registers: of a thread of 32 lanes, what its sums may take beside the rest.
+        tma: whether the hardware copies by tensor descriptors.
+        rank_sums: whether a product of 64 rows or more may carry the rank's sums as well. Triton
+            3.9's code of it for Blackwell has been neither run nor emulated.
+        sum_registers: registers of a thread that sums may take, beside all else it needs.
         launch_seconds: between two dependent launches.
-        tiles: the tiles to choose among where not all of `GEMM_CONFIGS`; tests force some so.
-        gpu: what torch calls the very GPU; None of a planned one, for which nothing was measured.
+        tiles: the tiles to choose among, `GEMM_CONFIGS` by default. Tests force tiles with it.
+        gpu: torch's name of this GPU. None for a GPU that is only planned for, without
+            measurements.
     """
 
     name: str
@@ -106,7 +107,7 @@ class GemmConfig:
         return f"{tile} warps {self.warps} stages {self.stages}{kind}"
 
     def shared_bytes(self, size: int, block_r: int = 0) -> int:
-        """Of the tiles in flight; block_r > 0 where a third operand [block_k, block_r] is."""
+        """Of the tiles being loaded; block_r > 0 if there is a third operand [block_k, block_r]."""
         depth = self.stages if self.tma else max(1, self.stages - 1)
         tile = (self.block_m + self.block_n + block_r) * self.block_k * size
         # The epilogue exchanges a tile of y between the threads.

@@ -1,8 +1,8 @@
-"""A call's fields as an autograd function takes them: what an op takes is written in the class of
-its calls alone.
+"""A call's fields as an autograd function takes them, so that an op's arguments are written only
+once, in the class of its calls.
 
-`torch.autograd.Function` takes tensors, not lists of them, so a call's fields are handed over one
-after the other, a list of tensors entry by entry. Gradients, and which are asked for, come back in
+`torch.autograd.Function` takes tensors, not lists of them, so a call's fields are passed one after
+the other, and a list of tensors entry by entry. The gradients, and which of them are needed, have
 the shape of the call:
 
     FIELDS = Fields(LoRALinearForward)
@@ -47,7 +47,8 @@ class Fields(Generic[C]):
         return tuple(len(call[i]) for i in self._lists)
 
     def spread(self, call: Any) -> list[Any]:
-        """The fields of a call, or of what has its shape, lists of tensors entry by entry."""
+        """The fields of a call, or of values in the same shape, with lists of tensors entry by
+        entry."""
         values: list[Any] = []
         at = 0
         for i in self._lists:
@@ -58,7 +59,7 @@ class Fields(Generic[C]):
         return values
 
     def gathered(self, counts: Sequence[int], values: Sequence[Any]) -> C:
-        """What `spread` spread."""
+        """The inverse of `spread`."""
         fields: list[Any] = []
         at = 0
         for i, count in zip(self._lists, counts, strict=True):
@@ -77,25 +78,25 @@ class Fields(Generic[C]):
         *made: Tensor,
         without: Sequence[Tensor | None] = (),
     ) -> None:
-        """Keep a call, whose values were spread, for the backward, but for those that the backward
-        does not read; and tensors that the forward made."""
+        """Save a call (its values were spread) for the backward, without what the backward does not
+        read. `made` are tensors that the forward made and the backward reads."""
         tensors = [v if isinstance(v, Tensor) and not _among(v, without) else None for v in values]
         ctx.save_for_backward(*made, *tensors)
         ctx.counts, ctx.made = counts, len(made)
         ctx.rest = [None if isinstance(v, Tensor) else v for v in values]
 
     def kept(self, ctx: Any) -> tuple[C, list[Tensor]]:
-        """What `keep` kept: the call, and the tensors that the forward made."""
+        """What `keep` saved: the call, and the tensors that the forward made."""
         saved = ctx.saved_tensors  # once: checkpointing and offloading unpack at each read
         made, tensors = list(saved[: ctx.made]), saved[ctx.made :]
         values = [r if t is None else t for t, r in zip(tensors, ctx.rest, strict=True)]
         return self.gathered(ctx.counts, values), made
 
     def asked(self, ctx: Any) -> Any:
-        """Which gradients are asked for, in the shape of the call."""
+        """Which gradients are needed, in the shape of the call."""
         return self.gathered(ctx.counts, ctx.needs_input_grad[1:])
 
     def grads(self, **grads: Any) -> tuple[Any, ...]:
-        """What `backward` returns, of the gradients by field; one for every entry of a list, and
-        none for a list that has no entry."""
+        """What `backward` returns, made from the gradients by field. A list has one gradient for
+        each of its entries."""
         return (None, *self.spread(self._nothing._replace(**grads)))

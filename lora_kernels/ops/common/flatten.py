@@ -21,8 +21,9 @@ def from_rows(y: Tensor, x: Tensor) -> Tensor:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see the call; it costs more than a small layer's kernels do. What
-    `torch.jit.trace` makes may be called with tensors that require a gradient where these do not.
+    """Whether the call has to go through autograd, which takes longer than a small layer's kernels.
+    While `torch.jit.trace` runs it always has to: the traced function may later get tensors that
+    require a gradient.
     """
     if torch.is_grad_enabled():
         if torch._C._get_tracing_state() is not None:

@@ -1,4 +1,4 @@
-"""Arguments of the wrong kind, named once a call has failed: a right call pays nothing.
+"""Names an argument of the wrong type after a call has failed, so that a correct call pays nothing.
 
 try:
     ...

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import Implementation, register
+from lora_kernels.dispatch.op import Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.dispatch.settings import Setting
 from lora_kernels.ops.common import triton_version
 from lora_kernels.ops.common.checks import names
@@ -36,8 +37,8 @@ class Launch:
         grid: programs along x (and y).
         args: every argument by name: tensors, descriptors, numbers, and the constexprs.
         warps, stages: of the compiled kernel.
-        whole_registers: whether a thread may take every register. Else ptxas may put a few values
-            on the stack, so that one more program finds room.
+        whole_registers: whether a thread may take every register. Otherwise ptxas may put a few
+            values on the stack, so that one more program fits the multiprocessor.
     """
 
     kernel: Any

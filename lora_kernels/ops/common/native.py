@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dispatch import native
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE, Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.ops.common.checks import names
 
 # csrc/include/lora_kernels/nf4_linear_cuda.h
 CUDA_TOKENS = 64
-# Tiles of nothing are no work for a kernel: plain torch gives empty results and zeros.
+# With an empty dimension a kernel has nothing to do: plain torch gives the empty results and zeros.
 EMPTY = "takes no layer without inputs, outputs or ranks"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}

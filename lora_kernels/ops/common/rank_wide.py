@@ -12,8 +12,9 @@ from lora_kernels.ops.common.configs import Device, next_power_of_2
 class RankWideConfig:
     """Tiles of a pass over x or dy with a rank-wide partner.
 
-    `block` runs along what stays (rows of s, columns of dy), `step` along the sum; `split_k` cuts
-    the sum into parts that are added in order afterwards.
+    `block` is the tile's size along the dimension of the result (rows of s, columns of dy), `step`
+    its size along the dimension that is summed. `split_k` cuts that sum into parts, which are added
+    in order afterwards.
     """
 
     block: int
@@ -31,7 +32,8 @@ class RankWideConfig:
         return depth * (self.block + block_r) * self.step * size
 
     def of_several(self, block_r: int) -> RankWideConfig:
-        """The same pass with up to three partners of x, which are in flight with it."""
+        """The same pass with up to three partners of x, whose tiles are loaded together with those
+        of x."""
         warps = 8 if block_r > 32 and self.block == 64 else self.warps
         stages = min(self.stages, 3)
         return replace(self, step=min(self.step, 64), warps=warps, stages=stages, split_k=1)
@@ -40,7 +42,7 @@ class RankWideConfig:
 def shrink_config(m: int, k: int, device: Device, block_r: int, size: int = 2) -> RankWideConfig:
     """Tiles of s[m, r] = x[m, k]·q: rows stay, k is summed.
 
-    Rows are cut until every multiprocessor has one, then k is.
+    Rows are split until every multiprocessor has a program, then k is.
     """
     if size == 4:
         return RankWideConfig(16, 32, 4, 2)
@@ -73,7 +75,7 @@ def wgrad_config(
     block = 64 if block_r <= 64 else 32
     blocks = ceil(columns / block)
     split_k = 1
-    # Parts cost their own bytes, and a launch to add them: only where few programs would run.
+    # Parts cost bytes of their own, and a launch to add them. So only if few programs would run.
     while (
         split_k < 16
         and blocks * split_k * 4 <= device.multiprocessors

@@ -1,9 +1,10 @@
-"""How an adapter's scale reaches an op: as a number, or in a graph that serves every scale as a
-tensor.
+"""How an adapter's scale is passed to an op: as a number, or as a tensor in a graph that serves
+every scale.
 
-torch.compile takes a float for a constant at first. Of one that differs the second time it makes a
-symbol, which it cannot hand to an op (it compiles anew for each value), and so it is made a tensor
-[] on the CPU here. Not at once: a graph with a tensor on the CPU is none for CUDA graphs.
+torch.compile at first treats a float as a constant. If the value differs at a second call, it makes
+a symbol of it, which it cannot pass to an op: it would compile again for each value. So the symbol
+becomes a tensor [] on the CPU here. A constant does not, because a graph with a tensor on the CPU
+cannot become a CUDA graph.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ def run_scaled(name: str, call: Any) -> Any:
 
 
 def _is_constant(scale: float) -> bool:
-    """Whether a graph may take a scale for a constant: of a symbol nothing is known."""
+    """Whether a graph may treat a scale as a constant: it may not if it is a symbol."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(scale > 0.0) or statically_known_true(scale <= 0.0)
 
 
 def _tensor(scale: float) -> Tensor:
-    # A sum: torch turns the symbols in it into tensors, and knows no other way that holds in 2.10.
+    # A sum, because torch turns the symbols in it into tensors. No other way works in torch 2.10.
     return torch.zeros((), dtype=torch.float64) + scale

@@ -1,4 +1,4 @@
-"""Which way to run the LoRA products: the strategies, what each costs, and the choice.
+"""The strategies for the LoRA products, what each of them costs, and the choice among them.
 
 Forward  addmm        vendor GEMM; s = keep(x)·Aᵀ; y += scale·s·Bᵀ
          epilogue     s first; one GEMM whose sums start from the branch
@@ -39,10 +39,10 @@ MAX_SINGLE_PASS_RANK = 64
 # Rank columns of one pass over dy that makes both ds and dB.
 MAX_ONE_READ_RANK = 64
 
-# What a 4-bit W is decoded into a slab at a time for the vendor's product: within the L2 of an
-# A100 and of an H100, so that it is read from there.
+# Bytes of a 4-bit W that are decoded at a time for the vendor's product. They fit the L2 of an A100
+# and of an H100, so that the product reads them from there.
 WORKSPACE_BYTES = 32 << 20
-# Rows from which a tile is a warpgroup's product.
+# From this number of rows on, a tile is a product of a whole warpgroup.
 WARPGROUP_ROWS = 64
 
 _forced: Setting[str | None] = Setting("strategy", None)

@@ -12,7 +12,7 @@ from lora_kernels.ops.common.philox import keep_scale, threshold
 
 
 class Dropout:
-    """The mask's parameters as the kernels take them; off where nothing is dropped."""
+    """The mask's parameters as the kernels take them. Without dropout the mask is off."""
 
     def __init__(self, p: float, seed: Tensor | None, stream: int) -> None:
         self.threshold = 0 if seed is None else threshold(p)
@@ -26,7 +26,7 @@ NO_DROPOUT = Dropout(0.0, None, 0)
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 operands are multiplied: as torch's own products are."""
+    """The precision of fp32 products: that of torch's own products."""
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 

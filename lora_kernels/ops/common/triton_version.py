@@ -1,4 +1,5 @@
-"""Which releases of Triton the kernels run on, and what a release lacks that they make up for."""
+"""Which releases of Triton the kernels run on, and which shortcomings of a release they work
+around."""
 
 from __future__ import annotations
 

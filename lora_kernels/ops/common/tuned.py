@@ -1,5 +1,5 @@
 """Strategies and tiles that were measured on this GPU, from the file that `LORA_KERNELS_GPU_TUNING`
-names. Where it has no answer, or none that fits the call, the cost model decides.
+names. If it has no entry that fits the call, the cost model decides.
 
 `python -m bench tune --device cuda` writes such files:
 
@@ -73,15 +73,16 @@ class Table:
     source: str = "use_table"
 
     def find(self, op: str, problem: Problem, device: Device) -> Entry | None:
-        """The entry of a call whose tile `device` has to choose from; whether the tile fits its
-        memory and the operands is for the caller to ask. Warns, once, of another GPU's table."""
+        """The entry for a call, if its tile is among those of `device`. The caller has to check
+        whether the tile fits the memory and the operands. Warns, once, if the table is of another
+        GPU."""
         if device.gpu != self.gpu:
             _warn_of_gpu(self, device.gpu)
             return None
         entry = self.entries.get(Key.of(op, problem))
         if entry is None or entry.config is None:
             return entry
-        # Other tiles than these no test has compiled.
+        # No test has compiled other tiles than these.
         tiles = GEMM_CONFIGS if device.tiles is None else device.tiles
         return entry if entry.config in tiles else None
 
@@ -99,7 +100,7 @@ _was_read = False
 
 
 def table_for(device: Device) -> Table | None:
-    """The table in force, for a device that is really there: plans for others ask the model alone.
+    """The table in use for a GPU of this machine. For other devices only the cost model is asked.
 
     The environment's file is read at the first call. One that does not fit is warned about.
     """
@@ -116,8 +117,8 @@ def _current() -> Table | None:
 
 @contextmanager
 def use_table(table: Table | None) -> Iterator[None]:
-    """Choose by this table, or by the cost model alone, in the whole process, until the block ends;
-    the environment's file is not asked."""
+    """Choose by this table, or if None by the cost model alone, in the whole process until the
+    block ends. The file that the environment names is ignored."""
     global _table, _was_read
     before = _table, _was_read
     _table, _was_read = table, True

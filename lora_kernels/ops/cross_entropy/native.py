@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE, Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.ops.common.native import refuse_device, refuse_dtypes, register_native
 from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.cross_entropy.schema import CrossEntropy, LinearCrossEntropy, loss_dtype
@@ -18,8 +19,8 @@ from lora_kernels.ops.cross_entropy.schema import CrossEntropy, LinearCrossEntro
 # tokens: 110 rows 884 ms, 256 667, 512 593.
 LOGITS_BYTES = 32 << 20
 LEAST_ROWS = 256
-# Rows of a piece come in multiples of this, the last piece's filled up: oneDNN keeps code for each
-# new shape of a product (1.1 MiB), and a batch's rows are hardly ever twice the same.
+# The number of rows of a piece is a multiple of this; the last piece is padded. oneDNN keeps code
+# for each new shape of a product (1.1 MiB), and the number of rows differs from batch to batch.
 ROWS_STEP = 64
 
 

@@ -1,4 +1,4 @@
-"""What stands between the norms of W + c·B·A and the output: m̂, and ‖W‖² of a frozen weight."""
+"""The factor m̂ of DoRA's output, made from the norms of W + c·B·A, and ‖W‖² of a frozen weight."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ _BLOCK = 1 << 18
 def output_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
     """m̂ [N] = magnitude / norm in norm's dtype, and 1 where the norm is 0.
 
-    A row of zeros has no direction to scale. With 1 it is plain LoRA's: finite, and able to learn
-    (0 would leave it zero for ever, a layer that starts from zeros with it).
+    A row of zeros has no direction to scale. With 1 it behaves as in plain LoRA: it is finite and
+    can learn. With 0 it would stay zero for ever, as would a layer that starts from zeros.
     """
     return torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 1.0)
 
 
 def inverse_norm(norm: Tensor) -> Tensor:
-    """1 / norm [N], and 0 where the norm is 0: a row without direction moves no magnitude."""
+    """1 / norm [N], and 0 where the norm is 0: such a row has no direction, and its magnitude gets
+    no gradient."""
     return torch.where(norm > 0, 1.0 / norm, 0.0)
 
 
@@ -53,8 +54,8 @@ def base_of(weight: Tensor | NF4Weight) -> tuple[list[Tensor], list[int]]:
 def weight_norm_squared(weight: Tensor | NF4Weight) -> Tensor:
     """‖W[n]‖² of every row, to be kept as long as the weight does not change.
 
-    Summed in fp64 and rounded once. W is read, and decoded, a few rows at a time. It is meant for
-    setting a layer up, not for the inside of a compiled graph.
+    Summed in fp64 and rounded once. W is read, and decoded, a few rows at a time. Call it when a
+    layer is set up, not inside a compiled graph.
 
     Args:
         weight: W [N, K] of any floating dtype, or an `NF4Weight`.

@@ -1,7 +1,7 @@
-"""DoRA out of the compiled LoRA and NF4 kernels, with elementwise torch around them.
+"""DoRA made of the compiled LoRA and NF4 kernels and elementwise torch operations.
 
-The norm is factored, so that W + scale·B·A never exists, and a 4-bit W is decoded inside the
-kernels alone. What is elementwise over [M, N] or [M, K] goes a few rows at a time, in fp32.
+The norm is factored, so that W + scale·B·A is never made, and a 4-bit W is decoded only inside the
+kernels. Elementwise work over [M, N] or [M, K] is done a few rows at a time, in fp32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE, Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.common.native import EMPTY, refuse_device, refuse_dtypes, refuse_linear
 from lora_kernels.ops.common.philox import keep_scale, threshold
@@ -57,7 +58,8 @@ def dora_norm(c: DoRANorm) -> Tensor:
     cross = 2 * scale * (b64 * wa.double()).sum(1)
     branch = scale * scale * ((b64 @ (a64 @ a64.T)) * b64).sum(1)
     squared = own + cross + branch
-    # Where W and cBA take each other away, the terms' rounding would show: there by definition.
+    # Where W and cBA nearly cancel, the rounding of the terms would show: there the norm is
+    # computed by its definition.
     opposed = squared < (own + branch) / 4
     if bool(opposed.any()):  # on a CPU this waits for nothing
         for rows in opposed.nonzero()[:, 0].split(rows_at_once(meta[1])):
@@ -67,7 +69,8 @@ def dora_norm(c: DoRANorm) -> Tensor:
 
 
 def _base_rows(rows: Tensor, base: Sequence[Tensor], meta: Sequence[int]) -> Tensor:
-    """Some rows of W; 4-bit ones as the products of rows of the identity, which are exact."""
+    """Some rows of W. Those of a 4-bit W are products with rows of the identity matrix, which are
+    exact."""
     if len(base) == 1:
         return base[0][rows]
     chosen = torch.zeros(rows.shape[0], meta[0], device=rows.device)

@@ -1,6 +1,6 @@
 """DoRA over a dense or 4-bit base in plain PyTorch: the oracle of every other backend.
 
-Everything is computed in x's dtype, but for what is rank-wide or comes before the magnitude
+Everything is computed in x's dtype, except rank-wide results, z before the magnitude
 (`ops/common/rank.py`), the norm and the sums of the adapter's gradients.
 """
 

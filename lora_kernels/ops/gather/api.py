@@ -60,7 +60,7 @@ class Mixture(NamedTuple):
 
 
 class SlotDropout(NamedTuple):
-    """Dropout of the adapters' input, of each slot its own.
+    """Dropout of the adapters' input, with settings of its own for each slot.
 
     Attributes:
         seeds: int64 [S].
@@ -86,7 +86,7 @@ class SlotDropout(NamedTuple):
 
 
 class _Counts(NamedTuple):
-    """How many tensors of each kind an autograd function is given, one after the other."""
+    """How many tensors of each kind an autograd function gets. It gets them one after the other."""
 
     base: int
     pages: int
@@ -163,7 +163,7 @@ def gather_lora(
     Args:
         x: [..., K]; fp32, fp16, bf16 (fp64 on the reference).
         pages: the adapters of one projection, or of several that share x, as q/k/v do: their
-            outputs stand side by side. Slots without an adapter at one of them have rank 0 there.
+            outputs lie side by side. Slots without an adapter at one of them have rank 0 there.
         slots: int32, the slot of each token, −1 for none: of x's leading dimensions, or of the
             first ones (one slot for each sequence of a batch); or a `Mixture`.
         base: W [N, K] in x's dtype or 4-bit, N over all projections; None: no base layer.

@@ -1,7 +1,7 @@
 """Many adapters on an embedding in plain PyTorch: the oracle, and what runs on every device.
 
-Everything is computed in y's dtype, but for what is rank-wide (`ops/common/rank.py`) and the sums
-of the gradients.
+Everything is computed in y's dtype, except rank-wide results (`ops/common/rank.py`) and the sums of
+the gradients.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def check_embedding_pages(name: str, pages: RankPages) -> None:
     check_shape(f"{name}.a", pages.a, ["P", "V", PAGE])
     if not pages.a.is_contiguous():
         raise ValueError(f"{name}.a: has stride {list(pages.a.stride())}, expected contiguous")
-    # An empty width: the rest knows nothing of V.
+    # A width of 0: the other checks do not need V.
     check_pages(name, pages._replace(a=pages.a.new_empty(pages.a.shape[0], PAGE, 0)))
 
 

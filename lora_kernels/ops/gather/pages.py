@@ -22,7 +22,7 @@ FACTORS = (torch.float32, torch.float64)  # the last on the reference alone
 
 
 def pages_of(rank: int) -> int:
-    """The pages that an adapter of a rank takes."""
+    """How many pages an adapter of this rank takes."""
     return -(-rank // PAGE)
 
 
@@ -58,7 +58,7 @@ class RankPages(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Ranks that a slot has room for."""
+        """The highest rank that a slot can hold."""
         return self.table.shape[1] * PAGE
 
     def check(self, name: str = "pages") -> RankPages:

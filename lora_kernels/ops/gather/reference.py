@@ -1,7 +1,7 @@
 """Many adapters in one batch in plain PyTorch: the oracle of every other backend.
 
-Everything is computed in x's dtype, but for what is rank-wide (`ops/common/rank.py`) and the sums
-of the adapters' gradients.
+Everything is computed in x's dtype, except rank-wide results (`ops/common/rank.py`) and the sums of
+the adapters' gradients.
 """
 
 from __future__ import annotations

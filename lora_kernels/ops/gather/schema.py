@@ -2,10 +2,10 @@
 
 An entry e adds one adapter to one token: entries = [slots] (entry e is token e) or
 [slots, tokens, weights]; slots int32 [E], −1 for none, tokens int32 [E], weights fp32 [E].
-`pages` holds `RankPages` of P projections side by side, whose outputs stand side by side in y.
-dropout = [] or [seeds int64 [S], thresholds int32 [S], rows int32 [E]]: slot i drops with its own
-seed and probability, entry e as row rows[e] of its mask, projection p as stream p. base and meta
-are those of `common.base`, or [] and [N, K] for no base.
+`pages` holds `RankPages` of P projections side by side, whose outputs lie side by side in y.
+dropout = [] or [seeds int64 [S], thresholds int32 [S], rows int32 [E]]: slot i has its own seed and
+probability; entry e takes row rows[e] of the slot's mask, and projection p takes stream p. base and
+meta are those of `common.base`, or [] and [N, K] for no base.
 """
 
 from __future__ import annotations
@@ -96,13 +96,14 @@ def check_projections(pages: Sequence[RankPages], n: int, k: int, x: Tensor) -> 
 
 
 def sums_width(pages: Sequence[Tensor]) -> int:
-    """Columns of s: each projection's ranks, as many as its widest slot has room for."""
+    """Columns of s: for each projection the highest rank that its slots can hold."""
     return sum(p.width for p in split_pages(pages))
 
 
 def rank_products(pages: Sequence[Sequence[int]], entries: int) -> list[tuple[int, int]]:
-    """FLOPs of x·Aᵀ and of s·Bᵀ for each projection, every entry with all ranks that a slot has
-    room for, as in a batched product of gathered weights: which are used, shapes do not tell."""
+    """FLOPs of x·Aᵀ and of s·Bᵀ for each projection. Every entry counts with the highest rank that
+    a slot can hold, as in a batched product of gathered weights: shapes do not tell the real
+    ranks."""
     found = []
     for at in range(0, len(pages), FIELDS):
         a, b, table, *_ = pages[at : at + FIELDS]

@@ -1,9 +1,9 @@
 """The forward of a layer that is not trained, in a graph that torch.compile makes.
 
-A graph calls every op through torch's dispatcher, and the way from there into Python and back to
-the kernel takes as long as a token of a small layer does. `lora_linear_eval` and `linear_eval` are
-kernels for the CPU in C++ all the way. While `use_backend` or `explain` is open in any thread, and
-for an unusual call, the first takes the way of `lora_linear_fwd`, which honours them.
+A graph calls every op through torch's dispatcher. To go from there into Python and back to the
+kernel takes as long as a token of a small layer. `lora_linear_eval` and `linear_eval` stay in C++
+on the CPU. While `use_backend` or `explain` is open in any thread, and for an unusual call,
+`lora_linear_eval` goes through `lora_linear_fwd`, which honours them.
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def _there() -> bool:
 
 
 def lora_linear_in_graph(c: LoRALinearForward) -> Tensor | None:
-    """y [..., N] of a call outside autograd, whose x is as the user gave it, without dropout and
-    diagonals. None outside of a graph that is being made, and where the compiled kernels do not
-    take the call."""
+    """y [..., N] of a call outside autograd, without dropout and diagonals; x may have any leading
+    dimensions. None outside torch.compile, and where the compiled kernels do not take the
+    call."""
     if (
         not torch.compiler.is_compiling()
         or c.x.device.type != "cpu"
@@ -114,7 +114,7 @@ def lora_linear_in_graph(c: LoRALinearForward) -> Tensor | None:
 
 
 def linear_in_graph(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The same of a plain layer of bf16, for a number of rows that the graph knows to be small."""
+    """The same for a plain bf16 layer, if the graph knows that the number of rows is small."""
     if (
         not torch.compiler.is_compiling()
         or not (x.dtype is weight.dtype is torch.bfloat16)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import Implementation, register, register_reference
+from lora_kernels.dispatch.op import Implementation
+from lora_kernels.dispatch.registry import register, register_reference
 from lora_kernels.ops.common.base import Meta
 from lora_kernels.ops.common.checks import check_finite
 from lora_kernels.ops.common.code_tables import code_bounds, code_values

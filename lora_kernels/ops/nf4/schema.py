@@ -48,7 +48,8 @@ class NF4QuantizeScales(NamedTuple):
     nested_block_size: int
 
     def check(self) -> None:
-        """Called by every backend's `supports`: no public function stands before this op."""
+        """Called by every backend's `supports`, because no public function checks the arguments of
+        this op."""
         check_dtype("absmax", self.absmax, [torch.float32])
         check_dtype("nested_map", self.nested_map, [torch.float32])
         check_dtype("nested_offset", self.nested_offset, [torch.float32])

@@ -34,8 +34,8 @@ from lora_kernels.ops.packed.schema import META, LoRAPackedForward, pack_needs, 
 
 
 def packed_fwd(c: LoRAPackedForward) -> tuple[Sequence[Tensor], Tensor]:
-    """The op; for `torch.jit.trace`, which takes no list of optional tensors, that of one
-    projection for each of them, with the same result."""
+    """The op on all projections. `torch.jit.trace` takes no list of optional tensors: there the op
+    on one projection runs for each of them, with the same result."""
     if not torch.jit.is_tracing():
         return run_scaled("lora_packed_fwd", c)
     parts = [
@@ -70,7 +70,8 @@ class LoRAPackedFunction(KeepsSettings):
 
 
 def of_weights(flags: Sequence[bool], meta: Sequence[int]) -> list[bool]:
-    """Which weights need a gradient, of flags for each base tensor; a 4-bit one never does."""
+    """Which weights need a gradient, given a flag for each base tensor. A 4-bit weight never
+    does."""
     parts = split_base(flags, meta)
     return [len(part) == 1 and part[0] for part, _, _ in parts]
 
@@ -163,7 +164,7 @@ def ready(c: LoRAPackedForward) -> LoRAPackedForward:
 
 
 def wants_grad(c: LoRAPackedForward) -> bool:
-    """Whether a gradient will be asked for."""
+    """Whether the call needs a gradient."""
     parts = (part for part, _, _ in split_base(c.base, c.meta))
     return needs_grad(c.x, *c.a, *c.b, *c.bias, *(p[0] for p in parts if len(p) == 1))
 

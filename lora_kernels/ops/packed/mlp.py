@@ -6,7 +6,7 @@ derive the projections, `ops/glu/api.py` the gate.
 Backward, with dy = ∂L/∂y:
     dh               from dy through down
     dg, du, h        from dh, g and u, in one elementwise pass
-    dA_down          from dy and h; ds_down = scale·dy·B_down [M, r] is thin and made again for it
+    dA_down          from dy and h; ds_down = scale·dy·B_down [M, r] is small and computed again
     dx and the rest  from dg and du through gate and up
 Saved: x, s of gate and up, g, u, s of down and the seed (and the parameters themselves); h is made
 again from g and u.
@@ -53,7 +53,7 @@ class LoRAMLP(NamedTuple):
     activation: int
 
     def projections(self) -> LoRAPackedForward:
-        """No property: the torch.compile of 2.10 reads none of a named tuple."""
+        """Not a property: torch.compile in 2.10 cannot read properties of a named tuple."""
         return LoRAPackedForward(*self[:-1])
 
 
@@ -118,7 +118,7 @@ class LoRAMLPFunction(KeepsSettings):
 
 
 def _of_down(*grads: Tensor) -> list[list[Tensor]]:
-    """The lists of all three projections where only down's gradients were asked for."""
+    """Lists for all three projections, though only down's gradients were computed."""
     return [[grad] * (DOWN + 1) for grad in grads]
 
 

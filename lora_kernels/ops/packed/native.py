@@ -1,4 +1,4 @@
-"""Packed projections out of the compiled kernels of one projection (csrc/bindings/lora.cpp)."""
+"""Packed projections made of the compiled kernels for one projection (csrc/bindings/lora.cpp)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.dispatch.registry import NATIVE_NAMESPACE, Implementation, register
+from lora_kernels.dispatch.op import NATIVE_NAMESPACE, Implementation
+from lora_kernels.dispatch.registry import register
 from lora_kernels.ops.common.native import refuse_linear
 from lora_kernels.ops.common.rank import rank_dtype
 from lora_kernels.ops.packed.schema import (

@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 
 def split_base(base: Sequence[T], meta: Sequence[int]) -> list[tuple[list[T], list[int], slice]]:
-    """Each projection's base (or what stands for its tensors) and meta as the ops of one projection
-    take them, and where the tensors stand in `base`."""
+    """Each projection's base and meta, as the ops on one projection take them, and the slice of
+    `base` that holds its tensors. (`base` may also hold one flag or gradient for each tensor.)"""
     parts, at = [], 0
     for i in range(0, len(meta), META):
         m = Meta(*meta[i : i + META])

@@ -70,7 +70,7 @@ def bench_case(name: str, tiny: bool, device: str) -> dict[str, Any]:
     """A case of the bench, as our Triton provider runs it."""
     from bench.data import CaseData
     from bench.providers import select
-    from lora_kernels.dispatch.registry import BackendError
+    from lora_kernels.dispatch.op import BackendError
 
     (provider,) = select("ours:triton")
     (case,) = (c for c in suite("gpu-tiny" if tiny else "gpu") if c.name == name)

@@ -1,6 +1,6 @@
 // Lowering comparisons, conversions, bit operations and arithmetic.
 #pragma once
-#include "lower_control.h"
+#include "lower_warp.h"
 
 inline bool Lower::instrSelect(const string& op, const vector<POp>& o, const vector<Ty>& t, Ty T,
                                bool z, int n) {

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from tools import ptxemu
 from tools.ptxemu import PtxError, poison_, run_triton
-from tools.ptxemu.tests.triton_kernels import mmcase, rel, softmaxish, splitk
+from tools.ptxemu.tests.triton_kernels import mmcase, product, rel, softmaxish, splitk
 
 torch.manual_seed(0)
 
@@ -43,20 +43,7 @@ def grouped(
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     for m0 in range(s, e, BM):
         rm = m0 + tl.arange(0, BM)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, K, BK):
-            rk = k0 + tl.arange(0, BK)
-            a = tl.load(
-                x_ptr + rm[:, None] * K + rk[None, :],
-                mask=(rm[:, None] < e) & (rk[None, :] < K),
-                other=0.0,
-            )
-            b = tl.load(
-                w_ptr + rk[:, None] * N + rn[None, :],
-                mask=(rk[:, None] < K) & (rn[None, :] < N),
-                other=0.0,
-            )
-            acc = tl.dot(a, b, acc)
+        acc = product(x_ptr, w_ptr, rm, rn, 0, BK, e, N, K, BM, BN, BK)
         tl.store(
             o_ptr + rm[:, None] * N + rn[None, :], acc, mask=(rm[:, None] < e) & (rn[None, :] < N)
         )
@@ -349,20 +336,7 @@ def persist(
     for t in tl.range(tl.program_id(0), nm * nn, NP, flatten=FL):
         rm = (t // nn) * BM + tl.arange(0, BM)
         rn = (t % nn) * BN + tl.arange(0, BN)
-        acc = tl.zeros((BM, BN), tl.float32)
-        for k0 in range(0, K, BK):
-            rk = k0 + tl.arange(0, BK)
-            a = tl.load(
-                x_ptr + rm[:, None] * K + rk[None, :],
-                mask=(rm[:, None] < M) & (rk[None, :] < K),
-                other=0.0,
-            )
-            b = tl.load(
-                y_ptr + rk[:, None] * N + rn[None, :],
-                mask=(rk[:, None] < K) & (rn[None, :] < N),
-                other=0.0,
-            )
-            acc = tl.dot(a, b, acc)
+        acc = product(x_ptr, y_ptr, rm, rn, 0, BK, M, N, K, BM, BN, BK)
         tl.store(
             o_ptr + rm[:, None] * N + rn[None, :], acc, mask=(rm[:, None] < M) & (rn[None, :] < N)
         )

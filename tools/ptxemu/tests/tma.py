@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor as TD
 
 from tools.ptxemu import poison_, run_triton
+from tools.ptxemu.tests.triton_kernels import rel
 
 torch.manual_seed(0)
 
@@ -89,12 +90,6 @@ def device(
         b = tl.make_tensor_descriptor(y_ptr, [K, N], [N, 1], [BK, BN])
     c = tl.make_tensor_descriptor(o_ptr, [M, N], [N, 1], [BM, BN])
     tiles(a, b, c, M, N, K, NP, BM, BN, BK, BT, WS, FL)
-
-
-def rel(o, ref):
-    o = o.double()
-    assert not torch.isnan(o).any(), f"{int(torch.isnan(o).sum())} NaN"
-    return ((o - ref).abs().max() / ref.abs().max().clamp_min(1e-30)).item()
 
 
 def case(

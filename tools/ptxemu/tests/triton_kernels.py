@@ -10,6 +10,40 @@ torch.manual_seed(0)
 
 
 @triton.jit
+def product(
+    x_ptr,
+    y_ptr,
+    rm,
+    rn,
+    first,
+    step,
+    M,
+    N,
+    K,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    PREC: tl.constexpr = None,
+):
+    """The rows rm of x [M, K] by the columns rn of y [K, N]: one block of K every `step`."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    for k0 in range(first, K, step):
+        rk = k0 + tl.arange(0, BK)
+        a = tl.load(
+            x_ptr + rm[:, None] * K + rk[None, :],
+            mask=(rm[:, None] < M) & (rk[None, :] < K),
+            other=0.0,
+        )
+        b = tl.load(
+            y_ptr + rk[:, None] * N + rn[None, :],
+            mask=(rk[:, None] < K) & (rn[None, :] < N),
+            other=0.0,
+        )
+        acc = tl.dot(a, b, acc, input_precision=PREC)
+    return acc
+
+
+@triton.jit
 def mm(
     x_ptr,
     y_ptr,
@@ -26,20 +60,7 @@ def mm(
     pn = tl.program_id(1)
     rm = pm * BM + tl.arange(0, BM)
     rn = pn * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k0 in range(0, K, BK):
-        rk = k0 + tl.arange(0, BK)
-        a = tl.load(
-            x_ptr + rm[:, None] * K + rk[None, :],
-            mask=(rm[:, None] < M) & (rk[None, :] < K),
-            other=0.0,
-        )
-        b = tl.load(
-            y_ptr + rk[:, None] * N + rn[None, :],
-            mask=(rk[:, None] < K) & (rn[None, :] < N),
-            other=0.0,
-        )
-        acc = tl.dot(a, b, acc, input_precision=PREC)
+    acc = product(x_ptr, y_ptr, rm, rn, 0, BK, M, N, K, BM, BN, BK, PREC)
     tl.store(
         o_ptr + rm[:, None] * N + rn[None, :],
         acc.to(o_ptr.dtype.element_ty),
@@ -113,20 +134,7 @@ def splitk(
     ps = tl.program_id(2)
     rm = pm * BM + tl.arange(0, BM)
     rn = pn * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for k0 in range(ps * BK, K, BK * SK):
-        rk = k0 + tl.arange(0, BK)
-        a = tl.load(
-            x_ptr + rm[:, None] * K + rk[None, :],
-            mask=(rm[:, None] < M) & (rk[None, :] < K),
-            other=0.0,
-        )
-        b = tl.load(
-            y_ptr + rk[:, None] * N + rn[None, :],
-            mask=(rk[:, None] < K) & (rn[None, :] < N),
-            other=0.0,
-        )
-        acc = tl.dot(a, b, acc)
+    acc = product(x_ptr, y_ptr, rm, rn, ps * BK, BK * SK, M, N, K, BM, BN, BK)
     tl.atomic_add(
         o_ptr + rm[:, None] * N + rn[None, :],
         acc.to(o_ptr.dtype.element_ty),
