@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_kernels import use_backend
@@ -32,6 +33,18 @@ class Recorder(Executor):
     ) -> Tensor:
         self.products.append((left, right))
         return left.new_empty(left.shape[0], right.shape[1]) if out is None else out
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Fresh memory stays as it is, even where torch was asked to fill it, as tests ask it: what
+    nobody writes takes no room, and a call at a real size has gigabytes."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def record(device: Device, call: Callable[[], Any], strategy: str | None = None) -> list[Launch]:

@@ -24,7 +24,7 @@ from lora_kernels.ops.glu.schema import ACTIVATIONS
 from lora_kernels.ops.packed.triton.plan import plan
 from tools.gpu_proofs import ways
 from tools.gpu_proofs.compile import GPU_TARGETS, Facts, GpuTarget, compile_launch
-from tools.gpu_proofs.recorder import record
+from tools.gpu_proofs.recorder import record, unfilled
 from tools.gpu_proofs.traffic import tile_of
 from tools.gpu_proofs.workloads import packed_widths
 from tools.op_inputs import arguments as op_arguments
@@ -177,9 +177,10 @@ def launches(call: Call, target: GpuTarget) -> list[Launch]:
     if call.tile is not None:
         device = replace(device, tiles=(call.tile,))
     function = getattr(torch.ops.lora_kernels, call.op).default
-    args = arguments(call)
     way = call.strategy if call.strategy in ways.NAMES else None
-    made = record(device, lambda: function(*args), way)
+    with unfilled():
+        args = arguments(call)
+        made = record(device, lambda: function(*args), way)
     # The other launches do not depend on the tile; the calls of real sizes have them.
     return [x for x in made if call.tile is None or PRODUCTS.search(x.kernel.fn.__name__)]
 

@@ -337,3 +337,14 @@ def target_modules(args: argparse.Namespace) -> str | list[str]:
     if len(names) == 1 and (names[0] == "all-linear" or any(c in names[0] for c in "*+?()[]|\\^$")):
         return names[0]
     return names
+
+
+def quantization(args: argparse.Namespace) -> dict[str, Any]:
+    """The base weights' options as `apply_lora` and `load_adapter` take them."""
+    if args.quantize == "none":
+        return {"quantize": None}
+    return {
+        "quantize": args.quantize,
+        "block_size": args.block_size,
+        "double_quant": args.double_quant,
+    }

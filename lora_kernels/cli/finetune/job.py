@@ -22,7 +22,7 @@ from lora_kernels.adapters import (
 )
 from lora_kernels.cli.errors import Failed, UsageError
 from lora_kernels.cli.finetune import docstrings, finite, generate, plot, summary, verify
-from lora_kernels.cli.finetune.args import max_length, settings, target_modules
+from lora_kernels.cli.finetune.args import max_length, quantization, settings, target_modules
 from lora_kernels.cli.finetune.causal import (
     check_reads_backwards,
     check_tokens,
@@ -183,7 +183,7 @@ class Finetune:
                 target_modules=target_modules(args),
                 use_rslora=args.rslora,
                 use_dora=args.dora,
-                **self.quantization(),
+                **quantization(args),
             )
         except ValueError as error:
             raise UsageError(str(error)) from error
@@ -194,17 +194,6 @@ class Finetune:
         """Whether projections of one input run as one."""
         chosen: bool | None = self.args.fuse
         return torch.cuda.is_available() if chosen is None else chosen
-
-    def quantization(self) -> dict[str, Any]:
-        """The options of `apply_lora` and `load_adapter` for the base weights."""
-        args = self.args
-        if args.quantize == "none":
-            return {"quantize": None}
-        return {
-            "quantize": args.quantize,
-            "block_size": args.block_size,
-            "double_quant": args.double_quant,
-        }
 
     def make_trainer(self) -> FinetuneTrainer:
         """The Trainer with the command's callbacks."""
@@ -384,7 +373,7 @@ class Finetune:
         trained = verify.logits_of(self.model, batch)
         device = self.model.device
         fresh = load_model(self.source, self.dtype)
-        load_adapter(fresh, str(self.folder.adapter), **self.quantization())
+        load_adapter(fresh, str(self.folder.adapter), **quantization(self.args))
         if self.fuses():  # it computes as the trained one does
             fuse_projections(fresh)
         fresh.to(device)
@@ -398,7 +387,7 @@ class Finetune:
     def save_merged(self) -> None:
         """Write the merged model and its tokenizer to a folder for transformers."""
         fresh = load_model(self.source, self.dtype)
-        load_adapter(fresh, str(self.folder.adapter), **self.quantization())
+        load_adapter(fresh, str(self.folder.adapter), **quantization(self.args))
         merged: Any = merge_and_unload(fresh)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=self.folder.root) as staging:
             whole = Path(staging) / "merged"
