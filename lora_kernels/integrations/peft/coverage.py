@@ -36,10 +36,7 @@ def _own(variant: str) -> str:
     return f"{variant} has a forward of its own"
 
 
-def _on_all(answer: str) -> tuple[str, str, str]:
-    return answer, answer, answer
-
-
+ALORA, ARROW = _own("ALoraLinearVariant"), _own("ArrowLinearVariant")
 _START = ("True", "False", "gaussian", "olora", "pissa", "pissa_niter_4", "orthogonal", "eva")
 
 # What changes the forward, or might: each is tried.
@@ -62,12 +59,11 @@ TRIED: tuple[Option, ...] = (
     Option("init_lora_weights", "mica", "mica", four_bit=REFUSED),
     Option("use_dora", "True", True, conv1d=YES),
     Option(
-        *("use_dora", "True, with lora_bias", True),
-        *_on_all(REFUSED),
+        *("use_dora", "True, with lora_bias", True, REFUSED, REFUSED, REFUSED),
         extra={"lora_bias": True},
     ),
     Option("kasa_config", "KasaConfig()", "KasaConfig()", conv1d=REFUSED),
-    Option("alora_invocation_tokens", "[1, 2]", [1, 2], *_on_all(_own("ALoraLinearVariant"))),
+    Option("alora_invocation_tokens", "[1, 2]", [1, 2], ALORA, ALORA, ALORA),
     Option(
         *("velora_config", "VeloraConfig()", "VeloraConfig(num_groups=4)"),
         *(_own("VeloraLinearVariant"), REFUSED, _own("VeloraLinearVariant")),
@@ -80,10 +76,7 @@ TRIED: tuple[Option, ...] = (
         *("use_bdlora", "BdLoraConfig()", 'BdLoraConfig(["layer"], nblocks=2)'),
         *(_own("BdLoraLinearVariant"), YES, REFUSED),
     ),
-    Option(
-        *("arrow_config", "ArrowConfig()", "ArrowConfig()"),
-        *_on_all(_own("ArrowLinearVariant")),
-    ),
+    Option("arrow_config", "ArrowConfig()", "ArrowConfig()", ARROW, ARROW, ARROW),
     Option("use_qalora", "True, of effect on GPTQ alone", True),
     Option("qalora_group_size", "16, without use_qalora", 16),
 )
