@@ -39,12 +39,13 @@ class Recorder(Executor):
 def unfilled() -> Iterator[None]:
     """Fresh memory stays as it is, even where torch was asked to fill it, as tests ask it: what
     nobody writes takes no room, and a call at a real size has gigabytes."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings: Any = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = before
+        settings.fill_uninitialized_memory = before
 
 
 def record(device: Device, call: Callable[[], Any], strategy: str | None = None) -> list[Launch]:
