@@ -162,14 +162,13 @@ def _wgrad_tile(
     o_c = pid_c * BC + tl.arange(0, BC)
     p_x = x.p + (o_c % C)[:, None] * x.col
     if COUNT == 1:  # of three the registers would not hold the pointers
-        one = gradients[0]
         o_m = first + tl.arange(0, BM)
         p_x += o_m[None, :].to(tl.int64) * x.row
-        o_t = _rank_offsets(one, o_m, pid_r, True, BR)
-        p_t = one.t + o_t
+        o_t = _rank_offsets(gradients[0], o_m, pid_r, True, BR)
+        p_t = gradients[0].t + o_t
         p_residual = p_t
-        if one.residual is not None:
-            p_residual = one.residual + o_t
+        if gradients[0].residual is not None:
+            p_residual = gradients[0].residual + o_t
     b_0 = tl.full([BC, BR], 0.0, tl.float32)  # [BC, BR]
     b_1 = tl.full([BC, BR], 0.0, tl.float32)
     b_2 = tl.full([BC, BR], 0.0, tl.float32)
