@@ -144,6 +144,26 @@ def test_resume_equals_uninterrupted(finetune, pairs, tmp_path, accumulate, at):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_longest_batches_are_trained_on_first(finetune, pairs, monkeypatch, accumulate):
+    """Those of two steps; the others come where the shuffle has them."""
+    import lora_kernels.cli.finetune.trainer as module
+
+    real, longest = module.FinetuneTrainer.training_step, []
+
+    def step(self: Any, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        longest.append(int(inputs["attention_mask"].sum(1).max()))
+        return real(self, model, inputs, *rest, **named)
+
+    monkeypatch.setattr(module.FinetuneTrainer, "training_step", step)
+    options = ("--batch-size", 2, "--max-length", 64, "--eval-fraction", 0, "--grad-accum")
+    assert finetune("--data", pairs, *options, accumulate, "--epochs", 1) == 0
+    assert len(longest) == 10 and len(set(longest)) > 2  # batches of two of twenty examples
+    first = 2 * accumulate
+    assert longest[:first] == sorted(longest, reverse=True)[:first]
+    assert longest != sorted(longest, reverse=True)
+
+
 def test_ctrl_c_saves_and_resumes(finetune, pairs, tmp_path, capsys):
     options = ("--data", pairs, *SHORT, "--max-steps", 8, "--dropout", 0.2)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
