@@ -157,10 +157,10 @@ def test_it_deselects_and_says_so(elsewhere: pytest.Pytester):
     assert bare.parseoutcomes() == {"passed": 1, "deselected": 9}
 
 
-def test_the_sanitizers_take_the_best_tier_and_another() -> None:
-    usable = ("avx512", "avx2", "scalar")
+def test_the_sanitizers_take_the_best_tier_scalar_and_another() -> None:
+    usable = ("amx", "avx512", "avx2", "scalar")
     drawn = {tuple(tiers(usable, 0.05, f"commit {i}")) for i in range(40)}
-    assert drawn == {("avx512", "avx2"), ("avx512", "scalar")}
+    assert drawn == {("amx", "avx512", "scalar"), ("amx", "avx2", "scalar")}
     assert tiers(usable, 1.0, "any") == list(usable)
     assert tiers(("neon", "scalar"), 0.05, "any") == ["neon", "scalar"]
     assert tiers((), 0.05, "any") == []
