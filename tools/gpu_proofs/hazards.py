@@ -11,8 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
 
 _ADDRESS = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 _LABEL = re.compile(r"^(\.\w+):")
@@ -43,20 +41,16 @@ _State = tuple[frozenset[_Product], tuple[frozenset[_Product], ...], _Constants]
 
 @dataclass
 class _Instruction:
-    """A line of code. What is read from it is kept: a walk meets it on every path, and states that
-    are alike then hold the same products."""
-
     at: int
     name: str
     operands: str
     predicated: bool
     targets: list[str] = field(default_factory=list)
 
-    @cached_property
+    @property
     def base(self) -> str:
         return self.name.split(".")[0]
 
-    @cached_property
     def writes(self) -> frozenset[int]:
         parts = [p.strip() for p in self.operands.split(",")]
         place = 0
@@ -69,10 +63,6 @@ class _Instruction:
             return frozenset()
         first = int(found[1])
         return frozenset(range(first, first + self._width()))
-
-    @cached_property
-    def touches(self) -> frozenset[int]:
-        return self.writes.union(map(int, _REGISTER.findall(self.operands)))
 
     def _width(self) -> int:
         if self.base == "HGMMA":
@@ -87,19 +77,17 @@ class _Instruction:
             return 4
         return 2 if _WRITES_TWO.search(self.name) else 1
 
-    @cached_property
     def constant(self) -> str | None:
         """The number that it writes, if that is all it does."""
         found = re.fullmatch(r"R\d+, (?:RZ, RZ, )?(0x[0-9a-f]+)", self.operands.strip())
         moves = self.name in ("MOV", "IMAD.MOV.U32") and not self.predicated
         return found[1] if moves and found else None
 
-    @cached_property
     def product(self) -> _Product:
         parts = [p.strip() for p in self.operands.split(",")]
         left = re.match(r"R(\d+)\b", parts[1])
         read = range(int(left[1]), int(left[1]) + _LEFT) if left else ()
-        return _Product(self.at, frozenset(read), self.writes)
+        return _Product(self.at, frozenset(read), self.writes())
 
 
 def overwritten(sass: str) -> list[str]:
@@ -134,11 +122,10 @@ def _walk(code: list[_Instruction], labels: dict[str, int]) -> Iterator[str]:
     """Follow every path with what is under way on it."""
     if not any(i.base == "HGMMA" for i in code):
         return
-    lefts = frozenset().union(*(i.product.left for i in code if i.base == "HGMMA"))
+    lefts = frozenset().union(*(i.product().left for i in code if i.base == "HGMMA"))
     start: _State = (frozenset(), (), frozenset())
     todo: list[tuple[int, _State]] = [(0, start)]
     seen = {(0, start)}
-    same: dict[Any, Any] = {}  # parts that many states have are in memory once
     while todo:
         place, state = todo.pop()
         while place < len(code):
@@ -149,8 +136,7 @@ def _walk(code: list[_Instruction], labels: dict[str, int]) -> Iterator[str]:
             if now.base in ("EXIT", "RET") and not now.predicated:
                 break
             if now.base in ("BRA", "CALL") and now.targets:
-                pending, groups, constants = (same.setdefault(part, part) for part in state)
-                here = (labels[now.targets[-1]], (pending, groups, constants))
+                here = (labels[now.targets[-1]], state)
                 if here not in seen:
                     if len(seen) > _MOST_STATES:
                         raise RuntimeError("too many paths to follow")
@@ -165,8 +151,8 @@ def _faults(now: _Instruction, state: _State) -> Iterator[str]:
     unfinished = pending.union(*groups)
     if not unfinished or now.base == "HGMMA":  # products of one warpgroup run in their order
         return
-    writes, constant = now.writes, now.constant
-    touches = now.touches
+    writes, constant = now.writes(), now.constant()
+    touches = {int(r) for r in _REGISTER.findall(now.operands)} | writes
     if constant is not None:
         writes = frozenset(r for r in writes if (r, constant) not in constants)
     for product in unfinished:
@@ -184,14 +170,14 @@ def _faults(now: _Instruction, state: _State) -> Iterator[str]:
 
 def _after(now: _Instruction, state: _State, lefts: frozenset[int]) -> _State:
     pending, groups, constants = state
-    written = now.writes & lefts
+    written = now.writes() & lefts
     if written:
         constants = frozenset(c for c in constants if c[0] not in written)
-        constant = now.constant
+        constant = now.constant()
         if constant is not None:
             constants |= {(r, constant) for r in written}
     if now.base == "HGMMA":
-        pending |= {now.product}
+        pending |= {now.product()}
         if "gsb0" in now.operands:
             return frozenset(), (*groups, pending), constants
     elif now.name.startswith("WARPGROUP.DEPBAR"):
