@@ -87,11 +87,12 @@ def test_a_model_s_output_layer_has_it_while_it_has_adapters() -> None:
     before = model.state_dict().keys()
     with torch.no_grad():
         logits = model(ids).logits
+        oracle = copy.deepcopy(model).double()(ids).logits
     lk.apply_lora(model)
     assert is_short(model.lm_head) and type(model.lm_head) is nn.Linear
     assert "lm_head.weight" in model.state_dict()
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, logits, rtol=2e-2, atol=2e-2)
+        assert_within_budget(model(ids).logits, oracle, logits)
     assert lk.fuse_loss(model)  # it is a plain output layer to others
     lk.unload(model)
     assert not is_short(model.lm_head) and model.state_dict().keys() == before
