@@ -261,7 +261,7 @@ def gemm(
             x,
             block_r=_branch_step(config, device, t.shape[1], x.element_size()),
             even_k=k % config.block_k == 0,
-            hold_x=device.tma,
+            hold_x=device.tma and dropout.on,
         ),
         base=w.args(config, backward),
     )
